@@ -1,0 +1,42 @@
+"""The arrays that travel between rooms, and the letters that name their axes.
+
+Axis letters, in annotations and (upper case) in einsum strings:
+
+    b batch · t query length · s key length · n query heads · k key/value heads · g queries per key/value head
+    h head dim · d width · l layers · ah action horizon · ad action dim · p prompt length
+
+Both containers are NamedTuples, so that any tree operation may put shapes, shardings or axes in their place.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+
+class Observation(NamedTuple):
+    """What the policy sees at one moment. Order of cameras is `ModelConfig.cameras`, never the dict's."""
+
+    images: dict[str, Float[Array, "*b h w 3"] | UInt8[Array, "*b h w 3"]]
+    """RGB; uint8 in 0..255 or float in [-1, 1]."""
+    image_masks: dict[str, Bool[Array, "*b"]]
+    """False where the camera is absent: its tokens are neither attended nor counted in positions."""
+    state: Float[Array, "*b ad"]
+    """Normalised and zero-padded proprioception."""
+    prompt: Int[Array, "*b p"]
+    """Token ids."""
+    prompt_mask: Bool[Array, "*b p"]
+    """False at padding."""
+
+
+class Batch(NamedTuple):
+    """Training examples."""
+
+    observation: Observation
+    actions: Float[Array, "*b ah ad"]
+    """Normalised and zero-padded action chunks."""
+    step_mask: Bool[Array, "*b ah"]
+    """False for steps after the episode's end."""
+    dim_mask: Bool[Array, "*b ad"]
+    """False for dimensions that the robot does not have."""

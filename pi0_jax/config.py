@@ -1,0 +1,200 @@
+"""Every knob of the project, as frozen dataclasses. No behaviour, and no imports of ours.
+
+Two layers: `PolicyConfig` is what a robot needs and travels inside each checkpoint; `TrainConfig` is one experiment
+and holds it. Files in `configs/` build a `TrainConfig`; the command line overrides any field by its dotted name.
+Defaults are those of the released π0 weights unless a comment says otherwise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """SigLIP image encoder; the defaults are So400m/14 at 224 px (Zhai et al. 2023, arXiv 2303.15343)."""
+
+    width: int = 1152
+    depth: int = 27
+    mlp_dim: int = 4304
+    num_heads: int = 16
+    image_size: int = 224
+    """Side of the square input image, pixels."""
+    patch_size: int = 14
+    """Side of the image patch that becomes one token, pixels (with a stem: of the whole stack of convolutions)."""
+    stem_width: int = 0
+    """Channels of a convolution before the patch embedding (Xiao et al. 2021, arXiv 2106.14881); 0 means none, as in
+    the released weights. Small encoders trained from scratch learn faster with one."""
+    stem_stride: int = 4
+    """Kernel size and stride of that convolution, pixels; divides `patch_size`."""
+    position: Literal["learned", "sincos2d"] = "learned"
+    """Position embedding: learned (released weights) or fixed two-dimensional sine and cosine."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertConfig:
+    """One set of Gemma weights. Experts differ in width; depth and attention heads are shared (`ModelConfig`)."""
+
+    width: int
+    mlp_dim: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The velocity network: image encoder, language expert, action expert."""
+
+    variant: Literal["pi0", "pi05"] = "pi0"
+    """pi0: a state token, and the time mixed into the action tokens by an MLP (arXiv 2410.24164).
+    pi05: the state is part of the prompt, the time modulates the action expert's norms (arXiv 2504.16054)."""
+    vision: VisionConfig = VisionConfig()
+    language: ExpertConfig = ExpertConfig(width=2048, mlp_dim=16_384)
+    """Gemma 2B, which reads images and text."""
+    action: ExpertConfig = ExpertConfig(width=1024, mlp_dim=4096)
+    """The 300M action expert."""
+    depth: int = 18
+    num_heads: int = 8
+    num_kv_heads: int = 1
+    head_dim: int = 256
+    vocab_size: int = 257_152
+    cameras: tuple[str, ...] = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
+    """Cameras in token order. A camera that is not listed is never computed."""
+    action_dim: int = 32
+    """Width of state and action vectors inside the model; a robot's own are zero-padded to it."""
+    action_horizon: int = 50
+    """Actions in one chunk."""
+    prompt_length: int = 48
+    """Tokens the prompt is padded or cut to (the π0.5 release: 200)."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Activations. Parameters, statistics of norms, softmax, RoPE and time embedding are float32 regardless."""
+    remat: bool = True
+    """Recompute each layer in the backward pass instead of storing it: less memory, about 1.3 times the compute."""
+
+
+PI0 = ModelConfig()
+PI05 = ModelConfig(variant="pi05", prompt_length=200)
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyConfig:
+    """What it takes to turn a raw observation into raw actions, besides weights, statistics and tokenizer."""
+
+    model: ModelConfig = PI0
+    robot: str = "tabletop"
+    """Name of the robot in `pi0_jax.data.robots`: its cameras, its state and action dimensions."""
+    normalization: Literal["zscore", "quantile"] = "zscore"
+    """zscore: mean and standard deviation (π0). quantile: 1 % and 99 % quantiles to [-1, 1] (π0.5)."""
+    solver: Literal["euler", "midpoint", "heun", "rk4"] = "euler"
+    num_steps: int = 10
+    """Solver steps from noise to actions."""
+    execute_steps: int = 4
+    """Actions of each chunk that are executed before the policy is asked again."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowConfig:
+    """The training objective."""
+
+    time: Literal["beta", "uniform", "logit_normal"] = "beta"
+    """Distribution of the flow time; beta is π0's, Beta(1.5, 1) shifted towards noise."""
+    samples_per_observation: int = 1
+    """Draws of (noise, time) for each observation in a step; they share the prefix, so more draws cost little."""
+    mask_padded_steps: bool = True
+    """Leave steps after the episode's end out of the loss. openpi counts them: set False to match it."""
+    mask_padded_dims: bool = False
+    """Leave zero-padded action dimensions out of the loss. The released weights were trained with them in it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """Optimizer and learning-rate schedule: linear warm-up, then cosine decay."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: orthogonalised momentum for hidden matrices (Jordan et al. 2024), Adam for the rest."""
+    peak_lr: float = 2.5e-5
+    end_lr: float = 2.5e-6
+    warmup_steps: int = 1000
+    decay_steps: int | None = None
+    """Step at which the rate reaches `end_lr`, counted from step 0; None means the last step of the run."""
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 1e-10
+    clip_norm: float = 1.0
+    """Largest global norm of the gradient."""
+    ema_decay: float | None = 0.99
+    """Exponential moving average of the weights, which is what inference uses; None turns it off."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AugmentConfig:
+    """Random changes to a training batch, made on the device. All off by default."""
+
+    crop: float = 1.0
+    """Side of a random crop as a share of the image, resized back (openpi: 0.95, all but wrist cameras)."""
+    rotate_degrees: float = 0.0
+    """Largest rotation of the image, degrees (openpi: 5, all but wrist cameras)."""
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    """Largest relative change of each (openpi: 0.3, 0.4, 0.5, all cameras)."""
+    fixed_cameras: tuple[str, ...] = ()
+    """Cameras that crop and rotation leave alone, because they move with the hand."""
+    square_symmetries: bool = False
+    """Turn or mirror images, state and actions together by one of the square's eight symmetries. Valid only with
+    straight-down cameras and no left or right in the language; needs a robot that names its planar axes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where demonstrations come from and how they are read."""
+
+    path: str = "data/tabletop"
+    """Folder of a LeRobot v3.0 dataset."""
+    validation_path: str | None = None
+    """Folder of held-out demonstrations for the validation loss; None skips it."""
+    num_threads: int = 2
+    """Reader threads."""
+    prefetch: int = 8
+    """Batches prepared ahead."""
+    tokenizer: str | None = None
+    """SentencePiece model file (PaliGemma's for released weights); None trains a small one on the instructions."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How devices are arranged; -1 takes all that remain."""
+
+    data: int = -1
+    """Replicas of the parameters; each sees its part of the batch."""
+    fsdp: int = 1
+    """Devices that parameters and optimizer state are divided over; they divide the batch too."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """One experiment."""
+
+    policy: PolicyConfig = PolicyConfig()
+    flow: FlowConfig = FlowConfig()
+    optim: OptimConfig = OptimConfig()
+    augment: AugmentConfig = AugmentConfig()
+    data: DataConfig = DataConfig()
+    mesh: MeshConfig = MeshConfig()
+    run_dir: str = "runs/default"
+    """Folder for checkpoints, metrics and logs. Refused if it holds a run, unless --resume or --overwrite."""
+    resume: bool = False
+    """Continue the run in `run_dir` from its last checkpoint."""
+    overwrite: bool = False
+    """Delete the run in `run_dir` and start anew."""
+    init_from: str | None = None
+    """Checkpoint whose weights the run starts from; None means random weights."""
+    seed: int = 0
+    batch_size: int = 32
+    """Observations a step, over all devices."""
+    num_steps: int = 30_000
+    log_every: int = 20
+    validate_every: int = 500
+    save_every: int = 1000
+    keep_checkpoints: int = 2
+    """Checkpoints kept, the newest ones."""
