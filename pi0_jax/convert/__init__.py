@@ -1,0 +1,1 @@
+"""Foreign weights in. No torch; each foreign layout is one table of rules."""

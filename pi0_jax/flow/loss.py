@@ -1,0 +1,42 @@
+"""The flow-matching objective: squared error between predicted and true velocity."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+
+def squared_error(predicted: Float[Array, "*b ah ad"], target: Float[Array, "*b ah ad"]) -> Float[Array, "*b ah"]:
+    """Squared error of each step, averaged over all action dimensions; float32."""
+    return jnp.mean(jnp.square(predicted.astype(jnp.float32) - target.astype(jnp.float32)), axis=-1)
+
+
+def flow_loss(
+    predicted: Float[Array, "*b ah ad"],
+    target: Float[Array, "*b ah ad"],
+    step_mask: Bool[Array, "*#b ah"] | None = None,
+    dim_mask: Bool[Array, "*#b ad"] | None = None,
+) -> Float[Array, ""]:
+    """Mean squared error over the steps and dimensions that count (equation 1 of the π0 paper, arXiv 2410.24164).
+
+    The mean is taken over all counted entries of the batch at once, so an example with few counted steps weighs
+    accordingly less, and one with none weighs nothing. Under a sharded `jit` this is the mean of the global batch.
+
+    Args:
+        predicted: the network's velocity.
+        target: noise - actions.
+        step_mask: False for steps to leave out (after an episode's end); None counts all, as openpi does.
+        dim_mask: False for dimensions to leave out (zero padding); None counts all, as openpi does and as the released
+            weights were trained; LeRobot leaves padding out.
+
+    Returns:
+        A scalar, float32; 0 where nothing counts.
+    """
+    error = jnp.square(predicted.astype(jnp.float32) - target.astype(jnp.float32))
+    weight = jnp.ones_like(error)
+    if step_mask is not None:
+        weight *= step_mask[..., None]
+    if dim_mask is not None:
+        weight *= dim_mask[..., None, :]
+    # `where` and not a product: an infinite error in padding times zero would be NaN.
+    return jnp.sum(jnp.where(weight > 0, error, 0.0)) / jnp.maximum(jnp.sum(weight), 1.0)

@@ -1,0 +1,45 @@
+"""Attention and rotary positions: functions without parameters. Axis letters: see `pi0_jax.batch`."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+MASKED = -2.3819763e38
+"""Stands for minus infinity in masked logits; the reference implementations' value, finite in bfloat16."""
+
+
+def rope_angles(positions: Int[Array, "b t"], head_dim: int, base: float = 10_000.0) -> Float[Array, "b t 1 h/2"]:
+    """Rotation angles of rotary position embedding (Su et al. 2021, arXiv 2104.09864), radians, float32."""
+    frequency = base ** (-2.0 * jnp.arange(head_dim // 2, dtype=jnp.float32) / head_dim)
+    return positions[..., None, None].astype(jnp.float32) * frequency
+
+
+def rotate(x: Float[Array, "b t n h"], angles: Float[Array, "b t 1 h/2"]) -> Float[Array, "b t n h"]:
+    """Rotates the first half of each head against the second (not interleaved pairs), in float32; keeps the dtype."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    sin, cos = jnp.sin(angles), jnp.cos(angles)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def attend(
+    query: Float[Array, "b t n h"],
+    key: Float[Array, "b s k h"],
+    value: Float[Array, "b s k h"],
+    mask: Bool[Array, "b t s"] | None = None,
+) -> Float[Array, "b t n h"]:
+    """Grouped-query attention. Logits and softmax are float32, whatever the dtype of the inputs.
+
+    Args:
+        query: n heads, a multiple of the k key/value heads; scaled here by h^-1/2.
+        key, value: k heads, each serving n / k query heads.
+        mask: True where a query may look; None lets every query see every key.
+    """
+    b, t, n, h = query.shape
+    grouped = (query * h**-0.5).reshape(b, t, key.shape[2], -1, h)
+    logits = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, key, preferred_element_type=jnp.float32)
+    if mask is not None:
+        logits = jnp.where(mask[:, None, None], logits, MASKED)
+    weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
+    return jnp.einsum("BKGTS,BSKH->BTKGH", weights, value).reshape(b, t, n, h)

@@ -1,0 +1,190 @@
+"""Gemma with several experts side by side: own weights each, one shared attention, scanned over depth.
+
+Axis letters: see `pi0_jax.batch`. The experts are an ordered tuple, language first; either may have no tokens in a
+pass (None), which is how prefill and the velocity steps run the same layers as the joint pass.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from pi0_jax.config import ExpertConfig, ModelConfig
+from pi0_jax.model.attention import attend, rope_angles, rotate
+from pi0_jax.model.norm import RMSNorm
+
+Tokens = tuple[Float[Array, "b t d"] | None, Float[Array, "b u e"] | None]
+"""Tokens of the language expert and of the action expert; None where a pass has none."""
+
+KeysValues = tuple[Float[Array, "*l b s k h"], Float[Array, "*l b s k h"]]
+"""Rotated keys, and values; with a leading axis over layers where they come from the whole backbone."""
+
+
+def fan_in(in_axis, out_axis, batch_axis=()):
+    """Truncated normal of variance 1 / fan-in."""
+    return nn.initializers.variance_scaling(
+        1.0, "fan_in", "truncated_normal", in_axis=in_axis, out_axis=out_axis, batch_axis=batch_axis
+    )
+
+
+class Attention(nn.Module):
+    """One expert's projections into and out of the shared attention."""
+
+    width: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+    def setup(self):
+        n, k, h, d = self.num_heads, self.num_kv_heads, self.head_dim, self.width
+        named = nn.with_logical_partitioning
+        self.q = self.param("q", named(fan_in(0, (1, 2)), ("embed", "heads", "head_dim")), (d, n, h), jnp.float32)
+        self.kv = self.param(
+            "kv",
+            named(fan_in(1, (2, 3), 0), ("stack", "embed", "kv_heads", "head_dim")),
+            (2, d, k, h),
+            jnp.float32,
+        )
+        self.o = self.param("o", named(fan_in((0, 1), 2), ("heads", "head_dim", "embed")), (n, h, d), jnp.float32)
+
+    def project(self, x: Float[Array, "b t d"]):
+        """Query [b t n h], key and value [b t k h], before rotation."""
+        q = jnp.einsum("BTD,DNH->BTNH", x, self.q.astype(x.dtype))
+        k, v = jnp.einsum("BTD,CDKH->CBTKH", x, self.kv.astype(x.dtype))
+        return q, k, v
+
+    def output(self, attended: Float[Array, "b t n h"]) -> Float[Array, "b t d"]:
+        return jnp.einsum("BTNH,NHD->BTD", attended, self.o.astype(attended.dtype))
+
+
+class GatedMLP(nn.Module):
+    """GeGLU feed-forward (arXiv 2002.05202), tanh-approximate GELU."""
+
+    width: int
+    mlp_dim: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        named = nn.with_logical_partitioning
+        w_in = self.param(
+            "gate_up", named(fan_in(1, 2, 0), ("stack", "embed", "mlp")), (2, self.width, self.mlp_dim), jnp.float32
+        )
+        w_out = self.param("down", named(fan_in(0, 1), ("mlp", "embed")), (self.mlp_dim, self.width), jnp.float32)
+        gate, up = jnp.einsum("BTD,CDF->CBTF", x, w_in.astype(x.dtype))
+        return jnp.einsum("BTF,FD->BTD", nn.gelu(gate) * up, w_out.astype(x.dtype))
+
+
+class Expert(nn.Module):
+    """One expert's half of a layer: what comes before the shared attention, and what comes after."""
+
+    config: ExpertConfig
+    model: ModelConfig
+    adaptive: bool
+
+    def setup(self):
+        c, m = self.config, self.model
+        self.attn_norm = RMSNorm(self.adaptive)
+        self.attn = Attention(c.width, m.num_heads, m.num_kv_heads, m.head_dim)
+        self.mlp_norm = RMSNorm(self.adaptive)
+        self.mlp = GatedMLP(c.width, c.mlp_dim)
+
+    def before(self, x, condition):
+        """Query, key, value, and the gate that `after` wants back."""
+        normed, gate = self.attn_norm(x, condition)
+        return *self.attn.project(normed), gate
+
+    def after(self, x, attended, gate, condition):
+        """Adds attention's result and the feed-forward's to the residual stream."""
+        x = x + _gated(self.attn.output(attended), gate)
+        normed, gate = self.mlp_norm(x, condition)
+        return x + _gated(self.mlp(normed), gate)
+
+
+def _gated(y, gate):
+    return y if gate is None else y * gate
+
+
+class Layer(nn.Module):
+    """One layer of all experts."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Tokens,
+        cached: KeysValues | None,
+        angles: Float[Array, "b t 1 h/2"],
+        mask: Bool[Array, "b t s"],
+        condition: Float[Array, "b g e"] | None,
+    ) -> tuple[Tokens, KeysValues]:
+        """Lets the tokens of all experts attend to one another, and to cached ones, as the mask allows.
+
+        Queries are the experts' tokens in order; keys are the cached ones, then the same tokens. Returns the new
+        tokens, and the keys and values of this pass without the cached ones.
+        """
+        c = self.config
+        experts = (
+            Expert(c.language, c, adaptive=False, name="language"),
+            Expert(c.action, c, adaptive=c.variant == "pi05", name="action"),
+        )
+        parts = [(e, x, d) for e, x, d in zip(experts, tokens, (None, condition), strict=True) if x is not None]
+        projected = [expert.before(x, d) for expert, x, d in parts]
+        q, k, v = (jnp.concatenate([p[i] for p in projected], axis=1) for i in range(3))
+        q, k = rotate(q, angles), rotate(k, angles)
+        new = (k, v)
+        if cached is not None:
+            k, v = (jnp.concatenate([old.astype(n.dtype), n], axis=1) for old, n in zip(cached, new, strict=True))
+        attended = attend(q, k, v, mask)
+
+        outputs, start = [], 0
+        for (expert, x, d), (*_, gate) in zip(parts, projected, strict=True):
+            outputs.append(expert.after(x, attended[:, start : start + x.shape[1]], gate, d))
+            start += x.shape[1]
+        remaining = iter(outputs)
+        return tuple(None if x is None else next(remaining) for x in tokens), new
+
+
+class Backbone(nn.Module):
+    """All layers, scanned, and the final norms."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Tokens,
+        positions: Int[Array, "b t"],
+        mask: Bool[Array, "b t s"],
+        condition: Float[Array, "b g e"] | None = None,
+        cached: KeysValues | None = None,
+    ) -> tuple[Tokens, KeysValues]:
+        """Runs the experts over their tokens.
+
+        Args:
+            tokens: of the language and the action expert; None for an expert without any.
+            positions: of all tokens in order, for the rotary embedding.
+            mask: True where a query (token in order) may see a key (cached ones first).
+            condition: of the adaptive norms; g conditions, each for an equal share of the action expert's tokens.
+            cached: keys and values of an earlier pass, `[l b s k h]` each.
+
+        Returns:
+            The experts' normalised outputs, and this pass's own keys and values over all layers.
+        """
+        c = self.config
+        layer = nn.remat(Layer, prevent_cse=False) if c.remat else Layer
+        layers = nn.scan(
+            layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            length=c.depth,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(c, name="layers")
+        tokens, keys_values = layers(tokens, cached, rope_angles(positions, c.head_dim), mask, condition)
+        norms = (RMSNorm(name="language_norm"), RMSNorm(c.variant == "pi05", name="action_norm"))
+        outputs = tuple(
+            None if x is None else norm(x, d)[0] for norm, x, d in zip(norms, tokens, (None, condition), strict=True)
+        )
+        return outputs, keys_values

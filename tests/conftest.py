@@ -1,0 +1,50 @@
+"""Eight CPU devices, a tiny model, and where the reference fixtures are."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+
+from pathlib import Path
+
+import pytest
+
+from pi0_jax.config import ExpertConfig, ModelConfig, VisionConfig
+
+
+
+def tiny_config(variant: str = "pi0", **changes) -> ModelConfig:
+    """A model of some twenty thousand parameters with every part in it."""
+    defaults = dict(
+        variant=variant,
+        vision=VisionConfig(width=16, depth=2, mlp_dim=32, num_heads=2, image_size=16, patch_size=8),
+        language=ExpertConfig(width=24, mlp_dim=48),
+        action=ExpertConfig(width=16, mlp_dim=32),
+        depth=2,
+        num_heads=4,
+        num_kv_heads=1,
+        head_dim=8,
+        vocab_size=64,
+        cameras=("top", "tool"),
+        action_dim=5,
+        action_horizon=6,
+        prompt_length=7,
+        dtype="float32",
+        remat=False,
+    )
+    return ModelConfig(**{**defaults, **changes})
+
+
+def fixtures_root() -> Path:
+    """Folder of the reference fixtures, whether it exists or not."""
+    default = Path(__file__).parents[2] / "shared" / "fixtures"
+    return Path(os.environ.get("PI0_FIXTURES", default)).resolve()
+
+
+@pytest.fixture(scope="session")
+def fixtures() -> Path:
+    """The folder of reference fixtures; skips where there is none."""
+    root = fixtures_root()
+    if not root.is_dir():
+        pytest.skip(f"no reference fixtures at {root}; set PI0_FIXTURES to their folder")
+    return root
