@@ -3,14 +3,14 @@
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+# Tests compile far more than they compute: eight small devices, and little effort on optimising their programs.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
 
 from pathlib import Path
 
 import pytest
 
 from pi0_jax.config import ExpertConfig, ModelConfig, VisionConfig
-
 
 
 def tiny_config(variant: str = "pi0", **changes) -> ModelConfig:

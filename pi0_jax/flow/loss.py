@@ -32,11 +32,11 @@ def flow_loss(
     Returns:
         A scalar, float32; 0 where nothing counts.
     """
-    error = jnp.square(predicted.astype(jnp.float32) - target.astype(jnp.float32))
-    weight = jnp.ones_like(error)
+    counted = jnp.ones(predicted.shape, bool)
     if step_mask is not None:
-        weight *= step_mask[..., None]
+        counted &= step_mask[..., None]
     if dim_mask is not None:
-        weight *= dim_mask[..., None, :]
-    # `where` and not a product: an infinite error in padding times zero would be NaN.
-    return jnp.sum(jnp.where(weight > 0, error, 0.0)) / jnp.maximum(jnp.sum(weight), 1.0)
+        counted &= dim_mask[..., None, :]
+    # Masked before squaring: whatever padding holds, infinities too, reaches neither the value nor the gradient.
+    error = jnp.where(counted, predicted.astype(jnp.float32) - target.astype(jnp.float32), 0.0)
+    return jnp.sum(jnp.square(error)) / jnp.maximum(jnp.sum(counted), 1)

@@ -18,7 +18,7 @@ Velocity = Callable[[Array, Array], Array]
 
 
 def interpolate(actions: Chunk, noise: Chunk, time: Float[Array, "*b"] | Float[Array, "*b ah"]) -> tuple[Chunk, Chunk]:
-    """The point x_t on the line from `actions` to `noise`, and its velocity dx/dt (Lipman et al. 2022, arXiv 2210.02747).
+    """The point x_t on the line from `actions` to `noise`, and its velocity dx/dt (arXiv 2210.02747).
 
     Args:
         actions: data, the end at t = 0.

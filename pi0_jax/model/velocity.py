@@ -183,9 +183,7 @@ class VelocityNetwork(nn.Module):
     def _blocks(self, prefix, state, draws: int) -> np.ndarray:
         """Block of each token: 0 prefix, 1 state, 2 and up the draws of the action chunk."""
         horizon = self.config.action_horizon
-        return np.repeat(
-            np.arange(2 + draws), [prefix.shape[1], len(state)] + [horizon] * draws
-        )
+        return np.repeat(np.arange(2 + draws), [prefix.shape[1], len(state)] + [horizon] * draws)
 
     def _positions(self, prefix_mask: Bool[Array, "b s"], num_state: int, draws: int) -> Int[Array, "b t"]:
         """Positions count valid tokens; every draw starts at the same one."""
@@ -197,10 +195,10 @@ class VelocityNetwork(nn.Module):
 def may_attend(query: np.ndarray, key: np.ndarray) -> Bool[np.ndarray, "t s"]:
     """Which block may see which: itself and those before; but draws (2 and up) not one another.
 
-        prefix  1 0 0 0
-        state   1 1 0 0
-        draw 1  1 1 1 0
-        draw 2  1 1 0 1
+    prefix  1 0 0 0
+    state   1 1 0 0
+    draw 1  1 1 1 0
+    draw 2  1 1 0 1
     """
     q, k = query[:, None], key[None, :]
     return (k <= q) & ((k < 2) | (k == q))

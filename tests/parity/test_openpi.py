@@ -4,6 +4,7 @@ Every folder `openpi_pi0*`/`openpi_pi05*` of the fixtures with a plain π0 or π
 folder's `config.json`. Tolerances are relative errors in the L2 norm.
 """
 
+import functools
 import json
 from pathlib import Path
 
@@ -83,8 +84,9 @@ class Case:
             prompt_mask=jnp.asarray(self.io["token_mask"]),
         )
 
-    def apply(self, *args, **kwargs):
-        return self.network.apply({"params": self.params}, *args, **kwargs)
+    def apply(self, *args, method=None):
+        run = functools.partial(self.network.apply, method=method)
+        return jax.jit(run)({"params": self.params}, *args)
 
 
 @pytest.fixture(scope="module", params=reference_folders() or [None], ids=lambda folder: folder and folder.name)
@@ -131,10 +133,14 @@ def test_gradient_norm_of_every_parameter(case):
         return jnp.mean(squared_error(velocity, target))
 
     norms = {
-        name: float(jnp.linalg.norm(leaf)) for name, leaf in flatten_dict(jax.grad(loss)(case.params), sep="/").items()
+        name: float(jnp.linalg.norm(leaf))
+        for name, leaf in flatten_dict(jax.jit(jax.grad(loss))(case.params), sep="/").items()
     }
     ours_of = {rule.theirs: rule.ours for rule in RULES if rule.ours in norms}
-    reference = {str(name).removesuffix("/value"): float(norm) for name, norm in zip(io["grad_names"], io["grad_norms"])}
+    reference = {
+        str(name).removesuffix("/value"): float(norm)
+        for name, norm in zip(io["grad_names"], io["grad_norms"], strict=True)
+    }
     assert {ours_of[name] for name in reference} == set(norms)
     # Rounding is all there is where the gradient is zero by construction, as for the bias of attention's keys.
     rounding = 1e-7 * np.linalg.norm(list(reference.values()))
@@ -145,5 +151,6 @@ def test_gradient_norm_of_every_parameter(case):
 @pytest.mark.parametrize("num_steps", [1, 2, 10])
 def test_euler_samples(case, num_steps):
     noise = jnp.asarray(case.io["noise"])
-    sample = sample_actions(case.network, case.params, case.observation, noise, num_steps=num_steps)
+    sample = jax.jit(functools.partial(sample_actions, case.network, num_steps=num_steps))
+    sample = sample(case.params, case.observation, noise)
     assert relative_error(sample, case.io[f"sample_{num_steps}"]) <= 1e-4

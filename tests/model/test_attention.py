@@ -1,0 +1,41 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pi0_jax.model.attention import attend, rope_angles, rotate
+
+
+def test_rotation_keeps_lengths_and_depends_on_relative_positions_only():
+    q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
+
+    def score(q_position, k_position):
+        rotated = [rotate(x, rope_angles(jnp.array([[p]]), 8)) for x, p in ((q, q_position), (k, k_position))]
+        np.testing.assert_allclose(jnp.linalg.norm(rotated[0]), jnp.linalg.norm(q), rtol=1e-6)
+        return float(jnp.sum(rotated[0] * rotated[1]))
+
+    np.testing.assert_allclose(score(3, 1), score(12, 10), rtol=1e-4)
+    assert abs(score(3, 1) - score(3, 2)) > 1e-3
+
+
+def test_grouped_heads_equal_repeated_keys_and_values():
+    q = jax.random.normal(jax.random.key(0), (2, 3, 4, 8))
+    k, v = jax.random.normal(jax.random.key(1), (2, 2, 5, 2, 8))
+    mask = jax.random.bernoulli(jax.random.key(2), 0.7, (2, 3, 5)).at[..., 0].set(True)
+    repeated = attend(q, jnp.repeat(k, 2, axis=2), jnp.repeat(v, 2, axis=2), mask)
+    np.testing.assert_allclose(attend(q, k, v, mask), repeated, atol=1e-6)
+
+
+def test_masked_keys_have_exactly_no_effect():
+    q = jax.random.normal(jax.random.key(0), (1, 3, 2, 8))
+    k, v = jax.random.normal(jax.random.key(1), (2, 1, 5, 1, 8))
+    mask = jnp.ones((1, 3, 5), bool).at[..., 3].set(False)
+    changed = attend(q, k.at[:, 3].add(100.0), v.at[:, 3].add(100.0), mask)
+    np.testing.assert_array_equal(attend(q, k, v, mask), changed)
+
+
+def test_softmax_is_float32_in_a_bfloat16_network():
+    q = jax.random.normal(jax.random.key(0), (1, 3, 2, 8), jnp.bfloat16)
+    jaxpr = str(jax.make_jaxpr(attend)(q, q, q))
+    assert "exp" in jaxpr
+    assert not any("bf16" in line and " exp " in line for line in jaxpr.splitlines())
+    assert attend(q, q, q).dtype == jnp.bfloat16
