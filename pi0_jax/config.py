@@ -96,7 +96,10 @@ class FlowConfig:
     """The training objective."""
 
     time: Literal["beta", "uniform", "logit_normal"] = "beta"
-    """Distribution of the flow time; beta is π0's, Beta(1.5, 1) shifted towards noise."""
+    """Distribution of the flow time; beta is π0's, Beta(alpha, 1) shifted by 0.001."""
+    beta_alpha: float = 1.5
+    """Larger values train more at noisy times, where the instruction has to decide between ways to act: less noisy
+    chunks give that away. 1 is uniform."""
     samples_per_observation: int = 1
     """Draws of (noise, time) for each observation in a step; they share the prefix, so more draws cost little."""
     mask_padded_steps: bool = True

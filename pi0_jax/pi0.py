@@ -57,7 +57,7 @@ def loss(
     draws = flow.samples_per_observation
     b, horizon, dim = batch.actions.shape
     noise = jax.random.normal(noise_key, (b, draws, horizon, dim))
-    time = sample_time(time_key, (b, draws), flow.time)
+    time = sample_time(time_key, (b, draws), flow.time, flow.beta_alpha)
     x, velocity = interpolate(batch.actions[:, None], noise, time)
     predicted = network.apply({"params": params}, scale_images(batch.observation), x, time)
     value = flow_loss(

@@ -154,6 +154,7 @@ def record(
     image_size: int = 48,
     noise: Noise = Noise(),
     workers: int | None = None,
+    overwrite: bool = False,
 ) -> dict:
     """Writes `demonstrations(...)` to `root` as a LeRobot dataset, and how they came about to `meta/recording.json`.
 
@@ -166,7 +167,8 @@ def record(
     episodes = []
     frames = dropped = 0
     found = demonstrations(num_episodes, split, seed, image_size, noise, workers)
-    with LeRobotWriter(root, fps=CONTROL_HZ, robot_type="tabletop", features=features(image_size)) as writer:
+    columns = features(image_size)
+    with LeRobotWriter(root, fps=CONTROL_HZ, robot_type="tabletop", features=columns, overwrite=overwrite) as writer:
         for episode in tqdm(found, total=num_episodes, desc=f"recording {split}", unit="episode"):
             writer.add_episode(episode.frames, task=episode.prompt)
             episodes.append({"task": episode.task, "seed": episode.seed})

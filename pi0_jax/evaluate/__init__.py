@@ -1,0 +1,1 @@
+"""Policies in closed loop, and the report that shows what they do."""

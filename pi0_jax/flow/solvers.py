@@ -54,12 +54,7 @@ def integrate(velocity: Velocity, noise: Chunk, num_steps: int, solver: Solver =
     Raises:
         ValueError: unknown solver, or fewer than one step.
     """
-    if solver not in TABLEAUS:
-        close = difflib.get_close_matches(str(solver), TABLEAUS, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"unknown solver {solver!r}; there are {', '.join(TABLEAUS)}.{hint}")
-    if num_steps < 1:
-        raise ValueError(f"num_steps is {num_steps}; a solver needs at least 1 step.")
+    check_solver(solver, num_steps)
     tableau = TABLEAUS[solver]
     dt = jnp.float32(-1.0 / num_steps)
 
@@ -74,3 +69,13 @@ def integrate(velocity: Velocity, noise: Chunk, num_steps: int, solver: Solver =
 
     (x, _), points = jax.lax.scan(step, (noise, jnp.float32(1.0)), length=num_steps)
     return (x, jnp.concatenate([noise[None], points])) if path else x
+
+
+def check_solver(solver: str, num_steps: int):
+    """Raises ValueError for a solver that does not exist or fewer than one step."""
+    if solver not in TABLEAUS:
+        close = difflib.get_close_matches(str(solver), TABLEAUS, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"unknown solver {solver!r}; there are {', '.join(TABLEAUS)}.{hint}")
+    if num_steps < 1:
+        raise ValueError(f"num_steps is {num_steps}; a solver needs at least 1 step.")

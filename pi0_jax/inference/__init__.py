@@ -1,0 +1,1 @@
+"""Running a policy: from a checkpoint and raw observations to raw actions."""

@@ -37,9 +37,12 @@ def attend(
         mask: True where a query may look; None lets every query see every key.
     """
     b, t, n, h = query.shape
-    grouped = (query * h**-0.5).reshape(b, t, key.shape[2], -1, h)
-    logits = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, key, preferred_element_type=jnp.float32)
+    k = key.shape[2]
+    # The queries that share a key head become rows of one matrix product.
+    grouped = (query * h**-0.5).reshape(b, t, k, n // k, h).transpose(0, 2, 3, 1, 4).reshape(b, k, -1, h)
+    logits = jnp.einsum("BKTH,BSKH->BKTS", grouped, key, preferred_element_type=jnp.float32)
     if mask is not None:
-        logits = jnp.where(mask[:, None, None], logits, MASKED)
+        logits = jnp.where(jnp.tile(mask, (1, n // k, 1))[:, None], logits, MASKED)
     weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
-    return jnp.einsum("BKGTS,BSKH->BTKGH", weights, value).reshape(b, t, n, h)
+    attended = jnp.einsum("BKTS,BSKH->BKTH", weights, value)
+    return attended.reshape(b, k, n // k, t, h).transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)

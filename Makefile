@@ -1,0 +1,52 @@
+# make demo    demonstrations → training → closed-loop success → report, on a CPU
+# make test    the whole test suite
+# make check   formatting, lint and types
+# Another interpreter: make test PYTHON=python3.12
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUN ?= runs/tabletop
+SEED ?= 0
+
+.PHONY: demo test check format clean
+.DELETE_ON_ERROR:
+
+demo: data/tabletop/meta/info.json data/tabletop-validation/meta/info.json
+	$(BIN)/python train.py configs/tabletop.py --run-dir $(RUN) --seed $(SEED) $(if $(wildcard $(RUN)/checkpoints),--resume)
+	$(BIN)/pi0 report $(RUN)
+
+test: $(VENV)/dev
+	$(BIN)/python -m pytest
+
+check: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: $(VENV)/dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+data/tabletop/meta/info.json: | $(VENV)/sim
+	$(BIN)/pi0 record data/tabletop
+
+data/tabletop-validation/meta/info.json: | $(VENV)/sim
+	$(BIN)/pi0 record data/tabletop-validation --split validation --episodes 60
+
+# The marks say what was installed; they are older than pyproject.toml when that changed.
+$(VENV)/sim: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[sim]'
+	touch $@
+
+$(VENV)/dev: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[sim,dev]'
+	touch $@ $(VENV)/sim
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "pi0_jax needs Python 3.11 or newer; try: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+clean:
+	rm -rf $(VENV) build *.egg-info

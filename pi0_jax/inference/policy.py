@@ -1,0 +1,127 @@
+"""A policy as a robot uses it: raw observations in, raw actions out. A checkpoint is all it needs."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from pi0_jax import checkpoint, pi0
+from pi0_jax.config import PolicyConfig
+from pi0_jax.data.normalize import Stats, stats_from_json
+from pi0_jax.data.robots import Robot, get_robot
+from pi0_jax.data.tokenizer import Tokenizer
+from pi0_jax.data.transform import check_observation, make_transform, to_observation
+from pi0_jax.flow.solvers import check_solver
+from pi0_jax.model.velocity import VelocityNetwork
+
+
+class Policy:
+    """A trained network with the transforms around it.
+
+    Args:
+        config: model, robot, normalisation, and how to sample.
+        params: the network's parameters.
+        stats: normalisation statistics of the robot's demonstrations.
+        tokenizer: the one that the weights were trained with.
+
+    Raises:
+        ValueError: statistics, tokenizer or cameras do not fit the robot or the model.
+    """
+
+    def __init__(self, config: PolicyConfig, params, stats: Stats, tokenizer: Tokenizer):
+        check_solver(config.solver, config.num_steps)
+        self.config = config
+        self.robot: Robot = get_robot(config.robot)
+        self._params = params
+        self._transform = make_transform(config, self.robot, stats, tokenizer)
+        self._network = VelocityNetwork(config.model)
+
+    @classmethod
+    def load(cls, path: str | Path, **changes: Any) -> Policy:
+        """Reads a checkpoint: a run folder (its newest one), or a step folder.
+
+        Args:
+            path: where it is.
+            changes: fields of `PolicyConfig` to set otherwise, such as `num_steps=4`.
+
+        Raises:
+            FileNotFoundError: no such path.
+            ValueError: not a checkpoint of ours, or one that is damaged or incomplete; or statistics that do not fit.
+        """
+        assets = checkpoint.load_assets(path)
+        missing = [
+            name
+            for name, value in (("norm_stats.json", assets.norm_stats), ("tokenizer.model", assets.tokenizer))
+            if value is None
+        ]
+        if missing:
+            raise ValueError(
+                f"{checkpoint.resolve(path)} holds weights but no {' and no '.join(missing)} in its assets/, so raw "
+                "observations cannot be prepared for it. Fine-tune from it (--init-from), or add the files."
+            )
+        config = dataclasses.replace(assets.policy, **changes)
+        network = VelocityNetwork(config.model)
+        like = nn.meta.unbox(jax.eval_shape(functools.partial(pi0.init_params, network), jax.random.key(0)))
+        params = checkpoint.restore_params(path, like)
+        return cls(config, params, stats_from_json(assets.norm_stats), Tokenizer(assets.tokenizer))
+
+    def infer(self, observation: dict[str, Any], seed: int = 0) -> Float[np.ndarray, "ah d"]:
+        """One chunk of actions in the robot's units.
+
+        Args:
+            observation: `images` by camera (`[h, w, 3]` RGB, uint8 or float in [0, 1]), `state` `[d]` in the robot's
+                units, and `prompt`, a string.
+            seed: of the noise that becomes the actions.
+
+        Raises:
+            ValueError: the observation is not one of this robot's; the message says what is wrong.
+        """
+        return self.infer_batch([observation], jax.random.key(seed)[None])[0]
+
+    def infer_batch(
+        self, observations: Sequence[dict[str, Any]], keys: PRNGKeyArray, num_steps: int | None = None
+    ) -> Float[np.ndarray, "b ah d"]:
+        """Chunks of actions for many observations in one call of the network.
+
+        One program is compiled for each batch size and number of steps, at its first use.
+
+        Args:
+            observations: as in `infer`.
+            keys: one for each observation's noise, so that a chunk does not depend on what else is in the batch.
+            num_steps: solver steps; None: the config's.
+        """
+        steps = self.config.num_steps if num_steps is None else num_steps
+        actions = self._sample(self._params, self._prepare(observations), self._noise(keys), steps)
+        return self._raw(np.asarray(actions))
+
+    def denoise(self, observation: dict[str, Any], seed: int = 0, num_steps: int | None = None) -> np.ndarray:
+        """The points that noise passes on its way to a chunk, in the robot's units, `[num_steps + 1, ah, d]`."""
+        steps = self.config.num_steps if num_steps is None else num_steps
+        noise = self._noise(jax.random.key(seed)[None])
+        _, points = self._sample(self._params, self._prepare([observation]), noise, steps, path=True)
+        return self._raw(np.asarray(points)[:, 0])
+
+    def _prepare(self, observations: Sequence[dict[str, Any]]):
+        samples = [self._transform.forward(check_observation(raw, self.robot)) for raw in observations]
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *map(to_observation, samples))
+
+    def _noise(self, keys: PRNGKeyArray) -> Float[Array, "b ah ad"]:
+        shape = (self.config.model.action_horizon, self.config.model.action_dim)
+        return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+
+    def _raw(self, actions: np.ndarray) -> np.ndarray:
+        return self._transform.inverse({"actions": actions})["actions"].astype(np.float32)
+
+    @functools.partial(jax.jit, static_argnums=(0, 4), static_argnames=("path",))
+    def _sample(self, params, observation, noise, num_steps: int, path: bool = False):
+        return pi0.sample_actions(
+            self._network, params, observation, noise, num_steps=num_steps, solver=self.config.solver, path=path
+        )
