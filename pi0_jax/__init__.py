@@ -1,3 +1,48 @@
-"""π0 and π0.5 vision-language-action policies in JAX."""
+"""π0 and π0.5 vision-language-action policies in JAX: train, run, evaluate, convert.
+
+Importing this package loads next to nothing; the public names below are imported at their first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+_HOME = {
+    "Batch": "batch",
+    "Observation": "batch",
+    "FlowConfig": "config",
+    "ModelConfig": "config",
+    "PolicyConfig": "config",
+    "TrainConfig": "config",
+    "PI0": "config",
+    "PI05": "config",
+    "Policy": "inference.policy",
+    "VelocityNetwork": "model.velocity",
+    "integrate": "flow.solvers",
+    "loss": "pi0",
+    "sample_actions": "pi0",
+}
+"""Public name to the module that has it."""
+
+__all__ = sorted(_HOME)
+
+if TYPE_CHECKING:
+    from pi0_jax.batch import Batch, Observation
+    from pi0_jax.config import PI0, PI05, FlowConfig, ModelConfig, PolicyConfig, TrainConfig
+    from pi0_jax.flow.solvers import integrate
+    from pi0_jax.inference.policy import Policy
+    from pi0_jax.model.velocity import VelocityNetwork
+    from pi0_jax.pi0 import loss, sample_actions
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,1 @@
+"""From a dataset on disk to `Batch`: numpy until the last step, without torch or tensorflow."""

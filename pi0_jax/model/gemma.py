@@ -51,8 +51,8 @@ class Attention(nn.Module):
     def project(self, x: Float[Array, "b t d"]):
         """Query [b t n h], key and value [b t k h], before rotation."""
         q = jnp.einsum("BTD,DNH->BTNH", x, self.q.astype(x.dtype))
-        k, v = jnp.einsum("BTD,CDKH->CBTKH", x, self.kv.astype(x.dtype))
-        return q, k, v
+        kv = jnp.einsum("BTD,CDKH->BTCKH", x, self.kv.astype(x.dtype))
+        return q, kv[:, :, 0], kv[:, :, 1]
 
     def output(self, attended: Float[Array, "b t n h"]) -> Float[Array, "b t d"]:
         return jnp.einsum("BTNH,NHD->BTD", attended, self.o.astype(attended.dtype))
@@ -71,8 +71,8 @@ class GatedMLP(nn.Module):
             "gate_up", named(fan_in(1, 2, 0), ("stack", "embed", "mlp")), (2, self.width, self.mlp_dim), jnp.float32
         )
         w_out = self.param("down", named(fan_in(0, 1), ("mlp", "embed")), (self.mlp_dim, self.width), jnp.float32)
-        gate, up = jnp.einsum("BTD,CDF->CBTF", x, w_in.astype(x.dtype))
-        return jnp.einsum("BTF,FD->BTD", nn.gelu(gate) * up, w_out.astype(x.dtype))
+        gate_up = jnp.einsum("BTD,CDF->BTCF", x, w_in.astype(x.dtype))
+        return jnp.einsum("BTF,FD->BTD", nn.gelu(gate_up[:, :, 0]) * gate_up[:, :, 1], w_out.astype(x.dtype))
 
 
 class Expert(nn.Module):

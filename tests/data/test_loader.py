@@ -1,0 +1,156 @@
+"""The loader: every frame once an epoch, the same again after a stop, and shards that make one batch together."""
+
+import dataclasses
+import itertools
+
+import jax
+import numpy as np
+import pytest
+
+from pi0_jax.data.lerobot import LeRobotDataset, LeRobotWriter
+from pi0_jax.data.loader import eval_batches, make_loader
+from pi0_jax.data.normalize import compute_stats, unnormalize_values
+from pi0_jax.data.robots import get_robot
+from pi0_jax.data.tokenizer import Tokenizer
+from pi0_jax.data.transform import make_transform
+from tests.data.conftest import FEATURES, episode
+
+
+@pytest.fixture
+def transform(dataset, config):
+    return make_transform(
+        config.policy, get_robot("tabletop"), compute_stats(dataset), Tokenizer.train(dataset.tasks, 512)
+    )
+
+
+def frames_in(batch, dataset):
+    """Indices of the frames that a batch was made of, found by their states."""
+    state = unnormalize_values(batch.observation.state[:, :6], compute_stats(dataset)["state"], "zscore")
+    return np.abs(dataset.columns("observation.state")[None] - state[:, None]).sum(-1).argmin(1)
+
+
+def counted(dataset, i, horizon=4):
+    """Which steps of the chunk at frame `i` are inside the episode and before the first invalid one."""
+    inside, valid = dataset.chunk(i, horizon)[1], dataset.chunk(i, horizon, "valid")[0][:, 0] > 0
+    return inside & np.logical_and.accumulate(valid)
+
+
+def learnable(dataset):
+    return [i for i in range(dataset.num_frames) if counted(dataset, i).any()]
+
+
+def take(iterator, count):
+    return list(itertools.islice(iterator, count))
+
+
+def assert_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_batch_holds_what_the_dataset_holds(dataset, transform, config):
+    batch = next(make_loader(dataset, transform, config))
+    stats = compute_stats(dataset)
+    for row, i in enumerate(frames_in(batch, dataset)):
+        actions, _ = dataset.chunk(i, 4)
+        np.testing.assert_allclose(
+            unnormalize_values(batch.actions[row, :, :3], stats["actions"], "zscore"), actions, atol=1e-6
+        )
+        np.testing.assert_array_equal(batch.actions[row, :, 3:], 0)
+        np.testing.assert_array_equal(batch.step_mask[row], counted(dataset, i))
+        np.testing.assert_array_equal(batch.observation.images["top"][row], dataset.image(i, "observation.images.top"))
+        np.testing.assert_array_equal(
+            batch.observation.images["tool"][row], dataset.image(i, "observation.images.tool")
+        )
+        expected = transform.forward({"images": {}, "state": np.zeros(6), "prompt": dataset.task(i)})["prompt"]
+        np.testing.assert_array_equal(batch.observation.prompt[row], expected)
+    np.testing.assert_array_equal(batch.dim_mask, np.tile(np.arange(8) < 3, (6, 1)))
+    assert batch.observation.images["top"].dtype == np.uint8
+    assert batch.actions.dtype == batch.observation.state.dtype == np.float32
+
+
+def test_each_epoch_visits_every_frame_once_in_another_order(dataset, transform, config):
+    frames = learnable(dataset)
+    batches = take(make_loader(dataset, transform, config), len(frames))  # six epochs, as six make a batch
+    visited = np.concatenate([frames_in(batch, dataset) for batch in batches]).reshape(6, len(frames))
+    np.testing.assert_array_equal(np.sort(visited, 1), np.tile(frames, (6, 1)))
+    assert len({tuple(epoch) for epoch in visited}) == 6
+
+
+def test_same_seed_same_batches_other_seed_other_batches(dataset, transform, config):
+    once, again = (take(make_loader(dataset, transform, config), 3) for _ in range(2))
+    assert_equal(once, again)
+    other = take(make_loader(dataset, transform, dataclasses.replace(config, seed=1)), 3)
+    assert (frames_in(other[0], dataset) != frames_in(once[0], dataset)).any()
+
+
+@pytest.mark.parametrize("stop", [0, 2, 7])
+def test_resuming_equals_never_stopping(dataset, transform, config, stop):
+    unbroken = make_loader(dataset, transform, config)
+    take(unbroken, stop)
+    state = unbroken.get_state()
+    resumed = make_loader(dataset, transform, config)
+    resumed.set_state(state)
+    assert_equal(take(unbroken, 8), take(resumed, 8))
+
+
+def test_number_of_threads_changes_nothing(dataset, transform, config):
+    def batches(threads):
+        data = dataclasses.replace(config.data, num_threads=threads, prefetch=threads)
+        return take(make_loader(dataset, transform, dataclasses.replace(config, data=data)), 8)
+
+    assert_equal(batches(0), batches(4))
+
+
+def test_shards_put_together_are_the_batch_of_one_process(dataset, transform, config):
+    whole = take(make_loader(dataset, transform, config), 4)
+    shards = [take(make_loader(dataset, transform, config, index, 3), 4) for index in range(3)]
+    for number, batch in enumerate(whole):
+        parts = [shard[number] for shard in shards]
+        assert_equal(batch, jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts))
+
+
+def test_evaluation_visits_every_frame_once_in_order_and_masks_the_filling(dataset, transform, config):
+    batches = list(eval_batches(dataset, transform, config))
+    frames = learnable(dataset)
+    assert len(batches) == -(-len(frames) // 6)
+    assert all(len(batch.actions) == 6 for batch in batches)
+    visited = np.concatenate([frames_in(batch, dataset) for batch in batches])
+    np.testing.assert_array_equal(visited[: len(frames)], frames)
+    learnt = np.concatenate([batch.step_mask.any(1) for batch in batches])
+    np.testing.assert_array_equal(learnt, np.arange(len(learnt)) < len(frames))
+
+
+def recorded(root, valid, fps=5, features=FEATURES):
+    with LeRobotWriter(root, fps, "tabletop", features) as writer:
+        values = episode(0) | {"valid": np.array(valid, np.float32)[:, None]}
+        writer.add_episode({name: values[name] for name in features}, "reach")
+    return LeRobotDataset(root)
+
+
+def test_chunks_count_up_to_their_first_invalid_step(transform, config, tmp_path):
+    dataset = recorded(tmp_path / "data", [1, 1, 0, 0, 1, 1, 0, 0, 1])  # frames 0, 1, 4, 5 and 8 begin with a valid one
+    (batch,) = eval_batches(dataset, transform, config)
+    top = dataset.frames("observation.images.top")
+    np.testing.assert_array_equal(batch.observation.images["top"][:5], top[[0, 1, 4, 5, 8]])
+    np.testing.assert_array_equal(
+        batch.step_mask, [[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
+    )
+
+
+def test_without_a_column_of_validity_all_steps_count(transform, config, tmp_path):
+    features = {name: feature for name, feature in FEATURES.items() if name != "valid"}
+    dataset = recorded(tmp_path / "data", np.zeros(9), features=features)
+    batches = list(eval_batches(dataset, transform, config))
+    assert sum(batch.step_mask.sum() for batch in batches) == 6 * 4 + 3 + 2 + 1
+
+
+def test_dataset_of_another_robot_is_refused(dataset, transform, config, tmp_path):
+    with pytest.raises(ValueError, match="20 frames a second; tabletop acts at 5"):
+        make_loader(recorded(tmp_path / "fast", np.ones(9), fps=20), transform, config)
+    without = {name: feature for name, feature in FEATURES.items() if name != "observation.images.tool"}
+    with pytest.raises(ValueError, match=r"lacks video \['observation\.images\.tool'\]"):
+        make_loader(recorded(tmp_path / "blind", np.ones(9), features=without), transform, config)
+    with pytest.raises(ValueError, match="nothing to learn"):
+        make_loader(recorded(tmp_path / "invalid", np.zeros(9)), transform, config)
+    with pytest.raises(ValueError, match="batch of 6 cannot be divided for process 0 of 4"):
+        make_loader(dataset, transform, config, 0, 4)

@@ -1,0 +1,223 @@
+"""Transforms: the way back undoes the way in, prompts see the robot's own dimensions, bad observations are refused."""
+
+import dataclasses
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from pi0_jax.batch import Observation
+from pi0_jax.data.normalize import compute_stats, normalize_values
+from pi0_jax.data.robots import get_robot
+from pi0_jax.data.tokenizer import Tokenizer, discretize
+from pi0_jax.data.transform import (
+    Transform,
+    chain,
+    check_observation,
+    identity,
+    make_transform,
+    resize_with_pad,
+    to_observation,
+)
+
+ROBOT = get_robot("tabletop")
+
+
+@pytest.fixture(scope="module")
+def stats(dataset):
+    return compute_stats(dataset)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(dataset):
+    return Tokenizer.train(dataset.tasks, 512)
+
+
+@pytest.fixture
+def policy(config):
+    return config.policy
+
+
+@pytest.fixture
+def sample():
+    rng = np.random.default_rng(0)
+    images = {camera: rng.integers(0, 256, (48, 48, 3), dtype=np.uint8) for camera in ("top", "tool")}
+    return {
+        "images": images,
+        "state": rng.normal(size=6).astype(np.float32),
+        "prompt": "reach the red block",
+        "actions": rng.normal(size=(4, 3)).astype(np.float32),
+    }
+
+
+def with_model(policy, **changes):
+    return dataclasses.replace(policy, model=dataclasses.replace(policy.model, **changes))
+
+
+def test_chain_runs_forwards_in_order_and_inverses_in_reverse():
+    add = Transform(lambda s: {"x": s["x"] + 1}, lambda s: {"x": s["x"] - 1})
+    double = Transform(lambda s: {"x": s["x"] * 2}, lambda s: {"x": s["x"] / 2})
+    both = chain(add, identity, double)
+    assert both.forward({"x": 3}) == {"x": 8}
+    assert both.inverse({"x": 8}) == {"x": 3}
+
+
+@pytest.mark.parametrize("mode", ["zscore", "quantile"])
+@pytest.mark.parametrize("variant", ["pi0", "pi05"])
+def test_inverse_returns_what_forward_was_given(policy, stats, tokenizer, sample, mode, variant):
+    policy = dataclasses.replace(with_model(policy, variant=variant, prompt_length=64), normalization=mode)
+    transform = make_transform(policy, ROBOT, stats, tokenizer)
+    ready = transform.forward(sample)
+    assert ready["actions"].shape == (4, 8)
+    back = transform.inverse({"state": ready["state"], "actions": ready["actions"]})
+    np.testing.assert_allclose(back["actions"], sample["actions"], atol=1e-6)
+    np.testing.assert_allclose(back["state"], sample["state"], atol=1e-6)
+    assert transform.inverse({"actions": ready["actions"]})["actions"].shape == (4, 3)
+
+
+def test_forward_leaves_its_input_as_it_was(policy, stats, tokenizer, sample):
+    before = {key: np.copy(value) for key, value in sample.items() if key != "images"}
+    make_transform(policy, ROBOT, stats, tokenizer).forward(sample)
+    for key, value in before.items():
+        np.testing.assert_array_equal(sample[key], value)
+    assert sorted(sample) == ["actions", "images", "prompt", "state"]
+
+
+def test_observation_is_ready_for_the_model(policy, stats, tokenizer, sample):
+    observation = to_observation(make_transform(policy, ROBOT, stats, tokenizer).forward(sample))
+    assert isinstance(observation, Observation)
+    assert observation.state.dtype == np.float32
+    np.testing.assert_array_equal(observation.state[6:], 0)
+    np.testing.assert_array_equal(
+        observation.state[:6], normalize_values(sample["state"], stats["state"], "zscore").astype(np.float32)
+    )
+    np.testing.assert_array_equal(observation.images["top"], sample["images"]["top"])
+    assert observation.image_masks["tool"]
+    assert observation.prompt.shape == observation.prompt_mask.shape == (16,)
+
+
+def test_batch_is_transformed_as_its_samples_are(policy, stats, tokenizer, sample):
+    policy = with_model(policy, variant="pi05", prompt_length=64, cameras=("tool", "wrist"))
+    transform = make_transform(policy, ROBOT, stats, tokenizer)
+    other = sample | {"state": sample["state"] + 1, "prompt": "push the blue ball"}
+    batch = {key: np.stack([sample[key], other[key]]) for key in ("state", "actions")}
+    batch["prompt"] = np.array([sample["prompt"], other["prompt"]], object)
+    batch["images"] = {camera: np.stack([image, image]) for camera, image in sample["images"].items()}
+    together = to_observation(transform.forward(batch))
+    for i, one in enumerate((sample, other)):
+        alone = to_observation(transform.forward(one))
+        for field in ("state", "prompt", "prompt_mask"):
+            np.testing.assert_array_equal(getattr(together, field)[i], getattr(alone, field))
+        for camera in policy.model.cameras:
+            np.testing.assert_array_equal(together.images[camera][i], alone.images[camera])
+            np.testing.assert_array_equal(together.image_masks[camera][i], alone.image_masks[camera])
+
+
+def test_pi05_prompt_holds_the_normalised_state_of_the_robots_own_dimensions(policy, stats, tokenizer, sample):
+    policy = with_model(policy, variant="pi05", prompt_length=64)
+    ready = make_transform(policy, ROBOT, stats, tokenizer).forward(sample)
+    bins = discretize(normalize_values(sample["state"], stats["state"], "zscore"))
+    assert len(bins) == 6
+    expected, _ = tokenizer.encode_prompt(
+        sample["prompt"], 64, normalize_values(sample["state"], stats["state"], "zscore")
+    )
+    np.testing.assert_array_equal(ready["prompt"], expected)
+    changed = make_transform(policy, ROBOT, stats, tokenizer).forward(sample | {"state": sample["state"] + 1})
+    assert (changed["prompt"] != ready["prompt"]).any()
+
+
+def test_camera_that_the_robot_lacks_is_black_and_masked(policy, stats, tokenizer, sample):
+    transform = make_transform(with_model(policy, cameras=("wrist", "top")), ROBOT, stats, tokenizer)
+    observation = to_observation(transform.forward(sample))
+    assert list(observation.images) == ["wrist", "top"]
+    assert not observation.images["wrist"].any()
+    assert not observation.image_masks["wrist"]
+    assert observation.image_masks["top"]
+
+
+def test_image_of_the_right_size_passes_untouched():
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    assert resize_with_pad(image, 32) is image
+
+
+@pytest.mark.parametrize(("height", "width"), [(30, 60), (61, 33), (100, 100), (7, 5)])
+def test_resizing_keeps_the_aspect_and_pads_with_black(height, width):
+    image = np.full((height, width, 3), 200, np.uint8)
+    out = resize_with_pad(image, 32)
+    ratio = max(height, width) / 32
+    rows, columns = int(height / ratio), int(width / ratio)
+    top, left = (32 - rows) // 2, (32 - columns) // 2
+    expected = np.zeros((32, 32, 3), np.uint8)
+    expected[top : top + rows, left : left + columns] = 200
+    np.testing.assert_array_equal(out, expected)
+
+
+def test_resizing_interpolates_as_pillow_does():
+    image = np.random.default_rng(0).integers(0, 256, (2, 40, 40, 3), dtype=np.uint8)
+    expected = np.asarray(PIL.Image.fromarray(image[1]).resize((16, 16), PIL.Image.Resampling.BILINEAR))
+    np.testing.assert_array_equal(resize_with_pad(image, 16)[1], expected)
+
+
+def test_valid_observation_passes_in_all_accepted_forms(sample):
+    raw = {key: sample[key] for key in ("images", "state", "prompt")}
+    floats = {camera: image / 255 for camera, image in raw["images"].items()}
+    checked = check_observation(
+        {"images": floats, "state": raw["state"].astype(np.float64).tolist(), "prompt": np.array(raw["prompt"])}, ROBOT
+    )
+    for camera, image in raw["images"].items():
+        np.testing.assert_array_equal(checked["images"][camera], (255 * (image / 255)).astype(np.uint8))
+    np.testing.assert_array_equal(checked["state"], raw["state"])
+    assert checked["prompt"] == raw["prompt"]
+    same = check_observation(raw, ROBOT)
+    assert same["images"]["top"] is raw["images"]["top"]
+
+
+def changed(**changes):
+    example = ROBOT.example()
+    images = example["images"] | changes.pop("images", {})
+    images = {name: image for name, image in images.items() if image is not None}
+    return example | {"images": images} | changes
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({"image": 0}, r"lacks \['images', 'prompt', 'state'\]; it has \['image'\]"),
+        (changed(images={"top": None}), r"lacks cameras \['top'\]; it has \['tool'\]"),
+        (changed(images={"top": None, "topp": 0}), "'topp' is perhaps 'top'"),
+        (changed(images={"side": 0}), r"has cameras \['side'\] that tabletop has not"),
+        (changed() | {"images": np.zeros((48, 48, 3))}, "expected a dict by camera"),
+        (changed(images={"top": np.zeros((3, 48, 48), np.uint8)}), r"np\.moveaxis"),
+        (changed(images={"top": np.zeros((1, 48, 48, 3), np.uint8)}), r"expected \(height, width, 3\)"),
+        (changed(images={"top": np.zeros((48, 48, 3), np.int64)}), "of type int64; expected uint8"),
+        (changed(images={"top": np.full((48, 48, 3), 200.0)}), "Send uint8 for values up to 255"),
+        (changed(images={"top": np.full((48, 48, 3), np.nan)}), r"floats are expected in \[0, 1\]"),
+        (changed(state=np.zeros(5)), r"shape \(5,\); expected \(6,\): tool_x, tool_y"),
+        (changed(state=np.zeros((1, 6))), r"shape \(1, 6\)"),
+        (changed(state=np.array([0, np.nan, 0, 0, 0, np.inf])), r"NaN or infinite in \['tool_y', 'command_z'\]"),
+        (changed(state="here"), "expected 6 numbers"),
+        (changed(prompt="  "), "expected the instruction"),
+        (changed(prompt=None), "came as None"),
+    ],
+)
+def test_broken_observation_is_refused_and_says_why(raw, message):
+    with pytest.raises(ValueError, match=message):
+        check_observation(raw, ROBOT)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"action_dim": 4}, r"Raise `model\.action_dim`"),
+        ({"cameras": ("base_0_rgb",)}, r"Name at least one of the robot's in `model\.cameras`"),
+        ({"vocab_size": 100}, r"Raise `model\.vocab_size`"),
+    ],
+)
+def test_model_that_does_not_fit_the_robot_is_refused(policy, stats, tokenizer, changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_transform(with_model(policy, **changes), ROBOT, stats, tokenizer)
+
+
+def test_statistics_of_another_robot_are_refused(policy, stats, tokenizer):
+    with pytest.raises(ValueError, match="'state' have 3 dimensions; the robot has 6"):
+        make_transform(policy, ROBOT, stats | {"state": stats["actions"]}, tokenizer)
