@@ -44,15 +44,13 @@ config = TrainConfig(
         ),
         robot="tabletop",
     ),
-    flow=FlowConfig(samples_per_observation=2, mask_padded_dims=True),
-    optim=OptimConfig(
-        name="muon", peak_lr=4e-3, end_lr=4e-5, warmup_steps=100, weight_decay=1e-4, ema_decay=0.998
-    ),
+    flow=FlowConfig(beta_alpha=2.5, samples_per_observation=4, mask_padded_dims=True),
+    optim=OptimConfig(name="muon", peak_lr=4e-3, end_lr=4e-5, warmup_steps=100, weight_decay=1e-4, ema_decay=0.998),
     augment=AugmentConfig(square_symmetries=True),
     data=DataConfig(path="data/tabletop", validation_path="data/tabletop-validation"),
     run_dir="runs/tabletop",
     batch_size=32,
-    num_steps=3000,
+    num_steps=3200,
     validate_every=500,
     save_every=500,
 )

@@ -27,7 +27,21 @@ _HOME = {
 }
 """Public name to the module that has it."""
 
-__all__ = sorted(_HOME)
+__all__ = [
+    "PI0",
+    "PI05",
+    "Batch",
+    "FlowConfig",
+    "ModelConfig",
+    "Observation",
+    "Policy",
+    "PolicyConfig",
+    "TrainConfig",
+    "VelocityNetwork",
+    "integrate",
+    "loss",
+    "sample_actions",
+]
 
 if TYPE_CHECKING:
     from pi0_jax.batch import Batch, Observation

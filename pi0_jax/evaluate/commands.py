@@ -113,9 +113,7 @@ def infer(args: Infer) -> None:
     if args.observation is not None and not args.observation.is_file():
         load_observation(args.observation)  # fails before the weights are read
     changes = {
-        name: value
-        for name in ("num_steps", "solver", "execute_steps")
-        if (value := getattr(args, name)) is not None
+        name: value for name in ("num_steps", "solver", "execute_steps") if (value := getattr(args, name)) is not None
     }
     policy = Policy.load(args.run, **changes)
     if args.write_example is not None:

@@ -71,9 +71,7 @@ def write_report(
         "success_by_steps": {steps: _rates(rollout)["all"] for steps, rollout in rollouts.items()},
         "success_when_told_another_object": _rates(distracted)["all"],
         "chunk_error": errors,
-        "latency_ms_a_call": {
-            steps: float(np.median(rollout.seconds) * 1000) for steps, rollout in rollouts.items()
-        },
+        "latency_ms_a_call": {steps: float(np.median(rollout.seconds) * 1000) for steps, rollout in rollouts.items()},
         "batch_size": main.batch_size,
         "episodes": num_episodes,
         "seed": seed,
@@ -161,11 +159,7 @@ def _page(run, policy, figures, metrics, main: Rollout, points, observation, tra
     ]
     if metrics:
         sections.append(("Training", _loss_plot(metrics), _training_text(train, metrics)))
-    body = "\n".join(
-        f"<section><h2>{title}</h2>{f'<img src={_data(picture, "image/svg+xml")!r} alt={title!r}>' if picture else ''}"
-        f"<div>{text}</div></section>"
-        for title, picture, text in sections
-    )
+    body = "\n".join(_section(*section) for section in sections)
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{html.escape(Path(run).name)}: {_percent(overall)} success</title>
@@ -184,9 +178,15 @@ footer {{ margin-top: 3rem; font-size: .85rem; color: {GREY} }}
 episodes, 95 % interval {overall["low"]:.1%} to {overall["high"]:.1%}, {STEPS[0]} Euler steps.</p>
 {body}
 <footer>{variant}, cameras {", ".join(model.cameras)}, chunks of {model.action_horizon} actions of which
-{policy.config.execute_steps} are executed; evaluation seed {figures["seed"]}; {figures["device"]}, JAX {figures["jax"]}.
-Made by pi0_jax. The figures are in <code>report.json</code>.</footer></html>
+{policy.config.execute_steps} are executed; evaluation seed {figures["seed"]}; {figures["device"]}, JAX
+{figures["jax"]}. Made by pi0_jax. The figures are in <code>report.json</code>.</footer></html>
 """
+
+
+def _section(title: str, picture: bytes | None, text: str) -> str:
+    source = "" if picture is None else _data(picture, "image/svg+xml")
+    image = f'<img src="{source}" alt="{title}">' if source else ""
+    return f"<section><h2>{title}</h2>{image}<div>{text}</div></section>"
 
 
 def _percent(rate: dict[str, float]) -> str:

@@ -1,0 +1,427 @@
+"""Checkpoints: one folder a step, written by training and conversion, read by training and inference.
+
+    <run>/checkpoints/<step>/
+        params/        the weights to run (their moving average where that is on), the PyTree item {"params": tree},
+                       which openpi reads too
+        train_state/   what only training needs: step, live weights (with a moving average), optimizer state
+        data_state/    iterator.json: how far the data iterator got
+        assets/        config.json, norm_stats.json, tokenizer.model: plain files for people and programs
+
+Running a policy takes `params` and `assets` and nothing from the repository. Orbax (v0 API) writes a step under a
+temporary name, in a background thread, and renames it when it is complete: a folder with a step's name is whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import gc
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cattrs
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint.checkpoint_args import register_with_handler
+
+from pi0_jax.config import PolicyConfig, TrainConfig
+
+FORMAT_VERSION = 1
+"""Of the folder's layout and of config.json; raised when old readers would misread new checkpoints."""
+
+_CONVERTER = cattrs.Converter(forbid_extra_keys=True)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used: foreign, incomplete, damaged, or of another model. The message says which."""
+
+
+class Assets(NamedTuple):
+    """What a policy needs besides weights."""
+
+    policy: PolicyConfig
+    norm_stats: dict[str, Any] | None
+    """The JSON object of `norm_stats.json`; None for weights that belong to no data set yet."""
+    tokenizer: bytes | None
+    """A SentencePiece model file; None where the user has to bring it."""
+    train: TrainConfig | None = None
+    """The experiment that made the weights; None for converted ones."""
+
+
+class _FilesHandler(ocp.CheckpointHandler):
+    """Lets Orbax write plain files as an item, so that they become part of a step all or nothing."""
+
+    def save(self, directory, args: _WriteFiles):
+        for name, content in args.files.items():
+            (directory / name).write_bytes(content)
+
+    def restore(self, directory, args=None) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+@register_with_handler(_FilesHandler, for_save=True, for_restore=True)
+@dataclasses.dataclass
+class _WriteFiles(ocp.args.CheckpointArgs):
+    files: dict[str, bytes]
+
+
+class CheckpointWriter:
+    """Saves checkpoints of one run in the background; errors of a save surface at the next call of any method."""
+
+    def __init__(self, run_dir: str | Path, keep: int):
+        """Opens `<run_dir>/checkpoints` and removes what a killed run left half-written there.
+
+        Args:
+            run_dir: the run's folder; made if missing.
+            keep: number of newest checkpoints to keep; older ones go once a newer one is complete.
+
+        Raises:
+            ValueError: `keep` below 1.
+            OSError: the folder cannot be made.
+        """
+        if keep < 1:
+            raise ValueError(f"keep_checkpoints is {keep}; a run keeps at least 1 checkpoint.")
+        self.folder = Path(run_dir).expanduser().absolute() / "checkpoints"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._keep = keep
+        self._remove_unfinished()
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            save_root_metadata=False,
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+        )
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, *_):
+        with self._explained():
+            self._manager.close()
+
+    def reserve(self, nbytes: int):
+        """Checks, before training starts, that the disk holds all checkpoints that the run will keep.
+
+        The newest is written before the oldest goes, so one more than `keep` has to fit.
+
+        Raises:
+            OSError: too little free space.
+        """
+        _require_space(self.folder, max(1, self._keep + 1 - len(_steps(self.folder))) * nbytes)
+
+    def save(self, step: int, params, assets: Assets, train_state=None, data_state: dict[str, Any] | None = None):
+        """Starts to save a step, and returns once the arrays are safe from changes (donation included).
+
+        Args:
+            step: number of updates made.
+            params: the weights to run.
+            assets: the policy's plain files.
+            train_state: any PyTree that `restore_train_state` shall give back; None for weights only.
+            data_state: JSON state of the data iterator.
+
+        Raises:
+            OSError: this save, or the one before it, cannot be written; complete checkpoints stay as they are.
+        """
+        items = {"params": ocp.args.PyTreeSave({"params": params}), "assets": _WriteFiles(_asset_files(assets))}
+        if train_state is not None:
+            items["train_state"] = ocp.args.PyTreeSave(train_state)
+        if data_state is not None:
+            items["data_state"] = _WriteFiles({"iterator.json": _to_json(data_state)})
+        with self._explained():
+            self._manager.wait_until_finished()
+            _require_space(self.folder, tree_bytes((params, train_state)))
+            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+
+    def check(self):
+        """Raises OSError if a save in the background has failed; costs nothing otherwise."""
+        with self._explained():
+            self._manager.check_for_errors()
+
+    def wait(self):
+        """Waits until the last save is complete. Raises OSError if it failed."""
+        with self._explained():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turns whatever a writer thread raised into one OSError, and frees the disk of the half-written step."""
+        try:
+            yield
+        except Exception as error:
+            self._remove_unfinished()
+            code = re.search(r"os_error_code='(\d+)'", str(error))
+            number = int(code[1]) if code else getattr(error, "errno", None) or errno.EIO
+            last = latest_step(self.folder)
+            kept = "no complete checkpoint exists yet" if last is None else f"{self.folder / str(last)} is complete"
+            reason = os.strerror(number) if code else error
+            raise OSError(number, f"could not save a checkpoint under {self.folder}: {reason}; {kept}") from error
+
+    def _remove_unfinished(self):
+        for path in self.folder.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def restore_params(path: str | Path, like=None, *, dtype=None, sharding: jax.sharding.Sharding | None = None):
+    """Reads the weights to run.
+
+    Args:
+        path: anything that `resolve` takes.
+        like: tree of arrays or `jax.ShapeDtypeStruct`s that the weights have to match; its dtypes are used.
+        dtype: dtype to cast to on the way in; None: that of `like`, or else the stored one.
+        sharding: where to put all of them; None: where the leaves of `like` say, or else on the first device.
+
+    Returns:
+        A tree of `jax.Array`s.
+
+    Raises:
+        FileNotFoundError: no such path.
+        CheckpointError: foreign, incomplete or damaged folder, or weights unlike `like`.
+    """
+    folder = resolve(path) / "params"
+    stored = _stored_tree(folder)
+    if "params" not in stored:
+        raise CheckpointError(f"{folder} does not hold weights under the key `params`; it has {sorted(stored)}.")
+    first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def wanted(x):
+        own = None if like is None else x.sharding
+        return jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=sharding or own or first)
+
+    tree = jax.tree.map(wanted, stored["params"] if like is None else like)
+    return _restore(folder, stored, {"params": tree})["params"]
+
+
+def restore_train_state(path: str | Path, like):
+    """Reads what `CheckpointWriter.save` was given as `train_state`.
+
+    Args:
+        path: anything that `resolve` takes.
+        like: tree of `jax.ShapeDtypeStruct`s with shardings; restored into them, on however many devices.
+
+    Raises:
+        FileNotFoundError: no such path.
+        CheckpointError: a checkpoint of weights only, a damaged one, or another tree than `like`.
+    """
+    folder = resolve(path) / "train_state"
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder.parent} holds weights only, so training cannot resume from it. "
+            f"Start a new run from its weights: --init-from {folder.parent}"
+        )
+    return _restore(folder, _stored_tree(folder), like)
+
+
+def load_assets(path: str | Path) -> Assets:
+    """Reads the policy's configuration, statistics and tokenizer.
+
+    Raises:
+        FileNotFoundError: no such path.
+        CheckpointError: foreign, incomplete or damaged folder, or one of another format version.
+    """
+    folder = resolve(path) / "assets"
+    config = _read_json(folder / "config.json")
+    version = config.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{folder / 'config.json'} has format version {version}, and this pi0_jax reads {FORMAT_VERSION}. "
+            "Use the version of pi0_jax that wrote it."
+        )
+    try:
+        policy = _CONVERTER.structure(config["policy"], PolicyConfig)
+        train = config["train"] and _CONVERTER.structure(config["train"] | {"policy": config["policy"]}, TrainConfig)
+    except (KeyError, cattrs.BaseValidationError) as error:
+        problems = [repr(error)] if isinstance(error, KeyError) else cattrs.transform_error(error, path="config")
+        raise CheckpointError(f"{folder / 'config.json'} does not fit this version: {'; '.join(problems)}") from error
+    with _damage_explained(folder):
+        files = {name: (folder / name).read_bytes() for name in config["files"]}
+        stats = files.get("norm_stats.json")
+        return Assets(policy, stats and json.loads(stats), files.get("tokenizer.model"), train)
+
+
+def load_data_state(path: str | Path) -> dict[str, Any]:
+    """Reads the state of the data iterator.
+
+    Raises:
+        FileNotFoundError: no such path.
+        CheckpointError: the checkpoint has none, or a damaged one.
+    """
+    return _read_json(resolve(path) / "data_state" / "iterator.json")
+
+
+def latest_step(folder: str | Path) -> int | None:
+    """Number of the newest complete checkpoint of a run folder or `checkpoints` folder; None if there is none."""
+    folder = Path(folder).expanduser()
+    return max(_steps(folder / "checkpoints") + _steps(folder), default=None)
+
+
+def resolve(path: str | Path) -> Path:
+    """The step folder that `path` means.
+
+    Args:
+        path: a run folder or its `checkpoints` folder (the newest step is taken), or a step folder.
+
+    Raises:
+        FileNotFoundError: no such path.
+        CheckpointError: something else, or an incomplete checkpoint; the message says what it looks like.
+    """
+    path = Path(path).expanduser().absolute()
+    if not path.exists():
+        nearest = next(p for p in path.parents if p.exists())
+        inside = ", ".join(sorted(p.name for p in nearest.iterdir())[:8]) if nearest.is_dir() else "a file"
+        raise FileNotFoundError(f"no checkpoint at {path}: it does not exist. {nearest} has: {inside or 'nothing'}")
+    for folder in (path / "checkpoints", path):
+        if steps := _steps(folder):
+            path = folder / str(steps[-1])
+            break
+    if (path / "assets" / "config.json").is_file() and (path / "params").is_dir():
+        return path
+    raise CheckpointError(_diagnosis(path))
+
+
+def tree_bytes(tree) -> int:
+    """Bytes of all arrays (or `ShapeDtypeStruct`s) of a tree, over all devices, each counted once."""
+    return sum(x.size * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
+
+
+def _steps(folder: Path) -> list[int]:
+    """Numbers of the complete steps in a folder, ascending."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdecimal() and p.is_dir())
+
+
+def _require_space(folder: Path, nbytes: int):
+    free = shutil.disk_usage(folder).free
+    if free < nbytes:
+        raise OSError(
+            errno.ENOSPC,
+            f"the disk of {folder} has {free / 1e9:.2f} GB free and the run's checkpoints need {nbytes / 1e9:.2f} GB. "
+            "Free some, choose another --run-dir, or lower --keep-checkpoints",
+        )
+
+
+def _asset_files(assets: Assets) -> dict[str, bytes]:
+    train = None
+    if assets.train is not None:
+        train = _CONVERTER.unstructure(assets.train)
+        train.pop("policy")
+    files = {}
+    if assets.norm_stats is not None:
+        files["norm_stats.json"] = _to_json(assets.norm_stats)
+    if assets.tokenizer is not None:
+        files["tokenizer.model"] = assets.tokenizer
+    config = {
+        "format_version": FORMAT_VERSION,
+        "files": list(files),
+        "policy": _CONVERTER.unstructure(assets.policy),
+        "train": train,
+    }
+    return files | {"config.json": _to_json(config)}
+
+
+def _to_json(value) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    with _damage_explained(path.parent):
+        return json.loads(path.read_bytes())
+
+
+def _stored_tree(folder: Path) -> dict[str, Any]:
+    """Names, shapes and dtypes of a stored tree."""
+    with _damage_explained(folder):
+        return ocp.PyTreeCheckpointHandler().metadata(epath.Path(folder)).tree
+
+
+def _restore(folder: Path, stored, like):
+    """Reads a tree into the shardings of `like`, or says how the stored one differs."""
+    have, want = ({_name(path): x.shape for path, x in jax.tree.leaves_with_path(tree)} for tree in (stored, like))
+    problems = {
+        "missing": [name for name in want if name not in have],
+        "unexpected": [name for name in have if name not in want],
+        "of another shape": [f"{n} {have[n]} for {want[n]}" for n in want if n in have and have[n] != want[n]],
+    }
+    if any(problems.values()):
+        lines = [f"  {kind} ({len(names)}): {_shortened(names)}" for kind, names in problems.items() if names]
+        raise CheckpointError(f"{folder} does not fit this model:\n" + "\n".join(lines))
+    arguments = jax.tree.map(
+        lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding, dtype=x.dtype, global_shape=x.shape), like
+    )
+    with _damage_explained(folder):
+        return ocp.PyTreeCheckpointHandler().restore(
+            epath.Path(folder), args=ocp.args.PyTreeRestore(item=like, restore_args=arguments)
+        )
+
+
+def _name(path) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _shortened(names: list[str], most: int = 12) -> str:
+    return ", ".join(names[:most]) + (f", and {len(names) - most} more" if len(names) > most else "")
+
+
+@contextlib.contextmanager
+def _damage_explained(folder: Path) -> Iterator[None]:
+    """Turns whatever Orbax raises over missing or broken files into one CheckpointError that names the file."""
+    hook = sys.unraisablehook
+    try:
+        yield
+    except Exception as error:
+        # Orbax leaves its unfinished coroutines to the garbage collector, which would print each one's traceback.
+        sys.unraisablehook = lambda _: None
+        gc.collect()
+        chain = str(error) + str(error.__cause__)
+        files = [f for f in re.findall(r'"(/[^"]+)"', chain) if not Path(f).is_dir()]
+        where = f" ({files[-1]})" if files else ""
+        raise CheckpointError(
+            f"{folder} is damaged or incomplete{where}: {str(error).splitlines()[0][:200]}. {_before(folder.parent)}"
+        ) from error
+    finally:
+        sys.unraisablehook = hook
+
+
+def _before(step: Path) -> str:
+    """A sentence that names the checkpoint to fall back to."""
+    older = [s for s in _steps(step.parent) if step.name.isdecimal() and s < int(step.name)]
+    return f"The checkpoint before it is {step.parent / str(older[-1])}." if older else "There is none before it."
+
+
+_FOREIGN = {
+    ".safetensors": "PyTorch weights (openpi-PyTorch or LeRobot)",
+    ".npz": "big_vision weights (PaliGemma)",
+    ".pt": "pickled PyTorch weights, which nobody should load; save them as safetensors",
+    ".bin": "pickled PyTorch weights, which nobody should load; save them as safetensors",
+}
+
+
+def _diagnosis(path: Path) -> str:
+    """Why a folder is no checkpoint of ours, and what to do."""
+    names = {p.name for p in path.iterdir()} if path.is_dir() else set()
+    if "orbax-checkpoint-tmp" in path.name:
+        return f"{path} is a save that never finished; use a step folder beside it."
+    if "checkpoints" in names or path.name == "checkpoints":
+        return f"{path} has no complete checkpoint yet."
+    if path.parent.name == "checkpoints" and path.name.isdecimal():
+        absent = "assets/config.json" if "params" in names else "params"
+        return f"{path} is incomplete: {absent} is missing. {_before(path)}"
+    if (path / "meta" / "info.json").exists():
+        return f"{path} is a data set, not a checkpoint; it belongs in --data.path."
+    endings = {Path(name).suffix for name in names | {path.name}}
+    kinds = [kind for ending, kind in _FOREIGN.items() if ending in endings]
+    if "params" in names or "_METADATA" in names:
+        kinds.append("an openpi checkpoint")
+    if kinds:
+        return f"{path} looks like {kinds[0]}. Convert it first: python -m pi0_jax.convert --help"
+    inside = ", ".join(sorted(names)[:8]) or "nothing"
+    return f"{path} is not a pi0_jax checkpoint (params/ and assets/config.json); it has: {inside}."

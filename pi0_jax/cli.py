@@ -1,0 +1,133 @@
+"""The command line: `pi0 train`, `pi0 infer`, `pi0 report`, `pi0 record`. Each command is imported when it is called.
+
+What a user can cause is printed as one message without a traceback, and the exit code is 1; a mistyped command or flag
+gives 2, a signal 128 + its number. PI0_TRACEBACK=1 shows tracebacks too, PI0_LOG=debug more of the log.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import logging
+import os
+import re
+import runpy
+import sys
+import traceback
+from pathlib import Path
+
+import tyro
+from tqdm import tqdm
+
+from pi0_jax.config import TrainConfig
+
+COMMANDS = {
+    "train": "train a policy: pi0 train configs/tabletop.py --batch-size 64",
+    "infer": "run a policy on an observation or in a simulator: pi0 infer runs/tabletop --env tabletop",
+    "report": "evaluate a run in closed loop and write its report: pi0 report runs/tabletop",
+    "record": "record demonstrations in the tabletop simulator: pi0 record data/tabletop",
+}
+USAGE = "usage: pi0 COMMAND ...\n\n" + "\n".join(f"  {name:8} {text}" for name, text in COMMANDS.items())
+USAGE += "\n\npi0 COMMAND --help says more."
+
+
+def main(args: list[str] | None = None) -> int:
+    """Runs a command line and returns its exit code.
+
+    Args:
+        args: the command and its arguments; None: those of the process.
+    """
+    args = sys.argv[1:] if args is None else args
+    if not args or args[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if args else 2
+    command, rest = args[0], args[1:]
+    if command not in COMMANDS:
+        close = difflib.get_close_matches(command, COMMANDS, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        print(f"pi0: there is no command {command!r}.{hint}\n\n{USAGE}", file=sys.stderr)
+        return 2
+    _set_up_logging()
+    try:
+        if command == "train":
+            return _train(rest)
+        commands = importlib.import_module("pi0_jax.evaluate.commands")
+        arguments = tyro.cli(getattr(commands, command.capitalize()), args=rest, prog=f"pi0 {command}")
+        getattr(commands, command)(arguments)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if os.environ.get("PI0_TRACEBACK") or not _is_for_the_user(error):
+            raise
+        print(f"\npi0 {command}: {re.sub(r'^.Errno -?[0-9]+. ', '', str(error))}", file=sys.stderr)
+        return getattr(error, "exit_code", 1)
+    return 0
+
+
+def load_config(path: str | Path) -> TrainConfig:
+    """Executes a Python file and returns its `config`.
+
+    Raises:
+        FileNotFoundError: no such file; the message lists those beside it.
+        ValueError: the file fails, defines no `config`, or one of another type.
+    """
+    path = Path(path)
+    if not path.is_file():
+        folder = path.parent if path.parent.is_dir() else Path("configs")
+        names = sorted(str(p) for p in folder.glob("*.py"))
+        close = difflib.get_close_matches(str(folder / f"{path.stem}.py"), names, n=1)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        raise FileNotFoundError(f"there is no config {path}. {folder} has: {', '.join(names) or 'none'}.{hint}")
+    try:
+        namespace = runpy.run_path(str(path))
+    except Exception as error:
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+        where = f"line {lines[-1]} of {path}" if lines else str(path)
+        raise ValueError(f"{where} fails with {type(error).__name__}: {error}") from error
+    config = namespace.get("config")
+    if not isinstance(config, TrainConfig):
+        found = "defines no `config`" if config is None else f"has a `config` of type {type(config).__name__}"
+        raise ValueError(f"{path} {found}; it has to end in `config = TrainConfig(...)`. See configs/tabletop.py.")
+    return config
+
+
+def _train(args: list[str]) -> int:
+    """`pi0 train CONFIG`: the file's config, with fields set anew by flags."""
+    if not args or args[0].startswith("-"):
+        text = "usage: pi0 train CONFIG [--FIELD VALUE ...]\n\n  pi0 train configs/tabletop.py --optim.peak-lr 3e-4\n\n"
+        print(text + "CONFIG is a Python file that defines `config`; pi0 train CONFIG --help lists its fields.")
+        return 0 if args[:1] in (["-h"], ["--help"]) else 2
+    path, *overrides = args
+    config = load_config(path)
+    example = f"Fields of {path}, which flags set anew: pi0 train {path} --optim.peak-lr 3e-4 --batch-size 64"
+    config = tyro.cli(TrainConfig, default=config, args=overrides, prog=f"pi0 train {path}", description=example)
+    from pi0_jax.training.loop import run
+
+    run(config)
+    return 0
+
+
+def _is_for_the_user(error: Exception) -> bool:
+    """Whether the message says it all: an error that our own code raised on purpose, or one of the system."""
+    if isinstance(error, OSError) or hasattr(error, "exit_code"):
+        return True
+    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+    return isinstance(error, (ValueError, FloatingPointError)) and Path(__file__).parent in Path(raised_in).parents
+
+
+class _AboveTheBar(logging.Handler):
+    """Writes to stderr, above a progress bar if there is one."""
+
+    def emit(self, record: logging.LogRecord):
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def _set_up_logging():
+    log = logging.getLogger("pi0_jax")
+    log.handlers = [_AboveTheBar()]
+    log.setLevel(os.environ.get("PI0_LOG", "info").upper())
+    log.propagate = False
+    # Orbax and its event loop print the tracebacks of errors that reach the user as exceptions anyway.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -1,0 +1,42 @@
+"""Ctrl-C and SIGTERM: finish the step, save, and say so; a second one quits at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+
+
+class Interrupted(Exception):
+    """The run was asked to stop and has saved its state. `exit_code` is the shell's 128 + signal: 130 or 143."""
+
+    def __init__(self, message: str, number: int):
+        super().__init__(message)
+        self.exit_code = 128 + number
+
+
+class StopRequest:
+    """A context in which SIGINT and SIGTERM set `number` and let the program go on to its next safe point.
+
+    Outside the main thread, where Python allows no handlers, it does nothing.
+    """
+
+    number: int | None = None
+
+    def __enter__(self) -> StopRequest:
+        self._before = {}
+        if threading.current_thread() is threading.main_thread():
+            self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _frame):
+        if self.number is not None:
+            os.write(sys.stderr.fileno(), b"\nquitting at once; --resume continues from the last complete checkpoint\n")
+            os._exit(128 + number)
+        self.number = number
+        os.write(sys.stderr.fileno(), b"\nfinishing this step and saving; once more to quit at once\n")

@@ -1,0 +1,130 @@
+"""Numbers of a run: `metrics.jsonl`, TensorBoard event files, and the progress line on the terminal.
+
+`metrics.jsonl` has one row for each update, and one for each validation; `step` counts updates, so the row of step n is
+the n-th update and a checkpoint n holds its result. Floats are written so that they read back exactly.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from pathlib import Path
+
+import jax
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from pi0_jax.training.step import Metrics
+
+FILE = "metrics.jsonl"
+_MUST_BE_FINITE = ("loss", "grad_norm", "param_norm")
+_log = logging.getLogger(__name__)
+
+
+class Diverged(FloatingPointError):
+    """A loss or a norm became NaN or infinite; the message names the step and the number."""
+
+
+class Reporter:
+    """Reports the updates of one run, each one update late, so that the device never waits for the host."""
+
+    def __init__(self, run_dir: Path, *, start: int, num_steps: int, batch_size: int, log_every: int):
+        """Opens the files of a run.
+
+        Args:
+            run_dir: the run's folder.
+            start: updates made so far; rows of later ones, from a run that was killed, are dropped.
+            num_steps: updates at the end of the run.
+            batch_size: samples an update, for the rate.
+            log_every: updates between lines on the terminal and points in TensorBoard.
+        """
+        drop_rows_after(run_dir / FILE, start)
+        self._rows = (run_dir / FILE).open("a", buffering=1)
+        self._events = SummaryWriter(str(run_dir), purge_step=start + 1 if start else None, max_queue=1000)
+        self._bar = tqdm(total=num_steps, initial=start, unit="step", dynamic_ncols=True, disable=None)
+        self._batch_size, self._log_every = batch_size, log_every
+        self._pending: tuple[int, Metrics] | None = None
+        self._since = (start, time.monotonic())
+
+    def __enter__(self) -> Reporter:
+        return self
+
+    def __exit__(self, *_):
+        self._bar.close()
+        self._rows.close()
+        self._events.close()
+
+    def push(self, step: int, metrics: Metrics):
+        """Takes the metrics of an update that may still be running, and reports the update before it.
+
+        Raises:
+            Diverged: that one was not finite.
+        """
+        self.flush()
+        self._pending = (step, metrics)
+
+    def flush(self):
+        """Waits for the update that was pushed last and reports it.
+
+        Raises:
+            Diverged: it was not finite.
+        """
+        if self._pending is None:
+            return
+        step, metrics = self._pending
+        self._pending = None
+        values = {name: float(value) for name, value in sorted(jax.device_get(metrics).items())}
+        self._write_row(step, values)
+        for name in _MUST_BE_FINITE:
+            if not math.isfinite(values[name]):
+                raise Diverged(f"training diverged: {name} is {values[name]} at step {step}")
+        if step % self._log_every == 0 or step == self._bar.total:
+            self._show(step, values)
+        self._bar.update(step - self._bar.n)
+
+    def write(self, step: int, values: dict[str, float]):
+        """Adds a row of other numbers, such as the validation loss, and shows it."""
+        self._write_row(step, values)
+        self._plot(step, values)
+        _log.info("step %d: %s", step, _text(values))
+
+    def _show(self, step: int, values: dict[str, float]):
+        before, then = self._since
+        self._since = (step, time.monotonic())
+        seconds = max(self._since[1] - then, 1e-9) / max(step - before, 1)
+        shown = {name: values[name] for name in ("loss", "grad_norm")} | {"samples/s": self._batch_size / seconds}
+        self._plot(step, values | {"samples_per_second": shown["samples/s"]})
+        self._bar.set_postfix_str(_text(shown), refresh=False)
+        if self._bar.disable:
+            left = time.strftime("%H:%M:%S", time.gmtime(seconds * (self._bar.total - step)))
+            _log.info("step %d of %d: %s, left %s", step, self._bar.total, _text(shown), left)
+
+    def _write_row(self, step: int, values: dict[str, float]):
+        self._rows.write(json.dumps({"step": step} | values) + "\n")
+
+    def _plot(self, step: int, values: dict[str, float]):
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+
+
+def drop_rows_after(path: Path, step: int):
+    """Removes rows of later steps, and a last row cut short, so that a resumed run reads as if never stopped."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError):
+            continue
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept))
+    os.replace(temporary, path)
+
+
+def _text(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in values.items())

@@ -1,0 +1,126 @@
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from pi0_jax.data.normalize import stats_to_json
+from pi0_jax.inference.policy import Policy
+from tests.policies import STATS, TINY, save_tiny_checkpoint
+
+
+@pytest.fixture(scope="module")
+def policy(checkpoint_folder):
+    return Policy.load(checkpoint_folder)
+
+
+@pytest.fixture
+def observation(policy):
+    rng = np.random.default_rng(0)
+    example = policy.robot.example()
+    images = {name: rng.integers(0, 256, image.shape, np.uint8) for name, image in example["images"].items()}
+    return example | {"images": images, "state": rng.normal(size=6).astype(np.float32) / 10}
+
+
+def test_a_chunk_has_the_horizon_and_the_robots_dimensions(policy, observation):
+    chunk = policy.infer(observation)
+    assert chunk.shape == (TINY.model.action_horizon, 3)
+    assert chunk.dtype == np.float32
+    np.testing.assert_array_equal(chunk, policy.infer(observation))
+    assert np.abs(chunk - policy.infer(observation, seed=1)).max() > 0
+
+
+def test_a_chunk_does_not_depend_on_the_rest_of_the_batch(policy, observation):
+    other = observation | {"state": -observation["state"], "prompt": "push the blue ball onto the yellow circle"}
+    keys = jax.random.split(jax.random.key(0), 3)
+    together = policy.infer_batch([observation, other, observation], keys)
+    for i, raw in enumerate([observation, other, observation]):
+        np.testing.assert_allclose(together[i], policy.infer_batch([raw], keys[i : i + 1])[0], atol=1e-6)
+
+
+def test_a_loaded_policy_equals_the_saved_one_from_the_step_folder_too(policy, checkpoint_folder, observation):
+    from_step = Policy.load(checkpoint_folder / "checkpoints" / "3")
+    np.testing.assert_array_equal(from_step.infer(observation), policy.infer(observation))
+
+
+def test_denoising_ends_at_the_chunk(policy, observation):
+    points = policy.denoise(observation, num_steps=5)
+    assert points.shape == (6, TINY.model.action_horizon, 3)
+    keys = jax.random.key(0)[None]
+    np.testing.assert_allclose(points[-1], policy.infer_batch([observation], keys, num_steps=5)[0], atol=1e-6)
+
+
+def test_a_second_call_compiles_nothing(policy, observation):
+    policy.infer(observation)
+    before = Policy._sample._cache_size()
+    policy.infer(observation | {"prompt": "reach the red block"}, seed=5)
+    assert Policy._sample._cache_size() == before
+
+
+def test_steps_and_solver_can_be_chosen_at_loading(checkpoint_folder, observation, policy):
+    other = Policy.load(checkpoint_folder, num_steps=7, solver="heun")
+    assert np.abs(other.infer(observation) - policy.infer(observation)).max() > 0
+    with pytest.raises(ValueError, match="unknown solver 'eular'"):
+        Policy.load(checkpoint_folder, solver="eular")
+
+
+def test_bad_observations_are_refused_by_name(policy, observation):
+    images = observation["images"]
+    with pytest.raises(ValueError, match=r"lacks cameras \['tool'\].*'tol' is perhaps 'tool'"):
+        policy.infer(observation | {"images": {"top": images["top"], "tol": images["tool"]}})
+    with pytest.raises(ValueError, match=r"`state` has shape \(5,\)"):
+        policy.infer(observation | {"state": observation["state"][:5]})
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        policy.infer(observation | {"state": observation["state"] * np.nan})
+    with pytest.raises(ValueError, match="expected uint8"):
+        policy.infer(observation | {"images": images | {"top": images["top"].astype(np.int32)}})
+
+
+def test_statistics_of_another_robot_are_refused(tmp_path):
+    shorter = {"state": STATS["state"], "actions": type(STATS["actions"])(*(x[:2] for x in STATS["actions"]))}
+    run = save_tiny_checkpoint(tmp_path, norm_stats=stats_to_json(shorter))
+    with pytest.raises(ValueError, match="'actions' have 2 dimensions; the robot has 3: dx, dy, dz"):
+        Policy.load(run)
+
+
+def test_weights_without_statistics_are_refused(tmp_path):
+    run = save_tiny_checkpoint(tmp_path, norm_stats=None)
+    with pytest.raises(ValueError, match=r"holds weights but no norm_stats\.json"):
+        Policy.load(run)
+
+
+def test_missing_foreign_and_truncated_checkpoints_are_refused(tmp_path, checkpoint_folder):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        Policy.load(tmp_path / "nowhere")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "model.safetensors").touch()
+    with pytest.raises(ValueError, match="looks like PyTorch weights"):
+        Policy.load(tmp_path / "foreign")
+    broken = shutil.copytree(checkpoint_folder, tmp_path / "broken")
+    largest = max((broken / "checkpoints/3/params").rglob("d/*"), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:100])
+    with pytest.raises(ValueError, match="damaged"):
+        Policy.load(broken)
+
+
+def test_a_config_that_does_not_fit_the_weights_is_refused(tmp_path, checkpoint_folder):
+    run = shutil.copytree(checkpoint_folder, tmp_path / "run")
+    path = run / "checkpoints/3/assets/config.json"
+    content = json.loads(path.read_text())
+    content["policy"]["model"]["depth"] = 3
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="does not fit this model"):
+        Policy.load(run)
+    content["policy"]["model"]["deph"] = content["policy"]["model"].pop("depth")
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="deph"):
+        Policy.load(run)
+
+
+def test_pi05_writes_the_state_into_the_prompt(tmp_path, observation):
+    model = dataclasses.replace(TINY.model, variant="pi05", prompt_length=80)
+    config = dataclasses.replace(TINY, model=model, normalization="quantile")
+    run = save_tiny_checkpoint(tmp_path, policy=config)
+    assert Policy.load(run).infer(observation).shape == (TINY.model.action_horizon, 3)

@@ -1,0 +1,39 @@
+"""A tiny tabletop policy with random weights, for the tests of inference and evaluation."""
+
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from pi0_jax.checkpoint import Assets, CheckpointWriter
+from pi0_jax.config import DataConfig, PolicyConfig, TrainConfig
+from pi0_jax.data.normalize import NormStats, stats_to_json
+from pi0_jax.data.tokenizer import Tokenizer
+from pi0_jax.model.velocity import VelocityNetwork
+from pi0_jax.pi0 import init_params
+from tests.conftest import tiny_config
+
+STATS = {
+    "state": NormStats(*np.array([[0.0] * 6, [0.1] * 6, [-0.2] * 6, [0.2] * 6, [-0.3] * 6, [0.3] * 6])),
+    "actions": NormStats(*np.array([[0.01] * 3, [0.02] * 3, [-0.04] * 3, [0.04] * 3, [-0.04] * 3, [0.04] * 3])),
+}
+TINY = PolicyConfig(model=tiny_config(action_dim=8, vocab_size=512, prompt_length=14), robot="tabletop", num_steps=3)
+
+
+def tiny_params(config: PolicyConfig):
+    """Random parameters."""
+    network = VelocityNetwork(config.model)
+    return jax.jit(lambda key: nn.meta.unbox(init_params(network, key)))(jax.random.key(0))
+
+
+def save_tiny_checkpoint(run: Path, **changes) -> Path:
+    """Writes a run with one checkpoint, of step 3; `changes` replace parts of its assets."""
+    policy = changes.get("policy", TINY)
+    tokenizer = Tokenizer.train(["reach the red block", "push the blue ball onto the yellow circle"], 512)
+    train = TrainConfig(policy=policy, data=DataConfig(validation_path=None))
+    assets = Assets(policy, stats_to_json(STATS), tokenizer.model, train)._replace(**changes)
+    with CheckpointWriter(run, keep=1) as writer:
+        writer.save(3, tiny_params(policy), assets)
+        writer.wait()
+    return run

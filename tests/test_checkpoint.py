@@ -1,0 +1,242 @@
+"""What is saved comes back, nothing half-written is ever taken for a checkpoint, and every refusal says why."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pi0_jax import checkpoint
+from pi0_jax.checkpoint import Assets, CheckpointError, CheckpointWriter
+from pi0_jax.config import ModelConfig, PolicyConfig, TrainConfig
+
+STATS = {"norm_stats": {"state": {"mean": [0.1, 1 / 3], "std": [1.0, 2.0], "q01": None, "q99": None}}}
+TRAIN = TrainConfig(policy=PolicyConfig(model=ModelConfig(cameras=("a", "b"), variant="pi05")), num_steps=7)
+ASSETS = Assets(TRAIN.policy, STATS, b"\x00tokenizer\xff", TRAIN)
+
+
+class Moments(NamedTuple):
+    count: jax.Array
+    mu: dict
+    nothing: None = None
+
+
+def weights(seed=0, shape=(30, 40)):
+    return {"layer": {"w": jax.random.normal(jax.random.key(seed), shape)}, "b": jnp.full(5, seed, jnp.float32)}
+
+
+def train_state(seed=0):
+    return {"step": jnp.int32(seed), "opt_state": (Moments(jnp.int32(3), weights(seed + 100)), ())}
+
+
+def abstract(tree):
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
+def assert_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    with CheckpointWriter(folder, keep=2) as writer:
+        for step in (10, 20, 30):
+            writer.save(step, weights(step), ASSETS, train_state(step), {"position": step})
+    return folder
+
+
+@pytest.fixture
+def copy(run, tmp_path):
+    return shutil.copytree(run, tmp_path / "copy")
+
+
+def test_everything_comes_back_bit_for_bit(run):
+    assert_same(checkpoint.restore_params(run), weights(30))
+    state = checkpoint.restore_train_state(run, abstract(train_state()))
+    assert_same(state, train_state(30))
+    assert isinstance(state["opt_state"][0], Moments)
+    assert checkpoint.load_data_state(run) == {"position": 30}
+    assert checkpoint.load_assets(run) == ASSETS
+
+
+def test_only_the_newest_checkpoints_stay_and_a_folder_means_its_newest(run):
+    folder = run / "checkpoints"
+    assert sorted(p.name for p in folder.iterdir()) == ["20", "30"]
+    assert checkpoint.latest_step(run) == checkpoint.latest_step(folder) == 30
+    assert checkpoint.resolve(run) == checkpoint.resolve(folder) == checkpoint.resolve(folder / "30") == folder / "30"
+    assert_same(checkpoint.restore_params(folder / "20"), weights(20))
+
+
+def test_assets_are_plain_files(run):
+    assets = run / "checkpoints" / "30" / "assets"
+    assert sorted(p.name for p in assets.iterdir() if p.name != "commit_success.txt") == [
+        "config.json",
+        "norm_stats.json",
+        "tokenizer.model",
+    ]
+    assert '"variant": "pi05"' in (assets / "config.json").read_text()
+
+
+def test_weights_can_be_cast_on_the_way_in(run):
+    params = checkpoint.restore_params(run, dtype=jnp.bfloat16)
+    assert_same(params, jax.tree.map(lambda x: x.astype(jnp.bfloat16), weights(30)))
+
+
+def test_weights_alone_make_a_checkpoint_that_training_refuses_to_resume(tmp_path):
+    with CheckpointWriter(tmp_path, keep=1) as writer:
+        writer.save(0, weights(1), Assets(TRAIN.policy, None, None))
+    assert_same(checkpoint.restore_params(tmp_path), weights(1))
+    assert checkpoint.load_assets(tmp_path) == Assets(TRAIN.policy, None, None, None)
+    with pytest.raises(CheckpointError, match=r"weights only.*--init-from"):
+        checkpoint.restore_train_state(tmp_path, abstract(train_state()))
+
+
+def test_changing_or_donating_the_arrays_after_save_changes_nothing_on_disk(tmp_path):
+    bump = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
+    params = {"w": jnp.zeros(1_000_000)}
+    with CheckpointWriter(tmp_path, keep=1) as writer:
+        writer.save(1, params, ASSETS)
+        for _ in range(20):
+            params = bump(params)
+        jax.block_until_ready(params)
+    assert_same(checkpoint.restore_params(tmp_path), {"w": jnp.zeros(1_000_000)})
+
+
+def test_a_tree_that_does_not_fit_is_refused_with_all_differences(run):
+    like = weights()
+    like["extra"] = like.pop("b")
+    like["layer"]["w"] = jnp.zeros((30, 41))
+    with pytest.raises(CheckpointError, match="fit this model") as caught:
+        checkpoint.restore_params(run, abstract(like))
+    message = str(caught.value)
+    assert "missing (1): extra" in message.replace("params/", "")
+    assert "unexpected (1): b" in message.replace("params/", "")
+    assert "layer/w (30, 40) for (30, 41)" in message
+
+
+@pytest.mark.parametrize("damage", ["delete", "truncate"])
+def test_a_damaged_file_is_either_harmless_or_named_with_the_checkpoint_before_it(run, copy, damage):
+    step = copy / "checkpoints" / "30"
+    refusals = []
+    for original in sorted((run / "checkpoints" / "30").rglob("*")):
+        if not original.is_file():
+            continue
+        file = step / original.relative_to(run / "checkpoints" / "30")
+        content = file.read_bytes()
+        file.unlink() if damage == "delete" else file.write_bytes(content[: len(content) // 2])
+        try:
+            assert_same(checkpoint.restore_params(step), weights(30))
+            assert_same(checkpoint.restore_train_state(step, abstract(train_state())), train_state(30))
+            assert checkpoint.load_assets(step)._replace(tokenizer=None) == ASSETS._replace(tokenizer=None)
+        except CheckpointError as error:
+            refusals.append(str(error))
+        file.write_bytes(content)
+    assert len(refusals) >= 8
+    assert all(str(step) in message and str(step.parent / "20") in message for message in refusals)
+    assert_same(checkpoint.restore_params(step), weights(30))
+
+
+def test_a_failed_save_surfaces_at_the_next_call_and_harms_nothing(tmp_path):
+    big = {"w": jax.random.normal(jax.random.key(0), (500_000,))}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with CheckpointWriter(tmp_path, keep=1) as writer:
+        writer.save(1, weights(1), ASSETS, train_state(1))
+        writer.wait()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        try:
+            writer.save(2, big, ASSETS)
+            with pytest.raises(OSError, match=r"could not save.*1 is complete"):
+                writer.wait()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["1"]
+        writer.save(3, weights(3), ASSETS, train_state(3))
+    assert_same(checkpoint.restore_params(tmp_path), weights(3))
+
+
+def test_too_little_disk_is_noticed_before_anything_is_written(tmp_path):
+    with CheckpointWriter(tmp_path, keep=2) as writer:
+        writer.reserve(1000)
+        with pytest.raises(OSError, match=r"GB free.*--keep-checkpoints"):
+            writer.reserve(10**18)
+
+
+def test_an_output_folder_that_cannot_be_made_is_an_os_error(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        CheckpointWriter(tmp_path / "file" / "run", keep=1)
+
+
+def test_a_save_killed_midway_leaves_the_checkpoint_before_it(tmp_path):
+    program = f"""
+        import jax.numpy as jnp, os, sys
+        sys.path.insert(0, {os.getcwd()!r})
+        from tests import test_checkpoint as t
+        writer = t.CheckpointWriter({str(tmp_path)!r}, keep=1)
+        writer.save(1, t.weights(1), t.ASSETS, t.train_state(1), {{}})
+        writer.wait()
+        writer.save(2, {{"w": jnp.arange(30_000_000.0)}}, t.ASSETS, t.train_state(2), {{}})
+        os.kill(os.getpid(), {int(signal.SIGKILL)})
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    folder = tmp_path / "checkpoints"
+    assert any("tmp" in p.name for p in folder.iterdir())
+    assert checkpoint.latest_step(tmp_path) == 1
+    assert_same(checkpoint.restore_params(tmp_path), weights(1))
+    with pytest.raises(CheckpointError, match="never finished"):
+        checkpoint.restore_params(next(p for p in folder.iterdir() if "tmp" in p.name))
+    CheckpointWriter(tmp_path, keep=1)
+    assert [p.name for p in folder.iterdir()] == ["1"]
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("model.safetensors", "PyTorch weights"),
+        ("weights.npz", "big_vision"),
+        ("model.pt", "safetensors"),
+        ("params/_METADATA", "openpi checkpoint.*convert"),
+        ("meta/info.json", "data set.*--data.path"),
+        ("checkpoints/metadata", "no complete checkpoint yet"),
+        ("notes.txt", r"not a pi0_jax checkpoint.*notes\.txt"),
+    ],
+)
+def test_a_folder_that_is_not_ours_is_named_for_what_it_is(tmp_path, file, message):
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).touch()
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.restore_params(tmp_path)
+
+
+def test_a_missing_path_lists_what_is_there_instead(run):
+    with pytest.raises(FileNotFoundError, match=r"31.*20, 30"):
+        checkpoint.restore_params(run / "checkpoints" / "31")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"format_version": 1', '"format_version": 2', "format version 2"),
+        ('"depth": 18', '"depht": 18', r"depht.*config\.model"),
+        ('"pi05"', '"pi06"', "pi06"),
+    ],
+)
+def test_a_config_of_another_version_is_refused(copy, old, new, message):
+    file = copy / "checkpoints" / "30" / "assets" / "config.json"
+    file.write_text(file.read_text().replace(old, new))
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.load_assets(copy)

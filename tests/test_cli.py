@@ -1,0 +1,139 @@
+"""The command line teaches, refuses with suggestions, and shows a user's mistake as one message."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pi0_jax import cli
+from pi0_jax.config import TrainConfig
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def configs(tmp_path, monkeypatch) -> Path:
+    """A folder `configs` in the working directory, with one config."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "configs"
+    folder.mkdir()
+    (folder / "good.py").write_text("from pi0_jax.config import TrainConfig\nconfig = TrainConfig(batch_size=16)\n")
+    return folder
+
+
+@pytest.fixture
+def trained(monkeypatch) -> list[TrainConfig]:
+    """The configs that `pi0 train` would have run."""
+    import pi0_jax.training.loop
+
+    calls: list[TrainConfig] = []
+    monkeypatch.setattr(pi0_jax.training.loop, "run", calls.append)
+    return calls
+
+
+def test_flags_override_the_fields_of_the_file(configs, trained):
+    arguments = ["--optim.peak-lr", "3e-4", "--policy.model.cameras", "a", "b", "--optim.ema-decay", "None", "--resume"]
+    assert cli.main(["train", "configs/good.py", *arguments]) == 0
+    (config,) = trained
+    assert (config.batch_size, config.optim.peak_lr, config.resume) == (16, 3e-4, True)
+    assert config.policy.model.cameras == ("a", "b")
+    assert config.optim.ema_decay is None
+
+
+def test_a_mistyped_flag_is_refused_with_a_suggestion_and_exit_code_2(configs, trained, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["train", "configs/good.py", "--optim.peek-lr", "3e-4"])
+    assert stopped.value.code == 2
+    assert "--optim.peak-lr" in capsys.readouterr().err
+    assert not trained
+
+
+def test_help_shows_the_configs_own_defaults_and_an_example(configs, trained, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["train", "configs/good.py", "--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    assert "(default: 16)" in text
+    assert "usage: pi0 train configs/good.py" in text
+    assert "--optim.peak-lr 3e-4" in text
+
+
+@pytest.mark.parametrize(("args", "code"), [([], 2), (["--help"], 0), (["train"], 2), (["train", "--help"], 0)])
+def test_usage_names_the_commands_with_an_example_each(args, code, capsys):
+    assert cli.main(args) == code
+    assert "pi0 train configs/tabletop.py" in capsys.readouterr().out
+
+
+def test_a_mistyped_command_is_refused_with_a_suggestion(capsys):
+    assert cli.main(["trian"]) == 2
+    assert "Did you mean 'train'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x = 1\n", "defines no `config`"),
+        ("config = 3\n", "of type int"),
+        ("\n\nconfig = undefined\n", "line 3 of .*NameError"),
+        ("config = (\n", "SyntaxError"),
+    ],
+)
+def test_a_file_that_is_no_config_is_refused_with_the_reason(configs, text, message):
+    (configs / "bad.py").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        cli.load_config("configs/bad.py")
+
+
+def test_a_missing_config_lists_those_that_exist_and_the_closest(configs):
+    with pytest.raises(FileNotFoundError, match=r"configs has: configs/good\.py\. Did you mean configs/good\.py"):
+        cli.load_config("configs/goood.py")
+
+
+def test_all_shipped_configs_load():
+    for path in (ROOT / "configs").glob("*.py"):
+        assert isinstance(cli.load_config(path), TrainConfig)
+
+
+def test_a_users_mistake_is_one_message_and_a_traceback_only_on_request(configs, monkeypatch, capsys):
+    arguments = ["train", "configs/good.py", "--data.path", "nowhere", "--run-dir", "run"]
+    monkeypatch.delenv("PI0_TRACEBACK", raising=False)
+    assert cli.main(arguments) == 1
+    error = capsys.readouterr().err
+    assert "nowhere" in error
+    assert "Traceback" not in error
+    assert "Errno" not in error
+    monkeypatch.setenv("PI0_TRACEBACK", "1")
+    with pytest.raises(FileNotFoundError):
+        cli.main(arguments)
+
+
+def test_an_error_of_ours_keeps_its_traceback(configs, monkeypatch):
+    import pi0_jax.training.loop
+
+    monkeypatch.setattr(pi0_jax.training.loop, "run", lambda config: int("a bug"))
+    with pytest.raises(ValueError, match="a bug"):
+        cli.main(["train", "configs/good.py"])
+
+
+@pytest.mark.parametrize(("error", "code"), [("KeyboardInterrupt()", 130), ("Interrupted('stopped', 15)", 143)])
+def test_a_signal_gives_the_shells_exit_code(configs, monkeypatch, error, code):
+    import pi0_jax.training.loop
+    from pi0_jax.training.interrupt import Interrupted
+
+    def run(config):
+        raise eval(error, {"Interrupted": Interrupted})
+
+    monkeypatch.setattr(pi0_jax.training.loop, "run", run)
+    assert cli.main(["train", "configs/good.py"]) == code
+
+
+def test_train_py_is_the_same_command(configs):
+    done = subprocess.run(
+        [sys.executable, ROOT / "train.py", "configs/absent.py"], capture_output=True, text=True, cwd=configs.parent
+    )
+    assert done.returncode == 1
+    assert "configs/good.py" in done.stderr
+    assert "Traceback" not in done.stderr

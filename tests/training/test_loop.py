@@ -1,0 +1,173 @@
+"""A run that is stopped in any way and resumed reads as if it had never stopped, and every stop says what to do."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pickle
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from pi0_jax import checkpoint
+from pi0_jax.config import DataConfig, OptimConfig, PolicyConfig, TrainConfig
+from pi0_jax.data.tokenizer import Tokenizer
+from pi0_jax.training.interrupt import Interrupted
+from pi0_jax.training.loop import run
+from pi0_jax.training.metrics import Diverged, Reporter
+from tests.conftest import tiny_config
+from tests.data.conftest import write
+
+STEPS = 7
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> TrainConfig:
+    folder = tmp_path_factory.mktemp("loop")
+    model = tiny_config("pi0", cameras=("top",), action_dim=8, vocab_size=512, prompt_length=16)
+    return TrainConfig(
+        policy=PolicyConfig(model=model),
+        optim=OptimConfig(name="adamw", peak_lr=1e-3, warmup_steps=2, ema_decay=0.9),
+        data=DataConfig(str(write(folder / "data")), str(write(folder / "held_out", (5,)))),
+        run_dir=str(folder / "reference"),
+        batch_size=8,
+        num_steps=STEPS,
+        log_every=2,
+        validate_every=3,
+        save_every=4,
+        keep_checkpoints=5,
+    )
+
+
+@pytest.fixture(scope="module")
+def reference(config) -> Path:
+    """The last checkpoint of a run that never stopped."""
+    return run(config)
+
+
+@pytest.fixture
+def fresh(config, tmp_path) -> TrainConfig:
+    return dataclasses.replace(config, run_dir=str(tmp_path / "run"))
+
+
+def rows(run_dir: str | Path) -> list[dict]:
+    return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def at_step(monkeypatch, step: int, action):
+    """Calls `action` when the update `step` has been started."""
+    push = Reporter.push
+
+    def patched(self, number, metrics):
+        push(self, number, metrics)
+        if number == step:
+            action()
+
+    monkeypatch.setattr(Reporter, "push", patched)
+
+
+def test_every_checkpoint_holds_weights_optimizer_iterator_statistics_tokenizer_and_configuration(config, reference):
+    assert reference.name == str(STEPS)
+    assert sorted(int(p.name) for p in reference.parent.iterdir()) == [4, 7]
+    for step in reference.parent.iterdir():
+        assert {"params", "train_state", "data_state", "assets"} <= {p.name for p in step.iterdir()}
+        assets = checkpoint.load_assets(step)
+        assert assets.train == config
+        assert assets.tokenizer is not None
+        assert Tokenizer(assets.tokenizer).vocab_size <= 512
+        assert assets.norm_stats is not None
+        assert len(assets.norm_stats["norm_stats"]["actions"]["mean"]) == 3
+    steps = [row["step"] for row in rows(config.run_dir)]
+    assert steps == [1, 2, 3, 3, 4, 5, 6, 6, 7, 7]
+    assert {"loss", "grad_norm", "param_norm", "learning_rate"} < set(rows(config.run_dir)[0])
+
+
+def test_a_run_killed_at_any_step_resumes_to_the_same_rows(fresh, reference, tmp_path):
+    step = random.randrange(1, STEPS)
+    (tmp_path / "config").write_bytes(pickle.dumps(fresh))
+    program = f"""
+import os, pickle, signal
+from pathlib import Path
+import pytest
+from pi0_jax.training.loop import run
+from tests.training.test_loop import at_step
+at_step(pytest.MonkeyPatch(), {step}, lambda: os.kill(os.getpid(), signal.SIGKILL))
+run(pickle.loads(Path({str(tmp_path / "config")!r}).read_bytes()))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=Path(__file__).parents[2]
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    last = run(dataclasses.replace(fresh, resume=True))
+    assert rows(fresh.run_dir) == rows(reference.parents[1]), f"killed at step {step}"
+    same = jax.tree.map(np.array_equal, checkpoint.restore_params(last), checkpoint.restore_params(reference))
+    assert all(jax.tree.leaves(same))
+
+
+def test_ctrl_c_finishes_the_step_saves_and_says_so_and_resume_continues(fresh, reference, monkeypatch):
+    with monkeypatch.context() as patch:
+        at_step(patch, 5, lambda: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(Interrupted, match=r"step 5.*checkpoints/5.*--resume") as stopped:
+            run(fresh)
+    assert stopped.value.exit_code == 130
+    assert checkpoint.latest_step(fresh.run_dir) == 5
+    run(dataclasses.replace(fresh, resume=True))
+    assert rows(fresh.run_dir) == rows(reference.parents[1])
+
+
+def test_divergence_stops_with_step_number_and_last_good_checkpoint_and_saves_nothing_bad(fresh):
+    optim = dataclasses.replace(fresh.optim, peak_lr=1e12, warmup_steps=2, weight_decay=0.0)
+    with pytest.raises(Diverged, match=r"is (nan|inf) at step \d.*peak-lr"):
+        run(dataclasses.replace(fresh, optim=optim, save_every=1))
+    last = checkpoint.latest_step(fresh.run_dir)
+    assert last is not None
+    assert last < STEPS
+    for leaf in jax.tree.leaves(checkpoint.restore_params(fresh.run_dir)):
+        assert np.isfinite(leaf).all()
+
+
+def test_a_run_can_start_from_the_weights_and_tokenizer_of_another(fresh, reference):
+    still = dataclasses.replace(fresh.optim, peak_lr=1e-30, end_lr=1e-30, ema_decay=None, weight_decay=0.0)
+    last = run(dataclasses.replace(fresh, optim=still, init_from=str(reference), seed=1, num_steps=3))
+    pairs = zip(*(jax.tree.leaves(checkpoint.restore_params(p)) for p in (last, reference)), strict=True)
+    assert all(np.array_equal(a, b) for a, b in pairs)
+    assert checkpoint.load_assets(last).tokenizer == checkpoint.load_assets(reference).tokenizer
+
+
+def test_overwrite_starts_anew_but_deletes_nothing_before_the_data_is_known_to_be_good(config, fresh, reference):
+    shutil.copytree(config.run_dir, fresh.run_dir)
+    with pytest.raises(FileNotFoundError):
+        run(dataclasses.replace(fresh, overwrite=True, data=DataConfig("nowhere")))
+    assert checkpoint.latest_step(fresh.run_dir) == STEPS
+    assert run(dataclasses.replace(fresh, overwrite=True)).name == reference.name
+    assert rows(fresh.run_dir) == rows(reference.parents[1])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"save_every": 0}, "save_every is 0"),
+        ({"batch_size": 12}, "--batch-size 8"),
+        ({"num_steps": 2}, r"--optim\.warmup-steps"),
+        ({"policy": PolicyConfig(robot="tabletpo")}, "did you mean 'tabletop'"),
+        ({"init_from": "nowhere"}, "no checkpoint at"),
+    ],
+)
+def test_a_config_that_cannot_work_is_refused_before_anything_is_compiled(fresh, fields, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run(dataclasses.replace(fresh, **fields))
+
+
+def test_a_finished_run_resumes_to_its_end_at_once(config, reference):
+    before = rows(config.run_dir)
+    assert run(dataclasses.replace(config, resume=True)) == reference
+    assert rows(config.run_dir) == before
+    assert os.path.exists(reference)
