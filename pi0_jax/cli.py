@@ -1,4 +1,4 @@
-"""The command line: `pi0 train`, `pi0 infer`, `pi0 report`, `pi0 record`. Each command is imported when it is called.
+"""The command line: `pi0 train`, `pi0 infer` and the others in `COMMANDS`. Each is imported when it is called.
 
 What a user can cause is printed as one message without a traceback, and the exit code is 1; a mistyped command or flag
 gives 2, a signal 128 + its number. PI0_TRACEBACK=1 shows tracebacks too, PI0_LOG=debug more of the log.
@@ -24,6 +24,7 @@ from pi0_jax.config import TrainConfig
 COMMANDS = {
     "train": "train a policy: pi0 train configs/tabletop.py --batch-size 64",
     "infer": "run a policy on an observation or in a simulator: pi0 infer runs/tabletop --env tabletop",
+    "evaluate": "run a policy in closed loop: pi0 evaluate runs/tabletop --episodes 200 --seed 1",
     "report": "evaluate a run in closed loop and write its report: pi0 report runs/tabletop",
     "record": "record demonstrations in the tabletop simulator: pi0 record data/tabletop",
 }
@@ -124,10 +125,8 @@ class _AboveTheBar(logging.Handler):
 
 
 def _set_up_logging():
-    log = logging.getLogger("pi0_jax")
-    log.handlers = [_AboveTheBar()]
-    log.setLevel(os.environ.get("PI0_LOG", "info").upper())
-    log.propagate = False
+    logging.basicConfig(handlers=[_AboveTheBar()], format="%(message)s")
+    logging.getLogger("pi0_jax").setLevel(os.environ.get("PI0_LOG", "info").upper())
     # Orbax and its event loop print the tracebacks of errors that reach the user as exceptions anyway.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -102,6 +102,10 @@ class FlowConfig:
     chunks give that away. 1 is uniform."""
     samples_per_observation: int = 1
     """Draws of (noise, time) for each observation in a step; they share the prefix, so more draws cost little."""
+    mean_draw: bool = False
+    """Make one of the draws (x, t) = (0, 1) instead of a random one. There x is all noise and says nothing about the
+    actions, so the velocity is x minus their conditional mean, for any x; at x = 0 the network sees that mean without
+    the noise. A network that starts from random weights learns from it sooner which object the instruction means."""
     mask_padded_steps: bool = True
     """Leave steps after the episode's end out of the loss. openpi counts them: set False to match it."""
     mask_padded_dims: bool = False

@@ -58,6 +58,8 @@ def loss(
     b, horizon, dim = batch.actions.shape
     noise = jax.random.normal(noise_key, (b, draws, horizon, dim))
     time = sample_time(time_key, (b, draws), flow.time, flow.beta_alpha)
+    if flow.mean_draw:
+        noise, time = noise.at[:, 0].set(0.0), time.at[:, 0].set(1.0)
     x, velocity = interpolate(batch.actions[:, None], noise, time)
     predicted = network.apply({"params": params}, scale_images(batch.observation), x, time)
     value = flow_loss(

@@ -67,6 +67,19 @@ class Infer:
 
 
 @dataclasses.dataclass(frozen=True)
+class Evaluate(Infer):
+    """Runs a trained policy in closed loop in a simulator: the same as `pi0 infer RUN --env tabletop`.
+
+    Example:
+
+        pi0 evaluate runs/tabletop --episodes 200 --seed 1 --num-steps 10
+    """
+
+    env: str | None = "tabletop"
+    """Simulator to run in: tabletop."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Report:
     """Evaluates a run in closed loop and writes its report: one HTML file, with plots and videos inside."""
 
@@ -137,6 +150,10 @@ def infer(args: Infer) -> None:
     np.savez(output / "actions.npz", actions=actions, names=np.array(names))
     plot_chunk(actions, names, output / "actions.png", str(observation["prompt"]))
     print(f"{1000 * seconds:.1f} ms a chunk, after compilation; saved {output / 'actions.npz'} and actions.png")
+
+
+evaluate = infer
+"""Runs `pi0 evaluate`."""
 
 
 def _infer_in(suite, policy: Policy, args: Infer, output: Path) -> None:

@@ -33,6 +33,7 @@ class ImageEncoder(nn.Module):
         if c.stem_width:
             # Normalised, since objects on a plain table are a faint signal beside the position embedding.
             x = nn.gelu(layer_norm(x.dtype, "stem_norm")(self._patches(c.stem_width, c.stem_stride, "stem")(x)))
+            patch //= c.stem_stride
         x = self._patches(c.width, patch, "patch_embedding")(x)
         b, rows, columns, d = x.shape
         x = x.reshape(b, rows * columns, d)

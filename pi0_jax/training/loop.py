@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from flax.linen import meta
-from jaxtyping import Array
+from jaxtyping import Array, PRNGKeyArray
 
 from pi0_jax import checkpoint, pi0
 from pi0_jax.batch import Batch
 from pi0_jax.checkpoint import CheckpointWriter
-from pi0_jax.config import TrainConfig
+from pi0_jax.config import FlowConfig, TrainConfig
 from pi0_jax.data.augment import augment
 from pi0_jax.model.velocity import VelocityNetwork
 from pi0_jax.training import optimizer, sharding
@@ -36,7 +36,7 @@ class Program(NamedTuple):
 
     update: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
     """Donates the state that it is given."""
-    evaluate: Callable[[Any, Batch, Array], Array]
+    evaluate: Callable[[Any, Batch, PRNGKeyArray], tuple[Array, Metrics]]
     """Loss of given weights on a batch, with the noise and times of a key."""
     place: Callable[[Batch], Batch]
     """Puts a batch on the devices."""
@@ -80,11 +80,8 @@ def run(config: TrainConfig) -> Path:
     )
     _describe(mesh, shapes, placement, boxed, config)
 
-    def loss(params, batch, key, flow=config.flow):
-        return pi0.loss(network, params, batch, key, flow)
-
     update = make_update(
-        loss,
+        sharding.keep_batch_divided(mesh, functools.partial(_loss, network, config.flow)),
         functools.partial(
             augment, config=config.augment, robot=inputs.robot, stats=inputs.stats, mode=config.policy.normalization
         ),
@@ -97,24 +94,34 @@ def run(config: TrainConfig) -> Path:
     validation_flow = dataclasses.replace(config.flow, mask_padded_steps=True)
     program = Program(
         jax.jit(update, donate_argnums=0, out_shardings=(placement, None)),
-        jax.jit(lambda params, batch, key: loss(params, batch, key, validation_flow)[0]),
+        jax.jit(sharding.keep_batch_divided(mesh, functools.partial(_loss, network, validation_flow))),
         lambda batch: jax.device_put(batch, batch_placement),
     )
     if config.overwrite:
         delete_run(run_dir)
     with CheckpointWriter(run_dir, config.keep_checkpoints) as writer:
         writer.reserve(checkpoint.tree_bytes(shapes))
-        if source is not None:
+        if source is None:
+            params = _first_params(config, network, shapes.params)
+            state = jax.jit(start, out_shardings=placement)(params)
+        else:
             state = restore(source, shapes)
             inputs.loader.set_state(checkpoint.load_data_state(source))
-        else:
-            if config.init_from is not None:
-                params = checkpoint.restore_params(config.init_from, shapes.params)
-            else:
-                init = jax.jit(lambda key: meta.unbox(pi0.init_params(network, key)), out_shardings=placement.params)
-                params = init(jax.random.key(config.seed))
-            state = jax.jit(start, out_shardings=placement)(params)
         return _train(config, run_dir, state, program, inputs, writer)
+
+
+def _loss(network: VelocityNetwork, flow: FlowConfig, params, batch: Batch, key: PRNGKeyArray):
+    return pi0.loss(network, params, batch, key, flow)
+
+
+def _first_params(config: TrainConfig, network: VelocityNetwork, shapes):
+    """Weights of another checkpoint, or random ones, made where they will live."""
+    if config.init_from is not None:
+        return checkpoint.restore_params(config.init_from, shapes)
+    init = jax.jit(
+        lambda key: meta.unbox(pi0.init_params(network, key)), out_shardings=jax.tree.map(lambda x: x.sharding, shapes)
+    )
+    return init(jax.random.key(config.seed))
 
 
 def restore(folder: Path, shapes: TrainState) -> TrainState:
@@ -128,7 +135,8 @@ def validation_loss(program: Program, weights, batches: Iterator[Batch]) -> floa
     total, count = 0.0, 0
     for number, batch in enumerate(batches):
         steps = int(np.sum(batch.step_mask))
-        total += steps * float(program.evaluate(weights, program.place(batch), jax.random.key(number)))
+        value, _ = program.evaluate(weights, program.place(batch), jax.random.key(number))
+        total += steps * float(value)
         count += steps
     return total / max(count, 1)
 

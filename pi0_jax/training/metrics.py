@@ -6,15 +6,19 @@ the n-th update and a checkpoint n holds its result. Floats are written so that 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 from tqdm import tqdm
 
 from pi0_jax.training.step import Metrics
@@ -43,19 +47,23 @@ class Reporter:
         """
         drop_rows_after(run_dir / FILE, start)
         self._rows = (run_dir / FILE).open("a", buffering=1)
-        self._events = SummaryWriter(str(run_dir), purge_step=start + 1 if start else None, max_queue=1000)
+        self._events = EventsWriter(str(run_dir / "events"))
+        if start:  # makes TensorBoard drop later points, of a run that was killed
+            self._events.write_event(Event(step=start + 1, session_log=SessionLog(status=SessionLog.START)))
         self._bar = tqdm(total=num_steps, initial=start, unit="step", dynamic_ncols=True, disable=None)
         self._batch_size, self._log_every = batch_size, log_every
         self._pending: tuple[int, Metrics] | None = None
-        self._since = (start, time.monotonic())
+        self._since: tuple[int, float] | None = None
+        """Step and moment from which the rate is measured."""
 
     def __enter__(self) -> Reporter:
         return self
 
     def __exit__(self, *_):
         self._bar.close()
-        self._rows.close()
-        self._events.close()
+        with contextlib.suppress(OSError):  # every write was flushed, so an error has been raised before
+            self._rows.close()
+            self._events.close()
 
     def push(self, step: int, metrics: Metrics):
         """Takes the metrics of an update that may still be running, and reports the update before it.
@@ -77,6 +85,7 @@ class Reporter:
         step, metrics = self._pending
         self._pending = None
         values = {name: float(value) for name, value in sorted(jax.device_get(metrics).items())}
+        self._since = self._since or (step, time.monotonic())  # the first update compiles
         self._write_row(step, values)
         for name in _MUST_BE_FINITE:
             if not math.isfinite(values[name]):
@@ -90,24 +99,37 @@ class Reporter:
         self._write_row(step, values)
         self._plot(step, values)
         _log.info("step %d: %s", step, _text(values))
+        self._since = (step, time.monotonic())  # what took this long was no training
 
     def _show(self, step: int, values: dict[str, float]):
+        assert self._since is not None
         before, then = self._since
         self._since = (step, time.monotonic())
-        seconds = max(self._since[1] - then, 1e-9) / max(step - before, 1)
+        seconds = (self._since[1] - then) / (step - before) if step > before else math.nan
         shown = {name: values[name] for name in ("loss", "grad_norm")} | {"samples/s": self._batch_size / seconds}
         self._plot(step, values | {"samples_per_second": shown["samples/s"]})
         self._bar.set_postfix_str(_text(shown), refresh=False)
         if self._bar.disable:
-            left = time.strftime("%H:%M:%S", time.gmtime(seconds * (self._bar.total - step)))
+            left = tqdm.format_interval(seconds * (self._bar.total - step)) if step > before else "?"
             _log.info("step %d of %d: %s, left %s", step, self._bar.total, _text(shown), left)
 
     def _write_row(self, step: int, values: dict[str, float]):
-        self._rows.write(json.dumps({"step": step} | values) + "\n")
+        with self._explained():
+            self._rows.write(json.dumps({"step": step} | values) + "\n")
 
     def _plot(self, step: int, values: dict[str, float]):
-        for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+        summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
+        with self._explained():
+            self._events.write_event(Event(step=step, wall_time=time.time(), summary=summary))
+            self._events.flush()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            what = f"cannot write metrics to {self._rows.name}: {error.strerror}"
+            raise OSError(error.errno, f"{what}. Complete checkpoints stay; continue with --resume") from error
 
 
 def drop_rows_after(path: Path, step: int):

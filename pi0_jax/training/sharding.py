@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -102,6 +103,32 @@ def batch_sharding(mesh: Mesh, batch_size: int) -> NamedSharding:
             f"such as --batch-size {nearest}."
         )
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+
+
+def keep_batch_divided(mesh: Mesh, function: Callable) -> Callable:
+    """A function that calls linen modules, changed so that what they return stays divided along the batch.
+
+    Left to itself the compiler lets the placement of the weights spread: it gathers the whole batch on each device and
+    divides the width of the activations. Held to the batch it gathers weights, a layer at a time, as FSDP means it.
+    """
+    placement = NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+
+    def constrain(call, args, kwargs, _context):
+        return jax.tree.map(
+            lambda x: jax.lax.with_sharding_constraint(x, placement) if _has_batch(x, mesh) else x,
+            call(*args, **kwargs),
+        )
+
+    @functools.wraps(function)
+    def wrapped(*args, **kwargs):
+        with nn.intercept_methods(constrain):
+            return function(*args, **kwargs)
+
+    return function if mesh.size == 1 else wrapped
+
+
+def _has_batch(x, mesh: Mesh) -> bool:
+    return isinstance(x, jax.Array) and x.ndim >= 3 and x.shape[0] % mesh.size == 0
 
 
 def bytes_per_device(tree, placement) -> int:

@@ -50,7 +50,9 @@ class Harness:
         self.create = jax.jit(create, out_shardings=self.placement)
         self.update = jax.jit(
             step.make_update(
-                lambda params, batch, key: pi0.loss(network, params, batch, key, flow),
+                sharding.keep_batch_divided(
+                    self.mesh, lambda params, batch, key: pi0.loss(network, params, batch, key, flow)
+                ),
                 lambda key, batch: batch,
                 transform,
                 schedule,
@@ -66,11 +68,13 @@ class Harness:
         random = np.random.default_rng(0)
         return self.create(jax.tree.map(lambda x: 0.2 * random.standard_normal(x.shape, np.float32), self.shapes))
 
+    def place(self, batch: Batch) -> Batch:
+        return jax.device_put(batch, sharding.batch_sharding(self.mesh, len(batch.actions)))
+
     def run(self, current: state.TrainState, batches) -> tuple[state.TrainState, list[dict[str, float]]]:
         rows = []
         for batch in batches:
-            placed = jax.device_put(batch, sharding.batch_sharding(self.mesh, len(batch.actions)))
-            current, metrics = self.update(current, placed)
+            current, metrics = self.update(current, self.place(batch))
             rows.append({name: float(value) for name, value in metrics.items()})
         return current, rows
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import resource
+import struct
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tensorboardX.proto.event_pb2 import Event
 
 from pi0_jax.training.metrics import Diverged, Reporter, drop_rows_after
 
@@ -20,6 +24,7 @@ def rows(folder) -> list[dict]:
 
 
 def reporter(folder, start=0) -> Reporter:
+    folder.mkdir(exist_ok=True)
     return Reporter(folder, start=start, num_steps=10, batch_size=4, log_every=2)
 
 
@@ -33,7 +38,41 @@ def test_every_update_has_a_row_that_reads_back_exactly(tmp_path):
     assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4, 5, 5]
     np.testing.assert_array_equal([np.float32(row["loss"]) for row in rows(tmp_path)[:5]], losses)
     assert rows(tmp_path)[-1] == {"step": 5, "validation_loss": 1 / 3}
-    assert list(tmp_path.glob("events.out.tfevents.*"))
+
+
+def test_event_files_hold_the_same_numbers_and_mark_where_a_run_was_taken_up(tmp_path):
+    for start in (0, 2):
+        with reporter(tmp_path / str(start), start) as report:
+            for step in range(start + 1, start + 5):
+                report.push(step, metrics(step / 8))
+            report.flush()
+            report.write(start + 4, {"validation_loss": 0.5})
+    first, second = (events(tmp_path / str(start)) for start in (0, 2))
+    points = [(e.step, v.simple_value) for e in first for v in e.summary.value if v.tag == "loss"]
+    assert points == [(2, 0.25), (4, 0.5)]
+    assert [v.tag for v in first[-1].summary.value] == ["validation_loss"]
+    assert [e.step for e in second if e.HasField("session_log")] == [3]
+
+
+def events(folder: Path) -> list[Event]:
+    (file,) = folder.glob("events.out.tfevents.*")
+    content, found = file.read_bytes(), []
+    while content:  # length, its checksum, event, its checksum
+        (length,) = struct.unpack("Q", content[:8])
+        found.append(Event.FromString(content[12 : 12 + length]))
+        content = content[16 + length :]
+    return found
+
+
+def test_a_full_disk_is_named(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with reporter(tmp_path) as report:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+        try:
+            with pytest.raises(OSError, match=r"cannot write metrics to .*metrics\.jsonl: .*--resume"):
+                report.write(1, {"validation_loss": 1.0})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_an_update_is_reported_when_the_next_one_is_pushed(tmp_path):
@@ -75,4 +114,4 @@ def test_without_a_terminal_there_are_lines_in_the_log(tmp_path, caplog):
     assert [record.message.split(", samples/s")[0] for record in caplog.records] == [
         "step 2 of 10: loss 0.5, grad_norm 2"
     ]
-    assert "left 00:00:0" in caplog.text
+    assert "left 00:0" in caplog.text

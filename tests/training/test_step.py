@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import flax.linen as nn
 import jax
@@ -25,11 +26,14 @@ def changed(**fields) -> OptimConfig:
     return dataclasses.replace(OPTIM, **fields)
 
 
-def test_eight_devices_give_the_losses_of_one():
-    config, mesh = tiny_config("pi0"), MeshConfig(data=2, fsdp=4)
+FSDP = {"mesh": MeshConfig(data=2, fsdp=4), "devices": 8}
+
+
+def test_eight_devices_give_the_losses_of_one_with_a_quarter_of_the_state_each():
+    config = tiny_config("pi0")
     arguments = {"optim": changed(name="muon"), "flow": FlowConfig(samples_per_observation=2)}
-    batches = [random_batch(config, 16, seed) for seed in range(5)]
-    one, eight = harness(config, **arguments), harness(config, mesh=mesh, devices=8, **arguments)
+    batches = [random_batch(config, 40, seed) for seed in range(5)]
+    one, eight = harness(config, **arguments), harness(config, **FSDP, **arguments)
     (_, single), (state, divided) = one.run(one.start(), batches), eight.run(eight.start(), batches)
     for a, b in zip(single, divided, strict=True):
         np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)
@@ -37,11 +41,21 @@ def test_eight_devices_give_the_losses_of_one():
 
     held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
     assert held == sharding.bytes_per_device(state, eight.placement)
-    assert held < (1.1 / mesh.fsdp) * sum(x.nbytes for x in jax.tree.leaves(state))
+    assert held < 0.28 * sum(x.nbytes for x in jax.tree.leaves(state))
+
+
+def test_devices_exchange_weights_and_not_activations():
+    config, size = tiny_config("pi0", cameras=("top",)), 40
+    eight = harness(config, **FSDP)
+    program = eight.update.lower(eight.start(), eight.place(random_batch(config, size))).compile().as_text()
+    exchanged = re.findall(r"f32\[([\d,]+)\][^=]* (?:all-gather|all-reduce|reduce-scatter)\(", program)
+    shapes = {tuple(map(int, shape.split(","))) for shape in exchanged}
+    assert (16, 4, 8) in shapes  # one layer's query weights of the action expert
+    assert not [shape for shape in shapes if shape[0] == size and len(shape) > 2]
 
 
 def test_all_parts_of_the_state_are_divided_alike():
-    eight = harness(tiny_config("pi0"), mesh=MeshConfig(2, 4), devices=8, optim=changed(name="muon"))
+    eight = harness(tiny_config("pi0"), **FSDP, optim=changed(name="muon"))
     specs = {
         jax.tree_util.keystr(path): placement.spec
         for path, placement in jax.tree.leaves_with_path(eight.placement)
