@@ -17,7 +17,7 @@ demo: data/tabletop/meta/info.json data/tabletop-validation/meta/info.json
 	$(BIN)/pi0 report $(RUN)
 
 test: $(VENV)/dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 check: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -193,7 +193,7 @@ def restore_params(path: str | Path, like=None, *, dtype=None, sharding: jax.sha
     first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
     def wanted(x):
-        own = None if like is None else x.sharding
+        own = None if like is None else getattr(x, "sharding", None)
         return jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=sharding or own or first)
 
     tree = jax.tree.map(wanted, stored["params"] if like is None else like)
@@ -377,6 +377,8 @@ def _damage_explained(folder: Path) -> Iterator[None]:
     hook = sys.unraisablehook
     try:
         yield
+    except (MemoryError, jax.errors.JaxRuntimeError):  # the checkpoint is fine, the machine too small
+        raise
     except Exception as error:
         # Orbax leaves its unfinished coroutines to the garbage collector, which would print each one's traceback.
         sys.unraisablehook = lambda _: None

@@ -105,7 +105,10 @@ class FlowConfig:
     mean_draw: bool = False
     """Make one of the draws (x, t) = (0, 1) instead of a random one. There x is all noise and says nothing about the
     actions, so the velocity is x minus their conditional mean, for any x; at x = 0 the network sees that mean without
-    the noise. A network that starts from random weights learns from it sooner which object the instruction means."""
+    the noise."""
+    mean_steps: int = 0
+    """Train on that draw alone for so many steps at first. A network that starts from random weights has to find out
+    which object the instruction means, and noisy actions among its inputs hide that for long."""
     mask_padded_steps: bool = True
     """Leave steps after the episode's end out of the loss. openpi counts them: set False to match it."""
     mask_padded_dims: bool = False

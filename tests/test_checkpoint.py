@@ -104,6 +104,21 @@ def test_weights_alone_make_a_checkpoint_that_training_refuses_to_resume(tmp_pat
         checkpoint.restore_train_state(tmp_path, abstract(train_state()))
 
 
+def test_what_eight_devices_saved_is_read_by_any_other_number(tmp_path):
+    def divided(shape, names):
+        mesh = jax.make_mesh(shape, names, axis_types=(jax.sharding.AxisType.Auto,) * len(names))
+        return jax.sharding.NamedSharding(mesh, jax.P(names))
+
+    state = {"w": jax.device_put(jnp.arange(64.0).reshape(16, 4), divided((8,), ("a",)))}
+    with CheckpointWriter(tmp_path, keep=1) as writer:
+        writer.save(1, state, ASSETS, state)
+    for sharding in (divided((2, 4), ("a", "b")), jax.sharding.SingleDeviceSharding(jax.devices()[3])):
+        like = {"w": jax.ShapeDtypeStruct((16, 4), jnp.float32, sharding=sharding)}
+        for restored in (checkpoint.restore_params(tmp_path, like), checkpoint.restore_train_state(tmp_path, like)):
+            assert restored["w"].sharding == sharding
+            np.testing.assert_array_equal(restored["w"], state["w"])
+
+
 def test_changing_or_donating_the_arrays_after_save_changes_nothing_on_disk(tmp_path):
     bump = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
     params = {"w": jnp.zeros(1_000_000)}

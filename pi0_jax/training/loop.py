@@ -36,6 +36,8 @@ class Program(NamedTuple):
 
     update: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
     """Donates the state that it is given."""
+    update_mean: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    """The same for the first `flow.mean_steps` updates."""
     evaluate: Callable[[Any, Batch, PRNGKeyArray], tuple[Array, Metrics]]
     """Loss of given weights on a batch, with the noise and times of a key."""
     place: Callable[[Batch], Batch]
@@ -80,20 +82,24 @@ def run(config: TrainConfig) -> Path:
     )
     _describe(mesh, shapes, placement, boxed, config)
 
-    update = make_update(
-        sharding.keep_batch_divided(mesh, functools.partial(_loss, network, config.flow)),
-        functools.partial(
-            augment, config=config.augment, robot=inputs.robot, stats=inputs.stats, mode=config.policy.normalization
-        ),
-        transform,
-        schedule,
-        ema_decay=config.optim.ema_decay,
-        seed=config.seed,
-    )
+    def compiled_update(flow: FlowConfig):
+        update = make_update(
+            sharding.keep_batch_divided(mesh, functools.partial(_loss, network, flow)),
+            functools.partial(
+                augment, config=config.augment, robot=inputs.robot, stats=inputs.stats, mode=config.policy.normalization
+            ),
+            transform,
+            schedule,
+            ema_decay=config.optim.ema_decay,
+            seed=config.seed,
+        )
+        return jax.jit(update, donate_argnums=0, out_shardings=(placement, None))
+
     # Whatever training does, validation counts the steps inside episodes alone, which also drops the last batch's fill.
     validation_flow = dataclasses.replace(config.flow, mask_padded_steps=True)
     program = Program(
-        jax.jit(update, donate_argnums=0, out_shardings=(placement, None)),
+        compiled_update(config.flow),
+        compiled_update(dataclasses.replace(config.flow, samples_per_observation=1, mean_draw=True)),
         jax.jit(sharding.keep_batch_divided(mesh, functools.partial(_loss, network, validation_flow))),
         lambda batch: jax.device_put(batch, batch_placement),
     )
@@ -152,7 +158,8 @@ def _train(
     with reporter, StopRequest() as stop:
         try:
             while step < config.num_steps and stop.number is None:
-                state, metrics = program.update(state, program.place(next(inputs.loader)))
+                update = program.update_mean if step < config.flow.mean_steps else program.update
+                state, metrics = update(state, program.place(next(inputs.loader)))
                 step += 1
                 reporter.push(step, metrics)
                 writer.check()

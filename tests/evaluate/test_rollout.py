@@ -1,11 +1,12 @@
+import io
 import re
 
+import av
 import jax
 import numpy as np
 import pytest
 
-from pi0_jax.data.normalize import stats_from_json
-from pi0_jax.evaluate.report import encode_mp4, write_report
+from pi0_jax.evaluate import report
 from pi0_jax.evaluate.rollout import roll_out, table, wilson
 from pi0_jax.evaluate.suites import get_suite
 from pi0_jax.inference.policy import Policy
@@ -85,36 +86,25 @@ def test_an_unknown_environment_and_another_robots_policy_are_refused(policy, su
         roll_out(policy, suite_of_another, 1)
 
 
-def test_the_report_is_one_file_with_everything_in_it(policy, checkpoint_folder, suite, tmp_path):
+def test_the_report_is_one_file_with_everything_in_it(policy, checkpoint_folder, suite, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "STEPS", (2, 1))
     (checkpoint_folder / "metrics.jsonl").write_text(
         "".join(f'{{"step": {i}, "loss": {1 / i}, "grad_norm": 1.0}}\n' for i in range(1, 5))
         + '{"step": 4, "validation_loss": 0.5}\n'
     )
-    figures = write_report(policy, checkpoint_folder, suite, 6, 0, tmp_path / "report.html")
+    figures = report.write_report(policy, checkpoint_folder, suite, 2, 0, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert not re.search(r'(src|href)=["\'](?!data:)', page)
-    assert page.count("<video") == 6
+    assert page.count("<video") == 2
     for title in ("Success by instruction", "Compute against accuracy", "From noise to a chunk", "Training"):
         assert title in page
-    assert set(figures["success_by_steps"]) == {1, 2, 4, 10}
+    assert set(figures["success_by_steps"]) == {1, 2}
     assert (tmp_path / "report.json").is_file()
 
 
 def test_videos_hold_their_last_picture():
-    import io
-
-    import av
-
     pictures = [np.full((16, 16, 3), i * 40, np.uint8) for i in range(5)]
-    with av.open(io.BytesIO(encode_mp4(pictures, fps=5))) as container:
+    with av.open(io.BytesIO(report.encode_mp4(pictures, fps=5))) as container:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     assert len(frames) == 10
     assert abs(int(frames[-1].mean()) - 160) < 6
-
-
-def test_statistics_survive_the_checkpoint(checkpoint_folder):
-    from pi0_jax import checkpoint
-    from tests.policies import STATS
-
-    stats = stats_from_json(checkpoint.load_assets(checkpoint_folder).norm_stats)
-    np.testing.assert_array_equal(stats["actions"].q99, STATS["actions"].q99)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import pickle
@@ -20,6 +21,7 @@ import pytest
 from pi0_jax import checkpoint
 from pi0_jax.config import DataConfig, OptimConfig, PolicyConfig, TrainConfig
 from pi0_jax.data.tokenizer import Tokenizer
+from pi0_jax.training.inputs import load_inputs
 from pi0_jax.training.interrupt import Interrupted
 from pi0_jax.training.loop import run
 from pi0_jax.training.metrics import Diverged, Reporter
@@ -35,7 +37,7 @@ def config(tmp_path_factory) -> TrainConfig:
     model = tiny_config("pi0", cameras=("top",), action_dim=8, vocab_size=512, prompt_length=16)
     return TrainConfig(
         policy=PolicyConfig(model=model),
-        optim=OptimConfig(name="adamw", peak_lr=1e-3, warmup_steps=2, ema_decay=0.9),
+        optim=OptimConfig(name="adamw", peak_lr=1e-3, warmup_steps=2, decay_steps=STEPS, ema_decay=0.9),
         data=DataConfig(str(write(folder / "data")), str(write(folder / "held_out", (5,)))),
         run_dir=str(folder / "reference"),
         batch_size=8,
@@ -123,22 +125,37 @@ def test_ctrl_c_finishes_the_step_saves_and_says_so_and_resume_continues(fresh, 
     assert rows(fresh.run_dir) == rows(reference.parents[1])
 
 
-def test_divergence_stops_with_step_number_and_last_good_checkpoint_and_saves_nothing_bad(fresh):
-    optim = dataclasses.replace(fresh.optim, peak_lr=1e12, warmup_steps=2, weight_decay=0.0)
-    with pytest.raises(Diverged, match=r"is (nan|inf) at step \d.*peak-lr"):
-        run(dataclasses.replace(fresh, optim=optim, save_every=1))
-    last = checkpoint.latest_step(fresh.run_dir)
-    assert last is not None
-    assert last < STEPS
+def test_divergence_stops_with_step_number_and_last_good_checkpoint_and_saves_nothing_bad(fresh, monkeypatch):
+    def load(*args, **kwargs):
+        inputs = load_inputs(*args, **kwargs)
+        return inputs._replace(loader=Poisoned(inputs.loader, step=3))
+
+    monkeypatch.setattr("pi0_jax.training.loop.load_inputs", load)
+    with pytest.raises(Diverged, match=r"is nan at step 3\. Last checkpoint: .*checkpoints/2\..*--optim\.peak-lr"):
+        run(dataclasses.replace(fresh, save_every=1))
+    assert [row["step"] for row in rows(fresh.run_dir)] == [1, 2, 3]
     for leaf in jax.tree.leaves(checkpoint.restore_params(fresh.run_dir)):
         assert np.isfinite(leaf).all()
 
 
+class Poisoned:
+    """A loader with NaN among the actions of one step."""
+
+    def __init__(self, loader, step: int):
+        self.loader, self.steps, self.step = loader, itertools.count(1), step
+
+    def __next__(self):
+        batch = next(self.loader)
+        return batch._replace(actions=batch.actions * np.nan) if next(self.steps) == self.step else batch
+
+    def get_state(self):
+        return self.loader.get_state()
+
+
 def test_a_run_can_start_from_the_weights_and_tokenizer_of_another(fresh, reference):
-    still = dataclasses.replace(fresh.optim, peak_lr=1e-30, end_lr=1e-30, ema_decay=None, weight_decay=0.0)
-    last = run(dataclasses.replace(fresh, optim=still, init_from=str(reference), seed=1, num_steps=3))
-    pairs = zip(*(jax.tree.leaves(checkpoint.restore_params(p)) for p in (last, reference)), strict=True)
-    assert all(np.array_equal(a, b) for a, b in pairs)
+    last = run(dataclasses.replace(fresh, init_from=str(reference), seed=1, num_steps=1))
+    pairs = zip(*(jax.tree.leaves(checkpoint.restore_params(path)) for path in (last, reference)), strict=True)
+    assert max(float(abs(a - b).max()) for a, b in pairs) < 1e-4  # Adam's first step is 3e-4, and its average a tenth
     assert checkpoint.load_assets(last).tokenizer == checkpoint.load_assets(reference).tokenizer
 
 
@@ -147,8 +164,9 @@ def test_overwrite_starts_anew_but_deletes_nothing_before_the_data_is_known_to_b
     with pytest.raises(FileNotFoundError):
         run(dataclasses.replace(fresh, overwrite=True, data=DataConfig("nowhere")))
     assert checkpoint.latest_step(fresh.run_dir) == STEPS
-    assert run(dataclasses.replace(fresh, overwrite=True)).name == reference.name
-    assert rows(fresh.run_dir) == rows(reference.parents[1])
+    run(dataclasses.replace(fresh, overwrite=True, num_steps=1))
+    assert rows(fresh.run_dir)[0] == rows(reference.parents[1])[0]
+    assert [p.name for p in (Path(fresh.run_dir) / "checkpoints").iterdir()] == ["1"]
 
 
 @pytest.mark.parametrize(
@@ -156,7 +174,7 @@ def test_overwrite_starts_anew_but_deletes_nothing_before_the_data_is_known_to_b
     [
         ({"save_every": 0}, "save_every is 0"),
         ({"batch_size": 12}, "--batch-size 8"),
-        ({"num_steps": 2}, r"--optim\.warmup-steps"),
+        ({"optim": OptimConfig(decay_steps=9)}, r"--optim\.warmup-steps"),
         ({"policy": PolicyConfig(robot="tabletpo")}, "did you mean 'tabletop'"),
         ({"init_from": "nowhere"}, "no checkpoint at"),
     ],
