@@ -9,13 +9,14 @@ from pi0_jax.flow.solvers import TABLEAUS, integrate
 
 @pytest.mark.parametrize("solver", TABLEAUS)
 def test_solver_converges_at_its_order(solver):
-    # dx/dt = 2 t x from t = 1 to 0 ends at 1/e; float64 and few, large steps for RK4, so that rounding stays out of it.
+    # dx/dt = x cos t from t = 1 to 0 ends at exp(-sin 1). Times are float32: RK4 takes few steps, so that its error
+    # stays above their rounding.
+    steps = np.array([2, 4, 8]) * (1 if TABLEAUS[solver].order == 4 else 16)
     with jax.enable_x64(True):
-        steps = np.array([2, 4, 8, 16]) * (1 if TABLEAUS[solver].order == 4 else 4)
-        ends = [integrate(lambda x, t: 2 * t * x, jnp.ones((1, 1, 1)), int(n), solver).item() for n in steps]
-    errors = np.abs(np.array(ends) - np.exp(-1.0))
+        ends = [integrate(lambda x, t: x * jnp.cos(t), jnp.ones((1, 1, 1)), int(n), solver).item() for n in steps]
+    errors = np.abs(np.array(ends) - np.exp(-np.sin(1.0)))
     order = -np.polyfit(np.log(steps), np.log(errors), 1)[0]
-    assert order == pytest.approx(TABLEAUS[solver].order, abs=0.25)
+    assert order == pytest.approx(TABLEAUS[solver].order, abs=0.35)
 
 
 @pytest.mark.parametrize("solver", TABLEAUS)
