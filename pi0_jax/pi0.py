@@ -6,6 +6,7 @@ Everything left of this file knows nothing about training; everything right of i
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +62,7 @@ def loss(
     if flow.mean_draw:
         noise, time = noise.at[:, 0].set(0.0), time.at[:, 0].set(1.0)
     x, velocity = interpolate(batch.actions[:, None], noise, time)
-    predicted = network.apply({"params": params}, scale_images(batch.observation), x, time)
+    predicted: Any = network.apply({"params": params}, scale_images(batch.observation), x, time)
     value = flow_loss(
         predicted,
         velocity,
@@ -98,7 +99,7 @@ def sample_actions(
     apply = functools.partial(network.apply, {"params": params})
     prefix = apply(scale_images(observation), method="prefill")
 
-    def velocity(x, time):
+    def velocity(x, time) -> Any:
         return apply(prefix, x, times_like(time, x.shape[:1]), method="velocity")
 
     return integrate(velocity, noise, num_steps, solver, path=path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -103,7 +104,7 @@ def read_params(path: str | Path) -> dict[str, np.ndarray]:
         restored = checkpointer.restore(folder, restore_args=restore_args)
     if "params" not in restored:
         raise ValueError(f"{folder} holds {sorted(restored)} but no `params`; is it a train_state folder?")
-    flat = flatten_dict(restored["params"], sep="/")
+    flat: dict[str, Any] = dict(flatten_dict(restored["params"], sep="/"))
     if all(name.endswith("/value") for name in flat):
         flat = {name.removesuffix("/value"): leaf for name, leaf in flat.items()}
     return flat

@@ -68,7 +68,7 @@ def integrate(velocity: Velocity, noise: Chunk, num_steps: int, solver: Solver =
         return (x, time + dt), x if path else None
 
     (x, _), points = jax.lax.scan(step, (noise, jnp.float32(1.0)), length=num_steps)
-    return (x, jnp.concatenate([noise[None], points])) if path else x
+    return x if points is None else (x, jnp.concatenate([noise[None], jnp.asarray(points)]))
 
 
 def check_solver(solver: str, num_steps: int):

@@ -57,12 +57,9 @@ class Policy:
             ValueError: not a checkpoint of ours, or one that is damaged or incomplete; or statistics that do not fit.
         """
         assets = checkpoint.load_assets(path)
-        missing = [
-            name
-            for name, value in (("norm_stats.json", assets.norm_stats), ("tokenizer.model", assets.tokenizer))
-            if value is None
-        ]
-        if missing:
+        if assets.norm_stats is None or assets.tokenizer is None:
+            needed = (("norm_stats.json", assets.norm_stats), ("tokenizer.model", assets.tokenizer))
+            missing = [name for name, value in needed if value is None]
             raise ValueError(
                 f"{checkpoint.resolve(path)} holds weights but no {' and no '.join(missing)} in its assets/, so raw "
                 "observations cannot be prepared for it. Fine-tune from it (--init-from), or add the files."

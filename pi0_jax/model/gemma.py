@@ -6,16 +6,18 @@ pass (None), which is how prefill and the velocity steps run the same layers as 
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pi0_jax.config import ExpertConfig, ModelConfig
 from pi0_jax.model.attention import attend, rope_angles, rotate
-from pi0_jax.model.norm import RMSNorm
+from pi0_jax.model.norm import RMSNorm, named
 
-Tokens = tuple[Float[Array, "b t d"] | None, Float[Array, "b u e"] | None]
-"""Tokens of the language expert and of the action expert; None where a pass has none."""
+Tokens = tuple[Any, Any]
+"""Tokens of the language expert `[b t d]` and of the action expert `[b u e]`; None where a pass has none."""
 
 KeysValues = tuple[Float[Array, "*l b s k h"], Float[Array, "*l b s k h"]]
 """Rotated keys, and values; with a leading axis over layers where they come from the whole backbone."""
@@ -38,7 +40,6 @@ class Attention(nn.Module):
 
     def setup(self):
         n, k, h, d = self.num_heads, self.num_kv_heads, self.head_dim, self.width
-        named = nn.with_logical_partitioning
         self.q = self.param("q", named(fan_in(0, (1, 2)), ("embed", "heads", "head_dim")), (d, n, h), jnp.float32)
         self.kv = self.param(
             "kv",
@@ -66,7 +67,6 @@ class GatedMLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        named = nn.with_logical_partitioning
         w_in = self.param(
             "gate_up", named(fan_in(1, 2, 0), ("stack", "embed", "mlp")), (2, self.width, self.mlp_dim), jnp.float32
         )
@@ -89,7 +89,7 @@ class Expert(nn.Module):
         self.mlp_norm = RMSNorm(self.adaptive)
         self.mlp = GatedMLP(c.width, c.mlp_dim)
 
-    def before(self, x, condition):
+    def before(self, x, condition) -> tuple[Any, Any, Any, Any]:
         """Query, key, value, and the gate that `after` wants back."""
         normed, gate = self.attn_norm(x, condition)
         return *self.attn.project(normed), gate
@@ -131,7 +131,7 @@ class Layer(nn.Module):
         )
         parts = [(e, x, d) for e, x, d in zip(experts, tokens, (None, condition), strict=True) if x is not None]
         projected = [expert.before(x, d) for expert, x, d in parts]
-        q, k, v = (jnp.concatenate([p[i] for p in projected], axis=1) for i in range(3))
+        q, k, v = (jnp.concatenate([p[i] for p in projected], axis=1) for i in (0, 1, 2))
         q, k = rotate(q, angles), rotate(k, angles)
         new = (k, v)
         if cached is not None:
@@ -143,7 +143,8 @@ class Layer(nn.Module):
             outputs.append(expert.after(x, attended[:, start : start + x.shape[1]], gate, d))
             start += x.shape[1]
         remaining = iter(outputs)
-        return tuple(None if x is None else next(remaining) for x in tokens), new
+        language, action = (None if x is None else next(remaining) for x in tokens)
+        return (language, action), new
 
 
 class Backbone(nn.Module):
@@ -178,13 +179,13 @@ class Backbone(nn.Module):
             layer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=c.depth,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, name="layers")
         tokens, keys_values = layers(tokens, cached, rope_angles(positions, c.head_dim), mask, condition)
         norms = (RMSNorm(name="language_norm"), RMSNorm(c.variant == "pi05", name="action_norm"))
-        outputs = tuple(
+        language, action = (
             None if x is None else norm(x, d)[0] for norm, x, d in zip(norms, tokens, (None, condition), strict=True)
         )
-        return outputs, keys_values
+        return (language, action), keys_values

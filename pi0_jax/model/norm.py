@@ -1,6 +1,9 @@
-"""RMSNorm, plain and adaptive."""
+"""RMSNorm, plain and adaptive; and how parameters get their logical axis names."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -8,6 +11,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 EPSILON = 1e-6
+
+
+def named(init: Callable[..., Any], axes: tuple[str | None, ...]) -> Callable[..., Any]:
+    """An initialiser whose parameter carries logical axis names, which `training.sharding` places on the mesh."""
+    return nn.with_logical_partitioning(init, axes)
 
 
 class RMSNorm(nn.Module):
@@ -36,14 +44,14 @@ class RMSNorm(nn.Module):
         x32 = x.astype(jnp.float32)
         normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + EPSILON)
         if not self.adaptive:
-            init = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("embed",))
+            init = named(nn.initializers.zeros_init(), ("embed",))
             scale = self.param("scale", init, (width,), jnp.float32)
             return (normed * (1 + scale)).astype(x.dtype), None
         modulation = nn.Dense(
             3 * width,
             dtype=x.dtype,
-            kernel_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), ("embed", "modulation")),
-            bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), ("modulation",)),
+            kernel_init=named(nn.initializers.zeros_init(), ("embed", "modulation")),
+            bias_init=named(nn.initializers.zeros_init(), ("modulation",)),
             name="modulation",
         )(condition)
         if modulation.shape[1] > 1:

@@ -8,8 +8,8 @@ from jaxtyping import Array, Float
 
 from pi0_jax.config import VisionConfig
 from pi0_jax.model.attention import attend
+from pi0_jax.model.norm import named
 
-named = nn.with_logical_partitioning
 xavier = nn.initializers.xavier_uniform
 zeros = nn.initializers.zeros_init()
 

@@ -22,9 +22,8 @@ from jaxtyping import Array, Bool, Float, Int
 from pi0_jax.batch import Observation
 from pi0_jax.config import ModelConfig
 from pi0_jax.model.gemma import Backbone, KeysValues
+from pi0_jax.model.norm import named
 from pi0_jax.model.siglip import ImageEncoder, dense
-
-named = nn.with_logical_partitioning
 
 
 class Prefix(NamedTuple):
@@ -104,7 +103,7 @@ class VelocityNetwork(nn.Module):
         blocks = self._blocks(prefix, state, 0)
         mask = jnp.concatenate([prefix_mask, *(jnp.ones(s.shape[:2], bool) for s in state)], axis=1)
         _, keys_values = self.backbone(
-            (prefix, *(state or (None,))),
+            (prefix, state[0] if state else None),
             self._positions(prefix_mask, len(state), 0),
             may_attend(blocks, blocks) & mask[:, None],
         )
@@ -192,7 +191,7 @@ class VelocityNetwork(nn.Module):
         return jnp.concatenate([position - 1, position[:, -1:] + own.astype(np.int32)], axis=1)
 
 
-def may_attend(query: np.ndarray, key: np.ndarray) -> Bool[np.ndarray, "t s"]:
+def may_attend(query: np.ndarray, key: np.ndarray) -> Bool[Array, "t s"]:
     """Which block may see which: itself and those before; but draws (2 and up) not one another.
 
     prefix  1 0 0 0
@@ -201,7 +200,7 @@ def may_attend(query: np.ndarray, key: np.ndarray) -> Bool[np.ndarray, "t s"]:
     draw 2  1 1 0 1
     """
     q, k = query[:, None], key[None, :]
-    return (k <= q) & ((k < 2) | (k == q))
+    return jnp.asarray((k <= q) & ((k < 2) | (k == q)))
 
 
 def embed_time(

@@ -153,7 +153,7 @@ class Poisoned:
 
 
 def test_a_run_can_start_from_the_weights_and_tokenizer_of_another(fresh, reference):
-    last = run(dataclasses.replace(fresh, init_from=str(reference), seed=1, num_steps=1))
+    last = run(dataclasses.replace(fresh, init_from=str(reference), num_steps=1))
     pairs = zip(*(jax.tree.leaves(checkpoint.restore_params(path)) for path in (last, reference)), strict=True)
     assert max(float(abs(a - b).max()) for a, b in pairs) < 1e-4  # Adam's first step is 3e-4, and its average a tenth
     assert checkpoint.load_assets(last).tokenizer == checkpoint.load_assets(reference).tokenizer
