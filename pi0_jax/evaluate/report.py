@@ -145,8 +145,8 @@ def _page(run, policy, figures, metrics, main: Rollout, points, observation, tra
             "Does it listen?",
             None,
             f"Told to use <em>another</em> object, it does the scored task in {_percent(other)} of "
-            f"{other['episodes']:.0f} episodes (same layouts). A policy that ignores language would score about as "
-            "high as above.",
+            f"{other['episodes']:.0f} episodes (same layouts). A policy that ignores language would score alike in "
+            "both.",
         ),
         ("Episodes", None, _videos(main.outcomes, 5)),
         ("Compute against accuracy", _steps_plot(figures), _steps_text(figures)),
