@@ -62,6 +62,11 @@ def run(config: TrainConfig) -> Path:
     for name in ("batch_size", "num_steps", "log_every", "validate_every", "save_every", "keep_checkpoints"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}; it has to be at least 1.")
+    if config.augment.square_symmetries and config.policy.model.variant == "pi05":
+        raise ValueError(
+            "augment.square_symmetries turns the state, but π0.5 reads it from the prompt, where it would stay as it "
+            "was. Turn the symmetries off, or train pi0."
+        )
     mesh = sharding.make_mesh(config.mesh)
     batch_placement = sharding.batch_sharding(mesh, config.batch_size)
     schedule = optimizer.make_schedule(config.optim, config.num_steps)

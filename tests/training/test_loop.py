@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from pi0_jax import checkpoint
-from pi0_jax.config import DataConfig, OptimConfig, PolicyConfig, TrainConfig
+from pi0_jax.config import AugmentConfig, DataConfig, OptimConfig, PolicyConfig, TrainConfig
 from pi0_jax.data.tokenizer import Tokenizer
 from pi0_jax.training.inputs import load_inputs
 from pi0_jax.training.interrupt import Interrupted
@@ -189,3 +189,10 @@ def test_a_finished_run_resumes_to_its_end_at_once(config, reference):
     assert run(dataclasses.replace(config, resume=True)) == reference
     assert rows(config.run_dir) == before
     assert os.path.exists(reference)
+
+
+def test_symmetries_that_the_prompt_would_not_follow_are_refused(fresh):
+    model = dataclasses.replace(fresh.policy.model, variant="pi05")
+    policy = dataclasses.replace(fresh.policy, model=model)
+    with pytest.raises(ValueError, match="reads it from the prompt"):
+        run(dataclasses.replace(fresh, policy=policy, augment=AugmentConfig(square_symmetries=True)))
