@@ -424,6 +424,9 @@ def _diagnosis(path: Path) -> str:
     if "params" in names or "_METADATA" in names:
         kinds.append("an openpi checkpoint")
     if kinds:
-        return f"{path} looks like {kinds[0]}. Convert it first: python -m pi0_jax.convert --help"
+        return (
+            f"{path} looks like {kinds[0]}, which has to be converted first. So far the functions of "
+            "pi0_jax.convert.openpi read openpi's JAX checkpoints; other formats are not supported yet."
+        )
     inside = ", ".join(sorted(names)[:8]) or "nothing"
     return f"{path} is not a pi0_jax checkpoint (params/ and assets/config.json); it has: {inside}."
