@@ -17,7 +17,7 @@ from pi0_jax.config import FlowConfig, ModelConfig
 from pi0_jax.flow.loss import flow_loss
 from pi0_jax.flow.path import interpolate
 from pi0_jax.flow.solvers import Solver, integrate
-from pi0_jax.flow.time import sample_time, times_like
+from pi0_jax.flow.time import sample_time
 from pi0_jax.model.velocity import VelocityNetwork
 
 
@@ -100,7 +100,7 @@ def sample_actions(
     prefix = apply(scale_images(observation), method="prefill")
 
     def velocity(x, time) -> Any:
-        return apply(prefix, x, times_like(time, x.shape[:1]), method="velocity")
+        return apply(prefix, x, jnp.broadcast_to(time, x.shape[:1]), method="velocity")
 
     return integrate(velocity, noise, num_steps, solver, path=path)
 

@@ -48,3 +48,11 @@ def fixtures() -> Path:
     if not root.is_dir():
         pytest.skip(f"no reference fixtures at {root}; set PI0_FIXTURES to their folder")
     return root
+
+
+@pytest.fixture(scope="session")
+def checkpoint_folder(tmp_path_factory):
+    """A run folder with one checkpoint of a tiny tabletop policy with random weights."""
+    from tests.policies import save_tiny_checkpoint
+
+    return save_tiny_checkpoint(tmp_path_factory.mktemp("run"))

@@ -110,7 +110,7 @@ def _reader(dataset: LeRobotDataset, transform: Transform, config: TrainConfig) 
             }
         )
         masks: dict[str, Any] = {
-            "step_mask": step_mask & _valid(dataset, indices, model.action_horizon),
+            "step_mask": step_mask & valid_steps(dataset, indices, model.action_horizon),
             "dim_mask": np.tile(dim_mask, (len(indices), 1)),
         }
         return Batch(to_observation(sample), sample["actions"], **masks)
@@ -118,7 +118,7 @@ def _reader(dataset: LeRobotDataset, transform: Transform, config: TrainConfig) 
     return read
 
 
-def _valid(dataset: LeRobotDataset, indices: Indices, horizon: int) -> np.ndarray:
+def valid_steps(dataset: LeRobotDataset, indices: Indices, horizon: int) -> np.ndarray:
     """False where a step's action must not be learnt, `[b, horizon]`.
 
     A chunk counts up to its first invalid step: what the expert does after a perturbation answers something that
@@ -132,7 +132,7 @@ def _valid(dataset: LeRobotDataset, indices: Indices, horizon: int) -> np.ndarra
 def _learnable(dataset: LeRobotDataset, horizon: int) -> Indices:
     """Frames with at least one step to learn."""
     frames = np.arange(dataset.num_frames)
-    steps = dataset.chunk(frames, horizon)[1] & _valid(dataset, frames, horizon)
+    steps = dataset.chunk(frames, horizon)[1] & valid_steps(dataset, frames, horizon)
     frames = frames[steps.any(1)]
     if not len(frames):
         raise ValueError(

@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from pi0_jax import checkpoint
 from pi0_jax.config import TrainConfig
-from pi0_jax.data.lerobot import ACTION, STATE, VALID, LeRobotDataset
+from pi0_jax.data.lerobot import ACTION, STATE, LeRobotDataset
+from pi0_jax.data.loader import valid_steps
 from pi0_jax.data.video import VideoWriter
 from pi0_jax.evaluate.rollout import Outcome, Rollout, roll_out, wilson
 from pi0_jax.evaluate.suites import Suite
@@ -78,7 +79,7 @@ def write_report(
         "device": str(jax.devices()[0].device_kind),
         "jax": jax.__version__,
     }
-    path.write_text(_page(run, policy, figures, metrics, main, points, observation, train), encoding="utf-8")
+    path.write_text(_page(run, policy, figures, metrics, main, points, observation, train, suite.fps), encoding="utf-8")
     path.with_name("report.json").write_text(json.dumps(figures, indent=2) + "\n")
     return figures
 
@@ -94,9 +95,8 @@ def chunk_errors(policy: Policy, train: TrainConfig | None, count: int = 256) ->
     dataset = LeRobotDataset(train.data.validation_path)
     frames = np.linspace(0, dataset.num_frames - 1, min(count, dataset.num_frames)).astype(int)
     horizon = policy.config.model.action_horizon
-    expert, valid = dataset.chunk(frames, horizon, ACTION)
-    if VALID in dataset.features:
-        valid = np.logical_and.accumulate(valid & (dataset.chunk(frames, horizon, VALID)[0][..., 0] > 0), axis=1)
+    expert, inside = dataset.chunk(frames, horizon, ACTION)
+    valid = inside & valid_steps(dataset, frames, horizon)
     state, images = dataset.columns(STATE), {c: dataset.frames(key) for key, c in policy.robot.cameras.items()}
     observations = [
         {"images": {c: pixels[i] for c, pixels in images.items()}, "state": state[i], "prompt": dataset.task(i)}
@@ -134,7 +134,7 @@ def _rates(rollout: Rollout) -> dict[str, dict[str, float]]:
     return rates
 
 
-def _page(run, policy, figures, metrics, main: Rollout, points, observation, train) -> str:
+def _page(run, policy, figures, metrics, main: Rollout, points, observation, train, fps: int) -> str:
     overall = figures["success"]["all"]
     other = figures["success_when_told_another_object"]
     model = policy.config.model
@@ -148,7 +148,7 @@ def _page(run, policy, figures, metrics, main: Rollout, points, observation, tra
             f"{other['episodes']:.0f} episodes (same layouts). A policy that ignores language would score alike in "
             "both.",
         ),
-        ("Episodes", None, _videos(main.outcomes, 5)),
+        ("Episodes", None, _videos(main.outcomes, fps)),
         ("Compute against accuracy", _steps_plot(figures), _steps_text(figures)),
         (
             "From noise to a chunk of actions",

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 TimeDistribution = Literal["beta", "uniform", "logit_normal"]
@@ -36,8 +35,3 @@ def sample_time(
         case "logit_normal":
             return jax.nn.sigmoid(jax.random.normal(key, shape))
     raise ValueError(f"unknown time distribution {distribution!r}; choose beta, uniform or logit_normal.")
-
-
-def times_like(time: Float[Array, ""], shape: tuple[int, ...]) -> Float[Array, "*shape"]:
-    """One time repeated to a shape, float32: what a solver's scalar becomes before a network takes it."""
-    return jnp.broadcast_to(jnp.asarray(time, jnp.float32), shape)
