@@ -170,7 +170,14 @@ class CheckpointWriter:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def restore_params(path: str | Path, like=None, *, dtype=None, sharding: jax.sharding.Sharding | None = None):
+def restore_params(
+    path: str | Path,
+    like=None,
+    *,
+    dtype=None,
+    sharding: jax.sharding.Sharding | None = None,
+    partial: bool = False,
+):
     """Reads the weights to run.
 
     Args:
@@ -178,6 +185,7 @@ def restore_params(path: str | Path, like=None, *, dtype=None, sharding: jax.sha
         like: tree of arrays or `jax.ShapeDtypeStruct`s that the weights have to match; its dtypes are used.
         dtype: dtype to cast to on the way in; None: that of `like`, or else the stored one.
         sharding: where to put all of them; None: where the leaves of `like` say, or else on the first device.
+        partial: `like` is a part of the weights; the others are not read.
 
     Returns:
         A tree of `jax.Array`s.
@@ -197,7 +205,7 @@ def restore_params(path: str | Path, like=None, *, dtype=None, sharding: jax.sha
         return jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=sharding or own or first)
 
     tree = jax.tree.map(wanted, stored["params"] if like is None else like)
-    return _restore(folder, stored, {"params": tree})["params"]
+    return _restore(folder, stored, {"params": tree}, partial=partial)["params"]
 
 
 def restore_train_state(path: str | Path, like):
@@ -343,12 +351,12 @@ def _stored_tree(folder: Path) -> dict[str, Any]:
         return ocp.PyTreeCheckpointHandler().metadata(epath.Path(folder)).tree
 
 
-def _restore(folder: Path, stored, like):
-    """Reads a tree into the shardings of `like`, or says how the stored one differs."""
+def _restore(folder: Path, stored, like, *, partial: bool = False):
+    """Reads a tree, or the part of it that `like` has, into the shardings of `like`; or says how the stored differs."""
     have, want = ({_name(path): x.shape for path, x in jax.tree.leaves_with_path(tree)} for tree in (stored, like))
     problems = {
         "missing": [name for name in want if name not in have],
-        "unexpected": [name for name in have if name not in want],
+        "unexpected": [name for name in have if name not in want and not partial],
         "of another shape": [f"{n} {have[n]} for {want[n]}" for n in want if n in have and have[n] != want[n]],
     }
     if any(problems.values()):
@@ -359,7 +367,8 @@ def _restore(folder: Path, stored, like):
     )
     with _damage_explained(folder):
         return ocp.PyTreeCheckpointHandler().restore(
-            epath.Path(folder), args=ocp.args.PyTreeRestore(item=like, restore_args=arguments)
+            epath.Path(folder),
+            args=ocp.args.PyTreeRestore(item=like, restore_args=arguments, partial_restore=partial),
         )
 
 

@@ -22,13 +22,16 @@ from tqdm import tqdm
 from pi0_jax.config import TrainConfig
 
 COMMANDS = {
-    "train": "train a policy: pi0 train configs/tabletop.py --batch-size 64",
-    "infer": "run a policy on an observation or in a simulator: pi0 infer runs/tabletop --env tabletop",
-    "evaluate": "run a policy in closed loop: pi0 evaluate runs/tabletop --episodes 200 --seed 1",
-    "report": "evaluate a run in closed loop and write its report: pi0 report runs/tabletop",
-    "record": "record demonstrations in the tabletop simulator: pi0 record data/tabletop",
+    "train": ("training", "train a policy: pi0 train configs/tabletop.py --batch-size 64"),
+    "infer": ("evaluate", "run a policy on an observation or in a simulator: pi0 infer runs/tabletop --env tabletop"),
+    "evaluate": ("evaluate", "run a policy in closed loop: pi0 evaluate runs/tabletop --episodes 200 --seed 1"),
+    "report": ("evaluate", "evaluate a run in closed loop and write its report: pi0 report runs/tabletop"),
+    "reflow": ("training", "straighten a policy's flow, for fewer steps: pi0 reflow runs/tabletop runs/straight"),
+    "compare": ("study", "train and compare kinds of policies: pi0 compare configs/compare_tabletop.py"),
+    "record": ("evaluate", "record demonstrations in the tabletop simulator: pi0 record data/tabletop"),
 }
-USAGE = "usage: pi0 COMMAND ...\n\n" + "\n".join(f"  {name:8} {text}" for name, text in COMMANDS.items())
+"""Command to the room whose `commands` module has it, and what it does."""
+USAGE = "usage: pi0 COMMAND ...\n\n" + "\n".join(f"  {name:8} {text}" for name, (_, text) in COMMANDS.items())
 USAGE += "\n\npi0 COMMAND --help says more."
 
 
@@ -52,7 +55,7 @@ def main(args: list[str] | None = None) -> int:
     try:
         if command == "train":
             return _train(rest)
-        commands = importlib.import_module("pi0_jax.evaluate.commands")
+        commands = importlib.import_module(f"pi0_jax.{COMMANDS[command][0]}.commands")
         arguments = tyro.cli(getattr(commands, command.capitalize()), args=rest, prog=f"pi0 {command}")
         getattr(commands, command)(arguments)
     except KeyboardInterrupt:

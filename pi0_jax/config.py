@@ -41,12 +41,43 @@ class ExpertConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class CompactConfig:
+    """The compact head: an MLP from the pooled observation, the noisy chunk and the time."""
+
+    width: int = 1024
+    depth: int = 3
+    """Hidden layers."""
+    time_width: int = 256
+    """Width of the time embedding, sine and cosine, before its linear layer and SiLU."""
+    pooling: Literal["last", "mean", "attention"] = "last"
+    """How the backbone's tokens become one vector: the last valid one, their mean, or a learned query's attention."""
+    conditioning: Literal["concat", "adaln"] = "concat"
+    """concat: observation and time go in beside the chunk. adaln: they scale, shift and gate every layer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BinConfig:
+    """Discretised actions."""
+
+    count: int = 256
+    """Bins in each dimension, uniform between its 1st and 99th percentile."""
+    dims: int | None = None
+    """Action dimensions that are predicted, the first ones; None: all, padding included."""
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """The velocity network: image encoder, language expert, action expert."""
 
     variant: Literal["pi0", "pi05"] = "pi0"
     """pi0: a state token, and the time mixed into the action tokens by an MLP (arXiv 2410.24164).
     pi05: the state is part of the prompt, the time modulates the action expert's norms (arXiv 2504.16054)."""
+    head: Literal["expert", "compact"] = "expert"
+    """expert: π0's action expert. compact: a small MLP on the pooled observation, `compact`."""
+    prediction: Literal["velocity", "average_velocity", "epsilon", "v", "bins", "bin_sequence"] = "velocity"
+    """What the network gives, and with it the objective and the sampler: velocity, flow matching; average_velocity,
+    a shortcut model for few steps; epsilon and v, denoising diffusion; bins, discretised actions all at once, and
+    bin_sequence, one after another."""
     vision: VisionConfig = VisionConfig()
     language: ExpertConfig = ExpertConfig(width=2048, mlp_dim=16_384)
     """Gemma 2B, which reads images and text."""
@@ -67,6 +98,8 @@ class ModelConfig:
     """Tokens the prompt is padded or cut to (the π0.5 release: 200)."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Activations. Parameters, statistics of norms, softmax, RoPE and time embedding are float32 regardless."""
+    compact: CompactConfig = CompactConfig()
+    bins: BinConfig = BinConfig()
     remat: bool = True
     """Recompute each layer in the backward pass instead of storing it: less memory, about 1.3 times the compute."""
 
@@ -84,9 +117,18 @@ class PolicyConfig:
     """Name of the robot in `pi0_jax.data.robots`: its cameras, its state and action dimensions."""
     normalization: Literal["zscore", "quantile"] = "zscore"
     """zscore: mean and standard deviation (π0). quantile: 1 % and 99 % quantiles to [-1, 1] (π0.5)."""
-    solver: Literal["euler", "midpoint", "heun", "rk4"] = "euler"
+    solver: Literal["euler", "midpoint", "heun", "rk4", "ddim", "ddpm"] = "euler"
+    """From noise to actions: the first four integrate a flow, ddim and ddpm run a diffusion backwards. Discretised
+    actions need none."""
     num_steps: int = 10
     """Solver steps from noise to actions."""
+    grid_power: float = 1.0
+    """Times of the steps are (1 - i / num_steps) to this power: above 1 more of them are near the data."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance: 1 is none, and costs nothing; other values evaluate the network with and without the
+    condition. The weights have to be trained with `FlowConfig.drop_prompt`, `drop_images` or `drop_both`."""
+    guidance_without: Literal["prompt", "images", "both"] = "prompt"
+    """What the unguided half is not told."""
     execute_steps: int = 4
     """Actions of each chunk that are executed before the policy is asked again."""
 
@@ -109,6 +151,21 @@ class FlowConfig:
     mean_steps: int = 0
     """Train on that draw alone for so many steps at first. A network that starts from random weights has to find out
     which object the instruction means, and noisy actions among its inputs hide that for long."""
+    coupling: Literal["independent", "optimal", "sinkhorn"] = "independent"
+    """Which noise goes with which actions of a batch: any; or by minibatch optimal transport, exact or entropic."""
+    condition_weight: float = 1.0
+    """Cost of pairing noise with the actions of another observation, for each unit of squared distance between state,
+    prompt and images. At 0 the coupling is the plain one, which biases the actions given the observation."""
+    drop_prompt: float = 0.0
+    drop_images: float = 0.0
+    drop_both: float = 0.0
+    """Shares of examples that are trained without the prompt, the images, or both, for classifier-free guidance. What
+    is dropped is masked, so that no token attends to it: that is the null condition. The state stays (π0.5 has it in
+    the prompt)."""
+    shortcut_share: float = 0.25
+    """Share of examples that teach a shortcut model to make one step of two; the rest teach the velocity."""
+    reflow_steps: int = 20
+    """Euler steps in which the teacher makes actions from noise, where `TrainConfig.reflow_from` names one."""
     mask_padded_steps: bool = True
     """Leave steps after the episode's end out of the loss. openpi counts them: set False to match it."""
     mask_padded_dims: bool = False
@@ -199,6 +256,12 @@ class TrainConfig:
     """Delete the run in `run_dir` and start anew."""
     init_from: str | None = None
     """Checkpoint whose weights the run starts from; None means random weights."""
+    init_parts: tuple[str, ...] = ()
+    """Beginnings of the parameter paths that are taken from `init_from`, such as `image_encoder`; the others start from
+    random weights. Empty: all are taken."""
+    reflow_from: str | None = None
+    """Checkpoint of a teacher whose flow this run straightens: the actions of each example are those that the teacher
+    makes from the example's noise (rectified flow, arXiv 2209.03003)."""
     seed: int = 0
     batch_size: int = 32
     """Observations a step, over all devices."""

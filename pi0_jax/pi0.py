@@ -1,29 +1,42 @@
 """π0 on one page: where the network and the flow meet.
 
 Everything left of this file knows nothing about training; everything right of it nothing about how velocities are made.
+The baselines that flow matching is compared with, diffusion and discretised actions, are in `baselines.py`.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
+from pi0_jax import baselines
 from pi0_jax.batch import Batch, Observation
-from pi0_jax.config import FlowConfig, ModelConfig
+from pi0_jax.config import FlowConfig, ModelConfig, PolicyConfig
+from pi0_jax.flow import diffusion
+from pi0_jax.flow.coupling import couple
+from pi0_jax.flow.grid import warped_grid
+from pi0_jax.flow.guidance import classifier_free
 from pi0_jax.flow.loss import flow_loss
 from pi0_jax.flow.path import interpolate
-from pi0_jax.flow.solvers import Solver, integrate
+from pi0_jax.flow.shortcut import MOST_STEPS, sample_spans, two_steps
+from pi0_jax.flow.solvers import TABLEAUS, Solver, check_solver, integrate
+from pi0_jax.flow.straightness import straightness
 from pi0_jax.flow.time import sample_time
-from pi0_jax.model.velocity import VelocityNetwork
+from pi0_jax.model.heads import Network
+
+Condition = Literal["prompt", "images", "both"]
 
 
-def init_params(network: VelocityNetwork, key: PRNGKeyArray):
+def init_params(network: Network, key: PRNGKeyArray):
     """Random parameters as linen's boxed tree, which carries the logical axis names (`flax.linen.meta.unbox`)."""
-    observation, x, time = example_inputs(network.config, batch_size=1)
+    config = network.config
+    observation, x, time = example_inputs(config, batch_size=1)
+    if config.prediction in baselines.BINS:
+        return network.init(key, observation, baselines.to_bins(network, x))["params"]
     return network.init(key, observation, x, time)["params"]
 
 
@@ -41,31 +54,65 @@ def example_inputs(config: ModelConfig, batch_size: int) -> tuple[Observation, A
 
 
 def loss(
-    network: VelocityNetwork, params, batch: Batch, key: PRNGKeyArray, flow: FlowConfig
+    network: Network, params, batch: Batch, key: PRNGKeyArray, flow: FlowConfig, teacher=None
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Conditional flow-matching loss: how far the network's velocity is from noise - actions at random points.
 
     Args:
-        network, params: the velocity network and its (unboxed) parameters.
+        network, params: the network and its (unboxed) parameters.
         batch: normalised examples; images uint8 or in [-1, 1].
-        key: for noise and times.
-        flow: time distribution, draws an observation, what counts.
+        key: for noise, times, and what else is drawn.
+        flow: time distribution, draws an observation, coupling, what is dropped, what counts.
+        teacher: parameters of a network of the same configuration whose flow makes the actions from the noise (reflow);
+            None: the actions are the batch's.
 
     Returns:
-        The scalar loss, and metrics: `loss` again.
+        The scalar loss of what the network predicts, and metrics: `loss` again.
     """
+    config = network.config
+    # The first two keys came first: runs of older versions draw the same noise.
     noise_key, time_key = jax.random.split(key)
-    draws = flow.samples_per_observation
+    drop_key, couple_key, span_key = (jax.random.fold_in(key, i) for i in (2, 3, 4))
+    observation = scale_images(batch.observation)
+    if flow.drop_prompt or flow.drop_images or flow.drop_both:
+        observation = drop_conditions(observation, drop_key, flow)
+    if config.prediction in baselines.BINS:
+        value = baselines.bins_loss(network, params, observation, batch, flow)
+        return value, {"loss": value}
+
     b, horizon, dim = batch.actions.shape
-    noise = jax.random.normal(noise_key, (b, draws, horizon, dim))
-    time = sample_time(time_key, (b, draws), flow.time, flow.beta_alpha)
+    noise = jax.random.normal(noise_key, (b, flow.samples_per_observation, horizon, dim))
+    time = sample_time(time_key, noise.shape[:2], flow.time, flow.beta_alpha)
+    actions = batch.actions
+    if teacher is not None:
+        # One pair an observation, at several times: making it costs a whole sampling.
+        noise = jnp.broadcast_to(noise[:, :1], noise.shape)
+        actions = sample_actions(network, teacher, batch.observation, noise[:, 0], num_steps=flow.reflow_steps)
+    elif flow.coupling != "independent":
+        noise = coupled_noise(noise, actions, observation, couple_key, flow)
     if flow.mean_draw:
         noise, time = noise.at[:, 0].set(0.0), time.at[:, 0].set(1.0)
-    x, velocity = interpolate(batch.actions[:, None], noise, time)
-    predicted: Any = network.apply({"params": params}, scale_images(batch.observation), x, time)
+
+    predict: Any = functools.partial(network.apply, {"params": params})
+    actions = jnp.broadcast_to(jax.lax.stop_gradient(actions)[:, None], noise.shape)
+    if config.prediction in ("epsilon", "v"):
+        x, target = diffusion.diffuse(actions, noise, time, config.prediction)
+        predicted = predict(observation, x, time)
+    elif config.prediction == "average_velocity":
+        # The first examples learn to make one step of two; the others the velocity itself, at span 0.
+        taught = max(1, round(flow.shortcut_share * b))
+        times, spans = sample_spans(span_key, (taught, noise.shape[1]))
+        time, span = time.at[:taught].set(times), jnp.zeros_like(time).at[:taught].set(spans)
+        x, target = interpolate(actions, noise, time)
+        first = jax.tree.map(lambda leaf: leaf[:taught], observation)
+        target = target.at[:taught].set(two_steps(functools.partial(predict, first), x[:taught], times, spans))
+        predicted = predict(observation, x, time, span)
+    else:
+        x, target = interpolate(actions, noise, time)
+        predicted = predict(observation, x, time)
     value = flow_loss(
         predicted,
-        velocity,
+        target,
         batch.step_mask[:, None] if flow.mask_padded_steps else None,
         batch.dim_mask[:, None] if flow.mask_padded_dims else None,
     )
@@ -73,13 +120,17 @@ def loss(
 
 
 def sample_actions(
-    network: VelocityNetwork,
+    network: Network,
     params,
     observation: Observation,
     noise: Float[Array, "b ah ad"],
     *,
     num_steps: int = 10,
-    solver: Solver = "euler",
+    solver: str = "euler",
+    grid_power: float = 1.0,
+    guidance_scale: float | Float[Array, ""] = 1.0,
+    guidance_without: Condition = "prompt",
+    keys: PRNGKeyArray | None = None,
     path: bool = False,
 ):
     """Turns noise into action chunks.
@@ -87,22 +138,143 @@ def sample_actions(
     Noise is an argument and not drawn here, because parity tests and servers both want to choose it.
 
     Args:
-        network, params: the velocity network and its (unboxed) parameters.
+        network, params: the network and its (unboxed) parameters.
         observation: images uint8 or in [-1, 1].
-        noise: standard normal.
-        num_steps, solver: how to integrate from t = 1 to t = 0.
+        noise: standard normal; discretised actions do not look at it.
+        num_steps, solver: how to get from t = 1 to t = 0.
+        grid_power: of the times of the steps (`flow.grid.warped_grid`).
+        guidance_scale: of classifier-free guidance. The number 1 means none, at no cost; a traced one always costs
+            twice the network's work.
+        guidance_without: what the unguided half is not told.
+        keys: one a chunk, for the noise that `ddpm` adds on the way.
         path: also return the points on the way, `[num_steps + 1, b, ah, ad]`.
 
     Returns:
         Normalised, padded actions `[b ah ad]`, float32 (and the path).
+
+    Raises:
+        ValueError: a solver that does not suit what the network predicts.
     """
-    apply = functools.partial(network.apply, {"params": params})
-    prefix = apply(scale_images(observation), method="prefill")
+    prediction = network.config.prediction
+    check_sampling(prediction, solver, num_steps)
+    guided = not (isinstance(guidance_scale, float | int) and guidance_scale == 1)
+    apply: Any = functools.partial(network.apply, {"params": params})
+    observation = scale_images(observation)
+    if prediction in baselines.BINS:
+        actions = baselines.decode_bins(network, params, observation)
+        return (actions, actions[None]) if path else actions
+    if guided:
+        told, untold = observation, without(observation, guidance_without)
+        observation = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), told, untold)
+    prefix = apply(observation, method="prefill")
+    # Spans shorter than a shortcut model was taught mean the velocity itself.
+    span = (1.0 / num_steps if num_steps <= MOST_STEPS else 0.0,) if prediction == "average_velocity" else ()
 
     def velocity(x, time) -> Any:
-        return apply(prefix, x, jnp.broadcast_to(time, x.shape[:1]), method="velocity")
+        rest = (jnp.broadcast_to(jnp.float32(value), x.shape[:1]) for value in (time, *span))
+        return apply(prefix, x, *rest, method="velocity")
 
-    return integrate(velocity, noise, num_steps, solver, path=path)
+    steered = classifier_free(velocity, guidance_scale) if guided else velocity
+    if prediction in ("epsilon", "v"):
+        return diffusion.denoise(
+            steered, noise, num_steps, prediction, keys=keys if solver == "ddpm" else None, path=path
+        )
+    steps = num_steps if grid_power == 1 else warped_grid(num_steps, grid_power)
+    return integrate(steered, noise, steps, cast(Solver, solver), path=path)
+
+
+def flow_straightness(
+    network: Network, params, batch: Batch, key: PRNGKeyArray, num_steps: int = 20
+) -> Float[Array, ""]:
+    """How straight the flow's paths are on a batch, by `flow.straightness`, over Euler steps from fresh noise."""
+    noise = jax.random.normal(key, batch.actions.shape)
+    _, points = sample_actions(network, params, batch.observation, noise, num_steps=num_steps, path=True)
+    return straightness(points)
+
+
+def sampling_options(config: PolicyConfig) -> dict[str, Any]:
+    """The keyword arguments of `sample_actions` that a policy's configuration sets."""
+    names = ("num_steps", "solver", "grid_power", "guidance_scale", "guidance_without")
+    return {name: getattr(config, name) for name in names}
+
+
+def check_policy(config: PolicyConfig) -> None:
+    """Raises ValueError for settings that do not go together."""
+    check_sampling(config.model.prediction, config.solver, config.num_steps)
+    warped_grid(config.num_steps, config.grid_power)
+    if config.model.prediction in baselines.BINS and config.normalization != "quantile":
+        raise ValueError(
+            f"prediction {config.model.prediction!r} has its bins between the 1st and the 99th percentile, which takes "
+            f"quantile normalisation; it is {config.normalization!r} (--policy.normalization quantile)."
+        )
+
+
+def check_sampling(prediction: str, solver: str, num_steps: int) -> None:
+    """Raises ValueError for a solver that does not exist or does not suit the prediction, or fewer than one step."""
+    if num_steps < 1:
+        raise ValueError(f"num_steps is {num_steps}; a solver needs at least 1 step.")
+    if prediction in baselines.BINS:
+        return
+    suited = ("ddim", "ddpm") if prediction in ("epsilon", "v") else tuple(TABLEAUS)
+    suited = ("euler",) if prediction == "average_velocity" else suited
+    if solver not in suited:
+        if solver not in (*TABLEAUS, "ddim", "ddpm"):
+            check_solver(solver, num_steps)
+        raise ValueError(f"a network that predicts {prediction} is sampled by {' or '.join(suited)}, not {solver}.")
+
+
+def without(observation: Observation, what: Condition, where: Bool[Array, "b"] | bool = True) -> Observation:
+    """The observation with the prompt, the images, or both masked, in the examples that `where` names."""
+    keep = jnp.logical_not(jnp.asarray(where))
+    if what in ("images", "both"):
+        masks = {name: mask & keep for name, mask in observation.image_masks.items()}
+        observation = observation._replace(image_masks=masks)
+    if what in ("prompt", "both"):
+        observation = observation._replace(prompt_mask=observation.prompt_mask & keep[..., None])
+    return observation
+
+
+def drop_conditions(observation: Observation, key: PRNGKeyArray, flow: FlowConfig) -> Observation:
+    """Masks prompt, images or both of random examples, each with its own probability (`FlowConfig.drop_…`)."""
+    shares = jnp.cumsum(jnp.array([flow.drop_prompt, flow.drop_images, flow.drop_both]))
+    draw = jax.random.uniform(key, (len(observation.state),))
+    kinds: tuple[Condition, ...] = ("prompt", "images", "both")
+    low = 0.0
+    for what, high in zip(kinds, shares, strict=True):
+        observation = without(observation, what, (draw >= low) & (draw < high))
+        low = high
+    return observation
+
+
+def coupled_noise(
+    noise: Float[Array, "b s ah ad"],
+    actions: Float[Array, "b ah ad"],
+    observation: Observation,
+    key: PRNGKeyArray,
+    flow: FlowConfig,
+) -> Float[Array, "b s ah ad"]:
+    """The noise of each draw in the order that `flow.coupling` gives it, charging for a change of observation."""
+    condition = condition_features(observation)
+
+    def one_draw(noise, key):
+        return couple(noise, actions, condition, key, flow.coupling, condition_weight=flow.condition_weight)
+
+    return jax.vmap(one_draw, in_axes=(1, 0), out_axes=1)(noise, jax.random.split(key, noise.shape[1]))
+
+
+def condition_features(observation: Observation) -> Float[Array, "b c"]:
+    """An observation as numbers whose squared distances tell observations apart, for couplings.
+
+    State, which tokens the prompt has, and each image averaged over an 8 x 8 grid; another prompt, or a change of one
+    in the state or throughout an image, counts about one or more.
+    """
+    words = jax.nn.one_hot(observation.prompt % 512, 512) * observation.prompt_mask[..., None]
+    parts = [observation.state, jnp.max(words, axis=1)]
+    for name, image in sorted(observation.images.items()):
+        b, h, w, _ = image.shape
+        small = jax.image.resize(image, (b, min(h, 8), min(w, 8), 3), "linear")
+        parts.append(jnp.where(observation.image_masks[name][:, None], small.reshape(b, -1) / 8, 0.0))
+    return jnp.concatenate(parts, axis=-1)
 
 
 def scale_images(observation: Observation) -> Observation:

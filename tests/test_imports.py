@@ -16,14 +16,16 @@ MAY_IMPORT = {
     "flow": set(),
     "model": {"config", "batch"},
     "data": {"config", "batch"},
-    "pi0": {"config", "batch", "model", "flow"},
+    "baselines": {"config", "batch", "model", "flow"},
+    "pi0": {"config", "batch", "model", "flow", "baselines"},
     "checkpoint": {"config"},
     "training": {"config", "batch", "data", "model", "pi0", "checkpoint"},
     "inference": {"config", "batch", "data", "model", "flow", "pi0", "checkpoint"},
     "convert": {"config", "model", "pi0", "checkpoint"},
     "envs": {"data"},
     "evaluate": {"config", "data", "inference", "checkpoint", "envs"},
-    "cli": {"config", "training", "evaluate"},
+    "study": {"config", "data", "flow", "training", "inference", "evaluate", "checkpoint", "envs"},
+    "cli": {"config", "training", "evaluate", "study"},
 }
 """Room to the rooms it may import. A room is a folder or a module at the top of the package."""
 

@@ -1,4 +1,4 @@
-"""Explicit Runge-Kutta solvers that carry noise (t = 1) to data (t = 0) in equal steps, as one `lax.scan`.
+"""Explicit Runge-Kutta solvers that carry noise (t = 1) to data (t = 0), as one `lax.scan`.
 
 A solver is a Butcher tableau; adding one is adding a row to `TABLEAUS`.
 """
@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from pi0_jax.flow.path import Chunk, Velocity
 
@@ -35,16 +36,24 @@ TABLEAUS: dict[str, Tableau] = {
 }
 
 
-def integrate(velocity: Velocity, noise: Chunk, num_steps: int, solver: Solver = "euler", *, path: bool = False):
+def integrate(
+    velocity: Velocity,
+    noise: Chunk,
+    num_steps: int | Float[Array, "n"],
+    solver: Solver = "euler",
+    *,
+    path: bool = False,
+):
     """Carries `noise` from t = 1 to t = 0.
 
-    The time is accumulated (t + dt) in float32 rather than computed as 1 + i dt, as openpi does: the two differ by
-    1e-7, which the time embedding's shortest period turns into 2e-4.
+    In equal steps the time is accumulated (t + dt) in float32 rather than computed as 1 + i dt, as openpi does: the two
+    differ by 1e-7, which the time embedding's shortest period turns into 2e-4.
 
     Args:
         velocity: dx/dt as a function of x and a scalar t.
         noise: the point at t = 1.
-        num_steps: number of equal steps; the velocity is evaluated `len(weights)` times in each.
+        num_steps: number of equal steps; or the times to stop at, from 1 to 0 (`flow.grid`), which may be traced. The
+            velocity is evaluated `len(weights)` times in each step.
         solver: name of the tableau.
         path: also return every point on the way.
 
@@ -54,11 +63,12 @@ def integrate(velocity: Velocity, noise: Chunk, num_steps: int, solver: Solver =
     Raises:
         ValueError: unknown solver, or fewer than one step.
     """
-    check_solver(solver, num_steps)
+    uniform = isinstance(num_steps, int)
+    length = num_steps if uniform else len(num_steps) - 1
+    check_solver(solver, length)
     tableau = TABLEAUS[solver]
-    dt = jnp.float32(-1.0 / num_steps)
 
-    def step(carry, _):
+    def step(carry, dt):
         x, time = carry
         slopes = []
         for row in tableau.stages:
@@ -67,7 +77,8 @@ def integrate(velocity: Velocity, noise: Chunk, num_steps: int, solver: Solver =
         x = x + sum(dt * b * k for b, k in zip(tableau.weights, slopes, strict=True) if b)
         return (x, time + dt), x if path else None
 
-    (x, _), points = jax.lax.scan(step, (noise, jnp.float32(1.0)), length=num_steps)
+    steps = jnp.full(length, -1.0 / length, jnp.float32) if uniform else jnp.diff(jnp.asarray(num_steps, jnp.float32))
+    (x, _), points = jax.lax.scan(step, (noise, jnp.float32(1.0)), steps)
     return x if points is None else (x, jnp.concatenate([noise[None], jnp.asarray(points)]))
 
 

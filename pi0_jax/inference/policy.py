@@ -11,7 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Float, PRNGKeyArray
 
 from pi0_jax import checkpoint, pi0
 from pi0_jax.config import PolicyConfig
@@ -19,8 +19,7 @@ from pi0_jax.data.normalize import Stats, stats_from_json
 from pi0_jax.data.robots import Robot, get_robot
 from pi0_jax.data.tokenizer import Tokenizer
 from pi0_jax.data.transform import check_observation, make_transform, to_observation
-from pi0_jax.flow.solvers import check_solver
-from pi0_jax.model.velocity import VelocityNetwork
+from pi0_jax.model.heads import make_network
 
 
 class Policy:
@@ -37,12 +36,12 @@ class Policy:
     """
 
     def __init__(self, config: PolicyConfig, params, stats: Stats, tokenizer: Tokenizer):
-        check_solver(config.solver, config.num_steps)
+        pi0.check_policy(config)
         self.config = config
         self.robot: Robot = get_robot(config.robot)
         self._params = params
         self._transform = make_transform(config, self.robot, stats, tokenizer)
-        self._network = VelocityNetwork(config.model)
+        self._network = make_network(config.model)
 
     @classmethod
     def load(cls, path: str | Path, **changes: Any) -> Policy:
@@ -65,7 +64,7 @@ class Policy:
                 "observations cannot be prepared for it. Fine-tune from it (--init-from), or add the files."
             )
         config = dataclasses.replace(assets.policy, **changes)
-        network = VelocityNetwork(config.model)
+        network = make_network(config.model)
         like = nn.meta.unbox(jax.eval_shape(functools.partial(pi0.init_params, network), jax.random.key(0)))
         params = checkpoint.restore_params(path, like)
         return cls(config, params, stats_from_json(assets.norm_stats), Tokenizer(assets.tokenizer))
@@ -84,41 +83,64 @@ class Policy:
         return self.infer_batch([observation], jax.random.key(seed)[None])[0]
 
     def infer_batch(
-        self, observations: Sequence[dict[str, Any]], keys: PRNGKeyArray, num_steps: int | None = None
+        self,
+        observations: Sequence[dict[str, Any]],
+        keys: PRNGKeyArray,
+        num_steps: int | None = None,
+        guidance_scale: float | None = None,
     ) -> Float[np.ndarray, "b ah d"]:
         """Chunks of actions for many observations in one call of the network.
 
-        One program is compiled for each batch size and number of steps, at its first use.
+        One program is compiled for each batch size and number of steps, at its first use, and one more for guidance of
+        whatever scale.
 
         Args:
             observations: as in `infer`.
             keys: one for each observation's noise, so that a chunk does not depend on what else is in the batch.
             num_steps: solver steps; None: the config's.
+            guidance_scale: of classifier-free guidance; None: the config's.
         """
-        steps = self.config.num_steps if num_steps is None else num_steps
-        actions = self._sample(self._params, self._prepare(observations), self._noise(keys), steps)
+        actions = self._sample(
+            self._params, self._prepare(observations), keys, **self._options(num_steps, guidance_scale)
+        )
         return self._raw(np.asarray(actions))
 
     def denoise(self, observation: dict[str, Any], seed: int = 0, num_steps: int | None = None) -> np.ndarray:
         """The points that noise passes on its way to a chunk, in the robot's units, `[num_steps + 1, ah, d]`."""
-        steps = self.config.num_steps if num_steps is None else num_steps
-        noise = self._noise(jax.random.key(seed)[None])
-        _, points = self._sample(self._params, self._prepare([observation]), noise, steps, path=True)
+        keys = jax.random.key(seed)[None]
+        _, points = self._sample(
+            self._params, self._prepare([observation]), keys, **self._options(num_steps), path=True
+        )
         return self._raw(np.asarray(points)[:, 0])
+
+    def paths(
+        self, observations: Sequence[dict[str, Any]], keys: PRNGKeyArray, num_steps: int | None = None
+    ) -> Float[np.ndarray, "n b ah ad"]:
+        """The points on the way of many chunks in the model's own units, as `flow.straightness` wants them."""
+        _, points = self._sample(self._params, self._prepare(observations), keys, **self._options(num_steps), path=True)
+        return np.asarray(points)
+
+    def _options(self, num_steps: int | None, guidance_scale: float | None = None) -> dict[str, Any]:
+        options = pi0.sampling_options(self.config)
+        if num_steps is not None:
+            options["num_steps"] = num_steps
+        scale = options.pop("guidance_scale") if guidance_scale is None else guidance_scale
+        return options | {"guidance_scale": None if scale == 1 else scale}
 
     def _prepare(self, observations: Sequence[dict[str, Any]]):
         samples = [self._transform.forward(check_observation(raw, self.robot)) for raw in observations]
         return jax.tree.map(lambda *leaves: np.stack(leaves), *map(to_observation, samples))
 
-    def _noise(self, keys: PRNGKeyArray) -> Float[Array, "b ah ad"]:
-        shape = (self.config.model.action_horizon, self.config.model.action_dim)
-        return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
-
     def _raw(self, actions: np.ndarray) -> np.ndarray:
         return self._transform.inverse({"actions": actions})["actions"].astype(np.float32)
 
-    @functools.partial(jax.jit, static_argnums=(0, 4), static_argnames=("path",))
-    def _sample(self, params, observation, noise, num_steps: int, path: bool = False):
-        return pi0.sample_actions(
-            self._network, params, observation, noise, num_steps=num_steps, solver=self.config.solver, path=path
-        )
+    @functools.partial(
+        jax.jit,
+        static_argnums=0,
+        static_argnames=("num_steps", "solver", "grid_power", "guidance_without", "path"),
+    )
+    def _sample(self, params, observation, keys, *, guidance_scale, **options):
+        shape = (self.config.model.action_horizon, self.config.model.action_dim)
+        noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+        scale = 1.0 if guidance_scale is None else guidance_scale
+        return pi0.sample_actions(self._network, params, observation, noise, guidance_scale=scale, keys=keys, **options)

@@ -12,7 +12,7 @@ actions against those, once a solver step. `__call__` runs everything in one pas
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -20,10 +20,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from pi0_jax.batch import Observation
-from pi0_jax.config import ModelConfig
-from pi0_jax.model.gemma import Backbone, KeysValues
+from pi0_jax.model.gemma import KeysValues
 from pi0_jax.model.norm import named
-from pi0_jax.model.siglip import ImageEncoder, dense
+from pi0_jax.model.prefix import PrefixNetwork
+from pi0_jax.model.siglip import dense
 
 
 class Prefix(NamedTuple):
@@ -37,122 +37,25 @@ class Prefix(NamedTuple):
     """Number of valid tokens, the position at which the actions start."""
 
 
-class VelocityNetwork(nn.Module):
-    """v(x, t | observation) of π0 (arXiv 2410.24164) and π0.5 (arXiv 2504.16054)."""
+class ActionTokenNetwork(PrefixNetwork):
+    """A head whose actions are tokens of the action expert, which see the whole observation."""
 
-    config: ModelConfig
-
-    def setup(self):
-        c = self.config
-        width = c.action.width
-        self.image_encoder = ImageEncoder(c.vision, self.dtype, c.remat)
-        self.image_projector = dense(c.language.width, ("embed", "embed_out"), self.dtype, "image_projector")
-        self.embedding = self.param(
-            "embedding",
-            named(nn.initializers.normal(c.language.width**-0.5), ("vocab", "embed")),
-            (c.vocab_size, c.language.width),
-            jnp.float32,
-        )
-        self.backbone = Backbone(c)
-        float32 = jnp.dtype("float32")
-        self.action_in = dense(width, ("action", "embed"), float32, "action_in")
-        self.action_out = dense(c.action_dim, ("embed", "action"), float32, "action_out")
-        if c.variant == "pi0":
-            self.state_in = dense(width, ("action", "embed"), float32, "state_in")
-        self.time_mlp_in = dense(width, ("embed", "embed_out"), float32, "time_mlp_in")
-        self.time_mlp_out = dense(width, ("embed", "embed_out"), float32, "time_mlp_out")
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        return jnp.dtype(self.config.dtype)
-
-    def __call__(
-        self,
-        observation: Observation,
-        x: Float[Array, "b *s ah ad"],
-        time: Float[Array, "b *s"] | Float[Array, "b *s ah"],
-    ) -> Float[Array, "b *s ah ad"]:
-        """The velocity in one pass over prefix and actions.
-
-        Args:
-            observation: images in [-1, 1].
-            x: noisy chunks; with the extra axis, s independent draws that share the observation's tokens.
-            time: flow time, one number a chunk or one an action.
-
-        Returns:
-            dx/dt, float32, of the shape of x.
-        """
-        prefix, prefix_mask = self.embed_prefix(observation)
-        state = self.embed_state(observation)
-        actions, condition = self.embed_actions(x, time)
-        draws = x.shape[1] if x.ndim == 4 else 1
-        blocks = self._blocks(prefix, state, draws)
-        mask = jnp.concatenate([prefix_mask, jnp.ones((x.shape[0], len(blocks) - prefix.shape[1]), bool)], axis=1)
-        outputs, _ = self.backbone(
-            (prefix, jnp.concatenate([*state, actions], axis=1)),
-            self._positions(prefix_mask, len(state), draws),
-            may_attend(blocks, blocks) & mask[:, None],
-            condition,
-        )
-        return self._project(outputs[1][:, len(state) :], x.shape)
+    def setup_head(self):
+        if self.config.variant == "pi0":
+            self.state_in = dense(self.config.action.width, ("action", "embed"), jnp.dtype("float32"), "state_in")
 
     def prefill(self, observation: Observation) -> Prefix:
-        """Runs everything that depends on neither x nor t."""
+        """Runs everything that does not depend on the actions."""
         prefix, prefix_mask = self.embed_prefix(observation)
         state = self.embed_state(observation)
-        blocks = self._blocks(prefix, state, 0)
+        blocks = _blocks(prefix, state, 0, 0)
         mask = jnp.concatenate([prefix_mask, *(jnp.ones(s.shape[:2], bool) for s in state)], axis=1)
         _, keys_values = self.backbone(
             (prefix, state[0] if state else None),
-            self._positions(prefix_mask, len(state), 0),
+            _positions(prefix_mask, len(state), 0, 0),
             may_attend(blocks, blocks) & mask[:, None],
         )
         return Prefix(keys_values, mask, jnp.sum(mask, axis=1))
-
-    def velocity(
-        self, prefix: Prefix, x: Float[Array, "b ah ad"], time: Float[Array, "b"] | Float[Array, "b ah"]
-    ) -> Float[Array, "b ah ad"]:
-        """The velocity of one solver step, against a prefix from `prefill`."""
-        actions, condition = self.embed_actions(x, time)
-        horizon = x.shape[1]
-        own = jnp.ones((x.shape[0], horizon), bool)
-        outputs, _ = self.backbone(
-            (None, actions),
-            prefix.length[:, None] + jnp.arange(horizon),
-            jnp.broadcast_to(
-                jnp.concatenate([prefix.mask, own], axis=1)[:, None],
-                (x.shape[0], horizon, prefix.mask.shape[1] + horizon),
-            ),
-            condition,
-            prefix.keys_values,
-        )
-        return self._project(outputs[1], x.shape)
-
-    def embed_prefix(self, observation: Observation) -> tuple[Float[Array, "b s d"], Bool[Array, "b s"]]:
-        """Image tokens in the order of `config.cameras`, then prompt tokens; and which of them are valid.
-
-        All cameras go through the encoder as one batch.
-
-        Raises:
-            ValueError: the observation lacks a camera of the config.
-        """
-        c = self.config
-        missing = [name for name in c.cameras if name not in observation.images]
-        if missing:
-            raise ValueError(
-                f"the observation lacks cameras {missing}; it has {sorted(observation.images)}. "
-                "Rename them in the robot, mask them with `image_masks`, or leave them out of `ModelConfig.cameras`."
-            )
-        tokens, masks = [], []
-        if c.cameras:
-            encoded = self.image_encoder(jnp.concatenate([observation.images[name] for name in c.cameras]))
-            for name, image in zip(c.cameras, jnp.split(self.image_projector(encoded), len(c.cameras)), strict=True):
-                tokens.append(image)
-                masks.append(jnp.broadcast_to(observation.image_masks[name][:, None], image.shape[:2]))
-        prompt = self.embedding[observation.prompt]
-        tokens.append((prompt * jnp.sqrt(c.language.width).astype(prompt.dtype)).astype(self.dtype))
-        masks.append(observation.prompt_mask)
-        return jnp.concatenate(tokens, axis=1), jnp.concatenate(masks, axis=1)
 
     def embed_state(self, observation: Observation) -> tuple[Float[Array, "b 1 d"], ...]:
         """π0's state token; nothing for π0.5."""
@@ -160,14 +63,121 @@ class VelocityNetwork(nn.Module):
             return ()
         return (self.state_in(observation.state)[:, None].astype(self.dtype),)
 
+    def run_jointly(
+        self,
+        observation: Observation,
+        actions: Float[Array, "b t d"],
+        condition: Float[Array, "b g d"] | None,
+        draws: int = 1,
+        *,
+        causal: bool = False,
+    ) -> tuple[Float[Array, "b s d"], Float[Array, "b t e"]]:
+        """Outputs of the prefix and of the action tokens in one pass over everything.
+
+        Args:
+            observation: images in [-1, 1].
+            actions: tokens of all draws, one after another; draws do not see one another.
+            condition: of the adaptive norms, one for each draw or each token.
+            draws: how many there are.
+            causal: within a draw, a token sees only those before it and itself.
+        """
+        prefix, prefix_mask = self.embed_prefix(observation)
+        state = self.embed_state(observation)
+        length = actions.shape[1] // draws
+        blocks = _blocks(prefix, state, draws, length)
+        mask = jnp.concatenate([prefix_mask, jnp.ones((len(prefix), len(blocks) - prefix.shape[1]), bool)], axis=1)
+        allowed = may_attend(blocks, blocks)
+        if causal:
+            order = np.arange(len(blocks))
+            allowed &= (order[None, :] <= order[:, None]) | (blocks[None, :] < 2)
+        outputs, _ = self.backbone(
+            (prefix, jnp.concatenate([*state, actions], axis=1)),
+            _positions(prefix_mask, len(state), draws, length),
+            allowed & mask[:, None],
+            condition,
+        )
+        return outputs[0], outputs[1][:, len(state) :]
+
+    def run_against(
+        self, prefix: Prefix, actions: Float[Array, "b t d"], condition: Float[Array, "b g d"] | None
+    ) -> tuple[Float[Array, "b t d"], KeysValues]:
+        """Outputs of the action tokens against a prefix from `prefill`, and their own keys and values."""
+        b, length = actions.shape[:2]
+        mask = jnp.concatenate([prefix.mask, jnp.ones((b, length), bool)], axis=1)
+        outputs, keys_values = self.backbone(
+            (None, actions),
+            prefix.length[:, None] + jnp.arange(length),
+            jnp.broadcast_to(mask[:, None], (b, length, mask.shape[1])),
+            condition,
+            prefix.keys_values,
+        )
+        return outputs[1], keys_values
+
+
+class VelocityNetwork(ActionTokenNetwork):
+    """v(x, t | observation) of π0 (arXiv 2410.24164) and π0.5 (arXiv 2504.16054).
+
+    With `ModelConfig.prediction` "average_velocity" it also takes the span of time that the velocity is an average
+    over; for "epsilon" and "v" the result is what the diffusion baselines predict.
+    """
+
+    def setup_head(self):
+        super().setup_head()
+        c, float32 = self.config, jnp.dtype("float32")
+        width = c.action.width
+        self.action_in = dense(width, ("action", "embed"), float32, "action_in")
+        self.action_out = dense(c.action_dim, ("embed", "action"), float32, "action_out")
+        self.time_mlp_in = dense(width, ("embed", "embed_out"), float32, "time_mlp_in")
+        self.time_mlp_out = dense(width, ("embed", "embed_out"), float32, "time_mlp_out")
+        if c.prediction == "average_velocity":
+            self.span_in = zero_dense(width, "span_in")
+
+    def __call__(
+        self,
+        observation: Observation,
+        x: Float[Array, "b *s ah ad"],
+        time: Float[Array, "b *s"] | Float[Array, "b *s ah"],
+        span: Float[Array, "b *s"] | None = None,
+    ) -> Float[Array, "b *s ah ad"]:
+        """The velocity in one pass over prefix and actions.
+
+        Args:
+            observation: images in [-1, 1].
+            x: noisy chunks; with the extra axis, s independent draws that share the observation's tokens.
+            time: flow time, one number a chunk or one an action.
+            span: of the average, of the shape of time; "average_velocity" only.
+
+        Returns:
+            dx/dt, float32, of the shape of x.
+        """
+        actions, condition = self.embed_actions(x, time, span)
+        _, outputs = self.run_jointly(observation, actions, condition, x.shape[1] if x.ndim == 4 else 1)
+        return self._project(outputs, x)
+
+    def velocity(
+        self,
+        prefix: Prefix,
+        x: Float[Array, "b ah ad"],
+        time: Float[Array, "b"] | Float[Array, "b ah"],
+        span: Float[Array, "b"] | None = None,
+    ) -> Float[Array, "b ah ad"]:
+        """The velocity of one solver step, against a prefix from `prefill`."""
+        outputs, _ = self.run_against(prefix, *self.embed_actions(x, time, span))
+        return self._project(outputs, x)
+
     def embed_actions(
-        self, x: Float[Array, "b *s ah ad"], time: Float[Array, "b *s"] | Float[Array, "b *s ah"]
+        self,
+        x: Float[Array, "b *s ah ad"],
+        time: Float[Array, "b *s"] | Float[Array, "b *s ah"],
+        span: Float[Array, "b *s"] | None = None,
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b g d"] | None]:
         """Action tokens (draws one after another), and the condition of the adaptive norms (π0.5)."""
         c = self.config
         b, width = x.shape[0], c.action.width
         actions = self.action_in(x.astype(jnp.float32))
         embedded = embed_time(time, width)
+        if c.prediction == "average_velocity":
+            embedded += self.span_in(embed_time(jnp.zeros_like(time) if span is None else span, width))
         if c.variant == "pi05":
             condition = nn.swish(self.time_mlp_out(nn.swish(self.time_mlp_in(embedded))))
             return actions.reshape(b, -1, width).astype(self.dtype), condition.reshape(b, -1, width).astype(self.dtype)
@@ -176,19 +186,30 @@ class VelocityNetwork(nn.Module):
         actions = self.time_mlp_out(nn.swish(self.time_mlp_in(jnp.concatenate([actions, embedded], axis=-1))))
         return actions.reshape(b, -1, width).astype(self.dtype), None
 
-    def _project(self, outputs: Float[Array, "b t d"], shape: tuple[int, ...]) -> Float[Array, "b *s ah ad"]:
-        return self.action_out(outputs.astype(jnp.float32)).reshape(shape)
+    def _project(self, outputs: Float[Array, "b t d"], x: Any) -> Float[Array, "b *s ah ad"]:
+        return self.action_out(outputs.astype(jnp.float32)).reshape(x.shape)
 
-    def _blocks(self, prefix, state, draws: int) -> np.ndarray:
-        """Block of each token: 0 prefix, 1 state, 2 and up the draws of the action chunk."""
-        horizon = self.config.action_horizon
-        return np.repeat(np.arange(2 + draws), [prefix.shape[1], len(state)] + [horizon] * draws)
 
-    def _positions(self, prefix_mask: Bool[Array, "b s"], num_state: int, draws: int) -> Int[Array, "b t"]:
-        """Positions count valid tokens; every draw starts at the same one."""
-        position = jnp.cumsum(prefix_mask, axis=1)
-        own = np.concatenate([np.arange(num_state), *[num_state + np.arange(self.config.action_horizon)] * draws])
-        return jnp.concatenate([position - 1, position[:, -1:] + own.astype(np.int32)], axis=1)
+def zero_dense(features: int, name: str) -> nn.Dense:
+    """A linear layer from embeddings that starts at zero: weights trained without it keep giving what they gave."""
+    return nn.Dense(
+        features,
+        kernel_init=named(nn.initializers.zeros_init(), ("embed", "embed_out")),
+        bias_init=named(nn.initializers.zeros_init(), ("embed_out",)),
+        name=name,
+    )
+
+
+def _blocks(prefix, state, draws: int, length: int) -> np.ndarray:
+    """Block of each token: 0 prefix, 1 state, 2 and up the draws of the action chunk."""
+    return np.repeat(np.arange(2 + draws), [prefix.shape[1], len(state)] + [length] * draws)
+
+
+def _positions(prefix_mask: Bool[Array, "b s"], num_state: int, draws: int, length: int) -> Int[Array, "b t"]:
+    """Positions count valid tokens; every draw starts at the same one."""
+    position = jnp.cumsum(prefix_mask, axis=1)
+    own = np.concatenate([np.arange(num_state), *[num_state + np.arange(length)] * draws])
+    return jnp.concatenate([position - 1, position[:, -1:] + own.astype(np.int32)], axis=1)
 
 
 def may_attend(query: np.ndarray, key: np.ndarray) -> Bool[Array, "t s"]:

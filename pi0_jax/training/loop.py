@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from flax.linen import meta
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, PRNGKeyArray
 
 from pi0_jax import checkpoint, pi0
@@ -19,7 +20,7 @@ from pi0_jax.batch import Batch
 from pi0_jax.checkpoint import CheckpointWriter
 from pi0_jax.config import FlowConfig, TrainConfig
 from pi0_jax.data.augment import augment
-from pi0_jax.model.velocity import VelocityNetwork
+from pi0_jax.model.heads import Network, make_network
 from pi0_jax.training import optimizer, sharding
 from pi0_jax.training.folder import delete_run, open_run
 from pi0_jax.training.inputs import Inputs, load_inputs
@@ -34,14 +35,18 @@ _log = logging.getLogger(__name__)
 class Program(NamedTuple):
     """The compiled parts of a run."""
 
-    update: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-    """Donates the state that it is given."""
-    update_mean: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    update: Callable[..., tuple[TrainState, Metrics]]
+    """Of state, batch and `frozen`; donates the state that it is given."""
+    update_mean: Callable[..., tuple[TrainState, Metrics]]
     """The same for the first `flow.mean_steps` updates."""
     evaluate: Callable[[Any, Batch, PRNGKeyArray], tuple[Array, Metrics]]
     """Loss of given weights on a batch, with the noise and times of a key."""
+    straightness: Callable[[Any, Batch, PRNGKeyArray], Array] | None
+    """Of the flow of given weights on a batch; None for what is no flow."""
     place: Callable[[Batch], Batch]
     """Puts a batch on the devices."""
+    frozen: tuple[Any, ...]
+    """Weights that an update only reads."""
 
 
 def run(config: TrainConfig) -> Path:
@@ -67,6 +72,8 @@ def run(config: TrainConfig) -> Path:
             "augment.square_symmetries turns the state, but π0.5 reads it from the prompt, where it would stay as it "
             "was. Turn the symmetries off, or train pi0."
         )
+    pi0.check_policy(config.policy)
+    _check_objective(config)
     mesh = sharding.make_mesh(config.mesh)
     batch_placement = sharding.batch_sharding(mesh, config.batch_size)
     schedule = optimizer.make_schedule(config.optim, config.num_steps)
@@ -76,7 +83,7 @@ def run(config: TrainConfig) -> Path:
     initial = None if config.init_from is None or source is not None else checkpoint.load_assets(config.init_from)
     inputs = load_inputs(config, resumed=resumed, initial=initial)
 
-    network = VelocityNetwork(config.policy.model)
+    network = make_network(config.policy.model)
     boxed = jax.eval_shape(functools.partial(pi0.init_params, network), jax.random.key(0))
     transform = optimizer.make_optimizer(config.optim, schedule, boxed)
     start = functools.partial(create, optimizer=transform, ema=config.optim.ema_decay is not None)
@@ -101,12 +108,17 @@ def run(config: TrainConfig) -> Path:
         return jax.jit(update, donate_argnums=0, out_shardings=(placement, None))
 
     # Whatever training does, validation counts the steps inside episodes alone, which also drops the last batch's fill.
-    validation_flow = dataclasses.replace(config.flow, mask_padded_steps=True)
+    validation_flow = dataclasses.replace(
+        config.flow, mask_padded_steps=True, coupling="independent", drop_prompt=0.0, drop_images=0.0, drop_both=0.0
+    )
+    is_flow = config.policy.model.prediction in ("velocity", "average_velocity")
     program = Program(
         compiled_update(config.flow),
         compiled_update(dataclasses.replace(config.flow, samples_per_observation=1, mean_draw=True)),
         jax.jit(sharding.keep_batch_divided(mesh, functools.partial(_loss, network, validation_flow))),
+        jax.jit(functools.partial(pi0.flow_straightness, network)) if is_flow else None,
         lambda batch: jax.device_put(batch, batch_placement),
+        () if config.reflow_from is None else (checkpoint.restore_params(config.reflow_from, shapes.params),),
     )
     if config.overwrite:
         delete_run(run_dir)
@@ -121,14 +133,45 @@ def run(config: TrainConfig) -> Path:
         return _train(config, run_dir, state, program, inputs, writer)
 
 
-def _loss(network: VelocityNetwork, flow: FlowConfig, params, batch: Batch, key: PRNGKeyArray):
-    return pi0.loss(network, params, batch, key, flow)
+def _loss(network: Network, flow: FlowConfig, params, batch: Batch, key: PRNGKeyArray, *teacher):
+    return pi0.loss(network, params, batch, key, flow, *teacher)
 
 
-def _first_params(config: TrainConfig, network: VelocityNetwork, shapes):
-    """Weights of another checkpoint, or random ones, made where they will live."""
-    if config.init_from is not None:
+def _check_objective(config: TrainConfig) -> None:
+    """Raises ValueError for settings of the objective that do not go together."""
+    flow, prediction = config.flow, config.policy.model.prediction
+    for name in ("drop_prompt", "drop_images", "drop_both"):
+        if not 0 <= getattr(flow, name) <= 1:
+            raise ValueError(f"flow.{name} is {getattr(flow, name)}; it is a probability, between 0 and 1.")
+    if flow.drop_prompt + flow.drop_images + flow.drop_both > 1:
+        raise ValueError("flow.drop_prompt, drop_images and drop_both exclude one another; their sum is above 1.")
+    if prediction != "velocity" and (config.reflow_from is not None or flow.coupling != "independent"):
+        raise ValueError(f"reflow and couplings straighten a flow; this network predicts {prediction}.")
+    if config.reflow_from is not None and (flow.coupling != "independent" or flow.mean_draw or flow.mean_steps):
+        raise ValueError("reflow has its own pairs of noise and actions: turn flow.coupling and the mean draw off.")
+    if (flow.mean_draw or flow.mean_steps) and prediction not in ("velocity", "v"):
+        raise ValueError(f"the mean draw teaches a velocity at t = 1; this network predicts {prediction}.")
+
+
+def _first_params(config: TrainConfig, network: Network, shapes):
+    """Weights of another checkpoint, all or those of `init_parts`, or random ones, made where they will live."""
+    if config.init_from is not None and not config.init_parts:
         return checkpoint.restore_params(config.init_from, shapes)
+    params = _random_params(config, network, shapes)
+    if config.init_from is None:
+        return params
+    flat = flatten_dict(shapes, sep="/")
+    taken = {name: leaf for name, leaf in flat.items() if name.startswith(config.init_parts)}
+    unknown = [part for part in config.init_parts if not any(name.startswith(part) for name in flat)]
+    if unknown:
+        raise ValueError(
+            f"init_parts {unknown} begin no parameter; there are {sorted({n.split('/')[0] for n in flat})}."
+        )
+    restored = checkpoint.restore_params(config.init_from, unflatten_dict(taken, sep="/"), partial=True)
+    return unflatten_dict(flatten_dict(params, sep="/") | flatten_dict(restored, sep="/"), sep="/")
+
+
+def _random_params(config: TrainConfig, network: Network, shapes):
     init = jax.jit(
         lambda key: meta.unbox(pi0.init_params(network, key)), out_shardings=jax.tree.map(lambda x: x.sharding, shapes)
     )
@@ -141,15 +184,24 @@ def restore(folder: Path, shapes: TrainState) -> TrainState:
     return join(checkpoint.restore_params(folder, weights), checkpoint.restore_train_state(folder, rest))
 
 
-def validation_loss(program: Program, weights, batches: Iterator[Batch]) -> float:
-    """Mean loss over all steps of held-out demonstrations, with the same noise and times whenever it is asked."""
+def validate(program: Program, weights, validation: Callable[[], Iterator[Batch]]) -> dict[str, float]:
+    """Measures weights on held-out demonstrations, with the same noise and times whenever it is asked.
+
+    Returns:
+        `validation_loss`, the mean loss over all steps; and of a flow its `straightness` on the first batch, 0 where
+        one Euler step is exact.
+    """
     total, count = 0.0, 0
-    for number, batch in enumerate(batches):
+    for number, batch in enumerate(validation()):
         steps = int(np.sum(batch.step_mask))
         value, _ = program.evaluate(weights, program.place(batch), jax.random.key(number))
         total += steps * float(value)
         count += steps
-    return total / max(count, 1)
+    values = {"validation_loss": total / max(count, 1)}
+    if program.straightness is not None:
+        batch = program.place(next(validation()))
+        values["straightness"] = float(program.straightness(weights, batch, jax.random.key(0)))
+    return values
 
 
 def _train(
@@ -164,15 +216,14 @@ def _train(
         try:
             while step < config.num_steps and stop.number is None:
                 update = program.update_mean if step < config.flow.mean_steps else program.update
-                state, metrics = update(state, program.place(next(inputs.loader)))
+                state, metrics = update(state, program.place(next(inputs.loader)), *program.frozen)
                 step += 1
                 reporter.push(step, metrics)
                 writer.check()
                 last = step == config.num_steps
                 if inputs.validation is not None and (last or step % config.validate_every == 0):
                     reporter.flush()
-                    value = validation_loss(program, state.weights, inputs.validation())
-                    reporter.write(step, {"validation_loss": value})
+                    reporter.write(step, validate(program, state.weights, inputs.validation))
                 if last or step % config.save_every == 0:
                     reporter.flush()
                     _save(writer, step, state, inputs)

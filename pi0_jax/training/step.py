@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from pi0_jax.batch import Batch
 from pi0_jax.training.state import TrainState
 
-Loss = Callable[[Any, Batch, PRNGKeyArray], tuple[Float[Array, ""], dict[str, Array]]]
+Loss = Callable[..., tuple[Float[Array, ""], dict[str, Array]]]
+"""Of parameters, batch, key, and weights that it only reads."""
 Augment = Callable[[PRNGKeyArray, Batch], Batch]
 Metrics = dict[str, Array]
 
@@ -26,14 +26,14 @@ def make_update(
     *,
     ema_decay: float | None,
     seed: int,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+) -> Callable[..., tuple[TrainState, Metrics]]:
     """The pure function of one update; the caller compiles it, with the state donated.
 
     All randomness of a step comes from `seed` and the step's number, so a run can be taken up at any step, and from
     one key for the whole batch, so it is the same on any number of devices.
 
     Args:
-        loss: of parameters, batch and key; returns the value and metrics.
+        loss: of parameters, batch, key and what else the function is given; returns the value and metrics.
         augment: random changes to a batch.
         optimizer: includes clipping and the learning rate.
         schedule: the learning rate, for the metrics.
@@ -41,14 +41,15 @@ def make_update(
         seed: of the run.
 
     Returns:
-        A function of state and batch, to the next state and scalar metrics: those of the loss, `grad_norm` before
-        clipping, `param_norm` after the update, `learning_rate`. A state is finite if the loss and the two norms are.
+        A function of state, batch and weights that the loss only reads (reflow's teacher), to the next state and scalar
+        metrics: those of the loss, `grad_norm` before clipping, `param_norm` after the update, `learning_rate`. A state
+        is finite if the loss and the two norms are.
     """
 
-    def update(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def update(state: TrainState, batch: Batch, *frozen) -> tuple[TrainState, Metrics]:
         augment_key, loss_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
         batch = augment(augment_key, batch)
-        (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(state.params, batch, loss_key)
+        (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(state.params, batch, loss_key, *frozen)
         change, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, change)
         ema = state.ema

@@ -146,17 +146,8 @@ def test_state_reaches_pi0_and_not_pi05():
 def test_the_prefix_never_sees_the_actions(tiny):
     def prefix_after(x):
         def run(network, x):
-            tokens, mask = network.embed_prefix(tiny.observation)
-            state = network.embed_state(tiny.observation)
             actions, condition = network.embed_actions(x, tiny.time)
-            blocks = network._blocks(tokens, state, 1)
-            outputs, _ = network.backbone(
-                (tokens, jnp.concatenate([*state, actions], axis=1)),
-                network._positions(mask, len(state), 1),
-                jnp.broadcast_to(may_attend(blocks, blocks), (2, len(blocks), len(blocks))),
-                condition,
-            )
-            return outputs[0]
+            return network.run_jointly(tiny.observation, actions, condition)[0]
 
         return tiny.network.apply({"params": tiny.params}, x, method=run)
 

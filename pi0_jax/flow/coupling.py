@@ -1,0 +1,102 @@
+"""Which noise goes with which data in a batch.
+
+Pairs drawn independently cross one another, and the learnt field has to bend where they do. Pairing each noise with
+data nearby (minibatch optimal transport; Pooladian et al. 2023, arXiv 2304.14772; Tong et al. 2024, arXiv 2302.00482)
+crosses less. For a conditional law that is a trap: the noise then tells about the condition, and a sampler that draws
+noise without regard to it meets pairs that training never made, so p(data | condition) comes out biased. The remedy is
+to charge for changing the condition as well (Kerrigan et al. 2024, arXiv 2404.04240; Cheng and Schwing 2025,
+arXiv 2503.10636): noise i belongs to condition i, and going to data j costs
+|noise_i − data_j|² + weight · |c_i − c_j|². With a large weight pairs are exchanged only between equal conditions, and
+the conditional law stays as it is.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+from scipy.optimize import linear_sum_assignment
+
+Coupling = Literal["independent", "optimal", "sinkhorn"]
+
+
+def couple(
+    noise: Float[Array, "b *e"],
+    data: Float[Array, "b *e"],
+    condition: Float[Array, "b c"],
+    key: PRNGKeyArray,
+    coupling: Coupling = "independent",
+    *,
+    condition_weight: float = 1.0,
+    regularization: float = 0.05,
+) -> Float[Array, "b *e"]:
+    """The noise in a new order: its row i goes with row i of the data.
+
+    Args:
+        noise, data: one row an example.
+        condition: what the data are conditioned on, as numbers; used with a positive weight only.
+        key: for the draws from a Sinkhorn plan.
+        coupling: "independent" leaves the order; "optimal" is the exact assignment, computed by SciPy on the host;
+            "sinkhorn" draws from the entropic plan, all on the device.
+        condition_weight: cost of a unit of squared distance between conditions; 0 is the plain coupling, which biases
+            a conditional law.
+        regularization: entropy of the Sinkhorn plan, as a share of the mean cost.
+
+    Raises:
+        ValueError: unknown coupling.
+    """
+    match coupling:
+        case "independent":
+            return noise
+        case "optimal":
+            return noise[assignment(transport_cost(noise, data, condition, condition_weight))]
+        case "sinkhorn":
+            cost = transport_cost(noise, data, condition, condition_weight)
+            plan = sinkhorn(cost, regularization * jnp.mean(cost))
+            return noise[jax.random.categorical(key, plan, axis=0)]
+    raise ValueError(f"unknown coupling {coupling!r}; choose independent, optimal or sinkhorn.")
+
+
+def transport_cost(
+    noise: Float[Array, "b *e"], data: Float[Array, "b *e"], condition: Float[Array, "b c"], condition_weight: float
+) -> Float[Array, "b b"]:
+    """Cost of taking noise i to data j: squared distance, plus that of their conditions times the weight."""
+    cost = _squared_distances(noise.reshape(len(noise), -1), data.reshape(len(data), -1))
+    return cost + condition_weight * _squared_distances(condition, condition) if condition_weight else cost
+
+
+def assignment(cost: Float[Array, "b b"]) -> Int[Array, "b"]:
+    """For each column the row of the cheapest one-to-one assignment; exact, through SciPy on the host; jits."""
+
+    def solve(cost) -> np.ndarray:
+        rows, columns = linear_sum_assignment(np.asarray(cost))
+        return rows[np.argsort(columns)].astype(np.int32)
+
+    shape = jax.ShapeDtypeStruct(cost.shape[1:], jnp.int32)
+    return jax.pure_callback(solve, shape, jax.lax.stop_gradient(cost), vmap_method="sequential")
+
+
+def sinkhorn(cost: Float[Array, "b b"], regularization: float | Float[Array, ""], num_iterations: int = 100):
+    """Logarithm of the entropic transport plan between uniform margins (Cuturi 2013, arXiv 1306.0895), `[b b]`.
+
+    Args:
+        cost: of row i to column j.
+        regularization: weight of the entropy, in units of cost; towards 0 the plan becomes the exact assignment.
+        num_iterations: of scaling rows, then columns; columns are exact at the end.
+    """
+    kernel = -cost / regularization
+
+    def scale(plan, _):
+        plan = plan - jax.nn.logsumexp(plan, axis=1, keepdims=True)
+        return plan - jax.nn.logsumexp(plan, axis=0, keepdims=True), None
+
+    plan, _ = jax.lax.scan(scale, kernel, length=num_iterations)
+    return plan - jnp.log(len(cost))
+
+
+def _squared_distances(a: Float[Array, "b e"], b: Float[Array, "b e"]) -> Float[Array, "b b"]:
+    squares = jnp.sum(jnp.square(a), -1)[:, None] + jnp.sum(jnp.square(b), -1)
+    return jnp.maximum(squares - 2 * jnp.matmul(a, b.T, precision="highest"), 0.0)

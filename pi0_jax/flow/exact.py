@@ -1,0 +1,52 @@
+"""The exact end of a flow, by an adaptive solver of `diffrax` (the extra `exact`): a yardstick, not a sampler."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax.numpy as jnp
+
+from pi0_jax.flow.path import Chunk, Velocity
+
+
+def integrate_exactly(
+    velocity: Velocity,
+    noise: Chunk,
+    *,
+    solver: Literal["tsit5", "dopri5"] = "tsit5",
+    rtol: float = 1e-5,
+    atol: float = 1e-6,
+    max_steps: int = 4096,
+) -> Chunk:
+    """Carries `noise` from t = 1 to t = 0 with steps as small as the tolerances ask.
+
+    Args:
+        velocity: dx/dt as a function of x and a scalar t.
+        noise: the point at t = 1.
+        solver: an embedded Runge-Kutta pair of order 5(4), Tsitouras' or Dormand and Prince's.
+        rtol, atol: relative and absolute error allowed in a step.
+        max_steps: steps after which it gives up.
+
+    Raises:
+        ImportError: diffrax is not installed.
+        ValueError: unknown solver.
+    """
+    try:
+        import diffrax
+    except ImportError as error:
+        raise ImportError("the exact sampler needs diffrax: pip install 'pi0_jax[exact]'") from error
+    solvers = {"tsit5": diffrax.Tsit5, "dopri5": diffrax.Dopri5}
+    if solver not in solvers:
+        raise ValueError(f"unknown solver {solver!r}; choose tsit5 or dopri5.")
+    solution = diffrax.diffeqsolve(
+        diffrax.ODETerm(lambda t, x, _: velocity(x, jnp.asarray(t, jnp.float32))),
+        solvers[solver](),
+        t0=1.0,
+        t1=0.0,
+        dt0=None,
+        y0=noise,
+        stepsize_controller=diffrax.PIDController(rtol=rtol, atol=atol),
+        max_steps=max_steps,
+    )
+    assert solution.ys is not None
+    return solution.ys[0]
