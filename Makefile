@@ -1,5 +1,6 @@
 # make demo    demonstrations → training → closed-loop success → report, on a CPU
 # make test    the whole test suite
+# make compare flow matching, diffusion and discretised actions, trained and measured alike (compare-quick: a small form)
 # make check   formatting, lint and types
 # Another interpreter: make test PYTHON=python3.12
 
@@ -8,13 +9,17 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN ?= runs/tabletop
 SEED ?= 0
+JOBS ?= 2
 
-.PHONY: demo test check format clean
+.PHONY: demo test compare compare-quick check format clean
 .DELETE_ON_ERROR:
 
 demo: data/tabletop/meta/info.json data/tabletop-validation/meta/info.json
 	$(BIN)/python train.py configs/tabletop.py --run-dir $(RUN) --seed $(SEED) $(if $(wildcard $(RUN)/checkpoints),--resume)
 	$(BIN)/pi0 report $(RUN)
+
+compare compare-quick: data/tabletop/meta/info.json data/tabletop-validation/meta/info.json
+	$(BIN)/pi0 compare configs/compare_tabletop.py $(if $(findstring quick,$@),--quick) --jobs $(JOBS)
 
 test: $(VENV)/dev
 	$(BIN)/python -m pytest -n auto

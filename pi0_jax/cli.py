@@ -11,7 +11,6 @@ import importlib
 import logging
 import os
 import re
-import runpy
 import sys
 import traceback
 from pathlib import Path
@@ -20,6 +19,7 @@ import tyro
 from tqdm import tqdm
 
 from pi0_jax.config import TrainConfig
+from pi0_jax.experiment import load_config
 
 COMMANDS = {
     "train": ("training", "train a policy: pi0 train configs/tabletop.py --batch-size 64"),
@@ -69,33 +69,6 @@ def main(args: list[str] | None = None) -> int:
     return 0
 
 
-def load_config(path: str | Path) -> TrainConfig:
-    """Executes a Python file and returns its `config`.
-
-    Raises:
-        FileNotFoundError: no such file; the message lists those beside it.
-        ValueError: the file fails, defines no `config`, or one of another type.
-    """
-    path = Path(path)
-    if not path.is_file():
-        folder = path.parent if path.parent.is_dir() else Path("configs")
-        names = sorted(str(p) for p in folder.glob("*.py"))
-        close = difflib.get_close_matches(str(folder / f"{path.stem}.py"), names, n=1)
-        hint = f" Did you mean {close[0]}?" if close else ""
-        raise FileNotFoundError(f"there is no config {path}. {folder} has: {', '.join(names) or 'none'}.{hint}")
-    try:
-        namespace = runpy.run_path(str(path))
-    except Exception as error:
-        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
-        where = f"line {lines[-1]} of {path}" if lines else str(path)
-        raise ValueError(f"{where} fails with {type(error).__name__}: {error}") from error
-    config = namespace.get("config")
-    if not isinstance(config, TrainConfig):
-        found = "defines no `config`" if config is None else f"has a `config` of type {type(config).__name__}"
-        raise ValueError(f"{path} {found}; it has to end in `config = TrainConfig(...)`. See configs/tabletop.py.")
-    return config
-
-
 def _train(args: list[str]) -> int:
     """`pi0 train CONFIG`: the file's config, with fields set anew by flags."""
     if not args or args[0].startswith("-"):
@@ -103,7 +76,7 @@ def _train(args: list[str]) -> int:
         print(text + "CONFIG is a Python file that defines `config`; pi0 train CONFIG --help lists its fields.")
         return 0 if args[:1] in (["-h"], ["--help"]) else 2
     path, *overrides = args
-    config = load_config(path)
+    config = load_config(path, TrainConfig)
     example = f"Fields of {path}, which flags set anew: pi0 train {path} --optim.peak-lr 3e-4 --batch-size 64"
     config = tyro.cli(TrainConfig, default=config, args=overrides, prog=f"pi0 train {path}", description=example)
     from pi0_jax.training.loop import run
@@ -133,3 +106,7 @@ def _set_up_logging():
     # Orbax and its event loop print the tracebacks of errors that reach the user as exceptions anyway.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -87,7 +87,7 @@ def loss(
     if teacher is not None:
         # One pair an observation, at several times: making it costs a whole sampling.
         noise = jnp.broadcast_to(noise[:, :1], noise.shape)
-        actions = sample_actions(network, teacher, batch.observation, noise[:, 0], num_steps=flow.reflow_steps)
+        actions: Any = sample_actions(network, teacher, batch.observation, noise[:, 0], num_steps=flow.reflow_steps)
     elif flow.coupling != "independent":
         noise = coupled_noise(noise, actions, observation, couple_key, flow)
     if flow.mean_draw:

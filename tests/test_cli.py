@@ -84,17 +84,17 @@ def test_a_mistyped_command_is_refused_with_a_suggestion(capsys):
 def test_a_file_that_is_no_config_is_refused_with_the_reason(configs, text, message):
     (configs / "bad.py").write_text(text)
     with pytest.raises(ValueError, match=message):
-        cli.load_config("configs/bad.py")
+        load_config("configs/bad.py", TrainConfig)
 
 
 def test_a_missing_config_lists_those_that_exist_and_the_closest(configs):
     with pytest.raises(FileNotFoundError, match=r"configs has: configs/good\.py\. Did you mean configs/good\.py"):
-        cli.load_config("configs/goood.py")
+        load_config("configs/goood.py", TrainConfig)
 
 
 def test_all_shipped_configs_load():
     for path in (ROOT / "configs").glob("*.py"):
-        assert isinstance(cli.load_config(path), TrainConfig)
+        assert isinstance(load_config(path, TrainConfig), TrainConfig)
 
 
 def test_a_users_mistake_is_one_message_and_a_traceback_only_on_request(configs, monkeypatch, capsys):

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1] / "pi0_jax"
 
 MAY_IMPORT = {
     "config": set(),
+    "experiment": set(),
     "batch": set(),
     "flow": set(),
     "model": {"config", "batch"},
@@ -24,8 +25,8 @@ MAY_IMPORT = {
     "convert": {"config", "model", "pi0", "checkpoint"},
     "envs": {"data"},
     "evaluate": {"config", "data", "inference", "checkpoint", "envs"},
-    "study": {"config", "data", "flow", "training", "inference", "evaluate", "checkpoint", "envs"},
-    "cli": {"config", "training", "evaluate", "study"},
+    "study": {"config", "experiment", "data", "flow", "training", "inference", "evaluate", "checkpoint", "envs"},
+    "cli": {"config", "experiment", "training", "evaluate", "study"},
 }
 """Room to the rooms it may import. A room is a folder or a module at the top of the package."""
 

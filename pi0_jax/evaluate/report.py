@@ -14,10 +14,11 @@ import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Bool, Float
 from tqdm import tqdm
 
 from pi0_jax import checkpoint
@@ -84,12 +85,18 @@ def write_report(
     return figures
 
 
-def chunk_errors(policy: Policy, train: TrainConfig | None, count: int = 256) -> dict[int, dict[str, float]] | None:
-    """Error of sampled chunks on held-out demonstrations, by number of solver steps; None without such data.
+class HeldOut(NamedTuple):
+    """Frames of held-out demonstrations, and what the expert did from there."""
 
-    `to_expert` is the root-mean-square difference to the demonstrated actions over valid steps, `to_exact` that to the
-    flow's own solution from the same noise; both in robot units.
-    """
+    observations: list[dict[str, Any]]
+    expert: Float[np.ndarray, "b ah d"]
+    """Robot units."""
+    valid: Bool[np.ndarray, "b ah"]
+    """False after the episode's end, and where the demonstration was disturbed on purpose."""
+
+
+def held_out(train: TrainConfig | None, policy: Policy, count: int = 256) -> HeldOut | None:
+    """Evenly spaced frames of a run's held-out demonstrations; None where it has none."""
     if train is None or train.data.validation_path is None or not Path(train.data.validation_path).is_dir():
         return None
     dataset = LeRobotDataset(train.data.validation_path)
@@ -102,17 +109,29 @@ def chunk_errors(policy: Policy, train: TrainConfig | None, count: int = 256) ->
         {"images": {c: pixels[i] for c, pixels in images.items()}, "state": state[i], "prompt": dataset.task(i)}
         for i in frames
     ]
-    keys = jax.random.split(jax.random.key(0), len(frames))
+    return HeldOut(observations, expert, valid)
+
+
+def chunk_errors(policy: Policy, train: TrainConfig | None) -> dict[int, dict[str, float]] | None:
+    """Error of sampled chunks on held-out demonstrations, by number of solver steps; None without such data.
+
+    `to_expert` is the root-mean-square difference to the demonstrated actions over valid steps, `to_exact` that to the
+    flow's own solution from the same noise; both in robot units.
+    """
+    data = held_out(train, policy)
+    if data is None:
+        return None
+    keys = jax.random.split(jax.random.key(0), len(data.observations))
     chunks = {
-        steps: policy.infer_batch(observations, keys, steps)
+        steps: policy.infer_batch(data.observations, keys, steps)
         for steps in tqdm((*STEPS, REFERENCE_STEPS), desc="error of chunks", unit="setting")
     }
 
     def rms(difference: np.ndarray) -> float:
-        return float(np.sqrt(np.mean(np.square(difference)[valid])))
+        return float(np.sqrt(np.mean(np.square(difference)[data.valid])))
 
     exact = chunks[REFERENCE_STEPS]
-    return {s: {"to_expert": rms(chunks[s] - expert), "to_exact": rms(chunks[s] - exact)} for s in STEPS}
+    return {s: {"to_expert": rms(chunks[s] - data.expert), "to_exact": rms(chunks[s] - exact)} for s in STEPS}
 
 
 def denoising(policy: Policy, suite: Suite, seed: int) -> tuple[np.ndarray, dict[str, Any]]:
@@ -184,9 +203,13 @@ episodes, 95 % interval {overall["low"]:.1%} to {overall["high"]:.1%}, {STEPS[0]
 
 
 def _section(title: str, picture: bytes | None, text: str) -> str:
-    source = "" if picture is None else _data(picture, "image/svg+xml")
-    image = f'<img src="{source}" alt="{title}">' if source else ""
+    image = "" if picture is None else picture_tag(picture, title)
     return f"<section><h2>{title}</h2>{image}<div>{text}</div></section>"
+
+
+def picture_tag(picture: bytes, text: str) -> str:
+    """An SVG inside the page."""
+    return f'<img src="{_data(picture, "image/svg+xml")}" alt="{html.escape(text)}">'
 
 
 def _percent(rate: dict[str, float]) -> str:
@@ -194,7 +217,7 @@ def _percent(rate: dict[str, float]) -> str:
 
 
 def _success_plot(rates: dict[str, dict[str, float]]) -> bytes:
-    figure, axes = _figure(1, height=0.42 * len(rates) + 0.8)
+    figure, axes = new_figure(1, height=0.42 * len(rates) + 0.8)
     names = list(rates)[::-1]
     rate = np.array([rates[n]["rate"] for n in names])
     spread = [rate - [rates[n]["low"] for n in names], np.array([rates[n]["high"] for n in names]) - rate]
@@ -204,12 +227,12 @@ def _success_plot(rates: dict[str, dict[str, float]]) -> bytes:
     for i, n in enumerate(names):
         axes[0].text(0.01, i, f"{rates[n]['successes']}/{rates[n]['episodes']}", va="center", fontsize=8)
     axes[0].set(xlim=(0, 1), xlabel="success rate")
-    return _svg(figure)
+    return figure_svg(figure)
 
 
 def _steps_plot(figures: dict[str, Any]) -> bytes:
     errors = figures["chunk_error"]
-    figure, axes = _figure(2 if errors else 1)
+    figure, axes = new_figure(2 if errors else 1)
     rates = figures["success_by_steps"]
     steps = sorted(rates)
     rate = np.array([rates[s]["rate"] for s in steps])
@@ -226,7 +249,7 @@ def _steps_plot(figures: dict[str, Any]) -> bytes:
     for a in axes:
         a.set_xticks(steps, map(str, steps))
         a.minorticks_off()
-    return _svg(figure)
+    return figure_svg(figure)
 
 
 def _steps_text(figures: dict[str, Any]) -> str:
@@ -245,7 +268,7 @@ def _steps_text(figures: dict[str, Any]) -> str:
 
 def _denoising_plot(points: np.ndarray, names: tuple[str, ...]) -> bytes:
     shown = np.unique(np.linspace(0, len(points) - 1, min(6, len(points))).astype(int))
-    figure, axes = _figure(len(shown), height=2.4, sharey=True)
+    figure, axes = new_figure(len(shown), height=2.4, sharey=True)
     for a, i in zip(axes, shown, strict=True):
         for name, values in zip(names, points[i].T, strict=True):
             a.plot(np.arange(1, len(values) + 1), values, marker=".", label=name)
@@ -253,11 +276,11 @@ def _denoising_plot(points: np.ndarray, names: tuple[str, ...]) -> bytes:
         a.axhline(0, color="0.85", linewidth=0.8, zorder=0)
         a.set_xlabel("step")
     axes[0].legend(frameon=False, fontsize=8)
-    return _svg(figure)
+    return figure_svg(figure)
 
 
 def _loss_plot(metrics: list[dict[str, float]]) -> bytes:
-    figure, axes = _figure(2)
+    figure, axes = new_figure(2)
     train = [(row["step"], row["loss"], row.get("grad_norm")) for row in metrics if "loss" in row]
     step, loss, norm = (np.array(column, float) for column in zip(*train, strict=True))
     axes[0].plot(step, loss, color=BLUE, alpha=0.25, linewidth=0.6)
@@ -272,7 +295,7 @@ def _loss_plot(metrics: list[dict[str, float]]) -> bytes:
     axes[0].legend(frameon=False)
     axes[1].plot(step, norm, color=GREY, linewidth=0.6)
     axes[1].set(xlabel="step", ylabel="gradient norm", yscale="log")
-    return _svg(figure)
+    return figure_svg(figure)
 
 
 def _training_text(train: TrainConfig | None, metrics: list[dict[str, float]]) -> str:
@@ -313,7 +336,8 @@ def encode_mp4(pictures: Sequence[np.ndarray], fps: int, hold_seconds: float = 1
         return path.read_bytes()
 
 
-def _figure(panels: int, height: float = 3.2, sharey: bool = False):
+def new_figure(panels: int, height: float = 3.2, sharey: bool = False):
+    """A figure with panels side by side, and its axes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, height), layout="constrained")
@@ -323,7 +347,8 @@ def _figure(panels: int, height: float = 3.2, sharey: bool = False):
     return figure, axes
 
 
-def _svg(figure) -> bytes:
+def figure_svg(figure) -> bytes:
+    """The figure as SVG."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg")
     return buffer.getvalue()

@@ -26,6 +26,8 @@ class Outcome:
     prompt: str
     success: bool
     num_steps: int
+    actions: np.ndarray = dataclasses.field(repr=False)
+    """Those that were executed, robot units `[num_steps, d]`."""
     pictures: tuple[np.ndarray, ...] = dataclasses.field(default=(), repr=False)
     """One a step, for the episodes that were filmed."""
 
@@ -132,17 +134,20 @@ class _Slot:
         self.index, self.episode, self.filmed = index, episode, filmed
         self.over = self.success = False
         self.num_steps = 0
+        self.actions: list[np.ndarray] = []
         self.pictures = [episode.picture()] if filmed else []
 
     def step(self, action: np.ndarray) -> None:
         self.over, self.success = self.episode.step(action)
+        self.actions.append(action)
         self.num_steps += 1
         if self.filmed:
             self.pictures.append(self.episode.picture())
 
     def outcome(self) -> Outcome:
         task, prompt = self.episode.task, self.episode.prompt
-        return Outcome(self.index, task, prompt, self.success, self.num_steps, tuple(self.pictures))
+        actions = np.array(self.actions)
+        return Outcome(self.index, task, prompt, self.success, self.num_steps, actions, tuple(self.pictures))
 
 
 def table(rollout: Rollout) -> str:

@@ -95,7 +95,8 @@ def run(config: TrainConfig) -> Path:
     _describe(mesh, shapes, placement, boxed, config)
 
     def compiled_update(flow: FlowConfig):
-        update = make_update(
+        make = functools.partial(
+            make_update,
             sharding.keep_batch_divided(mesh, functools.partial(_loss, network, flow)),
             functools.partial(
                 augment, config=config.augment, robot=inputs.robot, stats=inputs.stats, mode=config.policy.normalization
@@ -103,9 +104,12 @@ def run(config: TrainConfig) -> Path:
             transform,
             schedule,
             ema_decay=config.optim.ema_decay,
-            seed=config.seed,
         )
-        return jax.jit(update, donate_argnums=0, out_shardings=(placement, None))
+        # The seed is an argument, so that runs which differ in it alone share their compiled programs.
+        update = jax.jit(
+            lambda seed, state, *rest: make(seed=seed)(state, *rest), donate_argnums=1, out_shardings=(placement, None)
+        )
+        return functools.partial(update, np.uint32(config.seed))
 
     # Whatever training does, validation counts the steps inside episodes alone, which also drops the last batch's fill.
     validation_flow = dataclasses.replace(

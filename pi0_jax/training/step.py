@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from pi0_jax.batch import Batch
 from pi0_jax.training.state import TrainState
@@ -25,7 +25,7 @@ def make_update(
     schedule: optax.Schedule,
     *,
     ema_decay: float | None,
-    seed: int,
+    seed: int | Int[Array, ""],
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """The pure function of one update; the caller compiles it, with the state donated.
 

@@ -1,0 +1,66 @@
+"""Flow matching, diffusion and discretised actions on the tabletop, on one backbone, with one optimizer.
+
+Run:     make compare, or make compare-quick for a small form
+"""
+
+import dataclasses
+import runpy
+from pathlib import Path
+
+from pi0_jax.config import BinConfig, CompactConfig, CompareConfig, Contender, FlowConfig
+
+base = runpy.run_path(str(Path(__file__).with_name("tabletop.py")))["config"]
+model = base.policy.model
+# All see quantile-normalised numbers, because the bins lie between the 1st and the 99th percentile.
+train = dataclasses.replace(
+    base,
+    policy=dataclasses.replace(base.policy, normalization="quantile"),
+    flow=FlowConfig(),
+    optim=dataclasses.replace(base.optim, warmup_steps=50),
+    num_steps=1000,
+    validate_every=500,
+    save_every=500,
+)
+flow = FlowConfig(beta_alpha=1.5, samples_per_observation=3)
+# The published width of the compact head, 1024, has ten times the weights of this backbone.
+compact = CompactConfig(width=256)
+bins = BinConfig(count=256, dims=3)
+
+
+def predicting(kind, **changes):
+    return dataclasses.replace(model, prediction=kind, **changes)
+
+
+config = CompareConfig(
+    train=train,
+    contenders={
+        "flow": Contender(model, flow),
+        "flow-ot": Contender(model, dataclasses.replace(flow, coupling="optimal", condition_weight=10.0)),
+        "reflow": Contender(model, dataclasses.replace(flow, time="uniform"), teacher="flow"),
+        "shortcut": Contender(predicting("average_velocity"), flow, evaluations=(1, 2, 4, 10, 50)),
+        "compact": Contender(dataclasses.replace(model, head="compact", compact=compact), flow),
+        "compact-adaln": Contender(
+            dataclasses.replace(
+                model, head="compact", compact=dataclasses.replace(compact, conditioning="adaln", pooling="attention")
+            ),
+            flow,
+        ),
+        "diffusion-epsilon": Contender(
+            predicting("epsilon"), dataclasses.replace(flow, time="uniform"), solvers=("ddim", "ddpm")
+        ),
+        "diffusion-v": Contender(predicting("v"), dataclasses.replace(flow, time="uniform"), solvers=("ddim", "ddpm")),
+        "bins": Contender(predicting("bins", bins=bins), FlowConfig(), solvers=("argmax",), evaluations=(1,)),
+        "bins-sequence": Contender(
+            predicting("bin_sequence", bins=bins), FlowConfig(), solvers=("argmax",), evaluations=(24,)
+        ),
+    },
+    backbone=FlowConfig(mean_draw=True),
+    quick={
+        "seeds": (0,),
+        "backbone_steps": 500,
+        "num_steps": 300,
+        "episodes": 60,
+        "evaluations": (1, 2, 10),
+        "contenders": ("flow", "reflow", "compact", "diffusion-v", "bins"),
+    },
+)

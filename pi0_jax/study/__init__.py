@@ -1,0 +1,1 @@
+"""Comparing kinds of policies with one another: train each, measure each alike, and say how it came out."""
