@@ -17,11 +17,11 @@ train = dataclasses.replace(
     policy=dataclasses.replace(base.policy, normalization="quantile"),
     flow=FlowConfig(),
     optim=dataclasses.replace(base.optim, warmup_steps=50),
-    num_steps=1000,
+    num_steps=700,
     validate_every=500,
     save_every=500,
 )
-flow = FlowConfig(beta_alpha=1.5, samples_per_observation=3)
+flow = FlowConfig(beta_alpha=1.5, samples_per_observation=2)
 # The published width of the compact head, 1024, has ten times the weights of this backbone.
 compact = CompactConfig(width=256)
 bins = BinConfig(count=256, dims=3)

@@ -302,7 +302,7 @@ class CompareConfig:
     seeds: tuple[int, ...] = (0, 1, 2)
     env: str = "tabletop"
     """Simulator for the closed loop."""
-    episodes: int = 102
+    episodes: int = 66
     """Episodes for each contender, solver and number of evaluations."""
     run_dir: str = "runs/compare"
     quick: dict[str, object] = dataclasses.field(default_factory=dict)
