@@ -49,8 +49,8 @@ class Compare:
     """Folder for runs, logs, compare.html and compare.json."""
     jobs: int = 1
     """Cells at a time, the cores divided between them."""
-    cell: Annotated[tuple[int, str] | None, tyro.conf.Suppress] = None
-    """Run this one cell, in this process."""
+    cell: tuple[int, str] | None = None
+    """Run one cell alone, in this process: its seed, and the contender's name or backbone."""
 
 
 def compare(args: Compare) -> None:
