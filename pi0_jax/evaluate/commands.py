@@ -54,8 +54,12 @@ class Infer:
     """Of the noise, and of the simulator's layouts."""
     num_steps: int | None = None
     """Solver steps from noise to actions; the checkpoint's own number by default."""
-    solver: Literal["euler", "midpoint", "heun", "rk4"] | None = None
-    """Solver; the checkpoint's own by default."""
+    solver: Literal["euler", "midpoint", "heun", "rk4", "ddim", "ddpm"] | None = None
+    """Solver; the checkpoint's own by default. ddim and ddpm are for diffusion policies."""
+    grid_power: float | None = None
+    """Above 1, more of the solver's steps are near the data; the checkpoint's own by default."""
+    guidance_scale: float | None = None
+    """Classifier-free guidance, for policies trained with dropped conditions; 1 is none."""
     execute_steps: int | None = None
     """Actions of a chunk executed before the policy is asked again; the checkpoint's own number by default."""
     distract: bool = False
@@ -125,9 +129,8 @@ def infer(args: Infer) -> None:
     suite = None if args.env is None else get_suite(args.env)
     if args.observation is not None and not args.observation.is_file():
         load_observation(args.observation)  # fails before the weights are read
-    changes = {
-        name: value for name in ("num_steps", "solver", "execute_steps") if (value := getattr(args, name)) is not None
-    }
+    settings = ("num_steps", "solver", "grid_power", "guidance_scale", "execute_steps")
+    changes = {name: value for name in settings if (value := getattr(args, name)) is not None}
     policy = Policy.load(args.run, **changes)
     if args.write_example is not None:
         save_observation(args.write_example, policy.robot.example())
