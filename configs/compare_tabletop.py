@@ -57,10 +57,10 @@ config = CompareConfig(
     backbone=FlowConfig(mean_draw=True),
     quick={
         "seeds": (0,),
-        "backbone_steps": 500,
-        "num_steps": 300,
+        "backbone_steps": 400,
+        "num_steps": 200,
         "episodes": 60,
-        "evaluations": (1, 2, 10),
-        "contenders": ("flow", "reflow", "compact", "diffusion-v", "bins"),
+        "evaluations": (1, 10),
+        "contenders": ("flow", "reflow", "diffusion-v", "bins"),
     },
 )

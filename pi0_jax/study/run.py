@@ -47,10 +47,11 @@ def run_cells(config: CompareConfig, command: list[str], jobs: int) -> None:
     free = _shares(jobs)
     try:
         while waiting or running:
-            for cell in list(waiting):
-                if free and all(is_done(config, *other) for other in needs(config, *cell)):
-                    waiting.remove(cell)
-                    running.append(_start(config, command, cell, free.pop()))
+            ready = [cell for cell in waiting if all(is_done(config, *other) for other in needs(config, *cell))]
+            alone = len(ready) == 1 and not running
+            for cell in ready[: len(free)]:
+                waiting.remove(cell)
+                running.append(_start(config, command, cell, free.pop(), pinned=not alone))
             for job in [job for job in running if job.process.poll() is not None]:
                 running.remove(job)
                 free.append(job.cores)
@@ -75,7 +76,10 @@ def _shares(jobs: int) -> list[frozenset[int]]:
     return [frozenset(cores[i::jobs]) for i in range(jobs)]
 
 
-def _start(config: CompareConfig, command: list[str], cell: tuple[int, str], cores: frozenset[int]) -> _Job:
+def _start(
+    config: CompareConfig, command: list[str], cell: tuple[int, str], cores: frozenset[int], *, pinned: bool
+) -> _Job:
+    """Starts a cell on its share of the cores; where it runs alone, on all."""
     path = _log(config, cell)
     path.parent.mkdir(parents=True, exist_ok=True)
     seed, name = cell
@@ -84,7 +88,7 @@ def _start(config: CompareConfig, command: list[str], cell: tuple[int, str], cor
             [sys.executable, "-m", "pi0_jax.cli", *command, "--cell", str(seed), name],
             stdout=log,
             stderr=subprocess.STDOUT,
-            preexec_fn=(lambda: os.sched_setaffinity(0, cores)) if cores else None,
+            preexec_fn=(lambda: os.sched_setaffinity(0, cores)) if cores and pinned else None,
         )
     return _Job(cell, process, time.monotonic(), cores)
 
