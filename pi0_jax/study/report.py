@@ -40,7 +40,7 @@ def over_seeds(values: list[float], low: float = -np.inf, high: float = np.inf) 
 
 
 def write_comparison(config: CompareConfig) -> Path:
-    """Writes `compare.json` and `compare.html` into the comparison's folder.
+    """Writes `compare.json`, `compare.html` and its plots as SVG files into the comparison's folder.
 
     Returns:
         The page.
@@ -76,8 +76,16 @@ def write_comparison(config: CompareConfig) -> Path:
         },
     }
     (root / "compare.json").write_text(json.dumps(figures, indent=1) + "\n")
+    pictures = {
+        "success": _curves(figures["policies"], "success", "success rate"),
+        "jitter": _bars(figures["policies"]),
+        "error": _curves(figures["policies"], "error", "RMS error, robot units"),
+        "paths": _paths(done),
+    }
+    for name, picture in pictures.items():
+        (root / f"{name}.svg").write_bytes(picture)
     path = root / "compare.html"
-    path.write_text(_page(figures, done), encoding="utf-8")
+    path.write_text(_page(figures, pictures), encoding="utf-8")
     return path
 
 
@@ -136,24 +144,24 @@ def _maybe(values: list[float]) -> Interval | None:
     return over_seeds(values, low=0.0) if values else None
 
 
-def _page(figures: dict[str, Any], done: list[dict[str, Any]]) -> str:
+def _page(figures: dict[str, Any], pictures: dict[str, bytes]) -> str:
     policies, settings = figures["policies"], figures["settings"]
     seeds = len(settings["seeds"])
     spread = f"over {seeds} training seeds" if seeds > 1 else "one training seed: no interval over seeds"
     sections = [
-        ("How many evaluations does each need?", _curves(policies, "success", "success rate"), _main_table(policies)),
+        ("How many evaluations does each need?", pictures["success"], _main_table(policies)),
         (
             "Who jitters, who is precise?",
-            _bars(policies),
+            pictures["jitter"],
             "Jitter: mean squared third difference of the executed actions, at the number of evaluations with the best "
             "success. Error floor: the tenth percentile over held-out frames of the root-mean-square error to the "
             "expert, at the best number of evaluations.",
         ),
-        ("Error of a chunk to the expert", _curves(policies, "error", "RMS error, robot units"), ""),
+        ("Error of a chunk to the expert", pictures["error"], ""),
         ("What straightening buys at one evaluation", None, _one_step_table(policies)),
         (
             "From noise to an action",
-            _paths(done),
+            pictures["paths"],
             "The first coordinate of a chunk's first action for one observation and 24 draws of noise, in the model's "
             "units, over 50 steps from noise (left) to action (right).",
         ),
