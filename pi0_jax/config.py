@@ -295,7 +295,7 @@ class CompareConfig:
     """What all have in common: data, optimizer, batch, steps."""
     contenders: dict[str, Contender]
     backbone: FlowConfig
-    """Objective of a run of `train.policy` before all others, once a seed."""
+    """Objective of a run of `train.policy` before all others, which all seeds of all contenders start from."""
     backbone_parts: tuple[str, ...] = ("image_encoder", "image_projector", "embedding", "backbone/layers/language")
     """What each contender takes over from that run; its head starts from random weights."""
     backbone_steps: int = 1000

@@ -24,8 +24,10 @@ from pi0_jax.inference.policy import Policy
 from pi0_jax.training.loop import run
 
 BACKBONE = "backbone"
-"""Name of the cell that is trained before all others."""
+"""Name of the cell that is trained once, before all others."""
 CELL = "cell.json"
+BATCH = 64
+"""Chunks a call: one size, so that there is little to compile."""
 HORIZONS = (8, 16, 50)
 CONTROL_STEPS = (1, 2, 4, 10)
 STRAIGHTNESS_STEPS = 50
@@ -33,20 +35,21 @@ STRAIGHTNESS_STEPS = 50
 
 def folder(config: CompareConfig, seed: int, name: str) -> Path:
     """Where a cell's run and its figures are."""
-    return Path(config.run_dir) / f"seed{seed}" / name
+    return Path(config.run_dir) / (name if name == BACKBONE else f"seed{seed}/{name}")
 
 
 def cells(config: CompareConfig) -> list[tuple[int, str]]:
     """All cells, each after those it needs."""
     names = sorted(config.contenders, key=lambda name: config.contenders[name].teacher is not None)
-    return [(seed, name) for seed in config.seeds for name in (BACKBONE, *names)]
+    return [(config.seeds[0], BACKBONE), *((seed, name) for seed in config.seeds for name in names)]
 
 
 def needs(config: CompareConfig, seed: int, name: str) -> list[tuple[int, str]]:
     """The cells that have to be done before."""
     if name == BACKBONE:
         return []
-    return [(seed, config.contenders[name].teacher or BACKBONE)]
+    teacher = config.contenders[name].teacher
+    return [(config.seeds[0], BACKBONE) if teacher is None else (seed, teacher)]
 
 
 def is_done(config: CompareConfig, seed: int, name: str) -> bool:
@@ -73,6 +76,7 @@ def run_cell(config: CompareConfig, seed: int, name: str) -> None:
     """Trains and measures one cell, or what is left of it to do, and writes its `cell.json` when all is done."""
     # Cells of one contender and several seeds are the same programs.
     jax.config.update("jax_compilation_cache_dir", str(Path(config.run_dir, "xla").absolute()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     path = folder(config, seed, name)
     train = training(config, seed, name)
     started = checkpoint.latest_step(path) if path.is_dir() else None
@@ -105,8 +109,8 @@ def measure(config: CompareConfig, seed: int, name: str) -> dict[str, Any]:
         for evaluations in contender.evaluations:
             rows.append({"solver": solver, **_measure_one(policy, config, data, seed, evaluations)})
         if contender.model.prediction not in ("bins", "bin_sequence") and solver != "ddpm":
-            keys = jax.random.split(jax.random.key(seed), len(data.observations))
-            points = policy.paths(data.observations, keys, STRAIGHTNESS_STEPS)
+            keys = jax.random.split(jax.random.key(seed), BATCH)
+            points = policy.paths(data.observations[:BATCH], keys, STRAIGHTNESS_STEPS)
             straight[solver] = float(straightness(jnp.asarray(points)))
             paths[solver] = _some_paths(policy, data)
     parameters = sum(x.size for x in jax.tree.leaves(checkpoint.restore_params(path)))
@@ -128,9 +132,16 @@ def _measure_one(policy: Policy, config: CompareConfig, data: HeldOut, seed: int
     begin = time.monotonic()
     # Discretised actions are decoded in as many evaluations as they need, whatever the number of steps.
     steps = 1 if policy.config.model.prediction in ("bins", "bin_sequence") else evaluations
-    rollout = roll_out(policy, get_suite(config.env), config.episodes, seed=1000 + seed, num_steps=steps)
+    suite = get_suite(config.env)
+    rollout = roll_out(policy, suite, config.episodes, seed=1000 + seed, num_steps=steps, batch_size=BATCH)
     keys = jax.random.split(jax.random.key(0), len(data.observations))
-    error = policy.infer_batch(data.observations, keys, steps) - data.expert
+    error = np.concatenate(
+        [
+            policy.infer_batch(data.observations[i : i + BATCH], keys[i : i + BATCH], steps)
+            for i in range(0, len(keys), BATCH)
+        ]
+    )
+    error -= data.expert
     squares = np.where(data.valid[..., None], np.square(error), 0.0)
     counted = np.maximum(data.valid.sum(1), 1) * error.shape[-1]
     each = np.sqrt(squares.sum((1, 2)) / counted)[data.valid.any(1)]
@@ -179,7 +190,7 @@ def control_latencies(config: CompareConfig, run: Path) -> dict[str, dict[str, f
     return table
 
 
-def _some_paths(policy: Policy, data: HeldOut, count: int = 24) -> list[list[float]]:
+def _some_paths(policy: Policy, data: HeldOut, count: int = BATCH) -> list[list[float]]:
     """The way of one action's first coordinate from noise to data for one observation and many noises, model units."""
     observation = data.observations[len(data.observations) // 2]
     keys = jax.random.split(jax.random.key(7), count)

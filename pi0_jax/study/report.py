@@ -162,7 +162,7 @@ def _page(figures: dict[str, Any], pictures: dict[str, bytes]) -> str:
         (
             "From noise to an action",
             pictures["paths"],
-            "The first coordinate of a chunk's first action for one observation and 24 draws of noise, in the model's "
+            "The first coordinate of a chunk's first action for one observation and 64 draws of noise, in the model's "
             "units, over 50 steps from noise (left) to action (right).",
         ),
         ("High-rate control", None, _control_table(figures["control_latency_seconds"])),
@@ -183,7 +183,7 @@ td, th {{ padding: .2rem .9rem .2rem 0; text-align: left; vertical-align: top; b
 footer {{ margin-top: 3rem; font-size: .85rem; color: {GREY} }}
 </style>
 <h1>Flow matching, diffusion and discretised actions, on one backbone</h1>
-<p>Every policy starts from the same backbone ({settings["backbone_steps"]} steps of plain regression, once a seed) and
+<p>Every policy starts from the same backbone ({settings["backbone_steps"]} steps of plain regression) and
 is trained for {settings["steps"]} steps of batch {settings["batch"]} with the same data and optimizer;
 {settings["episodes"]} fresh episodes for each figure. Intervals are 95 %, {spread}.</p>
 {body}
