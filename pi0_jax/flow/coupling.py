@@ -43,7 +43,7 @@ def couple(
             "sinkhorn" draws from the entropic plan, all on the device.
         condition_weight: cost of a unit of squared distance between conditions; 0 is the plain coupling, which biases
             a conditional law.
-        regularization: entropy of the Sinkhorn plan, as a share of the mean cost.
+        regularization: entropy of the Sinkhorn plan, as a share of the mean squared distance of noise and data.
 
     Raises:
         ValueError: unknown coupling.
@@ -55,7 +55,8 @@ def couple(
             return noise[assignment(transport_cost(noise, data, condition, condition_weight))]
         case "sinkhorn":
             cost = transport_cost(noise, data, condition, condition_weight)
-            plan = sinkhorn(cost, regularization * jnp.mean(cost))
+            moving = transport_cost(noise, data, condition, 0.0)
+            plan = sinkhorn(cost, regularization * jnp.mean(moving))
             return noise[jax.random.categorical(key, plan, axis=0)]
     raise ValueError(f"unknown coupling {coupling!r}; choose independent, optimal or sinkhorn.")
 
@@ -72,7 +73,8 @@ def assignment(cost: Float[Array, "b b"]) -> Int[Array, "b"]:
     """For each column the row of the cheapest one-to-one assignment; exact, through SciPy on the host; jits."""
 
     def solve(cost) -> np.ndarray:
-        rows, columns = linear_sum_assignment(np.asarray(cost))
+        # A cost that is not finite is not for here to report: the loss is not finite either.
+        rows, columns = linear_sum_assignment(np.nan_to_num(np.asarray(cost)))
         return rows[np.argsort(columns)].astype(np.int32)
 
     shape = jax.ShapeDtypeStruct(cost.shape[1:], jnp.int32)
