@@ -2,7 +2,7 @@
 
 s(x, t, d) is the average velocity from t to t - d. At d = 0 it is the flow's velocity, which data teach; for d = 1,
 1/2, …, 1/64 it is taught by itself: one step of d equals two steps of d / 2. A sampler of n = 1, 2, 4, …, 64 steps
-passes d = 1 / n; of any other number of steps d = 0, for what the network says of a span it never met is anyone's guess.
+passes d = 1 / n. One of any other number passes d = 0: what the network says of a span that it never met means nothing.
 
 Of today's few-step objectives this one was chosen because it needs no derivative by the time. MeanFlow (arXiv
 2505.13447) does, and π0's time embedding, whose shortest period is 0.004, has derivatives near 1600.

@@ -31,9 +31,9 @@ def test_the_assignment_costs_what_the_cheapest_of_all_permutations_costs(drawn,
     assert cost[rows, range(6)].sum() == pytest.approx(cheapest, rel=1e-6)
 
 
-def test_the_cost_is_the_squared_distance_of_chunks_and_of_conditions_times_the_weight(drawn):
+def test_the_cost_is_the_mean_squared_difference_and_the_distance_of_conditions_times_the_weight(drawn):
     noise, data, condition = drawn
-    apart = np.square(np.asarray(noise)[:, None] - np.asarray(data)[None]).sum((2, 3))
+    apart = np.square(np.asarray(noise)[:, None] - np.asarray(data)[None]).mean((2, 3))
     change = np.square(np.asarray(condition)[:, None] - np.asarray(condition)[None]).sum(2)
     np.testing.assert_allclose(transport_cost(*drawn, 0.7), apart + 0.7 * change, rtol=1e-4, atol=1e-4)
 
@@ -55,6 +55,18 @@ def test_a_large_weight_keeps_each_noise_with_its_own_condition(drawn, coupling)
     origin = [int(np.flatnonzero((np.asarray(noise) == row).all((1, 2)))[0]) for row in paired]
     assert all(i < 3 for i in origin[:3])
     assert all(i >= 3 for i in origin[3:])
+
+
+@pytest.mark.parametrize("horizon", [1, 8, 50])
+def test_weight_1_keeps_chunks_of_any_length_from_conditions_a_unit_away(horizon):
+    keys = jax.random.split(jax.random.key(0), 3)
+    condition = jax.nn.one_hot(jax.random.randint(keys[0], (32,), 0, 3), 3)
+    data = condition[:, None] + 0.3 * jax.random.normal(keys[1], (32, horizon, 3))
+    noise = jax.random.normal(keys[2], data.shape)
+    rows = np.asarray(assignment(transport_cost(noise, data, condition, 0.0)))
+    assert np.mean((condition[rows] != condition).any(1)) > 0.4
+    rows = np.asarray(assignment(transport_cost(noise, data, condition, 1.0)))
+    assert np.mean((condition[rows] != condition).any(1)) < (0.35 if horizon == 1 else 0.1)
 
 
 def test_a_large_weight_does_not_blur_the_sinkhorn_plan_within_a_condition():

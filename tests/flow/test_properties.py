@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pi0_jax.flow.diffusion import denoise
-from pi0_jax.flow.guidance import classifier_free
 from pi0_jax.flow.grid import warped_grid
+from pi0_jax.flow.guidance import classifier_free
 from pi0_jax.flow.loss import flow_loss
 from pi0_jax.flow.solvers import TABLEAUS, integrate
 
