@@ -22,7 +22,7 @@ from pi0_jax.flow.grid import warped_grid
 from pi0_jax.flow.guidance import classifier_free
 from pi0_jax.flow.loss import flow_loss
 from pi0_jax.flow.path import interpolate
-from pi0_jax.flow.shortcut import MOST_STEPS, sample_spans, two_steps
+from pi0_jax.flow.shortcut import sample_spans, taught_span, two_steps
 from pi0_jax.flow.solvers import TABLEAUS, Solver, check_solver, integrate
 from pi0_jax.flow.straightness import straightness
 from pi0_jax.flow.time import sample_time
@@ -153,11 +153,13 @@ def sample_actions(
         Normalised, padded actions `[b ah ad]`, float32 (and the path).
 
     Raises:
-        ValueError: a solver that does not suit what the network predicts.
+        ValueError: a solver, grid or guidance that does not suit what the network predicts; ddpm without keys.
     """
     prediction = network.config.prediction
-    check_sampling(prediction, solver, num_steps)
     guided = not (isinstance(guidance_scale, float | int) and guidance_scale == 1)
+    check_sampling(prediction, solver, num_steps, grid_power, guided)
+    if solver == "ddpm" and keys is None and prediction in ("epsilon", "v"):
+        raise ValueError("ddpm adds noise on the way: give `keys`, one a chunk; ddim needs none.")
     apply: Any = functools.partial(network.apply, {"params": params})
     observation = scale_images(observation)
     if prediction in baselines.BINS:
@@ -167,8 +169,7 @@ def sample_actions(
         told, untold = observation, without(observation, guidance_without)
         observation = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), told, untold)
     prefix = apply(observation, method="prefill")
-    # Spans shorter than a shortcut model was taught mean the velocity itself.
-    span = (1.0 / num_steps if num_steps <= MOST_STEPS else 0.0,) if prediction == "average_velocity" else ()
+    span = (taught_span(num_steps),) if prediction == "average_velocity" else ()
 
     def velocity(x, time) -> Any:
         rest = (jnp.broadcast_to(jnp.float32(value), x.shape[:1]) for value in (time, *span))
@@ -200,8 +201,8 @@ def sampling_options(config: PolicyConfig) -> dict[str, Any]:
 
 def check_policy(config: PolicyConfig) -> None:
     """Raises ValueError for settings that do not go together."""
-    check_sampling(config.model.prediction, config.solver, config.num_steps)
-    warped_grid(config.num_steps, config.grid_power)
+    guided = config.guidance_scale != 1
+    check_sampling(config.model.prediction, config.solver, config.num_steps, config.grid_power, guided)
     if config.model.prediction in baselines.BINS and config.normalization != "quantile":
         raise ValueError(
             f"prediction {config.model.prediction!r} has its bins between the 1st and the 99th percentile, which takes "
@@ -209,11 +210,16 @@ def check_policy(config: PolicyConfig) -> None:
         )
 
 
-def check_sampling(prediction: str, solver: str, num_steps: int) -> None:
-    """Raises ValueError for a solver that does not exist or does not suit the prediction, or fewer than one step."""
+def check_sampling(prediction: str, solver: str, num_steps: int, grid_power: float = 1.0, guided: bool = False) -> None:
+    """Raises ValueError for what does not exist or does not suit the prediction, or fewer than one step."""
     if num_steps < 1:
         raise ValueError(f"num_steps is {num_steps}; a solver needs at least 1 step.")
+    warped_grid(num_steps, grid_power)
+    if grid_power != 1 and prediction != "velocity":
+        raise ValueError(f"grid_power is {grid_power}; a network that predicts {prediction} is sampled in equal steps.")
     if prediction in baselines.BINS:
+        if guided:
+            raise ValueError(f"guidance steers a flow or a diffusion; this network predicts {prediction}.")
         return
     suited = ("ddim", "ddpm") if prediction in ("epsilon", "v") else tuple(TABLEAUS)
     suited = ("euler",) if prediction == "average_velocity" else suited

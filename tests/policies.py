@@ -10,7 +10,7 @@ from pi0_jax.checkpoint import Assets, CheckpointWriter
 from pi0_jax.config import DataConfig, PolicyConfig, TrainConfig
 from pi0_jax.data.normalize import NormStats, stats_to_json
 from pi0_jax.data.tokenizer import Tokenizer
-from pi0_jax.model.velocity import VelocityNetwork
+from pi0_jax.model.heads import make_network
 from pi0_jax.pi0 import init_params
 from tests.conftest import tiny_config
 
@@ -23,7 +23,7 @@ TINY = PolicyConfig(model=tiny_config(action_dim=8, vocab_size=512, prompt_lengt
 
 def tiny_params(config: PolicyConfig):
     """Random parameters."""
-    network = VelocityNetwork(config.model)
+    network = make_network(config.model)
     return jax.jit(lambda key: nn.meta.unbox(init_params(network, key)))(jax.random.key(0))
 
 

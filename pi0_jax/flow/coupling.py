@@ -6,7 +6,7 @@ crosses less. For a conditional law that is a trap: the noise then tells about t
 noise without regard to it meets pairs that training never made, so p(data | condition) comes out biased. The remedy is
 to charge for changing the condition as well (Kerrigan et al. 2024, arXiv 2404.04240; Cheng and Schwing 2025,
 arXiv 2503.10636): noise i belongs to condition i, and going to data j costs
-|noise_i − data_j|² + weight · |c_i − c_j|². With a large weight pairs are exchanged only between equal conditions, and
+|noise_i − data_j|² / entries + weight · |c_i − c_j|². With a large weight pairs are exchanged only between equal conditions, and
 the conditional law stays as it is.
 """
 
@@ -43,7 +43,7 @@ def couple(
             "sinkhorn" draws from the entropic plan, all on the device.
         condition_weight: cost of a unit of squared distance between conditions; 0 is the plain coupling, which biases
             a conditional law.
-        regularization: entropy of the Sinkhorn plan, as a share of the mean cost.
+        regularization: entropy of the Sinkhorn plan, as a share of the mean squared difference of noise and data.
 
     Raises:
         ValueError: unknown coupling.
@@ -55,7 +55,8 @@ def couple(
             return noise[assignment(transport_cost(noise, data, condition, condition_weight))]
         case "sinkhorn":
             cost = transport_cost(noise, data, condition, condition_weight)
-            plan = sinkhorn(cost, regularization * jnp.mean(cost))
+            moving = transport_cost(noise, data, condition, 0.0)
+            plan = sinkhorn(cost, regularization * jnp.mean(moving))
             return noise[jax.random.categorical(key, plan, axis=0)]
     raise ValueError(f"unknown coupling {coupling!r}; choose independent, optimal or sinkhorn.")
 
@@ -63,8 +64,13 @@ def couple(
 def transport_cost(
     noise: Float[Array, "b *e"], data: Float[Array, "b *e"], condition: Float[Array, "b c"], condition_weight: float
 ) -> Float[Array, "b b"]:
-    """Cost of taking noise i to data j: squared distance, plus that of their conditions times the weight."""
-    cost = _squared_distances(noise.reshape(len(noise), -1), data.reshape(len(data), -1))
+    """Cost of taking noise i to data j: mean squared difference, plus squared distance of conditions times the weight.
+
+    The mean over entries, not their sum, so that a weight means the same whatever the length of a chunk: the sum's
+    differences grow with the root of the number of entries, and would outweigh any fixed cost of another condition.
+    """
+    noise, data = noise.reshape(len(noise), -1), data.reshape(len(data), -1)
+    cost = _squared_distances(noise, data) / noise.shape[1]
     return cost + condition_weight * _squared_distances(condition, condition) if condition_weight else cost
 
 
@@ -72,7 +78,8 @@ def assignment(cost: Float[Array, "b b"]) -> Int[Array, "b"]:
     """For each column the row of the cheapest one-to-one assignment; exact, through SciPy on the host; jits."""
 
     def solve(cost) -> np.ndarray:
-        rows, columns = linear_sum_assignment(np.asarray(cost))
+        # A cost that is not finite is not for here to report: the loss is not finite either.
+        rows, columns = linear_sum_assignment(np.nan_to_num(np.asarray(cost)))
         return rows[np.argsort(columns)].astype(np.int32)
 
     shape = jax.ShapeDtypeStruct(cost.shape[1:], jnp.int32)

@@ -92,6 +92,7 @@ def denoise(
             fresh = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, i), x.shape[1:]))(keys)
             kept = jnp.sqrt(jnp.maximum(jnp.square(sigma_next) - jnp.square(added), 0.0))
             x = alpha_next * actions + kept * epsilon + added * fresh
+        x = x.astype(noise.dtype)
         return x, x if path else None
 
     x, points = jax.lax.scan(step, noise, jnp.arange(num_steps))

@@ -1,7 +1,8 @@
 """Shortcut models: a velocity that knows how long a step it is for (Frans et al. 2024, arXiv 2410.12557).
 
 s(x, t, d) is the average velocity from t to t - d. At d = 0 it is the flow's velocity, which data teach; for d = 1,
-1/2, …, 1/64 it is taught by itself: one step of d equals two steps of d / 2. A sampler of n steps passes d = 1 / n.
+1/2, …, 1/64 it is taught by itself: one step of d equals two steps of d / 2. A sampler of n = 1, 2, 4, …, 64 steps
+passes d = 1 / n. One of any other number passes d = 0: what the network says of a span that it never met means nothing.
 
 Of today's few-step objectives this one was chosen because it needs no derivative by the time. MeanFlow (arXiv
 2505.13447) does, and π0's time embedding, whose shortest period is 0.004, has derivatives near 1600.
@@ -32,6 +33,12 @@ def sample_spans(key: PRNGKeyArray, shape: tuple[int, ...]) -> tuple[Float[Array
     starts = jnp.round(1 / span)
     k = 1 + jnp.floor(jax.random.uniform(start_key, shape) * starts)
     return jnp.minimum(k, starts) * span, span
+
+
+def taught_span(num_steps: int) -> float:
+    """The span that a sampler of so many steps passes: 1 / num_steps where that was taught, else 0, the velocity."""
+    taught = num_steps <= MOST_STEPS and num_steps & (num_steps - 1) == 0
+    return 1.0 / num_steps if taught else 0.0
 
 
 def two_steps(average: AverageVelocity, x: Chunk, time: Float[Array, "*b"], span: Float[Array, "*b"]) -> Chunk:

@@ -75,6 +75,7 @@ def integrate(
             point = x + sum(dt * a * k for a, k in zip(row, slopes, strict=True) if a)
             slopes.append(velocity(point, time + dt * sum(row)))
         x = x + sum(dt * b * k for b, k in zip(tableau.weights, slopes, strict=True) if b)
+        x = x.astype(noise.dtype)
         return (x, time + dt), x if path else None
 
     steps = jnp.full(length, -1.0 / length, jnp.float32) if uniform else jnp.diff(jnp.asarray(num_steps, jnp.float32))

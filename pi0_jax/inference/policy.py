@@ -116,8 +116,10 @@ class Policy:
     def paths(
         self, observations: Sequence[dict[str, Any]], keys: PRNGKeyArray, num_steps: int | None = None
     ) -> Float[np.ndarray, "n b ah ad"]:
-        """The points on the way of many chunks in the model's own units, as `flow.straightness` wants them."""
-        _, points = self._sample(self._params, self._prepare(observations), keys, **self._options(num_steps), path=True)
+        """The points on the way of many chunks, as `flow.straightness` wants them: in the model's own units, at equally
+        spaced times whatever the config's grid."""
+        options = self._options(num_steps) | {"grid_power": 1.0}
+        _, points = self._sample(self._params, self._prepare(observations), keys, **options, path=True)
         return np.asarray(points)
 
     def _options(self, num_steps: int | None, guidance_scale: float | None = None) -> dict[str, Any]:

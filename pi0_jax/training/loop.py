@@ -149,6 +149,10 @@ def _check_objective(config: TrainConfig) -> None:
             raise ValueError(f"flow.{name} is {getattr(flow, name)}; it is a probability, between 0 and 1.")
     if flow.drop_prompt + flow.drop_images + flow.drop_both > 1:
         raise ValueError("flow.drop_prompt, drop_images and drop_both exclude one another; their sum is above 1.")
+    if not 0 < flow.shortcut_share < 1:
+        raise ValueError(f"flow.shortcut_share is {flow.shortcut_share}; it is a share of the batch, between 0 and 1.")
+    if config.init_parts and config.init_from is None:
+        raise ValueError(f"init_parts {list(config.init_parts)} are parts of nothing: name a checkpoint, --init-from.")
     if prediction != "velocity" and (config.reflow_from is not None or flow.coupling != "independent"):
         raise ValueError(f"reflow and couplings straighten a flow; this network predicts {prediction}.")
     if config.reflow_from is not None and (flow.coupling != "independent" or flow.mean_draw or flow.mean_steps):

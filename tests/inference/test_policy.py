@@ -124,3 +124,58 @@ def test_pi05_writes_the_state_into_the_prompt(tmp_path, observation):
     config = dataclasses.replace(TINY, model=model, normalization="quantile")
     run = save_tiny_checkpoint(tmp_path, policy=config)
     assert Policy.load(run).infer(observation).shape == (TINY.model.action_horizon, 3)
+
+
+def programs() -> int:
+    return Policy._sample._cache_size()  # pyright: ignore
+
+
+def test_one_program_serves_each_step_count_and_one_more_all_scales_of_guidance(policy, observation):
+    keys = jax.random.key(0)[None]
+    before = programs()
+    chunks = [policy.infer_batch([observation], keys, num_steps=n) for n in (2, 8, 2)]
+    assert programs() == before + 2
+    np.testing.assert_array_equal(chunks[0], chunks[2])
+    guided = [policy.infer_batch([observation], keys, num_steps=2, guidance_scale=s) for s in (0.0, 1.5, 3.0)]
+    assert programs() == before + 3
+    assert np.abs(guided[0] - guided[2]).max() > 0
+    # Scale 1 is no guidance, and costs none.
+    np.testing.assert_array_equal(policy.infer_batch([observation], keys, num_steps=2, guidance_scale=1.0), chunks[0])
+    assert programs() == before + 3
+
+
+def test_guidance_set_at_loading_is_that_of_the_call(checkpoint_folder, policy, observation):
+    keys = jax.random.key(0)[None]
+    guided = Policy.load(checkpoint_folder, guidance_scale=2.5, guidance_without="both")
+    unguided = guided.infer_batch([observation], keys, guidance_scale=1.0)
+    np.testing.assert_allclose(unguided, policy.infer_batch([observation], keys), atol=1e-6)
+    assert np.abs(guided.infer_batch([observation], keys) - unguided).max() > 0
+    # Guidance of scale 0 without prompt and images looks at neither.
+    other = observation | {"images": {k: 255 - v for k, v in observation["images"].items()}, "prompt": "reach"}
+    blind = [guided.infer_batch([raw], keys, guidance_scale=0.0) for raw in (observation, other)]
+    np.testing.assert_allclose(*blind, atol=1e-6)
+
+
+def test_paths_are_equally_spaced_in_time_whatever_the_grid(checkpoint_folder, policy, observation):
+    keys = jax.random.split(jax.random.key(0), 2)
+    warped = Policy.load(checkpoint_folder, grid_power=2.0)
+    assert np.abs(warped.infer(observation) - policy.infer(observation)).max() > 0
+    points = warped.paths([observation, observation], keys)
+    assert points.shape == (4, 2, TINY.model.action_horizon, TINY.model.action_dim)
+    np.testing.assert_allclose(points, policy.paths([observation, observation], keys), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "solver"), [("average_velocity", "euler"), ("v", "ddpm"), ("epsilon", "ddim"), ("bins", "euler")]
+)
+def test_a_policy_of_any_prediction_acts(tmp_path, observation, prediction, solver):
+    head = "expert" if prediction == "bins" else "compact"
+    model = dataclasses.replace(TINY.model, prediction=prediction, head=head)
+    config = dataclasses.replace(TINY, model=model, solver=solver, normalization="quantile", num_steps=2)
+    loaded = Policy.load(save_tiny_checkpoint(tmp_path, policy=config))
+    chunk = loaded.infer(observation)
+    assert chunk.shape == (TINY.model.action_horizon, 3)
+    assert np.isfinite(chunk).all()
+    assert (np.abs(chunk - loaded.infer(observation, seed=1)).max() > 0) == (prediction != "bins")
+    with pytest.raises(ValueError, match=r"sampled by|quantile"):
+        Policy.load(tmp_path, solver="rk4", normalization="zscore")

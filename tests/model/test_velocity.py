@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pi0_jax.batch import Observation
 from pi0_jax.config import PI0, PI05
 from pi0_jax.model.velocity import VelocityNetwork, embed_time, may_attend
 from pi0_jax.pi0 import init_params
 from tests.conftest import tiny_config
+from tests.model.common import random_observation, random_params
 
 VARIANTS = ("pi0", "pi05")
 
@@ -22,21 +22,9 @@ class Tiny:
     def __init__(self, variant: str, batch: int = 2, **changes):
         self.config = tiny_config(variant, **changes)
         self.network = VelocityNetwork(self.config)
-        c, size = self.config, self.config.vision.image_size
-        shapes = nn.meta.unbox(jax.eval_shape(functools.partial(init_params, self.network), jax.random.key(0)))
-        rng = np.random.default_rng(2)
-
-        def leaf(shape: jax.ShapeDtypeStruct):
-            return jnp.asarray(rng.normal(size=shape.shape) / max(shape.shape[-1], 8) ** 0.5, jnp.float32)
-
-        self.params = jax.tree.map(leaf, shapes)
-        self.observation = Observation(
-            images={name: jnp.asarray(rng.uniform(-1, 1, (batch, size, size, 3)), jnp.float32) for name in c.cameras},
-            image_masks={name: jnp.ones(batch, bool) for name in c.cameras},
-            state=jnp.asarray(rng.normal(size=(batch, c.action_dim)), jnp.float32),
-            prompt=jnp.asarray(rng.integers(1, c.vocab_size, (batch, c.prompt_length)), jnp.int32),
-            prompt_mask=jnp.arange(c.prompt_length) < jnp.arange(3, 3 + batch)[:, None],
-        )
+        c, rng = self.config, np.random.default_rng(2)
+        self.params = random_params(self.network, rng)
+        self.observation = random_observation(c, batch, rng)
         self.x = jnp.asarray(rng.normal(size=(batch, c.action_horizon, c.action_dim)), jnp.float32)
         self.time = jnp.linspace(0.1, 0.9, batch)
 

@@ -11,7 +11,7 @@ from flax.linen import meta
 from pi0_jax import pi0
 from pi0_jax.batch import Batch, Observation
 from pi0_jax.config import FlowConfig, MeshConfig, ModelConfig, OptimConfig
-from pi0_jax.model.velocity import VelocityNetwork
+from pi0_jax.model.heads import make_network
 from pi0_jax.training import optimizer, sharding, state, step
 
 OPTIM = OptimConfig(peak_lr=1e-2, warmup_steps=2, decay_steps=50, ema_decay=0.9)
@@ -39,7 +39,7 @@ class Harness:
     """Compiled update of a tiny model, and its state."""
 
     def __init__(self, config: ModelConfig, mesh: MeshConfig, devices: int, optim: OptimConfig, flow: FlowConfig):
-        network = VelocityNetwork(config)
+        network = make_network(config)
         self.mesh = sharding.make_mesh(mesh, jax.devices()[:devices])
         schedule = optimizer.make_schedule(optim, 50)
         boxed = jax.eval_shape(functools.partial(pi0.init_params, network), jax.random.key(0))

@@ -44,6 +44,35 @@ def test_eight_devices_give_the_losses_of_one_with_a_quarter_of_the_state_each()
     assert held < 0.28 * sum(x.nbytes for x in jax.tree.leaves(state))
 
 
+@pytest.mark.parametrize(
+    "flow",
+    [
+        FlowConfig(samples_per_observation=2, coupling="optimal"),
+        FlowConfig(samples_per_observation=2, coupling="sinkhorn", drop_prompt=0.3, drop_both=0.2),
+    ],
+    ids=lambda flow: flow.coupling,
+)
+def test_couplings_pair_within_the_whole_batch_however_many_devices_hold_it(flow):
+    config = tiny_config("pi0", cameras=(), head="compact")
+    batches = [random_batch(config, 40, seed) for seed in range(3)]
+    one, eight = harness(config, flow=flow), harness(config, **FSDP, flow=flow)
+    (_, single), (_, divided) = one.run(one.start(), batches), eight.run(eight.start(), batches)
+    for a, b in zip(single, divided, strict=True):
+        np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)
+    independent = harness(config, flow=dataclasses.replace(flow, coupling="independent"))
+    assert independent.run(independent.start(), batches)[1][0]["loss"] != single[0]["loss"]
+
+
+def test_a_shortcut_model_gives_the_losses_of_one_device_on_eight():
+    config = tiny_config("pi0", cameras=(), head="compact", prediction="average_velocity")
+    batches = [random_batch(config, 40, seed) for seed in range(3)]
+    one, eight = harness(config), harness(config, **FSDP)
+    (_, single), (_, divided) = one.run(one.start(), batches), eight.run(eight.start(), batches)
+    for a, b in zip(single, divided, strict=True):
+        # Spans and times go through periods of 0.004, which magnify rounding.
+        np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-4)
+
+
 def test_devices_exchange_weights_and_not_activations():
     config, size = tiny_config("pi0", cameras=("top",)), 40
     eight = harness(config, **FSDP)
