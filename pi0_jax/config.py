@@ -299,7 +299,7 @@ class CompareConfig:
     """Objective of a run of `train.policy` before all others, which all seeds of all contenders start from."""
     backbone_parts: tuple[str, ...] = ("image_encoder", "image_projector", "embedding", "backbone/layers/language")
     """What each contender takes over from that run; its head starts from random weights."""
-    backbone_steps: int = 1000
+    backbone_steps: int = 2000
     seeds: tuple[int, ...] = (0, 1, 2)
     env: str = "tabletop"
     """Simulator for the closed loop."""
