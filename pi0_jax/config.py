@@ -155,7 +155,8 @@ class FlowConfig:
     """Which noise goes with which actions of a batch: any; or by minibatch optimal transport, exact or entropic."""
     condition_weight: float = 1.0
     """Cost of pairing noise with the actions of another observation, for each unit of squared distance between state,
-    prompt and images, beside the mean squared difference of noise and actions. At 0 the coupling is the plain one, which biases the actions given the observation."""
+    prompt and images, beside the mean squared difference of noise and actions. At 0 the coupling is the plain one,
+    which biases the actions given the observation."""
     drop_prompt: float = 0.0
     drop_images: float = 0.0
     drop_both: float = 0.0

@@ -6,8 +6,8 @@ crosses less. For a conditional law that is a trap: the noise then tells about t
 noise without regard to it meets pairs that training never made, so p(data | condition) comes out biased. The remedy is
 to charge for changing the condition as well (Kerrigan et al. 2024, arXiv 2404.04240; Cheng and Schwing 2025,
 arXiv 2503.10636): noise i belongs to condition i, and going to data j costs
-|noise_i − data_j|² / entries + weight · |c_i − c_j|². With a large weight pairs are exchanged only between equal conditions, and
-the conditional law stays as it is.
+|noise_i − data_j|² / entries + weight · |c_i − c_j|². With a large weight pairs are exchanged only between equal
+conditions, and the conditional law stays as it is.
 """
 
 from __future__ import annotations

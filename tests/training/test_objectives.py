@@ -21,19 +21,19 @@ from tests.data.conftest import write
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> TrainConfig:
-    """Without images, which take most of the time to compile."""
+    """Compact heads compile quickly."""
     folder = tmp_path_factory.mktemp("objectives")
     model = tiny_config(
         head="compact",
         compact=CompactConfig(width=16, depth=1, time_width=8),
-        cameras=(),
+        cameras=("top",),
         action_dim=8,
         vocab_size=512,
         prompt_length=16,
     )
     return TrainConfig(
         policy=PolicyConfig(model=model),
-        optim=OptimConfig(peak_lr=1e-3, warmup_steps=2, ema_decay=0.9),
+        optim=OptimConfig(peak_lr=1e-3, warmup_steps=0, ema_decay=0.9),
         data=DataConfig(str(write(folder / "data")), str(write(folder / "held_out", (5,)))),
         run_dir=str(folder / "teacher"),
         batch_size=8,
