@@ -74,13 +74,12 @@ def test_reflow_trains_a_student_on_the_teachers_pairs_and_says_how_straight_it_
     changes = {name: np.abs(after[name] - before[name]).max() for name in before}
     assert max(changes.values()) < 1e-2
     assert max(changes.values()) > 0
-    # Its actions come from the teacher: those of the data do not appear in the loss.
     assert cli.main([*arguments, "--resume"]) == 0
 
 
 def test_reflow_of_weights_that_do_not_say_how_they_were_trained_is_refused(config, teacher, tmp_path, capsys):
     with CheckpointWriter(tmp_path / "bare", keep=1) as writer:
-        writer.save(1, checkpoint.restore_params(teacher), Assets(config.policy))
+        writer.save(1, checkpoint.restore_params(teacher), Assets(config.policy, None, None))
         writer.wait()
     assert cli.main(["reflow", str(tmp_path / "bare"), str(tmp_path / "student")]) == 1
     assert "does not say how it was trained" in capsys.readouterr().err
