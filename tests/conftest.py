@@ -8,7 +8,13 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --x
 
 from pathlib import Path
 
+import jax
 import pytest
+
+# Read when the first device is asked for. Compiling an update takes a third of the time without the fusion emitters;
+# later versions have no such flag, and XLA ends the process over one that it does not know.
+if jax.__version_info__ < (0, 11):
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 from pi0_jax.config import ExpertConfig, ModelConfig, VisionConfig
 

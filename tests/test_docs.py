@@ -16,7 +16,7 @@ from pi0_jax.training import loop
 
 ROOT = Path(__file__).parents[1]
 FLOW = (ROOT / "docs" / "flow.md").read_text()
-COMMANDS = [line.strip() for line in re.findall(r"^    (pi0 train .*(?:\\\n.*)*)$", FLOW, re.MULTILINE)]
+COMMANDS = [line.strip() for line in re.findall(r"^    (pi0 train (?:.*\\\n)*.*)$", FLOW, re.MULTILINE)]
 
 
 def test_the_blocks_of_the_page_on_flow_run_one_after_another():

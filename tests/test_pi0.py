@@ -67,7 +67,8 @@ def test_the_mean_draw_needs_no_randomness(setting):
 def test_the_mean_draw_is_the_error_of_the_predicted_mean(setting):
     network, params, batch = setting
     zeros = jnp.zeros_like(batch.actions)
-    predicted = network.apply({"params": params}, scale_images(batch.observation), zeros, jnp.ones(3))
+    apply = jax.jit(network.apply)
+    predicted = apply({"params": params}, scale_images(batch.observation), zeros, jnp.ones(3))
     error = jnp.square(predicted + batch.actions)[batch.step_mask]
     flow = FlowConfig(samples_per_observation=1, mean_draw=True)
     assert value(setting, 0, flow) == pytest.approx(float(error.mean()), rel=1e-4)
@@ -121,7 +122,8 @@ def sampler(request):
 def test_guidance_of_scale_0_is_the_network_that_is_not_told_and_of_scale_1_the_network_itself(sampler):
     untold = sampler(without(sampler.observation, "prompt"))
     np.testing.assert_allclose(sampler(scale=0.0), untold, atol=1e-5)
-    np.testing.assert_array_equal(sampler(scale=1.0), sampler())
+    # The velocity is that of the told half exactly, but a batch twice as large is summed in another order.
+    np.testing.assert_allclose(sampler(scale=1.0), sampler(), atol=1e-5)
     assert np.abs(untold - sampler()).max() > 1e-3
     assert np.abs(sampler(scale=3.0) - sampler()).max() > 1e-3
     assert sampler._sample._cache_size() == 1
@@ -192,13 +194,17 @@ def test_in_reflow_the_teachers_chunk_of_the_noise_takes_the_place_of_the_action
     flow.batch = flow.batch._replace(actions=flow.batch.actions + 7)
     assert flow.loss(teacher=teacher, **settings) == expected
 
-    noise_key, time_key = jax.random.split(jax.random.key(0))
-    noise = jax.random.normal(noise_key, (3, 2, 3, 4))[:, :1]
-    made = sample_actions(flow.network, teacher, flow.observation, noise[:, 0], num_steps=3)[:, None]
-    time = jax.random.uniform(time_key, (3, 2))
-    x = time[..., None, None] * noise + (1 - time[..., None, None]) * made
-    predicted = flow.network.apply({"params": flow.params}, flow.observation, x, time)
-    assert expected == pytest.approx(float(jnp.mean(jnp.square(predicted - (noise - made)))), rel=1e-4)
+    @jax.jit
+    def by_hand(params, teacher):
+        noise_key, time_key = jax.random.split(jax.random.key(0))
+        noise = jax.random.normal(noise_key, (3, 2, 3, 4))[:, :1]
+        made = sample_actions(flow.network, teacher, flow.observation, noise[:, 0], num_steps=3)[:, None]
+        time = jax.random.uniform(time_key, (3, 2))
+        x = time[..., None, None] * noise + (1 - time[..., None, None]) * made
+        predicted = flow.network.apply({"params": params}, flow.observation, x, time)
+        return jnp.mean(jnp.square(predicted - (noise - made)))
+
+    assert expected == pytest.approx(float(by_hand(flow.params, teacher)), rel=1e-4)
 
 
 @pytest.mark.parametrize("coupling", ["optimal", "sinkhorn"])
@@ -238,7 +244,8 @@ def test_features_tell_observations_apart_and_not_what_is_masked():
     assert distance(images={name: image + 1 for name, image in observation.images.items()}) >= 1
     masks = {name: jnp.zeros(1, bool) for name in observation.images}
     assert distance(image_masks=masks) == pytest.approx(
-        float(jnp.sum(jnp.square(here)) - jnp.sum(jnp.square(features(observation._replace(image_masks=masks)))))
+        float(jnp.sum(jnp.square(here)) - jnp.sum(jnp.square(features(observation._replace(image_masks=masks))))),
+        rel=1e-4,
     )
 
 
@@ -269,13 +276,12 @@ def test_bins_ignore_noise_and_solver_and_leave_padding_0(prediction):
 
 def test_a_shortcut_model_is_told_the_length_of_its_steps():
     shortcut = Sampler(head="compact", prediction="average_velocity")
+    apply = jax.jit(shortcut.network.apply)
     for num_steps, span in ((1, 1.0), (2, 0.5), (3, 0.0)):
         x = shortcut.noise
         for i in range(num_steps):
             time = jnp.full(3, 1 - i / num_steps)
-            average = shortcut.network.apply(
-                {"params": shortcut.params}, shortcut.observation, x, time, jnp.full(3, span)
-            )
+            average = apply({"params": shortcut.params}, shortcut.observation, x, time, jnp.full(3, span))
             x = x - average / num_steps
         # Times near 1/3 go through periods of 0.004, which magnify their rounding.
         np.testing.assert_allclose(shortcut(num_steps=num_steps), x, atol=2e-3)

@@ -6,6 +6,8 @@ observation again. Trains and samples through the same loss and solvers as the a
 
 from __future__ import annotations
 
+from typing import Literal
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -61,7 +63,8 @@ class CompactNetwork(PrefixNetwork):
             jnp.cumsum(mask, axis=1) - 1,
             jnp.broadcast_to(mask[:, None], (*mask.shape, mask.shape[1])),
         )
-        return self._pool(tokens.astype(jnp.float32), mask)
+        query = self.pooling_query if self.config.compact.pooling == "attention" else None
+        return pool(tokens.astype(jnp.float32), mask, self.config.compact.pooling, query)
 
     def velocity(
         self,
@@ -92,14 +95,20 @@ class CompactNetwork(PrefixNetwork):
                 h = h + (1 + gate) * layer(nn.silu(self.norm(h) * (1 + scale) + shift))
         return self.chunk_out(h).reshape(x.shape)
 
-    def _pool(self, tokens: Float[Array, "b s d"], mask: Bool[Array, "b s"]) -> Float[Array, "b d"]:
-        match self.config.compact.pooling:
-            case "last":
-                last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
-                weights = jax.nn.one_hot(last, mask.shape[1]) * mask
-            case "mean":
-                weights = mask / jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1)
-            case "attention":
-                scores = tokens @ self.pooling_query
-                weights = jax.nn.softmax(scores, axis=1, where=mask) * jnp.any(mask, axis=1, keepdims=True)
-        return jnp.einsum("BS,BSD->BD", weights, tokens)
+
+def pool(
+    tokens: Float[Array, "b s d"],
+    mask: Bool[Array, "b s"],
+    pooling: Literal["last", "mean", "attention"],
+    query: Float[Array, "d"] | None = None,
+) -> Float[Array, "b d"]:
+    """One vector of the valid tokens: the last of them, their mean, or what the query attends to; zeros if none is."""
+    match pooling:
+        case "last":
+            last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
+            weights = jax.nn.one_hot(last, mask.shape[1]) * mask
+        case "mean":
+            weights = mask / jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1)
+        case "attention":
+            weights = jax.nn.softmax(tokens @ query, axis=1, where=mask) * jnp.any(mask, axis=1, keepdims=True)
+    return jnp.einsum("BS,BSD->BD", weights, tokens)

@@ -6,7 +6,7 @@ import pytest
 
 from pi0_jax import pi0
 from pi0_jax.config import CompactConfig
-from pi0_jax.model.compact import CompactNetwork
+from pi0_jax.model.compact import CompactNetwork, pool
 from tests.conftest import tiny_config
 from tests.model.common import random_observation, random_params
 
@@ -76,40 +76,26 @@ def test_modulation_that_starts_at_zero_leaves_time_and_observation_out_at_first
     assert np.abs(tiny(x=tiny.x + 1) - tiny()).max() > 1e-3
 
 
-def pool(network, tokens, mask, query=None):
-    params = {} if query is None else {"pooling_query": query}
-    return network.apply({"params": params}, tokens, mask, method="_pool")
-
-
-def pooling_network(pooling: str) -> CompactNetwork:
-    return CompactNetwork(tiny_config(head="compact", compact=CompactConfig(16, 1, 8, pooling)))
-
-
 def test_pooling_looks_at_valid_tokens_only():
     tokens = jax.random.normal(jax.random.key(0), (3, 5, 24))
     mask = jnp.array([[1, 1, 1, 1, 1], [1, 0, 1, 0, 0], [0, 0, 0, 1, 0]], bool)
     query = jax.random.normal(jax.random.key(1), (24,))
     rows = np.asarray(tokens)
-    np.testing.assert_allclose(
-        pool(pooling_network("last"), tokens, mask), [rows[0, 4], rows[1, 2], rows[2, 3]], atol=1e-6
-    )
+    np.testing.assert_allclose(pool(tokens, mask, "last"), [rows[0, 4], rows[1, 2], rows[2, 3]], atol=1e-6)
     mean = [rows[0].mean(0), rows[1, [0, 2]].mean(0), rows[2, 3]]
-    np.testing.assert_allclose(pool(pooling_network("mean"), tokens, mask), mean, atol=1e-6)
-    attention = pooling_network("attention")
-    np.testing.assert_allclose(pool(attention, tokens, mask, jnp.zeros(24)), mean, atol=1e-6)
-    looked = pool(attention, tokens, mask, 100 * query)
+    np.testing.assert_allclose(pool(tokens, mask, "mean"), mean, atol=1e-6)
+    np.testing.assert_allclose(pool(tokens, mask, "attention", jnp.zeros(24)), mean, atol=1e-6)
+    looked = pool(tokens, mask, "attention", 100 * query)
     best = np.where(np.asarray(mask), rows @ np.asarray(query), -np.inf).argmax(1)
     np.testing.assert_allclose(looked, rows[np.arange(3), best], atol=1e-2)
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_where_nothing_is_valid_the_vector_is_zero_and_gradients_are_finite(pooling):
-    network = pooling_network(pooling)
     tokens, mask = jax.random.normal(jax.random.key(0), (2, 3, 24)), jnp.array([[1, 1, 0], [0, 0, 0]], bool)
-    query = jnp.ones(24) if pooling == "attention" else None
-    np.testing.assert_array_equal(pool(network, tokens, mask, query)[1], 0)
-    gradient = jax.grad(lambda x, q: jnp.sum(jnp.square(pool(network, x, mask, q))), (0, 1) if query is not None else 0)
-    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(gradient(tokens, query)))
+    np.testing.assert_array_equal(pool(tokens, mask, pooling, jnp.ones(24))[1], 0)
+    gradient = jax.grad(lambda x, query: jnp.sum(jnp.square(pool(x, mask, pooling, query))), (0, 1))
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in gradient(tokens, jnp.ones(24)))
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)

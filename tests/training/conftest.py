@@ -5,11 +5,6 @@ import os
 import jax
 import pytest
 
-# Read when the first device is asked for. Compiling an update takes a third of the time without the fusion emitters;
-# later versions have no such flag, and XLA ends the process over one that it does not know.
-if jax.__version_info__ < (0, 11):
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
-
 
 @pytest.fixture(scope="package", autouse=True)
 def _compilation_cache(tmp_path_factory):

@@ -21,19 +21,19 @@ from tests.data.conftest import write
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> TrainConfig:
-    """Without images, which take most of the time to compile."""
+    """Compact heads compile quickly."""
     folder = tmp_path_factory.mktemp("objectives")
     model = tiny_config(
         head="compact",
         compact=CompactConfig(width=16, depth=1, time_width=8),
-        cameras=(),
+        cameras=("top",),
         action_dim=8,
         vocab_size=512,
         prompt_length=16,
     )
     return TrainConfig(
         policy=PolicyConfig(model=model),
-        optim=OptimConfig(peak_lr=1e-3, warmup_steps=2, ema_decay=0.9),
+        optim=OptimConfig(peak_lr=1e-3, warmup_steps=0, ema_decay=0.9),
         data=DataConfig(str(write(folder / "data")), str(write(folder / "held_out", (5,)))),
         run_dir=str(folder / "teacher"),
         batch_size=8,
@@ -74,13 +74,12 @@ def test_reflow_trains_a_student_on_the_teachers_pairs_and_says_how_straight_it_
     changes = {name: np.abs(after[name] - before[name]).max() for name in before}
     assert max(changes.values()) < 1e-2
     assert max(changes.values()) > 0
-    # Its actions come from the teacher: those of the data do not appear in the loss.
     assert cli.main([*arguments, "--resume"]) == 0
 
 
 def test_reflow_of_weights_that_do_not_say_how_they_were_trained_is_refused(config, teacher, tmp_path, capsys):
     with CheckpointWriter(tmp_path / "bare", keep=1) as writer:
-        writer.save(1, checkpoint.restore_params(teacher), Assets(config.policy))
+        writer.save(1, checkpoint.restore_params(teacher), Assets(config.policy, None, None))
         writer.wait()
     assert cli.main(["reflow", str(tmp_path / "bare"), str(tmp_path / "student")]) == 1
     assert "does not say how it was trained" in capsys.readouterr().err
@@ -102,7 +101,8 @@ def test_a_run_takes_named_parts_of_other_weights_and_random_ones_for_the_rest(c
     for name in after:
         taken = name.startswith(("backbone", "embedding"))
         same = before[name].shape == after[name].shape and np.abs(after[name] - before[name]).max() < 1e-3
-        assert same == taken or not after[name].any(), name
+        # Biases start at zero in any run.
+        assert same == taken or name.endswith("bias"), name
 
 
 @pytest.mark.parametrize(

@@ -47,8 +47,8 @@ def test_eight_devices_give_the_losses_of_one_with_a_quarter_of_the_state_each()
 @pytest.mark.parametrize(
     "flow",
     [
-        FlowConfig(samples_per_observation=2, coupling="optimal"),
-        FlowConfig(samples_per_observation=2, coupling="sinkhorn", drop_prompt=0.3, drop_both=0.2),
+        FlowConfig(samples_per_observation=2, coupling="optimal", condition_weight=0.0),
+        FlowConfig(samples_per_observation=2, coupling="sinkhorn", condition_weight=0.0, drop_both=0.2),
     ],
     ids=lambda flow: flow.coupling,
 )
