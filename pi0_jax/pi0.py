@@ -130,6 +130,7 @@ def sample_actions(
     grid_power: float = 1.0,
     guidance_scale: float | Float[Array, ""] = 1.0,
     guidance_without: Condition = "prompt",
+    clip: float = 3.0,
     keys: PRNGKeyArray | None = None,
     path: bool = False,
 ):
@@ -146,6 +147,7 @@ def sample_actions(
         guidance_scale: of classifier-free guidance. The number 1 means none, at no cost; a traced one always costs
             twice the network's work.
         guidance_without: what the unguided half is not told.
+        clip: largest absolute value that a diffusion's guess at the actions keeps on the way; flows have no use for it.
         keys: one a chunk, for the noise that `ddpm` adds on the way.
         path: also return the points on the way, `[num_steps + 1, b, ah, ad]`.
 
@@ -178,7 +180,7 @@ def sample_actions(
     steered = classifier_free(velocity, guidance_scale) if guided else velocity
     if prediction in ("epsilon", "v"):
         return diffusion.denoise(
-            steered, noise, num_steps, prediction, keys=keys if solver == "ddpm" else None, path=path
+            steered, noise, num_steps, prediction, keys=keys if solver == "ddpm" else None, clip=clip, path=path
         )
     steps = num_steps if grid_power == 1 else warped_grid(num_steps, grid_power)
     return integrate(steered, noise, steps, cast(Solver, solver), path=path)
@@ -196,7 +198,9 @@ def flow_straightness(
 def sampling_options(config: PolicyConfig) -> dict[str, Any]:
     """The keyword arguments of `sample_actions` that a policy's configuration sets."""
     names = ("num_steps", "solver", "grid_power", "guidance_scale", "guidance_without")
-    return {name: getattr(config, name) for name in names}
+    # Where actions lie: between the percentiles that became -1 and 1, or within three standard deviations.
+    clip = 1.0 if config.normalization == "quantile" else 3.0
+    return {name: getattr(config, name) for name in names} | {"clip": clip}
 
 
 def check_policy(config: PolicyConfig) -> None:

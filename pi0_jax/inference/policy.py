@@ -139,7 +139,7 @@ class Policy:
     @functools.partial(
         jax.jit,
         static_argnums=0,
-        static_argnames=("num_steps", "solver", "grid_power", "guidance_without", "path"),
+        static_argnames=("num_steps", "solver", "grid_power", "guidance_without", "clip", "path"),
     )
     def _sample(self, params, observation, keys, *, guidance_scale, **options):
         shape = (self.config.model.action_horizon, self.config.model.action_dim)
