@@ -27,7 +27,12 @@ COMMANDS = {
     "evaluate": "run a policy in closed loop: pi0 evaluate runs/tabletop --episodes 200 --seed 1",
     "report": "evaluate a run in closed loop and write its report: pi0 report runs/tabletop",
     "record": "record demonstrations in the tabletop simulator: pi0 record data/tabletop",
+    "convert": "turn openpi, LeRobot or big_vision weights into ours, and back: pi0 convert SRC DST --to lerobot",
+    "inspect": "say what a checkpoint of any format is: pi0 inspect PATH",
+    "diff": "compare two checkpoints leaf by leaf: pi0 diff A B",
 }
+ROOMS = {"convert": "convert", "inspect": "convert", "diff": "convert"}
+"""Room whose `commands` has the command; the others are in `evaluate`."""
 USAGE = "usage: pi0 COMMAND ...\n\n" + "\n".join(f"  {name:8} {text}" for name, text in COMMANDS.items())
 USAGE += "\n\npi0 COMMAND --help says more."
 
@@ -52,7 +57,7 @@ def main(args: list[str] | None = None) -> int:
     try:
         if command == "train":
             return _train(rest)
-        commands = importlib.import_module("pi0_jax.evaluate.commands")
+        commands = importlib.import_module(f"pi0_jax.{ROOMS.get(command, 'evaluate')}.commands")
         arguments = tyro.cli(getattr(commands, command.capitalize()), args=rest, prog=f"pi0 {command}")
         getattr(commands, command)(arguments)
     except KeyboardInterrupt:

@@ -44,6 +44,11 @@ class VelocityNetwork(nn.Module):
 
     def setup(self):
         c = self.config
+        if c.variant not in ("pi0", "pi05"):
+            raise ValueError(
+                f"a model of variant {c.variant!r} has no velocity and cannot run or train yet; `pi0 convert` carries "
+                "its weights between formats. The variants that run are pi0 and pi05."
+            )
         width = c.action.width
         self.image_encoder = ImageEncoder(c.vision, self.dtype, c.remat)
         self.image_projector = dense(c.language.width, ("embed", "embed_out"), self.dtype, "image_projector")
@@ -214,5 +219,6 @@ def embed_time(
         shortest, longest: periods, in units of flow time.
     """
     period = shortest * (longest / shortest) ** jnp.linspace(0.0, 1.0, width // 2, dtype=jnp.float32)
-    angle = time.astype(jnp.float32)[..., None] * (2 * jnp.pi / period)
+    # In openpi's order: another rounding of the frequency by one part in 1e7 moves the velocity by 1e-5.
+    angle = time.astype(jnp.float32)[..., None] * (1.0 / period * 2 * jnp.pi)
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
