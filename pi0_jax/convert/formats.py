@@ -109,7 +109,7 @@ def detect(path: Path) -> tuple[Format, Path]:
         FileNotFoundError: there is nothing.
         ValueError: something else; the message says what it looks like.
     """
-    if path.suffix == ".npz" or ".npz:" in path.name:
+    if path.suffix == ".npz" or ".npz:" in str(path):
         return "big_vision", path
     if path.suffix == ".safetensors" and path.is_file():
         path = path.parent

@@ -1,6 +1,7 @@
 import json
 import zipfile
 
+import jax
 import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
@@ -68,7 +69,9 @@ def test_orbax_reads_what_is_written_and_the_other_way_round(tmp_path, monkeypat
     tensors.write_orbax(tmp_path / "ours", as_tensors())
     assert_same(open_orbax(tmp_path / "ours"))
     with ocp.PyTreeCheckpointer() as checkpointer:
-        loaded = checkpointer.restore(tmp_path / "ours")["params"]
+        tree = checkpointer.metadata(tmp_path / "ours").item_metadata.tree
+        arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        loaded = checkpointer.restore(tmp_path / "ours", restore_args=arguments)["params"]
         checkpointer.save(tmp_path / "theirs", {"params": unflatten_dict(ARRAYS, sep="/")})
     assert np.array_equal(loaded["a"]["kernel"], ARRAYS["a/kernel"])
     assert np.array_equal(loaded["a"]["bias"], ARRAYS["a/bias"])
