@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import resource
 import shutil
@@ -47,7 +48,8 @@ def main() -> None:
         ("lerobot", "ours", "pi0"),
         ("ours", "back", "openpi"),
     ):
-        command = ["-m", "pi0_jax.cli", "convert", str(arguments.folder / source), str(arguments.folder / target)]
+        cli = ["-c", "import sys; from pi0_jax.cli import main; sys.exit(main())"]
+        command = [*cli, "convert", str(arguments.folder / source), str(arguments.folder / target)]
         peak, seconds = run([*command, "--to", to, "--horizon", "50"])
         record = json.loads((arguments.folder / target / "conversion.json").read_text())
         result = {
@@ -74,7 +76,7 @@ def run(command: list[str]) -> tuple[int, float]:
 
 
 def random_weights(model) -> Weights:
-    """Normal numbers, made when they are read."""
+    """Random signs, mantissas and exponents between 2^-7 and 2^-3, made when they are read."""
     letters = sizes(model)
 
     def tensor(number: int, shape: tuple[int, ...]) -> Tensor:
@@ -82,8 +84,11 @@ def random_weights(model) -> Weights:
         stacked = len(shape) > 2
 
         def read(i: int | None) -> np.ndarray:
-            rng = np.random.default_rng((number, 0 if i is None else i + 1))
-            return rng.standard_normal(shape if i is None else shape[1:], np.float32).astype(dtype)
+            rng, out = np.random.default_rng((number, 0 if i is None else i + 1)), shape if i is None else shape[1:]
+            bits = np.frombuffer(bytearray(rng.bytes(2 * math.prod(out))), np.uint16)
+            bits &= 0x81FF
+            bits += 0x3C00
+            return bits.view(dtype).reshape(out)
 
         return Tensor(shape, dtype, read, stacked)
 
