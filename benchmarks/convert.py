@@ -25,10 +25,9 @@ import ml_dtypes
 import numpy as np
 
 from pi0_jax.config import PI0, PolicyConfig
-from pi0_jax.convert import tensors
 from pi0_jax.convert.formats import Weights, foreign_tensors
 from pi0_jax.convert.leaves import leaves, shape_of, sizes
-from pi0_jax.convert.tensors import Tensor
+from pi0_jax.convert.tensors import Tensor, write_orbax
 
 
 def main() -> None:
@@ -98,10 +97,7 @@ def random_weights(model) -> Weights:
 
 def write_source(folder: Path, model, whole: bool) -> None:
     """An openpi folder; with `whole`, each array is one chunk."""
-    before = tensors.PIECE_BYTES
-    tensors.PIECE_BYTES = 2**40 if whole else before
-    tensors.write_orbax(folder / "params", foreign_tensors(random_weights(model), "openpi"))
-    tensors.PIECE_BYTES = before
+    write_orbax(folder / "params", foreign_tensors(random_weights(model), "openpi"), whole)
 
 
 if __name__ == "__main__":

@@ -40,8 +40,8 @@ def merge_lora(weights: Weights) -> Weights:
         for name in lora.EINSUMS:
             path = f"backbone/layers/{expert}/{name}"
             if f"{path}_lora_a" in weights.tensors:
-                parts = tuple(weights.tensors[path + end] for end in ("", "_lora_a", "_lora_b"))
-                tensors[path] = _merged(name, parts, getattr(model, expert).lora_scale)
+                w, a, b = (weights.tensors[path + end] for end in ("", "_lora_a", "_lora_b"))
+                tensors[path] = _merged(name, w, a, b, getattr(model, expert).lora_scale)
     plain = {
         expert: dataclasses.replace(getattr(model, expert), lora_attn_rank=0, lora_mlp_rank=0, lora_scale=1.0)
         for expert in ("language", "action")
@@ -118,13 +118,13 @@ def _with_model(weights: Weights, model: ModelConfig, tensors: Tensors) -> Weigh
     return weights._replace(policy=dataclasses.replace(weights.policy, model=model), tensors=tensors)
 
 
-def _merged(name: str, parts: tuple[Tensor, ...], scale: float) -> Tensor:
+def _merged(name: str, w: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     def read(i: int | None) -> np.ndarray:
         if i is None:
-            return np.stack([read(j) for j in range(parts[0].shape[0])])
-        return lora.merge(name, *(part.read(i) for part in parts), scale)
+            return np.stack([read(j) for j in range(w.shape[0])])
+        return lora.merge(name, w.read(i), a.read(i), b.read(i), scale)
 
-    return parts[0]._replace(read=read)
+    return w._replace(read=read)
 
 
 def _padded(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -51,7 +51,7 @@ def variant_of(names: Iterable[str]) -> ModelConfig:
         "pi05": sum(bool(re.search(r"_1/Dense_0/|^time_mlp", name)) for name in names),
         "pi0": sum(bool(re.search(r"norm_1/scale|^state_proj|^action_time_mlp", name)) for name in names),
     }
-    variant = max(marks, key=lambda name: marks[name])
+    variant = "pi05" if marks["pi05"] > marks["pi0"] else "pi0"
     model = ModelConfig(variant=variant if marks[variant] else "pi0_fast")
     return with_adapters(
         model,

@@ -100,7 +100,7 @@ def digest(tensors: Tensors) -> str:
     for path in sorted(tensors):
         found.update(_head(path, tensors[path]))
         for _, piece in pieces(tensors[path], rows_per_piece(tensors[path])):
-            found.update(_bytes(piece))
+            found.update(_bytes(piece).data)
     return found.hexdigest()
 
 
@@ -161,7 +161,7 @@ def _verify(weights: Weights, folder: Path, to: Format) -> dict[str, Any]:
         for x, y in compare(ours, theirs):
             if not np.array_equal(_bytes(x), _bytes(y)):
                 raise ValueError(f"verification failed at {path}: it was read back with other bits.")
-            found.update(_bytes(x))
+            found.update(_bytes(x).data)
     result = {"tensors": len(weights.tensors), "parameters": parameters(weights.tensors), "largest_difference": 0.0}
     return result | {"sha256": found.hexdigest()}
 

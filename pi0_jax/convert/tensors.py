@@ -141,7 +141,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
         file.write(struct.pack("<Q", len(text)) + text)
         for tensor in tensors.values():
             for _, piece in pieces(tensor, rows_per_piece(tensor)):
-                file.write(memoryview(np.ascontiguousarray(piece).reshape(-1).view(np.uint8)))
+                file.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
 
 
 def _raw(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> Tensor:
@@ -287,7 +287,7 @@ def _first_line(error: Exception) -> str:
     return re.sub(r"\s*\[(tensorstore_spec|source locations)=.*", "", str(error).splitlines()[0])[:300]
 
 
-def write_orbax(folder: Path, tensors: Mapping[str, Tensor]):
+def write_orbax(folder: Path, tensors: Mapping[str, Tensor], whole: bool = False):
     """Writes an Orbax PyTree item {"params": tree}, which openpi and `pi0_jax.checkpoint` read.
 
     Orbax itself would take whole arrays, so this writes the same files piece by piece: an OCDBT database of zarr
@@ -296,6 +296,7 @@ def write_orbax(folder: Path, tensors: Mapping[str, Tensor]):
     Args:
         folder: of the item, not there yet.
         tensors: path without `params` to tensor.
+        whole: store each array as one chunk, as Orbax does on one host; it then has to be in memory at once.
     """
     import tensorstore as ts
 
@@ -306,7 +307,7 @@ def write_orbax(folder: Path, tensors: Mapping[str, Tensor]):
     for name, tensor in tensors.items():
         path = ("params", *name.split("/"))
         small = tensor.nbytes <= PIECE_BYTES
-        rows = rows_per_piece(tensor)
+        rows = max(1, tensor.shape[0]) if whole and tensor.shape else rows_per_piece(tensor)
         spec = {
             "driver": "zarr",
             "kvstore": {"driver": "ocdbt", "base": f"file://{folder}/", "path": ".".join(path) + "/"},

@@ -71,7 +71,7 @@ def variant_of(names: Iterable[str]) -> ModelConfig:
             bool(re.search(r"gemma_expert\..*norm\.weight|^state_proj|^action_time_mlp", name)) for name in names
         ),
     }
-    variant = max(marks, key=lambda name: marks[name])
+    variant = "pi05" if marks["pi05"] > marks["pi0"] else "pi0"
     return ModelConfig(variant=variant if marks[variant] else "pi0_fast")
 
 
