@@ -7,6 +7,7 @@ memory at a time, whatever the size of the model.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -233,13 +234,14 @@ def open_orbax(folder: Path) -> Tensors:
         )
     trailing = all(path[-1] == "value" for path in paths if path[0] == "params")
     driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
-    stores = {}
+    opened = {}
     for path in paths:
         if path[0] == "params":
             name = "/".join(path[1:-1] if trailing else path[1:])
-            stores[name] = _open_zarr(folder, ".".join(path), driver)
+            reopen = functools.partial(_open_zarr, folder, ".".join(path), driver)
+            opened[name] = reopen(), reopen
     slot: dict[str, Any] = {}
-    return {name: _zarr_tensor(folder, name, store, slot) for name, store in stores.items()}
+    return {name: _zarr_tensor(folder, name, *found, slot) for name, found in opened.items()}
 
 
 def _store(folder: Path, name: str) -> dict[str, Any]:
@@ -249,20 +251,21 @@ def _store(folder: Path, name: str) -> dict[str, Any]:
     return {"driver": "file", "path": f"{folder}/{name}/"}
 
 
-def _open_zarr(folder: Path, key: str, driver: str):
+def _open_zarr(folder: Path, key: str, driver: str, cache_bytes: int = 0):
     """Starts to open one array; returns a future."""
     import tensorstore as ts
 
     spec = {"driver": driver, "kvstore": _store(folder, key), "fill_missing_data_reads": False}
-    return ts.open(spec, read=True, context=ts.Context({"cache_pool": {"total_bytes_limit": 0}}))
+    return ts.open(spec, read=True, context=ts.Context({"cache_pool": {"total_bytes_limit": cache_bytes}}))
 
 
-def _zarr_tensor(folder: Path, name: str, opening, slot: dict[str, Any]) -> Tensor:
-    """One array. Where a chunk spans several rows, the array is decoded once and kept until another one is read."""
+def _zarr_tensor(folder: Path, name: str, opening, reopen: Callable[[int], Any], slot: dict[str, Any]) -> Tensor:
+    """One array. A chunk that spans several rows is decoded once and stays in a cache until another array is read."""
     try:
         store = opening.result()
     except ValueError as error:
         raise ValueError(f"{folder} lacks the array {name!r} that its _METADATA names: {_first_line(error)}") from error
+    shape, dtype = tuple(store.shape), np.dtype(store.dtype.numpy_dtype)
     by_row = store.ndim > 0 and store.chunk_layout.read_chunk.shape[0] == 1
 
     def fetch(view) -> np.ndarray:
@@ -277,10 +280,10 @@ def _zarr_tensor(folder: Path, name: str, opening, slot: dict[str, Any]) -> Tens
             return fetch(store if i is None else store[i])
         if slot.get("name") != name:
             slot.clear()
-            slot.update(name=name, array=fetch(store))
-        return slot["array"][i]
+            slot.update(name=name, store=reopen(2 * math.prod(shape) * dtype.itemsize).result())
+        return fetch(slot["store"][i])
 
-    return Tensor(tuple(store.shape), np.dtype(store.dtype.numpy_dtype), read, stacked=store.ndim > 0)
+    return Tensor(shape, dtype, read, stacked=store.ndim > 0)
 
 
 def _first_line(error: Exception) -> str:
