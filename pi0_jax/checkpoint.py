@@ -255,6 +255,30 @@ def load_assets(path: str | Path) -> Assets:
         return Assets(policy, stats and json.loads(stats), files.get("tokenizer.model"), train)
 
 
+def write_assets(folder: str | Path, assets: Assets) -> None:
+    """Writes the plain files of a checkpoint's `assets/`, for programs that write `params/` themselves."""
+    for name, content in _asset_files(assets).items():
+        Path(folder, name).write_bytes(content)
+
+
+def policy_to_json(policy: PolicyConfig) -> dict[str, Any]:
+    """A policy's configuration as a JSON object."""
+    return _CONVERTER.unstructure(policy)
+
+
+def policy_from_json(content: dict[str, Any]) -> PolicyConfig:
+    """The inverse of `policy_to_json`.
+
+    Raises:
+        CheckpointError: the object is of another version.
+    """
+    try:
+        return _CONVERTER.structure(content, PolicyConfig)
+    except cattrs.BaseValidationError as error:
+        problems = "; ".join(cattrs.transform_error(error, path="policy"))
+        raise CheckpointError(f"this policy configuration does not fit this version: {problems}") from error
+
+
 def load_data_state(path: str | Path) -> dict[str, Any]:
     """Reads the state of the data iterator.
 
@@ -434,8 +458,8 @@ def _diagnosis(path: Path) -> str:
         kinds.append("an openpi checkpoint")
     if kinds:
         return (
-            f"{path} looks like {kinds[0]}, which has to be converted first. So far the functions of "
-            "pi0_jax.convert.openpi read openpi's JAX checkpoints; other formats are not supported yet."
+            f"{path} looks like {kinds[0]}, which has to be converted first: pi0 convert {path} TARGET. "
+            "docs/checkpoints.md says what converts."
         )
     inside = ", ".join(sorted(names)[:8]) or "nothing"
     return f"{path} is not a pi0_jax checkpoint (params/ and assets/config.json); it has: {inside}."

@@ -29,6 +29,12 @@ COMMANDS = {
     "reflow": ("training", "straighten a policy's flow, for fewer steps: pi0 reflow runs/tabletop runs/straight"),
     "compare": ("study", "train and compare kinds of policies: pi0 compare configs/compare_tabletop.py"),
     "record": ("evaluate", "record demonstrations in the tabletop simulator: pi0 record data/tabletop"),
+    "convert": (
+        "convert",
+        "turn openpi, LeRobot or big_vision weights into ours, and back: pi0 convert SRC DST --to lerobot",
+    ),
+    "inspect": ("convert", "say what a checkpoint of any format is: pi0 inspect PATH"),
+    "diff": ("convert", "compare two checkpoints leaf by leaf: pi0 diff A B"),
 }
 """Command to the room whose `commands` module has it, and what it does."""
 USAGE = "usage: pi0 COMMAND ...\n\n" + "\n".join(f"  {name:8} {text}" for name, (_, text) in COMMANDS.items())

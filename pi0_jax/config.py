@@ -38,6 +38,12 @@ class ExpertConfig:
 
     width: int
     mlp_dim: int
+    lora_attn_rank: int = 0
+    """Rank of the low-rank adapters of the attention weights, one a head (`model.lora`); 0 means none."""
+    lora_mlp_rank: int = 0
+    """Rank of those of the feed-forward weights."""
+    lora_scale: float = 1.0
+    """Factor of attention's adapters, alpha / rank. Feed-forward adapters have none, as in openpi."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,9 +75,10 @@ class BinConfig:
 class ModelConfig:
     """The velocity network: image encoder, language expert, action expert."""
 
-    variant: Literal["pi0", "pi05"] = "pi0"
+    variant: Literal["pi0", "pi05", "pi0_fast"] = "pi0"
     """pi0: a state token, and the time mixed into the action tokens by an MLP (arXiv 2410.24164).
-    pi05: the state is part of the prompt, the time modulates the action expert's norms (arXiv 2504.16054)."""
+    pi05: the state is part of the prompt, the time modulates the action expert's norms (arXiv 2504.16054).
+    pi0_fast: image encoder and language expert alone (arXiv 2501.09747); weights that convert, but do not run yet."""
     head: Literal["expert", "compact"] = "expert"
     """expert: π0's action expert. compact: a small MLP on the pooled observation, `compact`."""
     prediction: Literal["velocity", "average_velocity", "epsilon", "v", "bins", "bin_sequence"] = "velocity"

@@ -60,7 +60,9 @@ def test_no_two_rooms_import_one_another():
     assert not pairs
 
 
-@pytest.mark.parametrize("module", ["pi0_jax", "pi0_jax.pi0", "pi0_jax.inference.policy", "pi0_jax.training.loop"])
+@pytest.mark.parametrize(
+    "module", ["pi0_jax", "pi0_jax.pi0", "pi0_jax.inference.policy", "pi0_jax.training.loop", "pi0_jax.convert.run"]
+)
 def test_no_other_framework_and_no_simulator_is_loaded(module):
     code = f"import sys, {module}; print(*{{name.partition('.')[0] for name in sys.modules}})"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()

@@ -1,1 +1,1 @@
-"""Foreign weights in. No torch; each foreign layout is one table of rules."""
+"""Weights of other projects in and out. No torch; each foreign layout is one table of rules, read both ways."""

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pi0_jax.config import ExpertConfig, ModelConfig
+from pi0_jax.model import lora
 from pi0_jax.model.attention import attend, rope_angles, rotate
 from pi0_jax.model.norm import RMSNorm, named
 
@@ -37,9 +38,11 @@ class Attention(nn.Module):
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    lora_rank: int = 0
+    lora_scale: float = 1.0
 
     def setup(self):
-        n, k, h, d = self.num_heads, self.num_kv_heads, self.head_dim, self.width
+        n, k, h, d, r = self.num_heads, self.num_kv_heads, self.head_dim, self.width, self.lora_rank
         self.q = self.param("q", named(fan_in(0, (1, 2)), ("embed", "heads", "head_dim")), (d, n, h), jnp.float32)
         self.kv = self.param(
             "kv",
@@ -48,15 +51,30 @@ class Attention(nn.Module):
             jnp.float32,
         )
         self.o = self.param("o", named(fan_in((0, 1), 2), ("heads", "head_dim", "embed")), (n, h, d), jnp.float32)
+        self.q_lora = self.kv_lora = self.o_lora = None
+        if r:
+            rank, stack = "lora_rank", "stack"
+            self.q_lora = lora.declare(
+                self.param, "q", ((d, n, r), (n, r, h)), (("embed", "heads", rank), ("heads", rank, "head_dim"))
+            )
+            self.kv_lora = lora.declare(
+                self.param,
+                "kv",
+                ((2, d, k, r), (2, k, r, h)),
+                ((stack, "embed", "kv_heads", rank), (stack, "kv_heads", rank, "head_dim")),
+            )
+            self.o_lora = lora.declare(
+                self.param, "o", ((n, h, r), (n, r, d)), (("heads", "head_dim", rank), ("heads", rank, "embed"))
+            )
 
     def project(self, x: Float[Array, "b t d"]):
         """Query [b t n h], key and value [b t k h], before rotation."""
-        q = jnp.einsum("BTD,DNH->BTNH", x, self.q.astype(x.dtype))
-        kv = jnp.einsum("BTD,CDKH->BTCKH", x, self.kv.astype(x.dtype))
+        q = lora.apply("attn/q", x, self.q, self.q_lora, self.lora_scale)
+        kv = lora.apply("attn/kv", x, self.kv, self.kv_lora, self.lora_scale)
         return q, kv[:, :, 0], kv[:, :, 1]
 
     def output(self, attended: Float[Array, "b t n h"]) -> Float[Array, "b t d"]:
-        return jnp.einsum("BTNH,NHD->BTD", attended, self.o.astype(attended.dtype))
+        return lora.apply("attn/o", attended, self.o, self.o_lora, self.lora_scale)
 
 
 class GatedMLP(nn.Module):
@@ -64,6 +82,7 @@ class GatedMLP(nn.Module):
 
     width: int
     mlp_dim: int
+    lora_rank: int = 0
 
     @nn.compact
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
@@ -71,8 +90,15 @@ class GatedMLP(nn.Module):
             "gate_up", named(fan_in(1, 2, 0), ("stack", "embed", "mlp")), (2, self.width, self.mlp_dim), jnp.float32
         )
         w_out = self.param("down", named(fan_in(0, 1), ("mlp", "embed")), (self.mlp_dim, self.width), jnp.float32)
-        gate_up = jnp.einsum("BTD,CDF->BTCF", x, w_in.astype(x.dtype))
-        return jnp.einsum("BTF,FD->BTD", nn.gelu(gate_up[:, :, 0]) * gate_up[:, :, 1], w_out.astype(x.dtype))
+        gate_up_lora = down_lora = None
+        if r := self.lora_rank:
+            d, f, rank = self.width, self.mlp_dim, "lora_rank"
+            gate_up_lora = lora.declare(
+                self.param, "gate_up", ((2, d, r), (2, r, f)), (("stack", "embed", rank), ("stack", rank, "mlp"))
+            )
+            down_lora = lora.declare(self.param, "down", ((f, r), (r, d)), (("mlp", rank), (rank, "embed")))
+        gate_up = lora.apply("mlp/gate_up", x, w_in, gate_up_lora)
+        return lora.apply("mlp/down", nn.gelu(gate_up[:, :, 0]) * gate_up[:, :, 1], w_out, down_lora)
 
 
 class Expert(nn.Module):
@@ -85,9 +111,9 @@ class Expert(nn.Module):
     def setup(self):
         c, m = self.config, self.model
         self.attn_norm = RMSNorm(self.adaptive)
-        self.attn = Attention(c.width, m.num_heads, m.num_kv_heads, m.head_dim)
+        self.attn = Attention(c.width, m.num_heads, m.num_kv_heads, m.head_dim, c.lora_attn_rank, c.lora_scale)
         self.mlp_norm = RMSNorm(self.adaptive)
-        self.mlp = GatedMLP(c.width, c.mlp_dim)
+        self.mlp = GatedMLP(c.width, c.mlp_dim, c.lora_mlp_rank)
 
     def before(self, x, condition) -> tuple[Any, Any, Any, Any]:
         """Query, key, value, and the gate that `after` wants back."""

@@ -41,6 +41,11 @@ class ActionTokenNetwork(PrefixNetwork):
     """A head whose actions are tokens of the action expert, which see the whole observation."""
 
     def setup_head(self):
+        if self.config.variant not in ("pi0", "pi05"):
+            raise ValueError(
+                f"a model of variant {self.config.variant!r} has no velocity and cannot run or train yet; "
+                "`pi0 convert` carries its weights between formats. The variants that run are pi0 and pi05."
+            )
         if self.config.variant == "pi0":
             self.state_in = dense(self.config.action.width, ("action", "embed"), jnp.dtype("float32"), "state_in")
 
@@ -235,5 +240,6 @@ def embed_time(
         shortest, longest: periods, in units of flow time.
     """
     period = shortest * (longest / shortest) ** jnp.linspace(0.0, 1.0, width // 2, dtype=jnp.float32)
-    angle = time.astype(jnp.float32)[..., None] * (2 * jnp.pi / period)
+    # In openpi's order: another rounding of the frequency by one part in 1e7 moves the velocity by 1e-5.
+    angle = time.astype(jnp.float32)[..., None] * (1.0 / period * 2 * jnp.pi)
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)

@@ -25,6 +25,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "kv_heads": None,
     "head_dim": None,
     "mlp": None,
+    "lora_rank": None,
     "vocab": None,
     "patch": None,
     "action": None,

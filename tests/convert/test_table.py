@@ -1,23 +1,71 @@
 import numpy as np
 import pytest
 
-from pi0_jax.convert.table import Rule, convert_in
+from pi0_jax.convert.table import Rule, bind, from_ours, infer_sizes, to_ours
+from pi0_jax.convert.tensors import in_memory, read_all
 
-RULES = (Rule("a", "x/a"), Rule("b", "x/b", "l d n -> l n d"))
-SOURCE = {"x/a": np.arange(3.0), "x/b": np.arange(24.0).reshape(2, 3, 4)}
-TARGET = {"a": np.zeros(3), "b": np.zeros((2, 4, 3))}
+RULES = (
+    Rule("q", "layers.{l}.q", "l (n h) d"),
+    Rule("kv", ("layers.{l}.k", "layers.{l}.v"), "l c h d"),
+    Rule("out", "out", "d v"),
+    Rule("out", "tied", "d v"),
+)
+LEAVES = {"q": "l d n h", "kv": "l c d h", "out": "v d"}
+SIZES = {"l": 3, "c": 2, "n": 2, "h": 5, "d": 7, "v": 11}
+OURS = {
+    "q": np.arange(210.0, dtype=np.float32).reshape(3, 7, 2, 5),
+    "kv": np.arange(210.0, dtype=np.float32).reshape(3, 2, 7, 5),
+    "out": np.arange(77.0, dtype=np.float32).reshape(11, 7),
+}
 
 
-def test_leaves_are_renamed_and_their_axes_moved():
-    filled = convert_in(RULES, SOURCE, TARGET)
-    np.testing.assert_array_equal(filled["a"], SOURCE["x/a"])
-    np.testing.assert_array_equal(filled["b"], SOURCE["x/b"].transpose(0, 2, 1))
+def theirs() -> dict[str, np.ndarray]:
+    return read_all(from_ours(RULES, LEAVES, {path: in_memory(array) for path, array in OURS.items()}, SIZES))
+
+
+def in_tensors(arrays):
+    return {name: in_memory(array) for name, array in arrays.items()}
+
+
+def test_axes_move_as_the_rule_says():
+    found = theirs()
+    assert set(found) == {*(f"layers.{i}.{name}" for i in range(3) for name in "qkv"), "out", "tied"}
+    np.testing.assert_array_equal(found["layers.1.q"], OURS["q"][1].transpose(1, 2, 0).reshape(10, 7))
+    np.testing.assert_array_equal(found["layers.2.v"], OURS["kv"][2, 1].T)
+    np.testing.assert_array_equal(found["out"], OURS["out"].T)
+
+
+def test_a_table_read_backwards_gives_the_same_leaves_whole_and_by_layer():
+    tensors = in_tensors(theirs())
+    sizes = infer_sizes(RULES, tensors, {"n": 2})
+    assert sizes == {**SIZES, "b": 3}
+    rules, rest = bind(RULES, LEAVES, tensors, sizes, spare="^tied$")
+    assert rest == ["tied"]
+    back = to_ours(rules, LEAVES, tensors, sizes)
+    for path, array in OURS.items():
+        np.testing.assert_array_equal(back[path].read(None), array)
+        np.testing.assert_array_equal(back[path].read(2), array[2])
+
+
+def test_a_product_that_stays_open_is_asked_for_by_name():
+    rules = (Rule("q", "layers.{l}.q", "l (n k) d"),)
+    with pytest.raises(ValueError, match="--num-heads"):
+        infer_sizes(rules, in_tensors({"layers.0.q": np.zeros((10, 7), np.float32)}), {})
 
 
 def test_all_that_does_not_correspond_is_named():
-    with pytest.raises(ValueError, match="fit the model") as error:
-        convert_in(RULES, {"x/a": np.zeros(4), "x/c": np.zeros(1)}, TARGET)
+    broken = theirs()
+    broken["layers.1.q"] = broken["layers.1.q"].T
+    broken["odd"] = broken.pop("layers.2.v")
+    tensors = in_tensors(broken)
+    with pytest.raises(ValueError, match="do not make the model") as error:
+        bind(RULES, LEAVES, tensors, infer_sizes(RULES, tensors, {"n": 2}), spare="^tied$")
     message = str(error.value)
-    assert "x/a gives a shape (4,), needs (3,)" in message
-    assert "nothing in the source for b" in message
-    assert "no use for the source's x/c" in message
+    assert "layers.1.q has shape (7, 10), and (10, 7) is needed for q" in message
+    assert "missing: layers.2.v, for kv" in message
+    assert "of no use: odd" in message
+
+
+def test_a_leaf_without_a_place_is_named():
+    with pytest.raises(ValueError, match="no place for these of our parameters: stem"):
+        from_ours(RULES, {**LEAVES, "stem": "d"}, in_tensors(OURS), SIZES)

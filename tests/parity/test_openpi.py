@@ -1,12 +1,10 @@
 """Against openpi's own numbers: same weights, same inputs, float32, highest matmul precision.
 
-Every folder `openpi_pi0*`/`openpi_pi05*` of the fixtures with a plain π0 or π0.5 in it is tested; sizes come from the
+Every folder `openpi_*` of the fixtures is tested, with and without adapters; sizes come from the tensors and from the
 folder's `config.json`. Tolerances are relative errors in the L2 norm.
 """
 
 import functools
-import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,85 +12,20 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from pi0_jax.batch import Observation
-from pi0_jax.config import ExpertConfig, ModelConfig, VisionConfig
-from pi0_jax.convert.openpi import RULES, params_from_openpi, read_params
+from pi0_jax.convert import openpi
 from pi0_jax.flow.loss import squared_error
 from pi0_jax.flow.path import interpolate
-from pi0_jax.model.velocity import VelocityNetwork
 from pi0_jax.pi0 import sample_actions
 from tests.conftest import fixtures_root
+from tests.parity.common import Case, folders, relative_error
 
-FIXTURES = fixtures_root()
-
-
-def reference_folders() -> list[Path]:
-    """Folders of the fixtures that hold a plain π0 or π0.5 of openpi's."""
-    specs = {path.parent: json.loads(path.read_text()) for path in sorted(FIXTURES.glob("openpi_*/config.json"))}
-    return [folder for folder, spec in specs.items() if spec["kind"] in ("pi0", "pi05") and not spec.get("lora")]
+SKIP = f"no such reference folders in {fixtures_root()}; set PI0_FIXTURES to where they are"
 
 
-def relative_error(ours, theirs) -> float:
-    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-    assert ours.shape == theirs.shape
-    return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
-
-
-def config_of(spec: dict, cameras: tuple[str, ...], num_kv_heads: int) -> ModelConfig:
-    vit = spec["vit"]
-    return ModelConfig(
-        variant=spec["kind"],
-        vision=VisionConfig(
-            width=vit["width"],
-            depth=vit["depth"],
-            mlp_dim=vit["mlp_dim"],
-            num_heads=vit["num_heads"],
-            image_size=vit["res"],
-            patch_size=vit["patch"],
-        ),
-        language=ExpertConfig(spec["width"], spec["mlp"]),
-        action=ExpertConfig(spec["awidth"], spec["amlp"]),
-        depth=spec["depth"],
-        num_heads=spec["heads"],
-        num_kv_heads=num_kv_heads,
-        head_dim=spec["head_dim"],
-        vocab_size=spec["vocab"],
-        cameras=cameras,
-        action_dim=spec["action_dim"],
-        action_horizon=spec["horizon"],
-        prompt_length=spec["tokens"],
-        dtype="float32",
-    )
-
-
-class Case:
-    """One reference checkpoint in our network, and the reference's inputs and outputs."""
-
-    def __init__(self, folder: Path):
-        spec = json.loads((folder / "config.json").read_text())
-        self.io = dict(np.load(folder / "io.npz"))
-        cameras = tuple(name.removeprefix("images/") for name in self.io if name.startswith("images/"))
-        tensors = read_params(folder)
-        self.config = config_of(spec, cameras, tensors["PaliGemma/llm/layers/attn/kv_einsum/w"].shape[2])
-        self.network = VelocityNetwork(self.config)
-        self.params = jax.tree.map(jnp.asarray, params_from_openpi(tensors, self.config))
-        self.observation = Observation(
-            images={name: jnp.asarray(self.io[f"images/{name}"]) for name in cameras},
-            image_masks={name: jnp.asarray(self.io[f"image_masks/{name}"]) for name in cameras},
-            state=jnp.asarray(self.io["state"]),
-            prompt=jnp.asarray(self.io["tokens"]),
-            prompt_mask=jnp.asarray(self.io["token_mask"]),
-        )
-
-    def apply(self, *args, method=None):
-        run = functools.partial(self.network.apply, method=method)
-        return jax.jit(run)({"params": self.params}, *args)
-
-
-@pytest.fixture(scope="module", params=reference_folders() or [None], ids=lambda folder: folder and folder.name)
+@pytest.fixture(scope="module", params=folders("openpi_*", "pi0", "pi05"), ids=lambda folder: folder and folder.name)
 def case(request):
     if request.param is None:
-        pytest.skip(f"no openpi_* reference folders in {FIXTURES}; set PI0_FIXTURES to where they are")
+        pytest.skip(SKIP)
     with jax.default_matmul_precision("highest"):
         yield Case(request.param)
 
@@ -136,7 +69,7 @@ def test_gradient_norm_of_every_parameter(case):
         name: float(jnp.linalg.norm(leaf))
         for name, leaf in flatten_dict(jax.jit(jax.grad(loss))(case.params), sep="/").items()
     }
-    ours_of = {rule.theirs: rule.ours for rule in RULES if rule.ours in norms}
+    ours_of = {rule.theirs: rule.ours for rule in openpi.rules(case.config.variant) if rule.ours in norms}
     reference = {
         str(name).removesuffix("/value"): float(norm)
         for name, norm in zip(io["grad_names"], io["grad_norms"], strict=True)
@@ -154,3 +87,18 @@ def test_euler_samples(case, num_steps):
     sample = jax.jit(functools.partial(sample_actions, case.network, num_steps=num_steps))
     sample = sample(case.params, case.observation, noise)
     assert relative_error(sample, case.io[f"sample_{num_steps}"]) <= 1e-4
+
+
+@pytest.mark.parametrize("folder", folders("openpi_*", "pi0_fast"), ids=lambda folder: folder and folder.name)
+def test_fast_backbone_gives_the_teacher_forced_logits_and_loss(folder):
+    if folder is None:
+        pytest.skip(SKIP)
+    with jax.default_matmul_precision("highest"):
+        case = Case(folder)
+        logits = case.logits(case.io["ar_mask"], count_masked=True, drop_last=1)
+    valid = case.io["token_mask"][:, :-1]  # what an absent token would say next means nothing
+    assert relative_error(np.asarray(logits)[valid], case.io["logits"][valid]) <= 1e-5
+    chosen = np.take_along_axis(jax.nn.log_softmax(logits), case.io["tokens"][:, 1:, None], axis=-1)[..., 0]
+    mask = case.io["loss_mask"][:, 1:]
+    loss = -np.sum(chosen * mask, axis=1) / np.sum(mask, axis=1)
+    assert relative_error(loss, case.io["loss"]) <= 1e-5

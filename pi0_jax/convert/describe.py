@@ -1,0 +1,144 @@
+"""What a checkpoint is, and how two differ; of any format."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+from pi0_jax.convert.formats import Weights
+from pi0_jax.convert.run import compare
+
+PARTS = {
+    "image_encoder": "image encoder",
+    "image_projector": "image projector",
+    "embedding": "token embedding",
+    "backbone/layers/language": "language expert",
+    "backbone/language_norm": "language expert",
+    "backbone/layers/action": "action expert",
+    "backbone/action_norm": "action expert",
+}
+_NAMES = {"pi0": "π0", "pi05": "π0.5", "pi0_fast": "backbone alone (π0-FAST, PaliGemma)"}
+
+
+def describe(weights: Weights) -> dict[str, Any]:
+    """Family, sizes, parameters by part, dtypes, statistics, adapters and step, as a JSON object."""
+    model = weights.policy.model
+    parts: Counter[str] = Counter()
+    for path, tensor in weights.tensors.items():
+        parts[_part(path)] += math.prod(tensor.shape)
+    stats = (weights.norm_stats or {}).get("norm_stats", {})
+    config = dataclasses.asdict(model)
+    config["cameras"] = list(model.cameras)
+    if model.variant == "pi0_fast":
+        for name in ("action", "action_dim", "action_horizon"):
+            config.pop(name)
+    return {
+        "format": weights.format,
+        "path": str(weights.path),
+        "family": model.variant,
+        "step": weights.step,
+        "robot": weights.policy.robot,
+        "normalization": weights.policy.normalization,
+        "model": config,
+        "parameters": {**parts, "all": sum(parts.values())},
+        "bytes": sum(tensor.nbytes for tensor in weights.tensors.values()),
+        "dtypes": dict(Counter(str(tensor.dtype) for tensor in weights.tensors.values())),
+        "norm_stats": {key: {s: len(v) for s, v in entry.items() if v is not None} for key, entry in stats.items()},
+        "lora": {
+            name: {"attn_rank": e.lora_attn_rank, "mlp_rank": e.lora_mlp_rank, "scale": e.lora_scale}
+            for name, e in (("language", model.language), ("action", model.action))
+            if e.lora_attn_rank or e.lora_mlp_rank
+        },
+        "tokenizer": weights.tokenizer is not None,
+        "dropped": list(weights.dropped),
+        "warnings": list(weights.warnings),
+    }
+
+
+def text(content: dict[str, Any]) -> str:
+    """`describe`'s object as a few lines for people."""
+    model, vision = content["model"], content["model"]["vision"]
+    patches = (vision["image_size"] // vision["patch_size"]) ** 2
+    lines = [
+        f"{content['path']}",
+        f"  format         {content['format']}" + ("" if content["step"] is None else f", step {content['step']}"),
+        f"  family         {_NAMES[content['family']]}",
+        f"  image encoder  width {vision['width']}, {vision['depth']} layers, {vision['num_heads']} heads, "
+        f"{vision['image_size']} px in {patches} patches",
+        f"  language       width {model['language']['width']}, {model['depth']} layers, {model['num_heads']} heads of "
+        f"{model['head_dim']} ({model['num_kv_heads']} key/value), vocabulary {model['vocab_size']}",
+    ]
+    if "action" in model:
+        lines.append(
+            f"  actions        expert of width {model['action']['width']}, {model['action_dim']} dimensions, chunks of "
+            f"{model['action_horizon'] or 'a length that is not stored'}"
+        )
+    lines.append(f"  inputs         cameras {', '.join(model['cameras'])}; prompts of {model['prompt_length']} tokens")
+    for name, adapter in content["lora"].items():
+        lines.append(
+            f"  LoRA           {name}: rank {adapter['attn_rank']} (attention, scale {adapter['scale']:g}), "
+            f"{adapter['mlp_rank']} (feed-forward)"
+        )
+    dtypes = ", ".join(f"{name} ({count})" for name, count in content["dtypes"].items())
+    lines.append(f"  tensors        {sum(content['dtypes'].values())}: {dtypes}; {content['bytes'] / 1e9:.3f} GB")
+    lines += [f"  {number:>13,}  {name}" for name, number in content["parameters"].items()]
+    stats = "; ".join(
+        f"{key} {max(entry.values())} dims ({', '.join(entry)})" for key, entry in content["norm_stats"].items()
+    )
+    lines.append(f"  statistics     {stats or 'none'}; {content['normalization']}, robot {content['robot']!r}")
+    lines.append(f"  tokenizer      {'in the folder' if content['tokenizer'] else 'none'}")
+    lines += [f"  unused         {name}" for name in content["dropped"]]
+    lines += [f"  warning        {warning}" for warning in content["warnings"]]
+    return "\n".join(lines)
+
+
+def differences(a: Weights, b: Weights) -> list[str]:
+    """How two checkpoints differ, a line a leaf or field; empty where they are the same."""
+    lines = []
+    for name in ("policy", "norm_stats", "tokenizer"):
+        x, y = getattr(a, name), getattr(b, name)
+        if name == "policy":
+            lines += _fields(dataclasses.asdict(x), dataclasses.asdict(y))
+        elif x != y:
+            lines.append(f"{name}: " + ("only one has it" if x is None or y is None else "they differ"))
+    for path in sorted({*a.tensors, *b.tensors}):
+        if path not in b.tensors or path not in a.tensors:
+            lines.append(f"{path}: only in {'the first' if path in a.tensors else 'the second'}")
+            continue
+        x, y = a.tensors[path], b.tensors[path]
+        if x.shape != y.shape:
+            lines.append(f"{path}: shape {x.shape} and {y.shape}")
+            continue
+        largest, square, total = 0.0, 0.0, 0.0
+        for p, q in compare(x, y):
+            p, q = p.astype(np.float32), q.astype(np.float32)
+            largest = max(largest, float(np.max(np.abs(p - q), initial=0.0)))
+            square += float(np.sum(np.square(p - q), dtype=np.float64))
+            total += float(np.sum(np.square(p), dtype=np.float64))
+        if largest:
+            relative = math.sqrt(square / total) if total else math.inf
+            lines.append(f"{path}: largest difference {largest:.3g}, relative {relative:.3g}")
+        if x.dtype != y.dtype:
+            lines.append(f"{path}: {x.dtype} and {y.dtype}")
+    return lines
+
+
+def _part(path: str) -> str:
+    if "_lora_" in path:
+        return "adapters"
+    return next((name for prefix, name in PARTS.items() if path.startswith(prefix)), "projections of actions and time")
+
+
+def _fields(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:
+    lines = []
+    for name, x in a.items():
+        y = b[name]
+        if isinstance(x, dict):
+            lines += _fields(x, y, f"{prefix}{name}.")
+        elif x != y:
+            lines.append(f"policy {prefix}{name}: {x} and {y}")
+    return lines

@@ -1,0 +1,499 @@
+"""Checkpoints of every format, opened as our leaves and written from them.
+
+    pi0           our folder: params/ and assets/
+    openpi        openpi's JAX: params/ (with or without trailing `value`) and assets/<id>/norm_stats.json
+    openpi-torch  model.safetensors, config.json, assets/<id>/norm_stats.json
+    lerobot       a policy folder of LeRobot 0.6
+    big_vision    PaliGemma as .npz; read only
+
+Opening reads names, shapes and small files; tensors are read when asked. What a format cannot say (horizon, cameras,
+heads) comes from `Choices`, from a `conversion.json` that an earlier conversion left beside the weights, or from the
+error that asks for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from flax.traverse_util import unflatten_dict
+
+from pi0_jax import checkpoint
+from pi0_jax.config import ModelConfig, PolicyConfig, TrainConfig
+from pi0_jax.convert import lerobot, openpi, torch
+from pi0_jax.convert.leaves import Sizes, leaves, model_of, sizes
+from pi0_jax.convert.table import Rule, bind, from_ours, infer_sizes, to_ours
+from pi0_jax.convert.tensors import (
+    Tensor,
+    Tensors,
+    open_npz,
+    open_orbax,
+    open_safetensors,
+    read_all,
+    write_orbax,
+    write_safetensors,
+)
+
+Format = Literal["pi0", "openpi", "openpi-torch", "lerobot", "big_vision"]
+RECORD = "conversion.json"
+"""Left beside converted weights: what was converted from what, and how it was checked."""
+
+_CAMERAS = {
+    "pi0_fast": ("base_0_rgb", "base_1_rgb", "wrist_0_rgb"),
+    "pi0": ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb"),
+    "pi05": ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb"),
+}
+"""The camera slots that openpi's models are built with."""
+
+_HEADS = {"gemma_2b": (8, 1), "gemma_300m": (8, 1), "dummy": (8, 1)}
+"""Query and key/value heads of openpi's and LeRobot's named Gemma variants."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Choices:
+    """What a source may not say, or what shall become different. None: what the source says."""
+
+    action_dim: int | None = None
+    """Width of state and action vectors in the model. Larger than the source's: new rows are zero, and old inputs give
+    the old outputs."""
+    horizon: int | None = None
+    """Actions in a chunk."""
+    cameras: tuple[str, ...] | None = None
+    """Cameras in token order."""
+    prompt_length: int | None = None
+    """Tokens of the prompt."""
+    variant: Literal["pi0", "pi05"] | None = None
+    """Give a backbone without action expert (PaliGemma, π0-FAST) a fresh one of this variant."""
+    num_heads: int | None = None
+    """Query heads of the experts."""
+    num_kv_heads: int | None = None
+    """Key/value heads of the experts."""
+    vision_heads: int | None = None
+    """Attention heads of the image encoder."""
+    lora_scale: float | None = None
+    """Factor of attention's adapters, alpha / rank."""
+    asset_id: str | None = None
+    """Which of the norm_stats.json under openpi's assets/ (read), or under which name (written)."""
+    robot: str | None = None
+    """Name of the robot in `pi0_jax.data.robots`."""
+
+
+class Weights(NamedTuple):
+    """An opened checkpoint: our leaves, unread, and all that goes with them."""
+
+    format: Format
+    path: Path
+    policy: PolicyConfig
+    tensors: Tensors
+    """Our path to tensor."""
+    norm_stats: dict[str, Any] | None = None
+    """The JSON object of `norm_stats.json`."""
+    tokenizer: bytes | None = None
+    train: TrainConfig | None = None
+    step: int | None = None
+    dropped: tuple[str, ...] = ()
+    """The source's tensors that are not needed, such as the action expert's unused head."""
+    warnings: tuple[str, ...] = ()
+
+
+def detect(path: Path) -> tuple[Format, Path]:
+    """What a path holds, and the folder (or npz file) in which it is.
+
+    Raises:
+        FileNotFoundError: there is nothing.
+        ValueError: something else; the message says what it looks like.
+    """
+    if path.suffix == ".npz" or ".npz:" in str(path):
+        return "big_vision", path
+    if path.suffix == ".safetensors" and path.is_file():
+        path = path.parent
+    if (path / "model.safetensors").is_file():
+        config = path / "config.json"
+        is_lerobot = config.is_file() and "type" in json.loads(config.read_text())
+        return ("lerobot" if is_lerobot else "openpi-torch"), path
+    if path.name == "params" and (path / "_METADATA").is_file():
+        path = path.parent
+    steps = [p for p in path.iterdir() if p.name.isdecimal() and (p / "params").is_dir()] if path.is_dir() else []
+    step = max(steps, key=lambda p: int(p.name), default=path)
+    if (step / "params" / "_METADATA").is_file() and not (step / "assets" / "config.json").is_file():
+        return "openpi", step
+    if (path / "_METADATA").is_file():
+        return "openpi", path
+    if (path / "adapter_model.safetensors").is_file():
+        raise ValueError(
+            f"{path} holds PEFT adapters without their model. Merge them in LeRobot, then convert the result."
+        )
+    return "pi0", checkpoint.resolve(path)
+
+
+def open_checkpoint(path: str | Path, choices: Choices = Choices()) -> Weights:
+    """Opens a checkpoint of any format.
+
+    Args:
+        path: folder (a run's newest step is taken), `.safetensors`, or `.npz` with `:subtree` if wanted.
+        choices: what the source does not say.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+        ValueError: not a checkpoint, tensors that do not fit one another, or sizes that have to be given; reading a
+            tensor raises it too, where there are numbers that are not finite.
+    """
+    kind, folder = detect(Path(path).expanduser().absolute())
+    weights = _OPEN[kind](folder, choices)
+    if choices.robot is not None:
+        weights = weights._replace(policy=dataclasses.replace(weights.policy, robot=choices.robot))
+    return weights
+
+
+def write_checkpoint(weights: Weights, folder: Path, kind: Format, asset_id: str | None = None) -> None:
+    """Writes a checkpoint into a new folder.
+
+    Raises:
+        ValueError: the format cannot hold it.
+    """
+    if kind not in _WRITE:
+        raise ValueError(f"{kind} can be read and not written; the formats to write are {', '.join(_WRITE)}.")
+    folder.mkdir(parents=True)
+    _WRITE[kind](weights, folder, asset_id or weights.policy.robot)
+    if weights.tokenizer is not None and kind != "pi0":
+        (folder / "tokenizer.model").write_bytes(weights.tokenizer)
+
+
+def finite(name: str, tensor: Tensor) -> Tensor:
+    """The tensor, whose reading raises a ValueError with its name where numbers are not finite."""
+    if tensor.dtype.kind not in "fV":
+        raise ValueError(f"tensor {name} has dtype {tensor.dtype}; weights are floating-point numbers.")
+
+    def read(i: int | None) -> np.ndarray:
+        array = tensor.read(i)
+        flat = np.asarray(array).reshape(-1)
+        for start in range(0, flat.size, 2**22):
+            if not np.isfinite(flat[start : start + 2**22].astype(np.float32)).all():
+                raise ValueError(f"tensor {name} holds numbers that are not finite; the checkpoint is damaged.")
+        return array
+
+    return tensor._replace(read=read)
+
+
+# ---------------------------------------------------------------------------------------------------------------- open
+
+
+def _open_pi0(folder: Path, choices: Choices) -> Weights:
+    assets = checkpoint.load_assets(folder)
+    model = assets.policy.model
+    table = [Rule(path, path, axes) for path, axes in leaves(model).items()]
+    tensors = _checked(open_orbax(folder / "params"))
+    rules, _ = bind(table, leaves(model), tensors, sizes(model))
+    step = int(folder.name) if folder.name.isdecimal() else None
+    ours = to_ours(rules, leaves(model), tensors, sizes(model))
+    return Weights("pi0", folder, assets.policy, ours, assets.norm_stats, assets.tokenizer, assets.train, step)
+
+
+def _open_openpi(folder: Path, choices: Choices) -> Weights:
+    tensors = _checked(open_orbax(folder / "params" if (folder / "params").is_dir() else folder))
+    guess = openpi.variant_of(tensors)
+    policy = _policy(folder, choices, guess, horizon=None, default=None)
+    model, ours, rest = _claim(openpi.rules, tensors, policy.model, {}, "$^")
+    if any(getattr(model, e).lora_attn_rank for e in ("language", "action")) and not _remembered(folder, guess.variant):
+        model = _with_lora_scale(model, choices, folder)
+    step = int(folder.name) if folder.name.isdecimal() else None
+    return _finish(folder, choices, Weights("openpi", folder, policy, ours, step=step, dropped=rest), model)
+
+
+def _open_openpi_torch(folder: Path, choices: Choices) -> Weights:
+    tensors = _checked(open_safetensors(folder / "model.safetensors"))
+    config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
+    policy = _policy(folder, choices, torch.variant_of(tensors), horizon=config.get("action_horizon"), default=None)
+    known = _known_heads(folder, choices, policy.model, tensors, config)
+    model, ours, rest = _claim(torch.rules, tensors, policy.model, known, torch.SPARE)
+    return _finish(folder, choices, Weights("openpi-torch", folder, policy, ours, dropped=rest), model)
+
+
+def _open_lerobot(folder: Path, choices: Choices) -> Weights:
+    tensors = open_safetensors(folder / "model.safetensors")
+    tensors = _checked({name.removeprefix("model."): tensor for name, tensor in tensors.items()})
+    config = lerobot.read_config(folder / "config.json")
+    guess = torch.variant_of(tensors)
+    if config.variant != guess.variant:
+        raise ValueError(
+            f"{folder / 'config.json'} says {config.variant!r} and most tensors are of a {guess.variant!r}. LeRobot "
+            "would load it and be wrong; set the right `type`."
+        )
+    policy = _policy(folder, choices, guess, horizon=config.horizon, default=config)
+    known = _known_heads(folder, choices, policy.model, tensors, config.raw)
+    model, ours, rest = _claim(torch.rules, tensors, policy.model, known, torch.SPARE)
+    if config.image_size != model.vision.image_size:
+        raise ValueError(
+            f"{folder / 'config.json'} resizes images to {config.image_size} px, and the position embedding is for "
+            f"{model.vision.image_size} px."
+        )
+    stats = lerobot.read_stats(folder)
+    weights = Weights("lerobot", folder, policy, ours, stats, dropped=rest, warnings=config.warnings)
+    return _finish(folder, choices, weights, model)
+
+
+def _open_big_vision(path: Path, choices: Choices) -> Weights:
+    file, _, subtree = str(path).partition(".npz:")
+    file = Path(file + ".npz" if subtree else file)
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no {file}.")
+    tensors = open_npz(file)
+    for prefix in [subtree.strip("/") + "/"] if subtree else ["params/", "opt/target/", "params/params/"]:
+        if any(name.startswith(f"{prefix}img/") or name.startswith(f"{prefix}llm/") for name in tensors):
+            tensors = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+            break
+    if not any(name.startswith("llm/") for name in tensors):
+        raise ValueError(f"{path} has no `llm/` and `img/` parameters of a PaliGemma; it has {sorted(tensors)[:6]} …")
+    tensors = _checked({f"PaliGemma/{name}": tensor for name, tensor in _stack_blocks(tensors).items()})
+    policy = PolicyConfig(model=dataclasses.replace(openpi.variant_of(tensors), cameras=_CAMERAS["pi0"]), robot="none")
+    model, ours, rest = _claim(openpi.rules, tensors, policy.model, {}, "$^")
+    return _finish(file.parent, choices, Weights("big_vision", file, policy, ours, dropped=rest), model)
+
+
+_OPEN: dict[str, Callable[[Path, Choices], Weights]] = {
+    "pi0": _open_pi0,
+    "openpi": _open_openpi,
+    "openpi-torch": _open_openpi_torch,
+    "lerobot": _open_lerobot,
+    "big_vision": _open_big_vision,
+}
+
+
+def _checked(tensors: Tensors) -> Tensors:
+    return {name: finite(name, tensor) for name, tensor in tensors.items()}
+
+
+def _claim(
+    rules: Callable[[str], tuple[Rule, ...]], tensors: Tensors, guess: ModelConfig, known: Sizes, spare: str
+) -> tuple[ModelConfig, Tensors, tuple[str, ...]]:
+    """The model that the tensors make, its leaves, and the tensors that are left over."""
+    table = rules(guess.variant)
+    model = model_of(infer_sizes(table, tensors, known), guess)
+    letters, wanted = sizes(model), leaves(model)
+    chosen, rest = bind(table, wanted, tensors, letters, spare)
+    return model, to_ours(chosen, wanted, tensors, letters), tuple(rest)
+
+
+def _finish(folder: Path, choices: Choices, weights: Weights, model: ModelConfig) -> Weights:
+    """Adds what lies beside the weights, and the model that they turned out to be."""
+    policy = dataclasses.replace(weights.policy, model=model)
+    stats, asset_id = weights.norm_stats, None
+    if stats is None and weights.format in ("openpi", "openpi-torch"):
+        stats, asset_id = _openpi_stats(folder, choices)
+    if asset_id is not None and policy.robot == "none":
+        policy = dataclasses.replace(policy, robot=asset_id)
+    tokenizer = folder / "tokenizer.model"
+    return weights._replace(
+        policy=policy, norm_stats=stats, tokenizer=tokenizer.read_bytes() if tokenizer.is_file() else None
+    )
+
+
+def _policy(
+    folder: Path, choices: Choices, guess: ModelConfig, horizon: int | None, default: lerobot.Config | None
+) -> PolicyConfig:
+    """The policy as far as it is known without the shapes.
+
+    Raises:
+        ValueError: nobody says the horizon.
+    """
+    remembered = _remembered(folder, guess.variant)
+    if remembered is not None:
+        model = remembered.model
+        same = {f.name: getattr(guess, f.name) for f in dataclasses.fields(guess) if f.name in ("variant",)}
+        for expert in ("language", "action"):
+            ranks = {
+                f"lora_{part}_rank": getattr(getattr(guess, expert), f"lora_{part}_rank") for part in ("attn", "mlp")
+            }
+            same[expert] = dataclasses.replace(getattr(model, expert), **ranks)
+        model = dataclasses.replace(model, **same)
+        if horizon is not None:
+            model = dataclasses.replace(model, action_horizon=horizon)
+        return dataclasses.replace(remembered, model=model)
+    horizon = choices.horizon if horizon is None else horizon
+    if horizon is None and guess.variant != "pi0_fast":
+        raise ValueError(
+            f"{folder} does not say how many actions are in a chunk; give --horizon (openpi's configs: 50 for π0 and "
+            "ALOHA, 10 for LIBERO and π0 DROID, 15 for π0.5 DROID)."
+        )
+    model = dataclasses.replace(
+        guess,
+        action_horizon=guess.action_horizon if horizon is None else horizon,
+        cameras=default.cameras if default else _CAMERAS[guess.variant],
+        prompt_length=default.prompt_length if default else {"pi0": 48, "pi05": 200, "pi0_fast": 250}[guess.variant],
+        dtype=default.dtype if default else guess.dtype,
+    )
+    normalization = default.normalization if default else "zscore" if guess.variant == "pi0" else "quantile"
+    num_steps = default.num_steps if default else 10
+    execute = default.execute_steps if default else model.action_horizon
+    return PolicyConfig(model, "none", normalization, num_steps=num_steps, execute_steps=execute)
+
+
+def _remembered(folder: Path, variant: str) -> PolicyConfig | None:
+    """The policy in the record of an earlier conversion, if it is of the same variant."""
+    path = folder / RECORD
+    if not path.is_file():
+        return None
+    content = json.loads(path.read_text()).get("policy")
+    policy = checkpoint.policy_from_json(content) if content else None
+    return policy if policy is not None and policy.model.variant == variant else None
+
+
+def _with_lora_scale(model: ModelConfig, choices: Choices, folder: Path) -> ModelConfig:
+    if choices.lora_scale is None:
+        raise ValueError(
+            f"{folder} has LoRA adapters, and their scale alpha / rank is not in the weights; give --lora-scale (1 for "
+            "openpi's gemma_2b_lora and gemma_300m_lora)."
+        )
+    experts = {
+        name: dataclasses.replace(getattr(model, name), lora_scale=choices.lora_scale)
+        for name in ("language", "action")
+        if getattr(model, name).lora_attn_rank
+    }
+    return dataclasses.replace(model, **experts)
+
+
+def _known_heads(
+    folder: Path, choices: Choices, model: ModelConfig, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> Sizes:
+    """Numbers of heads, which PyTorch's flat projections do not show."""
+    remembered = _remembered(folder, model.variant)
+    named = _HEADS.get(str(config.get("paligemma_variant", "")).removesuffix("_lora"), (None, None))
+    standard = any(name.endswith("post_layernorm.bias") and t.shape == (1152,) for name, t in tensors.items())
+    found = {
+        "n": choices.num_heads or (remembered.model.num_heads if remembered else named[0]),
+        "k": choices.num_kv_heads or (remembered.model.num_kv_heads if remembered else named[1]),
+        "N": choices.vision_heads or (remembered.model.vision.num_heads if remembered else 16 if standard else None),
+    }
+    return {letter: value for letter, value in found.items() if value is not None}
+
+
+def _openpi_stats(folder: Path, choices: Choices) -> tuple[dict[str, Any] | None, str | None]:
+    """The statistics under `assets/`, and the name they go by.
+
+    Raises:
+        ValueError: several, and none is chosen; or a name that is not there.
+    """
+    found = {str(p.parent.relative_to(folder / "assets")): p for p in sorted(folder.glob("assets/**/norm_stats.json"))}
+    if choices.asset_id is not None and found and choices.asset_id not in found:
+        raise ValueError(f"{folder / 'assets'} has no statistics {choices.asset_id!r}; it has {sorted(found)}.")
+    if len(found) > 1 and choices.asset_id is None:
+        raise ValueError(f"{folder / 'assets'} has statistics of {sorted(found)}; choose with --asset-id.")
+    name = choices.asset_id if choices.asset_id in found else next(iter(found), None)
+    return (json.loads(found[name].read_text()), name) if name is not None else (None, None)
+
+
+def _stack_blocks(tensors: Tensors) -> Tensors:
+    """Stacks big_vision's `encoderblock_<i>` trees, as models without scan are saved, into `encoderblock`."""
+    pattern = re.compile(r"/encoderblock_(\d+)/")
+    rest = {name: tensor for name, tensor in tensors.items() if not pattern.search(name)}
+    blocks: dict[str, dict[int, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if match := pattern.search(name):
+            blocks.setdefault(pattern.sub("/encoderblock/", name), {})[int(match[1])] = tensor
+    depth = 1 + max((i for layers in blocks.values() for i in layers), default=-1)
+    for name, layers in blocks.items():
+        if missing := [i for i in range(depth) if i not in layers]:
+            raise ValueError(f"missing: {name.replace('/encoderblock/', f'/encoderblock_{missing[0]}/')}")
+        rest[name] = _stack([layers[i] for i in range(depth)])
+    return rest
+
+
+def _stack(layers: list[Tensor]) -> Tensor:
+    def read(i: int | None) -> np.ndarray:
+        return np.stack([layer.read(None) for layer in layers]) if i is None else layers[i].read(None)
+
+    return Tensor((len(layers), *layers[0].shape), layers[0].dtype, read, stacked=True)
+
+
+# --------------------------------------------------------------------------------------------------------------- write
+
+
+def foreign_tensors(weights: Weights, kind: Format) -> Tensors:
+    """The tensors of another format, by their names there, read from our leaves.
+
+    Raises:
+        ValueError: the format has no place for a leaf.
+    """
+    model = weights.policy.model
+    table = {"openpi": openpi.rules, "openpi-torch": torch.rules, "lerobot": torch.rules}[kind](model.variant)
+    found = from_ours(table, leaves(model), weights.tensors, sizes(model))
+    if kind == "openpi":
+        return found
+    if model.variant != "pi0_fast":
+        # LeRobot's strict loading wants the unused layer too.
+        embedding = weights.tensors["embedding"]
+        found[torch.EXPERT_HEAD] = _zeros((embedding.shape[0], model.action.width), embedding.dtype)
+    if kind == "openpi-torch":
+        del found[torch.EMBEDDING]
+        return found
+    return {f"model.{name}": tensor for name, tensor in found.items()}
+
+
+def _write_pi0(weights: Weights, folder: Path, asset_id: str) -> None:
+    write_orbax(folder / "params", weights.tensors)
+    (folder / "assets").mkdir()
+    assets = checkpoint.Assets(weights.policy, weights.norm_stats, weights.tokenizer, weights.train)
+    checkpoint.write_assets(folder / "assets", assets)
+
+
+def _write_openpi(weights: Weights, folder: Path, asset_id: str) -> None:
+    tensors = foreign_tensors(weights, "openpi")
+    write_orbax(folder / "params", tensors)
+    _write_openpi_stats(weights, folder, asset_id)
+
+
+def _write_openpi_torch(weights: Weights, folder: Path, asset_id: str) -> None:
+    tensors, model = foreign_tensors(weights, "openpi-torch"), weights.policy.model
+    write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
+    config = {
+        "action_dim": model.action_dim,
+        "action_horizon": model.action_horizon,
+        "paligemma_variant": "gemma_2b",
+        "action_expert_variant": "gemma_300m",
+        "precision": lerobot.dtype_name(weights.tensors["embedding"]),
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    _write_openpi_stats(weights, folder, asset_id)
+
+
+def _write_lerobot(weights: Weights, folder: Path, asset_id: str) -> None:
+    write_safetensors(folder / "model.safetensors", foreign_tensors(weights, "lerobot"), {"format": "pt"})
+    lerobot.write_folder(folder, weights.policy, weights.norm_stats, lerobot.dtype_name(weights.tensors["embedding"]))
+
+
+_WRITE: dict[str, Callable[[Weights, Path, str], None]] = {
+    "pi0": _write_pi0,
+    "openpi": _write_openpi,
+    "openpi-torch": _write_openpi_torch,
+    "lerobot": _write_lerobot,
+}
+
+
+def _write_openpi_stats(weights: Weights, folder: Path, asset_id: str) -> None:
+    if weights.norm_stats is not None:
+        assets = folder / "assets" / asset_id
+        assets.mkdir(parents=True)
+        (assets / "norm_stats.json").write_text(json.dumps(weights.norm_stats, indent=2))
+
+
+def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> Tensor:
+    def read(i: int | None) -> np.ndarray:
+        return np.zeros(shape if i is None else shape[1:], dtype)
+
+    return Tensor(shape, dtype, read, stacked=True)
+
+
+def params_of(weights: Weights) -> dict[str, Any]:
+    """Reads everything into memory, as the tree that `VelocityNetwork.apply` takes; numpy, in the stored dtypes."""
+    return unflatten_dict(read_all(weights.tensors), sep="/")
+
+
+def parameters(tensors: Mapping[str, Tensor]) -> int:
+    """Number of parameters."""
+    return sum(math.prod(tensor.shape) for tensor in tensors.values())

@@ -1,0 +1,209 @@
+"""One conversion: open, change, write beside, read back and compare, record, rename."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from pi0_jax import checkpoint
+from pi0_jax.config import ModelConfig
+from pi0_jax.convert import change
+from pi0_jax.convert.formats import RECORD, Choices, Format, Weights, open_checkpoint, parameters, write_checkpoint
+from pi0_jax.convert.tensors import Tensor, Tensors, pieces, rows_per_piece
+
+_log = logging.getLogger(__name__)
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    to: Format = "pi0",
+    *,
+    choices: Choices = Choices(),  # noqa: B008 - frozen
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    merge_lora: bool = False,
+    model: ModelConfig = ModelConfig(),  # noqa: B008 - frozen
+    verify: bool = True,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Converts a checkpoint and checks the result.
+
+    Args:
+        source: a checkpoint of any format (`formats.open_checkpoint`).
+        target: folder to write. It appears when everything is written and checked, never half.
+        to: format of the target.
+        choices: what the source does not say, or what shall become larger.
+        dtype: of all tensors; None keeps each one's.
+        merge_lora: add adapters to their weights.
+        model: action expert, action dimension, horizon and prompt length for a backbone without action expert.
+        verify: read the target back through the inverse table and compare every tensor, bit for bit.
+        overwrite: replace the target if it is there.
+
+    Returns:
+        The record that lies in the target as `conversion.json`.
+
+    Raises:
+        FileNotFoundError: no source.
+        FileExistsError: the target is there.
+        ValueError: the source is damaged or incomplete, has to be told something, or does not fit the format.
+    """
+    started = time.monotonic()
+    target = Path(target).expanduser().absolute()
+    if target.exists() and not overwrite:
+        raise FileExistsError(f"{target} is there already; choose another target, or replace it with --overwrite.")
+    opened = open_checkpoint(source, choices)
+    weights, notes = _changed(opened, choices, dtype, merge_lora, model)
+    notes = [*opened.warnings, *notes]
+    if opened.tokenizer is not None and to == "lerobot":
+        notes.append(
+            "LeRobot names its tokenizer and does not read files: tokenizer.model lies beside the weights unused"
+        )
+    for note in notes:
+        _log.warning("%s", note)
+
+    temporary = target.with_name(f".{target.name}.converting-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        write_checkpoint(weights, temporary, to, choices.asset_id)
+        record = _record(opened, weights, to, notes)
+        _write_record(temporary, record)
+        if verify:
+            record["verified"] = _verify(weights, temporary, to)
+            record["weights_sha256"] = record["verified"].pop("sha256")
+            unchanged = weights.tensors == opened.tensors
+            record["source"]["sha256"] = record["weights_sha256"] if unchanged else digest(opened.tensors)
+        record["seconds"] = round(time.monotonic() - started, 1)
+        _write_record(temporary, record)
+        if target.exists():
+            _remove(target)
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return record
+
+
+def digest(tensors: Tensors) -> str:
+    """SHA-256 of weights in our layout: the same for the same weights, whatever the format they are stored in."""
+    found = hashlib.sha256()
+    for path in sorted(tensors):
+        found.update(_head(path, tensors[path]))
+        for _, piece in pieces(tensors[path], rows_per_piece(tensors[path])):
+            found.update(_bytes(piece).data)
+    return found.hexdigest()
+
+
+def compare(a: Tensor, b: Tensor) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Pieces of two tensors of one shape, side by side."""
+    rows = rows_per_piece(a)
+    same = a._replace(stacked=a.stacked and b.stacked), b._replace(stacked=a.stacked and b.stacked)
+    for (_, x), (_, y) in zip(pieces(same[0], rows), pieces(same[1], rows), strict=True):
+        yield x, y
+
+
+def _changed(
+    weights: Weights, choices: Choices, dtype: str | None, merge_lora: bool, model: ModelConfig
+) -> tuple[Weights, list[str]]:
+    notes = []
+    if weights.policy.model.variant == "pi0_fast" and (choices.variant or weights.format == "big_vision"):
+        variant = choices.variant or "pi0"
+        wanted = {
+            "action_dim": choices.action_dim,
+            "action_horizon": choices.horizon,
+            "prompt_length": choices.prompt_length or {"pi0": 48, "pi05": 200}[variant],
+        }
+        model = dataclasses.replace(model, **{name: value for name, value in wanted.items() if value is not None})
+        weights = change.add_action_expert(weights, variant, model)
+        notes.append("the action expert and its projections are fresh: random weights, to be trained")
+    elif choices.variant not in (None, weights.policy.model.variant):
+        raise ValueError(
+            f"{weights.path} is a {weights.policy.model.variant}, which does not turn into a {choices.variant}; "
+            "--variant is for backbones without an action expert."
+        )
+    if merge_lora:
+        weights = change.merge_lora(weights)
+    weights = change.grow(weights, choices)
+    if dtype is not None:
+        weights, loses = change.cast(weights, dtype)  # pyright: ignore[reportArgumentType]
+        if loses:
+            notes.append(f"--dtype {dtype} rounds the weights: precision is lost")
+    return weights, notes
+
+
+def _verify(weights: Weights, folder: Path, to: Format) -> dict[str, Any]:
+    """Reads the written checkpoint back and compares it with what was to be written.
+
+    Raises:
+        ValueError: a tensor, the statistics or the configuration differ: our bug, or the disk's.
+    """
+    written = open_checkpoint(folder, Choices(asset_id=None))
+    if written.policy.model != weights.policy.model:
+        raise ValueError(f"verification failed: wrote {weights.policy.model}, read back {written.policy.model}")
+    if written.norm_stats != weights.norm_stats or written.tokenizer != weights.tokenizer:
+        raise ValueError("verification failed: statistics or tokenizer read back differently.")
+    found = hashlib.sha256()
+    for path in sorted(weights.tensors):
+        ours, theirs = weights.tensors[path], written.tensors[path]
+        if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+            raise ValueError(f"verification failed at {path}: {ours.dtype}{ours.shape}, {theirs.dtype}{theirs.shape}")
+        found.update(_head(path, ours))
+        for x, y in compare(ours, theirs):
+            if not np.array_equal(_bytes(x), _bytes(y)):
+                raise ValueError(f"verification failed at {path}: it was read back with other bits.")
+            found.update(_bytes(x).data)
+    result = {"tensors": len(weights.tensors), "parameters": parameters(weights.tensors), "largest_difference": 0.0}
+    return result | {"sha256": found.hexdigest()}
+
+
+def _record(opened: Weights, weights: Weights, to: Format, notes: list[str]) -> dict[str, Any]:
+    packages = ("pi0_jax", "numpy", "jax", "orbax-checkpoint", "tensorstore")
+    dtypes = sorted({str(tensor.dtype) for tensor in weights.tensors.values()})
+    return {
+        "source": {"format": opened.format, "name": opened.path.name, "step": opened.step, "sha256": None},
+        "format": to,
+        "weights_sha256": None,
+        "verified": None,
+        "parameters": parameters(weights.tensors),
+        "dtypes": dtypes,
+        "dropped": list(opened.dropped),
+        "notes": notes,
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in packages},
+        "policy": checkpoint.policy_to_json(weights.policy),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _write_record(folder: Path, record: dict[str, Any]) -> None:
+    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _head(path: str, tensor: Tensor) -> bytes:
+    return f"{path} {tensor.dtype} {tensor.shape}\n".encode()
+
+
+def _bytes(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)

@@ -1,0 +1,57 @@
+"""Tiny random checkpoints of every model, in our format, for the tests of conversion."""
+
+import dataclasses
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from pi0_jax.config import ExpertConfig, ModelConfig, PolicyConfig
+from pi0_jax.convert.formats import Weights, write_checkpoint
+from pi0_jax.convert.leaves import leaves, shape_of, sizes
+from pi0_jax.convert.tensors import in_memory
+from tests.conftest import tiny_config
+
+MODELS = ("pi0", "pi05", "pi0_fast", "pi0_lora")
+STATS = {
+    "norm_stats": {
+        key: {"mean": [0.1, 1 / 3], "std": [1.0, 2.0], "q01": [-1.1, -2 / 3], "q99": [1.3, 2.0]}
+        for key in ("state", "actions")
+    }
+}
+
+
+def tiny_model(name: str) -> ModelConfig:
+    """A model of odd sizes, so that hardly any two axes are of one length. `pi0_lora` is π0 with adapters."""
+    model = tiny_config(
+        name.removesuffix("_lora"),
+        language=ExpertConfig(width=20, mlp_dim=44),
+        action=ExpertConfig(width=14, mlp_dim=34),
+        vocab_size=51,
+    )
+    if not name.endswith("_lora"):
+        return model
+    adapters = {"lora_attn_rank": 3, "lora_mlp_rank": 5, "lora_scale": 2.0}
+    experts = {e: dataclasses.replace(getattr(model, e), **adapters) for e in ("language", "action")}
+    return dataclasses.replace(model, **experts)
+
+
+def tiny_weights(name: str, dtype=np.float32, seed: int = 0) -> Weights:
+    """Random weights of `tiny_model(name)`, in memory."""
+    model, rng = tiny_model(name), np.random.default_rng(seed)
+    letters = sizes(model)
+    tensors = {
+        path: in_memory((0.3 * rng.normal(size=shape_of(axes, letters))).astype(dtype))
+        for path, axes in leaves(model).items()
+    }
+    policy = PolicyConfig(model, robot="arm", normalization="zscore" if name.startswith("pi0_l") else "quantile")
+    return Weights("pi0", Path("memory"), policy, tensors, STATS, b"\x00a tokenizer\xff")
+
+
+def save_tiny(folder: Path, name: str, dtype=np.float32, seed: int = 0) -> Path:
+    """Writes `tiny_weights` as a checkpoint of ours."""
+    write_checkpoint(tiny_weights(name, dtype, seed), folder, "pi0")
+    return folder
+
+
+DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}

@@ -1,0 +1,248 @@
+"""There and back through every format, bit for bit; and every damaged tensor stops a conversion by name."""
+
+import json
+import shutil
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from pi0_jax import checkpoint
+from pi0_jax.convert.describe import describe, differences, text
+from pi0_jax.convert.formats import Choices, foreign_tensors, open_checkpoint, write_checkpoint
+from pi0_jax.convert.run import convert
+from pi0_jax.convert.tensors import in_memory, open_orbax, open_safetensors, read_all, write_orbax, write_safetensors
+from tests.convert.common import DTYPES, MODELS, STATS, save_tiny, tiny_model, tiny_weights
+
+FORMATS = ("openpi", "openpi-torch", "lerobot")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Checkpoints of ours, by model and dtype."""
+    root = tmp_path_factory.mktemp("saved")
+    return {(name, d): save_tiny(root / f"{name}-{d}", name, DTYPES[d]) for name in MODELS for d in DTYPES}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("to", FORMATS)
+def test_there_and_back_is_the_same_bit_for_bit(saved, tmp_path, name, dtype, to):
+    source = saved[name, dtype]
+    if name == "pi0_lora" and to != "openpi":
+        with pytest.raises(ValueError, match=r"no place.*q_lora_a.*--merge-lora"):
+            convert(source, tmp_path / "out", to)
+        return
+    record = convert(source, tmp_path / "out", to)
+    back = convert(tmp_path / "out", tmp_path / "back", "pi0")
+    assert record["weights_sha256"] == back["weights_sha256"] == record["source"]["sha256"]
+    assert differences(open_checkpoint(source), open_checkpoint(tmp_path / "back")) == []
+    assert read_all(open_checkpoint(tmp_path / "back").tensors).keys() == tiny_weights(name).tensors.keys()
+    for path, array in read_all(tiny_weights(name, DTYPES[dtype]).tensors).items():
+        assert array.tobytes() == open_checkpoint(tmp_path / "back").tensors[path].read(None).tobytes()
+
+
+def source_of(kind, name, folder):
+    """A checkpoint of a format, its tensors, and a function that writes them anew."""
+    write_checkpoint(tiny_weights(name), folder, kind)
+    if kind == "openpi":
+        tensors = read_all(open_orbax(folder / "params"))
+
+        def rewrite(changed):
+            shutil.rmtree(folder / "params")
+            write_orbax(folder / "params", {name: in_memory(array) for name, array in changed.items()})
+    else:
+        tensors = read_all(open_safetensors(folder / "model.safetensors"))
+
+        def rewrite(changed):
+            write_safetensors(folder / "model.safetensors", {n: in_memory(a) for n, a in changed.items()})
+
+    return tensors, rewrite
+
+
+def open_and_read(folder):
+    return read_all(open_checkpoint(folder, CHOICES).tensors)
+
+
+CHOICES = Choices(horizon=6, vision_heads=2, num_heads=4, num_kv_heads=1, lora_scale=2.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [("openpi", "pi05"), ("openpi", "pi0_lora"), ("openpi-torch", "pi0"), ("lerobot", "pi05")]
+)
+def test_any_one_tensor_deleted_renamed_transposed_or_filled_with_nan_is_named(tmp_path, kind, name):
+    """Every tensor once, in one of the four ways in turn, so that all pairs are met over the tensors of a kind.
+
+    A square matrix that is transposed looks like any other matrix, in this and in every converter: those are left out.
+    Tensors that may be absent (the tied embedding, the unused head) are left out too.
+    """
+    tensors, rewrite = source_of(kind, name, tmp_path / "x")
+    spare = ("lm_head.weight", "embed_tokens.weight")
+    damages = 0
+    for number, (victim, array) in enumerate(tensors.items()):
+        if victim.endswith(spare):
+            continue
+        ways = ["delete", "rename", "nan"] + (["transpose"] if array.T.shape != array.shape else [])
+        way = ways[number % len(ways)]
+        changed = dict(tensors)
+        if way == "transpose":
+            changed[victim] = np.ascontiguousarray(array.T)
+        elif way == "nan":
+            changed[victim] = array.copy()
+            changed[victim].flat[array.size // 2] = np.nan
+        else:
+            del changed[victim]
+            if way == "rename":
+                changed[victim + "_"] = array
+        rewrite(changed)
+        with pytest.raises(ValueError, match=victim.removeprefix("model.")):
+            open_and_read(tmp_path / "x")
+        damages += 1
+    assert damages > 45
+
+
+def test_failed_conversions_leave_nothing_behind(tmp_path):
+    tensors, rewrite = source_of("lerobot", "pi0", tmp_path / "x")
+    victim = "model.action_out_proj.weight"
+    rewrite({**tensors, victim: np.full_like(tensors[victim], np.inf)})
+    with pytest.raises(ValueError, match=r"action_out_proj\.weight holds numbers that are not finite"):
+        convert(tmp_path / "x", tmp_path / "out", choices=CHOICES)
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_target_that_exists_is_kept_unless_told_otherwise(saved, tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        convert(saved["pi0", "float32"], tmp_path / "out", "openpi")
+    convert(saved["pi0", "float32"], tmp_path / "out", "openpi", overwrite=True)
+    assert (tmp_path / "out" / "params").is_dir()
+
+
+def test_what_a_source_does_not_say_is_asked_for_by_name(saved, tmp_path):
+    write_checkpoint(tiny_weights("pi0"), tmp_path / "jax", "openpi")
+    write_checkpoint(tiny_weights("pi0_lora"), tmp_path / "lora", "openpi")
+    write_checkpoint(tiny_weights("pi0"), tmp_path / "torch", "openpi-torch")
+    with pytest.raises(ValueError, match="--horizon"):
+        open_checkpoint(tmp_path / "jax")
+    with pytest.raises(ValueError, match="--lora-scale"):
+        open_checkpoint(tmp_path / "lora", Choices(horizon=6))
+    with pytest.raises(ValueError, match="--vision-heads"):
+        open_checkpoint(tmp_path / "torch")
+    weights = open_checkpoint(tmp_path / "jax", Choices(horizon=6, cameras=("top", "tool")))
+    assert weights.policy.robot == "arm"
+    assert weights.policy.model.cameras == ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
+    assert weights.norm_stats == STATS
+
+
+def test_a_lerobot_folder_of_the_wrong_type_is_refused(tmp_path):
+    write_checkpoint(tiny_weights("pi05"), tmp_path / "x", "lerobot")
+    path = tmp_path / "x" / "config.json"
+    path.write_text(path.read_text().replace('"pi05"', '"pi0"'))
+    with pytest.raises(ValueError, match=r"says 'pi0'.*are of a 'pi05'"):
+        open_checkpoint(tmp_path / "x", CHOICES)
+
+
+@pytest.mark.parametrize("keep", ["lm_head", "embed_tokens", "both"])
+@pytest.mark.parametrize("prefix", ["model.", ""])
+def test_tied_embeddings_and_prefixes_of_lerobot_are_read_in_every_form(tmp_path, keep, prefix):
+    tensors, rewrite = source_of("lerobot", "pi0", tmp_path / "x")
+    head, embedding = (
+        next(n for n in tensors if n.endswith(f"{end}.weight")) for end in ("paligemma.lm_head", "embed_tokens")
+    )
+    junk = next(name for name in tensors if name.endswith("gemma_expert.lm_head.weight"))
+    expected = tensors[embedding]
+    changed = {**tensors, junk: np.full_like(tensors[junk], 7.0)}
+    if keep == "both":
+        changed[head] = expected + 1  # trained apart in LeRobot; the embedding is what the model reads
+    else:
+        del changed[embedding if keep == "lm_head" else head]
+    rewrite({prefix + name.removeprefix("model."): array for name, array in changed.items()})
+    weights = open_checkpoint(tmp_path / "x", CHOICES)
+    assert np.array_equal(weights.tensors["embedding"].read(None), expected)
+    assert junk.removeprefix("model.") in weights.dropped
+
+
+def test_rounding_to_bfloat16_says_so_and_keeps_what_it_can(saved, tmp_path, caplog):
+    record = convert(saved["pi0", "float32"], tmp_path / "half", dtype="bfloat16")
+    assert record["dtypes"] == ["bfloat16"]
+    assert record["source"]["sha256"] != record["weights_sha256"]
+    assert "precision is lost" in caplog.text
+    caplog.clear()
+    convert(tmp_path / "half", tmp_path / "whole", dtype="float32")
+    assert "precision" not in caplog.text
+    half, whole = (read_all(open_checkpoint(tmp_path / name).tensors) for name in ("half", "whole"))
+    full = read_all(open_checkpoint(saved["pi0", "float32"]).tensors)
+    for path, array in full.items():
+        assert np.array_equal(whole[path], array.astype(ml_dtypes.bfloat16).astype(np.float32))
+        assert np.array_equal(half[path].astype(np.float32), whole[path])
+
+
+def test_results_are_checkpoints_that_the_rest_of_the_package_reads(saved, tmp_path):
+    write_checkpoint(tiny_weights("pi05"), tmp_path / "x", "lerobot")
+    convert(tmp_path / "x", tmp_path / "out", choices=CHOICES)
+    assets = checkpoint.load_assets(tmp_path / "out")
+    assert assets.policy.model.action_horizon == 6
+    assert assets.norm_stats == STATS
+    params = checkpoint.restore_params(tmp_path / "out")
+    for path, array in read_all(tiny_weights("pi05").tensors).items():
+        leaf = params
+        for key in path.split("/"):
+            leaf = leaf[key]
+        assert np.array_equal(leaf, array)
+
+
+def test_statistics_that_were_changed_in_lerobot_win_over_the_exact_copy(tmp_path):
+    write_checkpoint(tiny_weights("pi0"), tmp_path / "x", "lerobot")
+    assert open_checkpoint(tmp_path / "x", CHOICES).norm_stats == STATS
+    (file,) = tmp_path.glob("x/policy_preprocessor_step_*_normalizer_processor.safetensors")
+    stats = read_all(open_safetensors(file))
+    stats["action.mean"] = stats["action.mean"] + 1
+    write_safetensors(file, {name: in_memory(array) for name, array in stats.items()})
+    found = open_checkpoint(tmp_path / "x", CHOICES).norm_stats["norm_stats"]
+    assert found["actions"]["mean"] == pytest.approx([1.1, 4 / 3])
+    assert found["state"]["mean"] == pytest.approx([0.1, 1 / 3])
+
+
+def test_big_vision_weights_get_a_fresh_action_expert(tmp_path):
+    tensors = {
+        name.replace("PaliGemma/", "params/"): array
+        for name, array in read_all(foreign_tensors(tiny_weights("pi0_fast", ml_dtypes.bfloat16), "openpi")).items()
+    }
+    np.savez(tmp_path / "pt.npz", **tensors)
+    blocks = {}
+    for name, array in tensors.items():  # the same, as models without scan are saved
+        if "/encoderblock/" in name:
+            blocks |= {name.replace("encoderblock", f"encoderblock_{i}"): layer for i, layer in enumerate(array)}
+        else:
+            blocks[name] = array
+    np.savez(tmp_path / "blocks.npz", **{f"opt/target/{n.removeprefix('params/')}": a for n, a in blocks.items()})
+    tiny = tiny_model("pi05")
+    choices = Choices(variant="pi05", action_dim=9, horizon=4)
+    for i, name in enumerate(("pt.npz", "blocks.npz", "pt.npz:params", "blocks.npz:opt/target")):
+        convert(tmp_path / name, tmp_path / str(i), choices=choices, model=tiny)
+        found = open_checkpoint(tmp_path / str(i))
+        assert found.policy.model.action == tiny.action
+        assert (found.policy.model.action_dim, found.policy.model.action_horizon) == (9, 4)
+        assert found.policy.model.language == tiny.language
+        for path, array in read_all(tiny_weights("pi0_fast", ml_dtypes.bfloat16).tensors).items():
+            assert np.array_equal(found.tensors[path].read(None), array)
+        kernel = found.tensors["backbone/layers/action/attn/q"].read(None)
+        assert 0.05 < kernel.std() < 0.5
+    del tensors["params/llm/final_norm/scale"]
+    np.savez(tmp_path / "pt.npz", **tensors)
+    with pytest.raises(ValueError, match="missing: PaliGemma/llm/final_norm/scale"):
+        convert(tmp_path / "pt.npz", tmp_path / "out", choices=choices, model=tiny)
+
+
+def test_inspect_and_diff_say_what_is_there(saved, tmp_path):
+    content = describe(open_checkpoint(saved["pi0_lora", "float32"]))
+    assert content["family"] == "pi0"
+    assert content["lora"]["action"] == {"attn_rank": 3, "mlp_rank": 5, "scale": 2.0}
+    assert content["parameters"]["all"] == sum(a.size for a in read_all(tiny_weights("pi0_lora").tensors).values())
+    assert content["norm_stats"]["state"]["mean"] == 2
+    assert "action expert" in text(content)
+    json.dumps(content)
+    other = save_tiny(tmp_path / "other", "pi0_lora", seed=1)
+    lines = differences(open_checkpoint(saved["pi0_lora", "float32"]), open_checkpoint(other))
+    assert len(lines) == len(tiny_weights("pi0_lora").tensors)
+    assert any(line.startswith("action_out/kernel: largest difference") for line in lines)

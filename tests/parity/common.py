@@ -1,0 +1,101 @@
+"""Reference folders in our network: the same weights and inputs as the reference had."""
+
+import functools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pi0_jax.batch import Observation
+from pi0_jax.convert.formats import Choices, open_checkpoint, params_of
+from pi0_jax.model.velocity import VelocityNetwork
+from tests.conftest import fixtures_root
+
+
+def folders(pattern: str, *kinds: str) -> list[Path | None]:
+    """Folders of the fixtures whose spec is of one of the kinds; [None] where there are none, so that tests skip."""
+    found = []
+    for folder in sorted(fixtures_root().glob(pattern)):
+        if (folder / "io.npz").is_file() and read_spec(folder)["kind"] in kinds:
+            found.append(folder)
+    return found or [None]
+
+
+def read_spec(folder: Path) -> dict:
+    path = folder / "spec.json"
+    return json.loads((path if path.is_file() else folder / "config.json").read_text())
+
+
+def relative_error(ours, theirs) -> float:
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    assert ours.shape == theirs.shape
+    return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
+
+
+class Case:
+    """One reference checkpoint in our network, and the reference's inputs and outputs."""
+
+    def __init__(self, folder: Path, file: str = ""):
+        spec = read_spec(folder)
+        self.io = dict(np.load(folder / "io.npz"))
+        cameras = tuple(name.removeprefix("images/") for name in self.io if name.startswith("images/")) or (
+            "base_0_rgb",
+        )
+        choices = Choices(
+            horizon=spec["horizon"],
+            vision_heads=spec["vit"]["num_heads"],
+            lora_scale=spec["lora_alpha"] / spec["lora_r"] if "lora_r" in spec else None,
+        )
+        weights = open_checkpoint(folder / file, choices)
+        self.config = weights.policy.model.__class__(
+            **{
+                **vars(weights.policy.model),
+                "cameras": cameras,
+                "prompt_length": spec["tokens"],
+                "dtype": "float32",
+                "remat": False,
+            }
+        )
+        assert self.config.variant == {"paligemma": "pi0_fast"}.get(spec["kind"], spec["kind"])
+        if self.config.variant == "pi0_fast":  # no velocity, but the backbone is the one of pi0
+            self.config = self.config.__class__(**{**vars(self.config), "variant": "pi0"})
+        self.network = VelocityNetwork(self.config)
+        self.params = jax.tree.map(jnp.asarray, params_of(weights))
+        images = {name: self.io.get(f"images/{name}", self.io.get("image")) for name in cameras}
+        batch = len(self.io["tokens"])
+        self.observation = Observation(
+            images={name: jnp.asarray(image) for name, image in images.items()},
+            image_masks={n: jnp.asarray(self.io.get(f"image_masks/{n}", np.ones(batch, bool))) for n in cameras},
+            state=jnp.asarray(self.io.get("state", np.zeros((batch, self.config.action_dim), np.float32))),
+            prompt=jnp.asarray(self.io["tokens"]),
+            prompt_mask=jnp.asarray(self.io.get("token_mask", np.ones(self.io["tokens"].shape, bool))),
+        )
+
+    def apply(self, *args, method=None):
+        run = functools.partial(self.network.apply, method=method)
+        return jax.jit(run)({"params": self.params}, *args)
+
+    def logits(self, mask_ar: np.ndarray, count_masked: bool, drop_last: int):
+        """Next-token logits at the prompt, from the language expert alone.
+
+        Args:
+            mask_ar: 1 where a prompt token may not be seen by those before it.
+            count_masked: whether absent tokens advance positions.
+            drop_last: how many tokens at the end are left out.
+        """
+
+        def run(network: VelocityNetwork, observation: Observation):
+            tokens, mask = network.embed_prefix(observation)
+            blocks = jnp.cumsum(
+                jnp.concatenate([jnp.zeros_like(tokens[..., 0], int), jnp.asarray(mask_ar)], 1)[:, mask_ar.shape[1] :],
+                axis=1,
+            )
+            positions = jnp.cumsum(jnp.ones_like(mask) if count_masked else mask, axis=1) - 1
+            end = tokens.shape[1] - drop_last
+            allowed = (blocks[:, None] <= blocks[:, :, None]) & mask[:, None] & mask[:, :, None]
+            (language, _), _ = network.backbone((tokens[:, :end], None), positions[:, :end], allowed[:, :end, :end])
+            return language[:, tokens.shape[1] - mask_ar.shape[1] :] @ network.embedding.T
+
+        return self.apply(self.observation, method=run)
