@@ -134,6 +134,12 @@ class LeRobotDataset(Source):
     def task_index(self) -> Int[np.ndarray, "n"]:
         return self._bookkeeping("task_index")
 
+    @property
+    def shard_ends(self) -> Int[np.ndarray, "s"]:
+        files = [episode.data for episode in self._table]
+        last = [i for i in range(len(files)) if i + 1 == len(files) or files[i + 1] != files[i]]
+        return self.ends[last]
+
     def images(self, camera: str, rows: Rows) -> UInt8[np.ndarray, "n h w 3"]:
         self.check_camera(camera)
         if self.features[camera]["dtype"] == "image":

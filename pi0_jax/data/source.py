@@ -91,6 +91,11 @@ class Source(abc.ABC):
     def task_index(self) -> Int[np.ndarray, "n"]:
         """Index into `tasks` of each frame."""
 
+    @property
+    def shard_ends(self) -> Int[np.ndarray, "s"]:
+        """For each file that is read as a whole, the frame after its last; one after another they fill the dataset."""
+        return self.ends[-1:]
+
     @abc.abstractmethod
     def images(self, camera: str, rows: Rows) -> UInt8[np.ndarray, "n h w 3"]:
         """Frames of a camera, RGB.
@@ -201,6 +206,10 @@ class Renamed(Source):
     @property
     def task_index(self) -> np.ndarray:
         return self.source.task_index
+
+    @property
+    def shard_ends(self) -> np.ndarray:
+        return self.source.shard_ends
 
     def images(self, camera: str, rows: Rows) -> np.ndarray:
         self.check_camera(camera)

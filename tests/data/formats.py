@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import struct
 from fractions import Fraction
 from pathlib import Path
 
@@ -83,3 +84,87 @@ def write_v2(root: Path, version: str = "v2.1", pictures: bool = False, codec: s
     for name, rows_ in lines.items():
         (root / f"meta/{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_))
     return root
+
+
+RLDS_KEYS = {
+    "observation.images.top": "observation/image_top",
+    "observation.images.tool": "observation/image_tool",
+    "observation.state": "observation/xyz + observation/command",
+    "action": "action/xyz",
+    "valid": "valid",
+}
+"""The robot's names → those in `write_rlds`."""
+
+
+def write_rlds(root: Path, form: str = "tfrecord", shards: int = 2, episodes=range(5)) -> Path:
+    """The test episodes as tensorflow-datasets lays them out, states and actions in parts, other camera names."""
+    from tensorflow_datasets.core import features as f
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    steps = {
+        "observation": {
+            "image_top": f.Image(shape=(48, 48, 3), encoding_format="png"),
+            "image_tool": f.Image(shape=(48, 48, 3), encoding_format="png"),
+            "xyz": f.Tensor(shape=(3,), dtype=np.float32),
+            "command": f.Tensor(shape=(3,), dtype=np.float32),
+        },
+        "action": {"xyz": f.Tensor(shape=(3,), dtype=np.float32)},
+        "valid": f.Scalar(dtype=np.float32),
+        "is_last": f.Scalar(dtype=np.bool_),
+        "language_instruction": f.Text(),
+    }
+    features = f.FeaturesDict({"steps": f.Dataset(steps), "episode_metadata": {"file_path": f.Text()}})
+    root = root / "tiny" / "1.0.0"
+    root.mkdir(parents=True)
+    (root / "features.json").write_text(json.dumps(features.to_json()))
+    split = {"name": "train", "shardLengths": [str(len(episodes[i::shards])) for i in range(shards)]}
+    (root / "dataset_info.json").write_text(json.dumps({"name": "tiny", "fileFormat": form, "splits": [split]}))
+    for shard in range(shards):
+        records = []
+        for number in episodes[shard::shards]:
+            values = episode(number)
+            length = len(values["action"])
+            columns = {
+                "observation/image_top": [png(image) for image in values[CAMERAS[0]]],
+                "observation/image_tool": [png(image) for image in values[CAMERAS[1]]],
+                "observation/xyz": values["observation.state"][:, :3],
+                "observation/command": values["observation.state"][:, 3:],
+                "action/xyz": values["action"],
+                "valid": values["valid"],
+                "is_last": np.arange(length) == length - 1,
+                "language_instruction": [TASKS[number % 5].encode()] * length,
+            }
+            example = tf_example_pb2.Example()
+            for name, value in columns.items():
+                feature = example.features.feature[f"steps/{name}"]
+                if isinstance(value, list):
+                    feature.bytes_list.value.extend(value)
+                elif value.dtype == bool:
+                    feature.int64_list.value.extend(value.astype(int).tolist())
+                else:
+                    feature.float_list.value.extend(value.ravel().tolist())
+            path = f"/raw/{'success' if number % 2 == 0 else 'failure'}/{number}.h5"
+            example.features.feature["episode_metadata/file_path"].bytes_list.value.append(path.encode())
+            records.append(example.SerializeToString())
+        name = root / f"tiny-train.{form}-{shard:05d}-of-{shards:05d}"
+        write_records(name, records) if form == "tfrecord" else write_array_record(name, records)
+    return root
+
+
+def write_records(path: Path, records: list[bytes]) -> None:
+    import google_crc32c
+
+    def checked(content: bytes) -> bytes:
+        crc = google_crc32c.value(content)
+        return content + struct.pack("<I", (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF)
+
+    path.write_bytes(b"".join(checked(struct.pack("<Q", len(r))) + checked(r) for r in records))
+
+
+def write_array_record(path: Path, records: list[bytes]) -> None:
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    writer = ArrayRecordWriter(str(path), "group_size:1")
+    for record in records:
+        writer.write(record)
+    writer.close()
