@@ -168,6 +168,12 @@ class LeRobotDataset(Source):
                 raise self._explained(error) from error
         return self._frames[camera]
 
+    def picture_files(self, camera: str) -> list[Path]:
+        self.check_camera(camera)
+        stored = self.features[camera]["dtype"] == "image"
+        names = [episode.data if stored else episode.videos[camera][0] for episode in self._table]
+        return [self.root / name for name in dict.fromkeys(names)]
+
     def video_of(self, camera: str, episode: int) -> tuple[Path, float]:
         """Video file of an episode, and the second at which it begins there."""
         name, start = self._table[episode].videos[camera]

@@ -190,6 +190,10 @@ class RldsDataset(Source):
             pictures[i] = self._picture(camera, int(shards[i]), int(within[i]))
         return np.stack(pictures).reshape(*rows.shape, *pictures[0].shape)
 
+    def picture_files(self, camera: str) -> list[Path]:
+        self.check_camera(camera)
+        return list(self._paths)
+
     def _picture(self, camera: str, shard: int, step: int) -> np.ndarray:
         index, path = self._index[shard], self._paths[shard]
         episode = int(np.searchsorted(index["ends"], step, side="right"))

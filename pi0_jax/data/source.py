@@ -105,6 +105,10 @@ class Source(abc.ABC):
             FileNotFoundError: a file is missing.
         """
 
+    @abc.abstractmethod
+    def picture_files(self, camera: str) -> list[Path]:
+        """Files that a camera's frames come from."""
+
     def task(self, i: int) -> str:
         """Instruction of frame `i`."""
         return self.tasks[int(self.task_index[i])]
@@ -214,6 +218,9 @@ class Renamed(Source):
     def images(self, camera: str, rows: Rows) -> np.ndarray:
         self.check_camera(camera)
         return self.source.images(self._keys.get(camera, [camera])[0], rows)
+
+    def picture_files(self, camera: str) -> list[Path]:
+        return self.source.picture_files(self._keys.get(camera, [camera])[0])
 
 
 def cache_folder(root: Path, chosen: Path | None) -> Path:

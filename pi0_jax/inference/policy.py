@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from pi0_jax import checkpoint, pi0
 from pi0_jax.config import PolicyConfig
-from pi0_jax.data.normalize import Stats, stats_from_json
+from pi0_jax.data.normalize import Stats, semantics_from_json, stats_from_json
 from pi0_jax.data.robots import Robot, get_robot
 from pi0_jax.data.tokenizer import Tokenizer
 from pi0_jax.data.transform import check_observation, make_transform, to_observation
@@ -65,10 +65,12 @@ class Policy:
                 "observations cannot be prepared for it. Fine-tune from it (--init-from), or add the files."
             )
         config = dataclasses.replace(assets.policy, **changes)
+        semantics = config.action_semantics | semantics_from_json(assets.norm_stats)
+        config = dataclasses.replace(config, action_semantics=semantics)
         network = VelocityNetwork(config.model)
         like = nn.meta.unbox(jax.eval_shape(functools.partial(pi0.init_params, network), jax.random.key(0)))
         params = checkpoint.restore_params(path, like)
-        return cls(config, params, stats_from_json(assets.norm_stats), Tokenizer(assets.tokenizer))
+        return cls(config, params, stats_from_json(assets.norm_stats, config.robot), Tokenizer(assets.tokenizer))
 
     def infer(self, observation: dict[str, Any], seed: int = 0) -> Float[np.ndarray, "ah d"]:
         """One chunk of actions in the robot's units.
@@ -96,26 +98,30 @@ class Policy:
             num_steps: solver steps; None: the config's.
         """
         steps = self.config.num_steps if num_steps is None else num_steps
-        actions = self._sample(self._params, self._prepare(observations), self._noise(keys), steps)
-        return self._raw(np.asarray(actions))
+        observation, anchors = self._prepare(observations)
+        actions = self._sample(self._params, observation, self._noise(keys), steps)
+        return self._raw(np.asarray(actions), anchors)
 
     def denoise(self, observation: dict[str, Any], seed: int = 0, num_steps: int | None = None) -> np.ndarray:
         """The points that noise passes on its way to a chunk, in the robot's units, `[num_steps + 1, ah, d]`."""
         steps = self.config.num_steps if num_steps is None else num_steps
         noise = self._noise(jax.random.key(seed)[None])
-        _, points = self._sample(self._params, self._prepare([observation]), noise, steps, path=True)
-        return self._raw(np.asarray(points)[:, 0])
+        prepared, anchors = self._prepare([observation])
+        _, points = self._sample(self._params, prepared, noise, steps, path=True)
+        return self._raw(np.asarray(points)[:, 0], anchors)
 
     def _prepare(self, observations: Sequence[dict[str, Any]]):
+        """The model's observations, and the states that relative actions refer to, if there are such."""
         samples = [self._transform.forward(check_observation(raw, self.robot)) for raw in observations]
-        return jax.tree.map(lambda *leaves: np.stack(leaves), *map(to_observation, samples))
+        anchors = {key: np.stack([sample[key] for sample in samples]) for key in ("anchor",) if key in samples[0]}
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *map(to_observation, samples)), anchors
 
     def _noise(self, keys: PRNGKeyArray) -> Float[Array, "b ah ad"]:
         shape = (self.config.model.action_horizon, self.config.model.action_dim)
         return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
-    def _raw(self, actions: np.ndarray) -> np.ndarray:
-        return self._transform.inverse({"actions": actions})["actions"].astype(np.float32)
+    def _raw(self, actions: np.ndarray, anchors: dict[str, np.ndarray]) -> np.ndarray:
+        return self._transform.inverse({"actions": actions} | anchors)["actions"].astype(np.float32)
 
     @functools.partial(jax.jit, static_argnums=(0, 4), static_argnames=("path",))
     def _sample(self, params, observation, noise, num_steps: int, path: bool = False):
