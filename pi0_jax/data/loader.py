@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import grain
 import jax
 import numpy as np
+from absl import flags
 from jaxtyping import Int
 
 from pi0_jax.batch import Batch
@@ -91,6 +92,8 @@ class Loader:
         batches = grain.MapDataset.range(self._start, sys.maxsize // 2).map(self._prepare)
         ahead = batches.to_iter_dataset(self._options)
         if self._workers:
+            if not flags.FLAGS.is_parsed():  # Grain's processes read a flag, and ours is no absl program
+                flags.FLAGS.mark_as_parsed()
             options = grain.MultiprocessingOptions(self._workers, max(1, self._options.prefetch_buffer_size // 2))
             ahead = ahead.mp_prefetch(options)
         return iter(ahead)
