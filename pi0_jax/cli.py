@@ -26,6 +26,7 @@ COMMANDS = {
     "infer": "run a policy on an observation or in a simulator: pi0 infer runs/tabletop --env tabletop",
     "evaluate": "run a policy in closed loop: pi0 evaluate runs/tabletop --episodes 200 --seed 1",
     "report": "evaluate a run in closed loop and write its report: pi0 report runs/tabletop",
+    "data": "look at, check, convert and prepare demonstrations: pi0 data stats configs/mine.py",
     "record": "record demonstrations in the tabletop simulator: pi0 record data/tabletop",
 }
 USAGE = "usage: pi0 COMMAND ...\n\n" + "\n".join(f"  {name:8} {text}" for name, text in COMMANDS.items())
@@ -52,6 +53,8 @@ def main(args: list[str] | None = None) -> int:
     try:
         if command == "train":
             return _train(rest)
+        if command == "data":
+            return _data(rest)
         commands = importlib.import_module("pi0_jax.evaluate.commands")
         arguments = tyro.cli(getattr(commands, command.capitalize()), args=rest, prog=f"pi0 {command}")
         getattr(commands, command)(arguments)
@@ -106,6 +109,28 @@ def _train(args: list[str]) -> int:
     from pi0_jax.training.loop import run
 
     run(config)
+    return 0
+
+
+def _data(args: list[str]) -> int:
+    """`pi0 data SUBCOMMAND`: see `pi0_jax.data.commands`."""
+    from pi0_jax.data.commands import SUBCOMMANDS
+
+    if not args or args[0] in ("-h", "--help") or args[0] not in SUBCOMMANDS:
+        lines = [f"  {name:8} {str(kind.__doc__).splitlines()[0]}" for name, (kind, _) in SUBCOMMANDS.items()]
+        text = "usage: pi0 data SUBCOMMAND ...\n\n" + "\n".join(lines) + "\n\npi0 data SUBCOMMAND --help says more."
+        if args and args[0] in ("-h", "--help"):
+            print(text)
+            return 0
+        close = difflib.get_close_matches(args[0], SUBCOMMANDS, n=1) if args else []
+        hint = (
+            f"pi0 data: there is no {args[0]!r}.{f' Did you mean {close[0]!r}?' if close else ''}\n\n" if args else ""
+        )
+        print(hint + text, file=sys.stderr)
+        return 2
+    kind, function = SUBCOMMANDS[args[0]]
+    arguments = tyro.cli(kind, args=args[1:], prog=f"pi0 data {args[0]}")
+    function(arguments, load_config(arguments.config) if hasattr(arguments, "config") else None)
     return 0
 
 

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "convert": {"config", "model", "pi0", "checkpoint"},
     "envs": {"data"},
     "evaluate": {"config", "data", "inference", "checkpoint", "envs"},
-    "cli": {"config", "training", "evaluate"},
+    "cli": {"config", "data", "training", "evaluate"},
 }
 """Room to the rooms it may import. A room is a folder or a module at the top of the package."""
 

@@ -161,7 +161,7 @@ class CachedFrames(Source):
     def _open(self, path: Path) -> Any:
         from array_record.python.array_record_module import ArrayRecordReader
 
-        opened = self.__dict__.setdefault("_opened", {})
+        opened = vars(self).setdefault("_opened", {})
         if path not in opened:
             if len(opened) >= SHARDS_OPEN:
                 opened.pop(next(iter(opened))).close()

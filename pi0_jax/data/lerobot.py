@@ -108,7 +108,7 @@ class LeRobotDataset(Source):
                 raise ValueError(
                     f"{self.root} has no episode that can be read; the first of {len(bad)}: {next(iter(bad.values()))}"
                 )
-            self.__dict__.pop("_rows", None)
+            vars(self).pop("_rows", None)
         self.episodes = [f"episode {episode.number}" for episode in self._table]
         self.ends = np.cumsum([episode.length for episode in self._table])
         self._frames: dict[str, np.ndarray] = {}
@@ -186,20 +186,20 @@ class LeRobotDataset(Source):
         return np.repeat(starts, lengths) + self._bookkeeping("timestamp").astype(np.float64)
 
     def _bookkeeping(self, name: str) -> np.ndarray:
-        kept = self.__dict__.setdefault("_columns", {})
+        kept = vars(self).setdefault("_columns", {})
         if name not in kept:
             kept[name] = self._read(name, 0, self.num_episodes, shape=(1,))
         return kept[name].reshape(-1)
 
     def _read(self, name: str, first: int, end: int, shape: tuple[int, ...] | None = None) -> np.ndarray:
-        shape = self.features[name]["shape"] if shape is None else shape
+        width: tuple[int, ...] = self.features[name]["shape"] if shape is None else shape
         wanted = self._table[first:end]
         files = list(dict.fromkeys(episode.data for episode in wanted))
         numbers = {file: np.array([e.number for e in wanted if e.data == file]) for file in files}
 
         def part(file: str) -> np.ndarray:
             index, _ = self._rows_of(file)
-            values = _read_column(self.root / file, name, shape)
+            values = _read_column(self.root / file, name, width)
             if len(values) != len(index):
                 raise ValueError(f"{self.root / file} has {len(index)} episode indices and {len(values)} {name!r}.")
             keep = np.isin(index, numbers[file])
@@ -210,7 +210,7 @@ class LeRobotDataset(Source):
 
     def _rows_of(self, file: str) -> tuple[np.ndarray, dict[int, int]]:
         """The episode of each row of a data file, and the first row of each episode; checked against the episodes."""
-        kept = self.__dict__.setdefault("_rows", {})
+        kept = vars(self).setdefault("_rows", {})
         if file not in kept:
             path = self.root / file
             expected = self._by_file[file]
@@ -295,7 +295,7 @@ class LeRobotDataset(Source):
         return [Clip(self.root / name, at, numbers[at]) for name, at in sorted(rows.items())]
 
     def _decode(self, camera: str, rows: np.ndarray) -> np.ndarray:
-        reader = self.__dict__.setdefault("_reader", FrameReader())
+        reader = vars(self).setdefault("_reader", FrameReader())
         flat = rows.ravel()
         episodes = self.episode_of(flat)
         times = self.seconds_of(camera, flat, episodes)
@@ -343,7 +343,7 @@ class LeRobotDataset(Source):
         return out.reshape(*rows.shape, *shape)
 
     def _encoded_picture(self, camera: str, file: str, row: int) -> bytes:
-        groups = self.__dict__.setdefault("_pictures", {})
+        groups = vars(self).setdefault("_pictures", {})
         opened, ends = groups.get((file,)) or groups.setdefault((file,), _open_row_groups(self.root / file))
         group = int(np.searchsorted(ends, row, side="right"))
         key = (file, camera, group)
@@ -411,7 +411,7 @@ def find_dataset(path: str) -> Path:
     if not path.startswith("hf://"):
         return Path(path).expanduser()
     try:
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import snapshot_download  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError(f"{path} is on the Hugging Face hub, which needs: pip install pi0_jax[hub]") from error
     return Path(snapshot_download(path.removeprefix("hf://"), repo_type="dataset"))

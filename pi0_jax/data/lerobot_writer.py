@@ -269,8 +269,7 @@ class LeRobotWriter:
         meta = self._partial / "meta"
         (meta / "episodes/chunk-000").mkdir(parents=True)
         pq.write_table(pa.Table.from_pylist(self._episodes), meta / "episodes/chunk-000/file-000.parquet")
-        tasks = pa.table({"task_index": pa.array(self._tasks.values(), pa.int64()), "task": list(self._tasks)})
-        pq.write_table(tasks.replace_schema_metadata({"pandas": json.dumps(_PANDAS_INDEX)}), meta / "tasks.parquet")
+        write_tasks(list(self._tasks), meta / "tasks.parquet")
         files = sorted(self._partial.glob("data/*/*.parquet"))
         stats = {}
         for name, feature in self._features.items():
@@ -287,6 +286,46 @@ class LeRobotWriter:
         }
         (meta / "stats.json").write_text(json.dumps(stats, indent=4))
         (meta / "info.json").write_text(json.dumps(self._info, indent=4, ensure_ascii=False))
+
+
+def write_tasks(tasks: list[str], path: Path) -> None:
+    """Writes `meta/tasks.parquet`, the instructions by task index."""
+    table = pa.table({"task_index": pa.array(range(len(tasks)), pa.int64()), "task": tasks})
+    pq.write_table(table.replace_schema_metadata({"pandas": json.dumps(_PANDAS_INDEX)}), path)
+
+
+def merge_stats(
+    files: list[Path], features: dict[str, dict[str, Any]], cameras: list[str], pieces: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """The content of `meta/stats.json` for datasets that were put together.
+
+    Columns are read again, so that theirs are exact. Pictures are not: mean and range follow from the pieces', the
+    deviation too, and quantiles are the pieces' mean, weighted, which is what lerobot stores for every feature.
+
+    Args:
+        files: the data files.
+        features: of the dataset.
+        cameras: those that are video.
+        pieces: `meta/stats.json` of each dataset.
+    """
+    stats = {}
+    for name, feature in features.items():
+        if name not in cameras:
+            stats[name] = _column_stats(_read_column(files, name, tuple(feature["shape"])))
+            continue
+        entries = [{key: np.array(value) for key, value in piece[name].items()} for piece in pieces]
+        counts = np.array([entry["count"][0] for entry in entries], np.float64)
+        weights = counts / counts.sum()
+
+        def mean(key: str) -> np.ndarray:
+            return np.sum([weight * entry[key] for weight, entry in zip(weights, entries, strict=True)], 0)
+
+        square = np.sum([w * (e["std"] ** 2 + e["mean"] ** 2) for w, e in zip(weights, entries, strict=True)], 0)
+        found = {"min": np.min([e["min"] for e in entries], 0), "max": np.max([e["max"] for e in entries], 0)}
+        found |= {"mean": mean("mean"), "std": np.sqrt(np.maximum(square - mean("mean") ** 2, 0))}
+        found |= {"count": np.array([int(counts.sum())])} | {key: mean(key) for key in QUANTILES}
+        stats[name] = {key: value.tolist() for key, value in found.items()}
+    return stats
 
 
 _PANDAS_INDEX = {

@@ -43,7 +43,7 @@ class Loader:
     """
 
     def __init__(self, prepare: _Prepare, num_workers: int, num_threads: int, prefetch: int):
-        self._prepare, self._workers = prepare, num_workers
+        self._prepare, self._workers, self._prefetch = prepare, num_workers, prefetch
         self._options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
         self._start = 0
         self._iterator: grain.DatasetIterator | None = None
@@ -94,7 +94,7 @@ class Loader:
         if self._workers:
             if not flags.FLAGS.is_parsed():  # Grain's processes read a flag, and ours is no absl program
                 flags.FLAGS.mark_as_parsed()
-            options = grain.MultiprocessingOptions(self._workers, max(1, self._options.prefetch_buffer_size // 2))
+            options = grain.MultiprocessingOptions(self._workers, max(1, self._prefetch // 2))
             ahead = ahead.mp_prefetch(options)
         return iter(ahead)
 

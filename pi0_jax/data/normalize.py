@@ -135,7 +135,7 @@ def _summarise_episodes(source, robot, semantics, horizon, episodes: np.ndarray,
     kept = np.isin(first + np.searchsorted(ends, np.arange(len(state)), side="right"), episodes)
     valid = columns[VALID][:, 0] > 0 if VALID in columns else np.ones(len(state), bool)
     rows = (np.uint64(identity) << np.uint64(48)) + np.arange(offset, offset + len(state), dtype=np.uint64)
-    found = {"state": [summarise(state[kept], rows[kept])]}
+    found: Summary = {"state": [summarise(state[kept], rows[kept])]}
     if (kept & valid).any():
         found["actions"] = [summarise(actions[kept & valid], rows[kept & valid])]
         dims = [i for i, kind in enumerate(semantics) if kind in ("relative", "angle")]
@@ -310,7 +310,12 @@ def load_stats(path: str | os.PathLike[str]) -> Stats:
 
 def save_stats(stats: Stats, path: str | os.PathLike[str]) -> None:
     """Writes a `norm_stats.json`, which openpi reads too."""
-    Path(path).write_text(json.dumps(stats_to_json(stats), indent=2))
+    save_json(stats_to_json(stats), path)
+
+
+def save_json(content: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """Writes what `stats_to_json` gave."""
+    Path(path).write_text(json.dumps(content, indent=2))
 
 
 def _low_and_divisor(stats: NormStats, mode: Mode) -> tuple[np.ndarray, np.ndarray]:

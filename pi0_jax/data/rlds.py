@@ -197,7 +197,7 @@ class RldsDataset(Source):
     def _picture(self, camera: str, shard: int, step: int) -> np.ndarray:
         index, path = self._index[shard], self._paths[shard]
         episode = int(np.searchsorted(index["ends"], step, side="right"))
-        opened = self.__dict__.setdefault("_opened", {})
+        opened = vars(self).setdefault("_opened", {})
         if "_steps" not in self.__dict__:
             self._steps = _step_features(self._json)
         try:
@@ -218,11 +218,11 @@ class RldsDataset(Source):
             ) from error
 
     def _parsed_episode(self, path: Path, number: int) -> dict[str, np.ndarray]:
-        kept = self.__dict__.setdefault("_parsed", {})
+        kept = vars(self).setdefault("_parsed", {})
         if (path, number) not in kept:
             if len(kept) >= EPISODES_KEPT:
                 kept.pop(next(iter(kept)))
-            opened = self.__dict__.setdefault("_opened", {})
+            opened = vars(self).setdefault("_opened", {})
             if path not in opened:
                 if len(opened) >= SHARDS_OPEN:
                     opened.pop(next(iter(opened))).close()
@@ -348,7 +348,7 @@ def _index_shard(path: Path, form: str, features: str, target: Path) -> None:
         arrays |= {f"span/{name}": np.array(parts, np.int64).reshape(-1, 2) for name, parts in spans.items()}
     partial = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.partial")
     with partial.open("wb") as file:
-        np.savez(file, **arrays)
+        np.savez(file, allow_pickle=False, **arrays)
     partial.rename(target)
 
 

@@ -77,7 +77,7 @@ class Source(abc.ABC):
         Raises:
             ValueError: no such feature, or it is a camera; the files do not hold what the dataset says.
         """
-        kept = self.__dict__.setdefault("_columns", {})
+        kept = vars(self).setdefault("_columns", {})
         if name not in kept:
             kept[name] = self.read(name, 0, self.num_episodes)
         return kept[name]

@@ -74,7 +74,7 @@ def _each(work: list, workers: int) -> Iterator[Summary]:
 
 def _with_ray(work: list) -> Iterator[Summary]:
     try:
-        import ray
+        import ray  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError("statistics on a cluster need Ray: pip install pi0_jax[ray]") from error
     started = not ray.is_initialized()
