@@ -216,6 +216,8 @@ class DataConfig:
     """Reader threads, in each process."""
     prefetch: int = 8
     """Batches prepared ahead, in each process."""
+    offline: bool = False
+    """Never ask the network. Only datasets given as hf://owner/name do so, and are then taken from the hub's cache."""
     tokenizer: str | None = None
     """SentencePiece model file (PaliGemma's for released weights); None trains a small one on the instructions."""
 

@@ -399,11 +399,12 @@ class LeRobotDataset(Source):
         return bad
 
 
-def find_dataset(path: str) -> Path:
+def find_dataset(path: str, offline: bool = False) -> Path:
     """Folder of a dataset that is on this machine, or is fetched from the Hugging Face hub.
 
     Args:
         path: a folder, or "hf://owner/name".
+        offline: take the hub's datasets from its cache on this machine, and ask nobody.
 
     Raises:
         ValueError: the hub is asked for and `huggingface_hub` is not installed.
@@ -414,7 +415,7 @@ def find_dataset(path: str) -> Path:
         from huggingface_hub import snapshot_download  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError(f"{path} is on the Hugging Face hub, which needs: pip install pi0_jax[hub]") from error
-    return Path(snapshot_download(path.removeprefix("hf://"), repo_type="dataset"))
+    return Path(snapshot_download(path.removeprefix("hf://"), repo_type="dataset", local_files_only=offline))
 
 
 def _read_info(root: Path) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def open_source(dataset: DatasetConfig, data: DataConfig, robot: Robot) -> Sourc
     Raises:
         FileNotFoundError, ValueError: see `LeRobotDataset` and `RldsDataset`; or neither is in the folder.
     """
-    root = find_dataset(dataset.path)
+    root = find_dataset(dataset.path, data.offline)
     preset = PRESETS[dataset.preset] if dataset.preset is not None else None
     if preset is not None or any(root.glob("features.json")) or any(root.glob("*/features.json")):
         fps = dataset.fps or (preset.fps if preset else robot.fps)

@@ -234,8 +234,9 @@ def test_the_hub_is_asked_only_for_its_own_paths(tmp_path, monkeypatch):
     asked = []
     module = types.SimpleNamespace(snapshot_download=lambda *args, **kwargs: asked.append((args, kwargs)) or "/there")
     monkeypatch.setitem(sys.modules, "huggingface_hub", module)
-    assert str(find_dataset("hf://owner/name")) == "/there"
-    assert asked == [(("owner/name",), {"repo_type": "dataset"})]
+    for offline in (False, True):
+        assert str(find_dataset("hf://owner/name", offline)) == "/there"
+        assert asked.pop() == (("owner/name",), {"repo_type": "dataset", "local_files_only": offline})
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ValueError, match=r"pip install pi0_jax\[hub\]"):
         find_dataset("hf://owner/name")
