@@ -35,6 +35,7 @@ COMMANDS = {
     ),
     "inspect": ("convert", "say what a checkpoint of any format is: pi0 inspect PATH"),
     "diff": ("convert", "compare two checkpoints leaf by leaf: pi0 diff A B"),
+    "data": ("data", "look at, check, convert and prepare demonstrations: pi0 data stats configs/mine.py"),
 }
 """Command to the room whose `commands` module has it, and what it does."""
 USAGE = "usage: pi0 COMMAND ...\n\n" + "\n".join(f"  {name:8} {text}" for name, (_, text) in COMMANDS.items())
@@ -61,6 +62,8 @@ def main(args: list[str] | None = None) -> int:
     try:
         if command == "train":
             return _train(rest)
+        if command == "data":
+            return _data(rest)
         commands = importlib.import_module(f"pi0_jax.{COMMANDS[command][0]}.commands")
         arguments = tyro.cli(getattr(commands, command.capitalize()), args=rest, prog=f"pi0 {command}")
         getattr(commands, command)(arguments)
@@ -88,6 +91,28 @@ def _train(args: list[str]) -> int:
     from pi0_jax.training.loop import run
 
     run(config)
+    return 0
+
+
+def _data(args: list[str]) -> int:
+    """`pi0 data SUBCOMMAND`: see `pi0_jax.data.commands`."""
+    from pi0_jax.data.commands import SUBCOMMANDS
+
+    if not args or args[0] in ("-h", "--help") or args[0] not in SUBCOMMANDS:
+        lines = [f"  {name:8} {str(kind.__doc__).splitlines()[0]}" for name, (kind, _) in SUBCOMMANDS.items()]
+        text = "usage: pi0 data SUBCOMMAND ...\n\n" + "\n".join(lines) + "\n\npi0 data SUBCOMMAND --help says more."
+        if args and args[0] in ("-h", "--help"):
+            print(text)
+            return 0
+        close = difflib.get_close_matches(args[0], SUBCOMMANDS, n=1) if args else []
+        hint = (
+            f"pi0 data: there is no {args[0]!r}.{f' Did you mean {close[0]!r}?' if close else ''}\n\n" if args else ""
+        )
+        print(hint + text, file=sys.stderr)
+        return 2
+    kind, function = SUBCOMMANDS[args[0]]
+    arguments = tyro.cli(kind, args=args[1:], prog=f"pi0 data {args[0]}")
+    function(arguments, load_config(arguments.config, TrainConfig) if hasattr(arguments, "config") else None)
     return 0
 
 

@@ -122,6 +122,9 @@ class PolicyConfig:
     model: ModelConfig = PI0
     robot: str = "tabletop"
     """Name of the robot in `pi0_jax.data.robots`: its cameras, its state and action dimensions."""
+    action_semantics: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    """For robots by name, what each action dimension means (`data.robots.SEMANTICS`), where it is not what the robot
+    declares. A checkpoint keeps the meaning that it was trained with beside its statistics."""
     normalization: Literal["zscore", "quantile"] = "zscore"
     """zscore: mean and standard deviation (π0). quantile: 1 % and 99 % quantiles to [-1, 1] (π0.5)."""
     solver: Literal["euler", "midpoint", "heun", "rk4", "ddim", "ddpm"] = "euler"
@@ -221,17 +224,65 @@ class AugmentConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DatasetConfig:
+    """One dataset of a mixture."""
+
+    path: str
+    """Folder of a LeRobot dataset (2.0, 2.1 or 3.0) or of an RLDS dataset; or hf://owner/name for one on the hub."""
+    weight: float | None = None
+    """Share of the samples, relative to the other weights; None for all datasets: each by its number of frames."""
+    robot: str | None = None
+    """Name of its robot; None: `policy.robot`."""
+    stats: str | None = None
+    """Datasets of one name here are normalised by their common statistics; None: the robot's name. A policy normalises
+    by the statistics that are called like its robot."""
+    keys: dict[str, str] = dataclasses.field(default_factory=dict)
+    """The robot's name of a feature → the dataset's; "a + b" puts two side by side."""
+    preset: Literal["droid", "bridge", "fractal"] | None = None
+    """Published RLDS dataset whose keys, rate and instruction are known (`data.rlds.PRESETS`)."""
+    split: str = "train"
+    """Split of an RLDS dataset."""
+    task: str | None = None
+    """Feature of an RLDS dataset with the instruction; None: the preset's, or language_instruction."""
+    fps: float | None = None
+    """Frames per second of an RLDS dataset, which does not store it; None: the preset's, or the robot's."""
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Where demonstrations come from and how they are read."""
 
     path: str = "data/tabletop"
-    """Folder of a LeRobot v3.0 dataset."""
+    """Folder of a LeRobot or RLDS dataset of `policy.robot`; not used where `datasets` names some."""
     validation_path: str | None = None
-    """Folder of held-out demonstrations for the validation loss; None skips it."""
+    """Folder of held-out demonstrations for the validation loss; None skips it, unless `validation_share` says more."""
+    datasets: tuple[DatasetConfig, ...] = ()
+    """A mixture of datasets."""
+    validation_share: float = 0.0
+    """Share of the episodes that is held out for the validation loss, by a hash of their states and actions: copies of
+    an episode are on the same side."""
+    norm_stats: str | None = None
+    """File of statistics (`pi0 data stats`, or openpi's norm_stats.json); None: computed from the demonstrations."""
+    frames: Literal["once", "random"] = "once"
+    """once: video is decoded at its first use, uncompressed, into the dataset's folder. random: frames are decoded when
+    they are needed, which takes no room."""
+    cache: str | None = None
+    """Folder that `pi0 data cache` made, with frames at the model's resolution; None: `frames` says where they are."""
+    shuffle: Literal["frames", "shards"] = "frames"
+    """frames: all frames in random order. shards: files in random order, and frames at random within a few files at a
+    time, for datasets on disks that are slow to jump."""
+    shuffle_window: int = 8
+    """Files whose frames are mixed where `shuffle` is shards."""
+    skip_bad_episodes: bool = False
+    """Leave out episodes that cannot be read, and log them, instead of stopping."""
+    num_workers: int = 0
+    """Processes that prepare batches; 0: threads of the training process alone."""
     num_threads: int = 2
-    """Reader threads."""
+    """Reader threads, in each process."""
     prefetch: int = 8
-    """Batches prepared ahead."""
+    """Batches prepared ahead, in each process."""
+    offline: bool = False
+    """Never ask the network. Only datasets given as hf://owner/name do so, and are then taken from the hub's cache."""
     tokenizer: str | None = None
     """SentencePiece model file (PaliGemma's for released weights); None trains a small one on the instructions."""
 

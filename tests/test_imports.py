@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "envs": {"data"},
     "evaluate": {"config", "data", "inference", "checkpoint", "envs"},
     "study": {"config", "experiment", "data", "flow", "training", "inference", "evaluate", "checkpoint", "envs"},
-    "cli": {"config", "experiment", "training", "evaluate", "study"},
+    "cli": {"config", "experiment", "data", "training", "evaluate", "study"},
 }
 """Room to the rooms it may import. A room is a folder or a module at the top of the package."""
 

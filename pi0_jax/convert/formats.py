@@ -331,7 +331,9 @@ def _policy(
     normalization = default.normalization if default else "zscore" if guess.variant == "pi0" else "quantile"
     num_steps = default.num_steps if default else 10
     execute = default.execute_steps if default else model.action_horizon
-    return PolicyConfig(model, "none", normalization, num_steps=num_steps, execute_steps=execute)
+    return PolicyConfig(
+        model=model, robot="none", normalization=normalization, num_steps=num_steps, execute_steps=execute
+    )
 
 
 def _remembered(folder: Path, variant: str) -> PolicyConfig | None:

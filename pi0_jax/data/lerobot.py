@@ -1,6 +1,6 @@
-"""LeRobot v3.0 datasets: written as lerobot 0.6 writes them, and read with PyArrow and PyAV, without torch.
+"""Reads LeRobot datasets of versions 2.0, 2.1 and 3.0 with PyArrow and PyAV, without torch.
 
-A dataset is a folder:
+A dataset of version 3.0 is a folder:
 
     meta/info.json                                  features, frames per second, totals, path templates
     meta/tasks.parquet                              task_index and the instruction
@@ -10,548 +10,143 @@ A dataset is a folder:
     videos/<camera>/chunk-000/file-000.mp4          the frames, episode after episode
 
 The frame of row i lies at `from_timestamp` of its episode + `timestamp` of the row, in seconds of the video.
-Quantiles in `meta/stats.json` are those of the dataset here; lerobot stores the mean of each episode's quantiles.
+
+Versions 2.0 and 2.1 have one parquet file an episode and one video an episode and camera, and their tasks and episodes
+are JSON lines (`meta/tasks.jsonl`, `meta/episodes.jsonl`). In all of them a camera may be a column of encoded pictures
+instead of video.
 """
 
 from __future__ import annotations
 
-import difflib
+import concurrent.futures
 import functools
 import json
 import math
 import os
-import shutil
-import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Bool, Int, Shaped, UInt8
+from jaxtyping import Int, UInt8
 
-from pi0_jax.data.video import KEY_FRAME_EVERY, PRESET, Clip, VideoWriter, cache_folder, decode_once
+from pi0_jax.data.lerobot_writer import BOOKKEEPING, LeRobotWriter
+from pi0_jax.data.source import ACTION, STATE, VALID, BadEpisode, Rows, Source, cache_folder
+from pi0_jax.data.video import Clip, FrameReader, VideoError, decode_once, decode_picture
 
-VERSION = "v3.0"
-EPISODES_PATH = "meta/episodes/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
-DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
-VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
-FILES_PER_CHUNK = 1000
-QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
-BOOKKEEPING = {
-    "timestamp": {"dtype": "float32", "shape": (1,), "names": None},
-    "frame_index": {"dtype": "int64", "shape": (1,), "names": None},
-    "episode_index": {"dtype": "int64", "shape": (1,), "names": None},
-    "index": {"dtype": "int64", "shape": (1,), "names": None},
-    "task_index": {"dtype": "int64", "shape": (1,), "names": None},
-}
-"""Columns that every dataset has. `timestamp` is in seconds from the start of the episode."""
+__all__ = ["ACTION", "BOOKKEEPING", "STATE", "VALID", "LeRobotDataset", "LeRobotWriter", "find_dataset"]
 
-STATE, ACTION, VALID = "observation.state", "action", "valid"
-"""Names of the columns we read. `valid`, shape (1,), is optional: 0 where something other than the demonstrator chose
-the action, so that it must not be learnt."""
+VERSIONS = ("v2.0", "v2.1", "v3.0")
+ROW_GROUPS_KEPT = 8
+"""Row groups of encoded pictures kept in memory by each process."""
 
-STATS_FRAMES, STATS_PIXELS = 100, 150
-"""Image statistics look at so many frames of an episode at most, and at so many rows and columns of each."""
+Decoding = Literal["once", "random"]
 
 
-class LeRobotWriter:
-    """Writes a LeRobot v3.0 dataset, an episode at a time; use it in a `with` statement.
+class _Episode(NamedTuple):
+    """Where one episode is."""
 
-    Everything is written beside `root` and renamed into place at the end: an error leaves nothing behind.
-
-    Video is H.264 with a key frame at every second frame and at the start of each episode. Colour is kept at full
-    resolution (4:4:4), because 4:2:0 halves it: at 48 px small objects came out 20 dB worse.
-    For large images "yuv420p" takes less space and plays everywhere.
-
-    Args:
-        root: folder to create.
-        fps: frames per second.
-        robot_type: name of the robot, as stored in `meta/info.json`.
-        features: for each feature its dtype, shape and names, as in LeRobot: dtype "video" with shape
-            (height, width, 3) for a camera, a numeric dtype or "bool" with shape (d,) for anything else.
-        overwrite: replace an existing folder.
-        pix_fmt: pixel format of the video.
-        crf: quality of the video, 0 (best) to 51.
-        data_file_mb: size at which the next parquet file is begun, MB.
-        video_file_mb: size at which the next video file is begun, MB.
-
-    Raises:
-        FileExistsError: `root` exists and `overwrite` is not set.
-        ValueError: a feature that cannot be stored.
-    """
-
-    def __init__(
-        self,
-        root: str | os.PathLike[str],
-        fps: int,
-        robot_type: str,
-        features: dict[str, dict[str, Any]],
-        *,
-        overwrite: bool = False,
-        pix_fmt: str = "yuv444p",
-        crf: int = 4,
-        data_file_mb: int = 100,
-        video_file_mb: int = 200,
-    ):
-        self.root = Path(root)
-        self.overwrite = overwrite
-        self._refuse_existing()
-        self.num_episodes = 0
-        self.num_frames = 0
-        self._tasks: dict[str, int] = {}
-        self._episodes: list[dict[str, Any]] = []
-        self._cameras = [name for name, feature in features.items() if feature["dtype"] == "video"]
-        self._features = _storable(features, self._cameras)
-        self._histograms = {camera: np.zeros((3, 256), np.int64) for camera in self._cameras}
-        self._info = {
-            "codebase_version": VERSION,
-            "fps": int(fps),
-            "features": self._features,
-            "total_episodes": 0,
-            "total_frames": 0,
-            "total_tasks": 0,
-            "chunks_size": FILES_PER_CHUNK,
-            "data_files_size_in_mb": data_file_mb,
-            "video_files_size_in_mb": video_file_mb,
-            "data_path": DATA_PATH,
-            "video_path": VIDEO_PATH if self._cameras else None,
-            "robot_type": robot_type,
-            "splits": {},
-        }
-        for camera in self._cameras:
-            height, width, _ = self._features[camera]["shape"]
-            self._features[camera]["info"] = {
-                "video.height": height,
-                "video.width": width,
-                "video.codec": "h264",
-                "video.pix_fmt": pix_fmt,
-                "video.fps": int(fps),
-                "video.channels": 3,
-                "has_audio": False,
-                "video.g": KEY_FRAME_EVERY,
-                "video.crf": crf,
-                "video.preset": PRESET,
-                "video.fast_decode": 0,
-                "video.video_backend": "pyav",
-                "video.extra_options": {},
-                "is_depth_map": False,
-            }
-        self._partial = self.root.absolute().parent / f".{self.root.name}.{uuid.uuid4().hex[:8]}.partial"
-        self._partial.mkdir(parents=True)
-        numeric = {name: feature for name, feature in self._features.items() if name not in self._cameras}
-        schema = _schema(numeric)
-        self._data = _Files(self._partial, DATA_PATH, data_file_mb, lambda path: _ParquetFile(path, schema))
-        self._videos = {camera: self._video_files(camera) for camera in self._cameras}
-
-    def __enter__(self) -> LeRobotWriter:
-        return self
-
-    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        if error is None:
-            self.close()
-        else:
-            self.discard()
-
-    def add_episode(self, frames: dict[str, np.ndarray], task: str) -> None:
-        """Appends one episode.
-
-        Args:
-            frames: for each feature its values, `[n, *shape]`; images uint8 RGB.
-            task: the instruction.
-
-        Raises:
-            ValueError: a feature is missing, unknown, or of the wrong shape or dtype; not finite; no frames.
-        """
-        length = self._check(frames, task)
-        fps, first = self._info["fps"], self.num_frames
-        index = np.arange(length)
-        bookkeeping = {
-            "timestamp": (index / fps).astype(np.float32),
-            "frame_index": index,
-            "episode_index": np.full(length, self.num_episodes),
-            "index": first + index,
-            "task_index": np.full(length, self._tasks.setdefault(task, len(self._tasks))),
-        }
-        columns = {
-            name: np.asarray(frames[name], feature["dtype"]) if name in frames else bookkeeping[name][:, None]
-            for name, feature in self._features.items()
-            if name not in self._cameras
-        }
-        self._data.for_episode().write(columns)
-        row: dict[str, Any] = {
-            "episode_index": self.num_episodes,
-            "tasks": [task],
-            "length": length,
-            "data/chunk_index": self._data.chunk_index,
-            "data/file_index": self._data.file_index,
-            "dataset_from_index": first,
-            "dataset_to_index": first + length,
-        }
-        stats = {}
-        for camera, files in self._videos.items():
-            video = files.for_episode()
-            start = video.num_frames
-            video.write(frames[camera])
-            row[f"videos/{camera}/chunk_index"] = files.chunk_index
-            row[f"videos/{camera}/file_index"] = files.file_index
-            row[f"videos/{camera}/from_timestamp"] = start / fps
-            row[f"videos/{camera}/to_timestamp"] = video.num_frames / fps
-            histogram, count = _histogram(frames[camera])
-            self._histograms[camera] += histogram
-            stats[camera] = _image_stats(histogram, count)
-        stats |= {name: _column_stats(column) for name, column in columns.items()}
-        for name in self._features:
-            row |= {f"stats/{name}/{key}": value for key, value in stats[name].items()}
-        row |= {"meta/episodes/chunk_index": 0, "meta/episodes/file_index": 0}
-        self._episodes.append(row)
-        self.num_episodes += 1
-        self.num_frames += length
-
-    def close(self) -> None:
-        """Writes what describes the whole dataset and moves the folder into place.
-
-        Raises:
-            ValueError: there are no episodes.
-            FileExistsError: `root` has appeared in the meantime and `overwrite` is not set.
-        """
-        try:
-            if not self._episodes:
-                raise ValueError(f"no episode was added to {self.root}: a dataset holds at least one.")
-            self._close_files()
-            self._write_meta()
-            self._refuse_existing()
-            if self.root.exists():
-                old = self._partial.with_suffix(".old")
-                self.root.rename(old)
-                self._partial.rename(self.root)
-                shutil.rmtree(old)
-            else:
-                self._partial.rename(self.root)
-        except BaseException:
-            self.discard()
-            raise
-
-    def discard(self) -> None:
-        """Removes all that was written; an existing dataset at `root` stays as it was."""
-        try:
-            self._close_files()
-        finally:
-            shutil.rmtree(self._partial, ignore_errors=True)
-
-    def _video_files(self, camera: str) -> _Files[VideoWriter]:
-        info = self._features[camera]["info"]
-        size = info["video.height"], info["video.width"]
-        template = VIDEO_PATH.replace("{video_key}", camera)
-
-        def open_file(path: Path) -> VideoWriter:
-            return VideoWriter(path, size, info["video.fps"], info["video.pix_fmt"], info["video.crf"])
-
-        return _Files(self._partial, template, self._info["video_files_size_in_mb"], open_file)
-
-    def _refuse_existing(self) -> None:
-        if self.root.exists() and not self.overwrite:
-            raise FileExistsError(f"{self.root} exists. Choose another folder, or pass overwrite=True to replace it.")
-
-    def _close_files(self) -> None:
-        for files in (self._data, *self._videos.values()):
-            files.close()
-
-    def _check(self, frames: dict[str, np.ndarray], task: str) -> int:
-        expected = [name for name in self._features if name not in BOOKKEEPING]
-        if sorted(frames) != sorted(expected):
-            raise ValueError(f"the episode has features {sorted(frames)}; the dataset was given {sorted(expected)}.")
-        if not task.strip():
-            raise ValueError("the episode's task is empty; it is the instruction that the policy will read.")
-        lengths = {name: len(values) for name, values in frames.items()}
-        if len(set(lengths.values())) != 1 or 0 in lengths.values():
-            raise ValueError(f"features of an episode need one common length of at least 1; they have {lengths}.")
-        for name, values in frames.items():
-            shape = tuple(self._features[name]["shape"])
-            dtype = np.dtype(np.uint8 if name in self._cameras else self._features[name]["dtype"])
-            castable = values.dtype == dtype or (name not in self._cameras and np.can_cast(values, dtype, "same_kind"))
-            if values.shape[1:] != shape or not castable:
-                raise ValueError(
-                    f"feature {name!r} came as {values.dtype}{list(values.shape)}; expected {dtype}{['n', *shape]}."
-                )
-            if values.dtype.kind == "f" and not np.isfinite(values).all():
-                raise ValueError(f"feature {name!r} holds NaN or infinity in frames {_rows_not_finite(values)}.")
-        return len(frames[expected[0]])
-
-    def _write_meta(self) -> None:
-        meta = self._partial / "meta"
-        (meta / "episodes/chunk-000").mkdir(parents=True)
-        pq.write_table(pa.Table.from_pylist(self._episodes), meta / "episodes/chunk-000/file-000.parquet")
-        tasks = pa.table({"task_index": pa.array(self._tasks.values(), pa.int64()), "task": list(self._tasks)})
-        pq.write_table(tasks.replace_schema_metadata({"pandas": json.dumps(_PANDAS_INDEX)}), meta / "tasks.parquet")
-        files = sorted(self._partial.glob("data/*/*.parquet"))
-        stats = {}
-        for name, feature in self._features.items():
-            if name in self._cameras:
-                count = sum(row[f"stats/{name}/count"][0] for row in self._episodes)
-                stats[name] = _image_stats(self._histograms[name], count)
-            else:
-                stats[name] = _column_stats(_read_column(files, name, tuple(feature["shape"])))
-        self._info |= {
-            "total_episodes": self.num_episodes,
-            "total_frames": self.num_frames,
-            "total_tasks": len(self._tasks),
-            "splits": {"train": f"0:{self.num_episodes}"},
-        }
-        (meta / "stats.json").write_text(json.dumps(stats, indent=4))
-        (meta / "info.json").write_text(json.dumps(self._info, indent=4, ensure_ascii=False))
+    number: int
+    """Its `episode_index`."""
+    length: int
+    data: str
+    """Parquet file, relative to the dataset."""
+    videos: dict[str, tuple[str, float]]
+    """For each camera its video file and the second at which the episode begins there."""
 
 
-_PANDAS_INDEX = {
-    "index_columns": ["task"],
-    "column_indexes": [
-        {
-            "name": None,
-            "field_name": None,
-            "pandas_type": "unicode",
-            "numpy_type": "object",
-            "metadata": {"encoding": "UTF-8"},
-        }
-    ],
-    "columns": [
-        {
-            "name": "task_index",
-            "field_name": "task_index",
-            "pandas_type": "int64",
-            "numpy_type": "int64",
-            "metadata": None,
-        },
-        {"name": "task", "field_name": "task", "pandas_type": "unicode", "numpy_type": "object", "metadata": None},
-    ],
-    "attributes": {},
-    "creator": {"library": "pyarrow", "version": pa.__version__},
-    "pandas_version": "2.3.3",
-}
-"""What pandas stores in a parquet file whose index is the column `task`, which is how lerobot reads it."""
-
-
-class _File(Protocol):
-    @property
-    def num_bytes(self) -> int: ...
-
-    def close(self) -> None: ...
-
-
-File = TypeVar("File", bound=_File)
-
-
-class _Files(Generic[File]):
-    """Numbered files of bounded size. The next is begun when an episode as large as the last would not fit."""
-
-    def __init__(self, root: Path, template: str, limit_mb: float, open_file: Callable[[Path], File]):
-        self._root, self._template, self._limit, self._open = root, template, limit_mb * 1024**2, open_file
-        self._current: File | None = None
-        self._number = -1
-        self._before = 0
-
-    @property
-    def chunk_index(self) -> int:
-        return self._number // FILES_PER_CHUNK
-
-    @property
-    def file_index(self) -> int:
-        return self._number % FILES_PER_CHUNK
-
-    def for_episode(self) -> File:
-        """The file that the coming episode goes to."""
-        if self._current is not None:
-            size = self._current.num_bytes
-            if size + (size - self._before) > self._limit:
-                self.close()
-            self._before = size
-        if self._current is None:
-            self._number += 1
-            self._before = 0
-            path = self._root / self._template.format(chunk_index=self.chunk_index, file_index=self.file_index)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._current = self._open(path)
-        return self._current
-
-    def close(self) -> None:
-        if self._current is not None:
-            current, self._current = self._current, None
-            current.close()
-
-
-class _ParquetFile:
-    """A parquet file with a row group an episode."""
-
-    def __init__(self, path: Path, schema: pa.Schema):
-        self._schema = schema
-        self._file = path.open("wb")
-        self._writer = pq.ParquetWriter(self._file, schema)
-
-    @property
-    def num_bytes(self) -> int:
-        return self._file.tell()
-
-    def write(self, columns: dict[str, np.ndarray]) -> None:
-        arrays = [
-            pa.array(column[:, 0])
-            if column.shape[1] == 1
-            else pa.FixedSizeListArray.from_arrays(pa.array(column.ravel()), type=self._schema.field(name).type)
-            for name, column in columns.items()
-        ]
-        self._writer.write_table(pa.Table.from_arrays(arrays, schema=self._schema))
-
-    def close(self) -> None:
-        self._writer.close()
-        self._file.close()
-
-
-def _storable(features: dict[str, dict[str, Any]], cameras: list[str]) -> dict[str, dict[str, Any]]:
-    """`features` in LeRobot's form, followed by the bookkeeping columns."""
-    result = {}
-    for name, feature in features.items():
-        shape, dtype = tuple(int(size) for size in feature["shape"]), feature["dtype"]
-        names = feature.get("names")
-        if name in cameras:
-            names = names or ["height", "width", "channels"]
-            if len(shape) != 3 or shape[2] != 3:
-                raise ValueError(f"camera {name!r} has shape {shape}; expected (height, width, 3).")
-            if shape[0] % 2 or shape[1] % 2:
-                raise ValueError(f"camera {name!r} has shape {shape}; video needs an even height and width.")
-        else:
-            try:
-                kind = np.dtype(dtype).kind
-            except TypeError:
-                kind = None
-            if kind not in ("f", "i", "u", "b") or len(shape) != 1 or name in BOOKKEEPING:
-                raise ValueError(
-                    f"feature {name!r} has dtype {dtype!r} and shape {shape}; expected 'video' and (height, width, 3), "
-                    f"or a number type and (d,). The names {list(BOOKKEEPING)} are added by the writer."
-                )
-        result[name] = {"dtype": dtype, "shape": shape, "names": names}
-    return result | {name: dict(feature) for name, feature in BOOKKEEPING.items()}
-
-
-def _schema(features: dict[str, dict[str, Any]]) -> pa.Schema:
-    """Arrow types of the data files, and the description of them that the `datasets` library looks for."""
-    fields, described = [], {}
-    for name, feature in features.items():
-        value = {"dtype": feature["dtype"], "_type": "Value"}
-        element, size = pa.from_numpy_dtype(np.dtype(feature["dtype"])), feature["shape"][0]
-        if size == 1:
-            fields.append(pa.field(name, element))
-            described[name] = value
-        else:
-            fields.append(pa.field(name, pa.list_(pa.field("element", element), size)))
-            described[name] = {"feature": value, "length": size, "_type": "List"}
-    return pa.schema(fields, metadata={"huggingface": json.dumps({"info": {"features": described}})})
-
-
-def _column_stats(values: np.ndarray) -> dict[str, list[Any]]:
-    x = values.astype(np.float64)
-    moments = {"min": x.min(0), "max": x.max(0), "mean": x.mean(0), "std": x.std(0), "count": np.array([len(x)])}
-    quantiles = dict(zip(QUANTILES, np.quantile(x, list(QUANTILES.values()), axis=0), strict=True))
-    return {key: value.tolist() for key, value in (moments | quantiles).items()}
-
-
-def _histogram(images: UInt8[np.ndarray, "n h w 3"]) -> tuple[Int[np.ndarray, "3 256"], int]:
-    """How often each value occurs in a regular sample of the pixels, by channel, and the frames looked at."""
-    frames = images[:: math.ceil(len(images) / STATS_FRAMES)]
-    stride = math.ceil(max(images.shape[1:3]) / STATS_PIXELS)
-    pixels = frames[:, ::stride, ::stride].reshape(-1, 3)
-    return np.stack([np.bincount(channel, minlength=256) for channel in pixels.T]), len(frames)
-
-
-def _image_stats(histogram: Int[np.ndarray, "3 256"], count: int) -> dict[str, list[Any]]:
-    """Statistics in [0, 1] by channel, shaped (3, 1, 1) as lerobot shapes them."""
-    values, total = np.arange(256) / 255, histogram.sum(1)
-    mean = histogram @ values / total
-    std = np.sqrt(np.maximum(histogram @ values**2 / total - mean**2, 0))
-    cumulative = histogram.cumsum(1)
-
-    def at(share: float) -> np.ndarray:
-        return values[(cumulative >= np.maximum(1, share * total)[:, None]).argmax(1)]
-
-    stats = {"min": at(0), "max": at(1), "mean": mean, "std": std}
-    quantiles = {key: at(share) for key, share in QUANTILES.items()}
-    shaped = {key: value.reshape(3, 1, 1).tolist() for key, value in (stats | quantiles).items()}
-    return {**{key: shaped[key] for key in stats}, "count": [count], **{key: shaped[key] for key in quantiles}}
-
-
-def _rows_not_finite(values: np.ndarray) -> list[int]:
-    return np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(1))[:5].tolist()
-
-
-class LeRobotDataset:
-    """Reads a LeRobot v3.0 dataset: columns from parquet, and video through a cache that is decoded once.
-
-    The first use of a camera decodes its video from beginning to end into a memory-mapped array in `cache`; after that
-    any frame costs a copy. A changed video makes a new cache.
+class LeRobotDataset(Source):
+    """Reads a LeRobot dataset.
 
     Args:
         root: folder of the dataset.
         cache: folder for decoded video; by default `.cache` inside the dataset, or one in the temporary folder where
             the dataset cannot be written to.
+        decoding: "once": the first use of a camera decodes its video from beginning to end into a memory-mapped array
+            in `cache`, after which any frame costs a copy; a changed video makes a new one. "random": frames are
+            decoded when they are asked for.
+        skip_bad_episodes: leave out episodes whose rows or video frames are missing or cannot be read, and log them,
+            instead of raising at their first use. It looks into every file when the dataset is opened.
 
     Raises:
         FileNotFoundError: the folder, or a file that it should hold, is missing.
-        ValueError: another version of the format, or a damaged file.
+        ValueError: another version of the format, or a damaged file; or no episode is left.
     """
 
-    def __init__(self, root: str | os.PathLike[str], cache: str | os.PathLike[str] | None = None):
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        cache: str | os.PathLike[str] | None = None,
+        *,
+        decoding: Decoding = "once",
+        skip_bad_episodes: bool = False,
+    ):
         self.root = Path(root)
+        self.decoding: Decoding = decoding
         self._cache = None if cache is None else Path(cache)
         self._info = _read_info(self.root)
-        self.features: dict[str, dict[str, Any]] = self._info["features"]
-        """For each feature its dtype, shape and names."""
-        self.fps: int = self._info["fps"]
-        """Frames per second."""
-        self.cameras = tuple(name for name, feature in self.features.items() if feature["dtype"] == "video")
-        """Features that are video."""
-        self._read_episodes()
-        self._read_tasks()
-        self.num_frames = int(self._to[-1])
-        self.num_episodes = len(self._to)
-        if self.num_frames != self._info["total_frames"]:
+        self.version: str = self._info["codebase_version"]
+        """Version of the format: "v2.0", "v2.1" or "v3.0"."""
+        self.features = {
+            name: {**feature, "shape": tuple(feature["shape"])} for name, feature in self._info["features"].items()
+        }
+        self.fps = self._info["fps"]
+        self._clip_cameras = tuple(name for name, feature in self.features.items() if feature["dtype"] == "video")
+        read = self._read_episodes if self.version == "v3.0" else self._read_episodes_v2
+        self.tasks = _read_tasks(self.root, self.version)
+        everything = list(read())
+        self.skipped = {}
+        self._all = everything
+        self._table = everything
+        if skip_bad_episodes:
+            bad = self._find_bad()
+            self._table = [episode for episode in everything if episode.number not in bad]
+            self.skipped = {f"episode {number}": reason for number, reason in sorted(bad.items())}
+            if not self._table:
+                raise ValueError(
+                    f"{self.root} has no episode that can be read; the first of {len(bad)}: {next(iter(bad.values()))}"
+                )
+            vars(self).pop("_rows", None)
+        self.episodes = [f"episode {episode.number}" for episode in self._table]
+        self.ends = np.cumsum([episode.length for episode in self._table])
+        self._frames: dict[str, np.ndarray] = {}
+        total = sum(episode.length for episode in everything)
+        if total != self._info["total_frames"] and not skip_bad_episodes:
             raise ValueError(
                 f"{self.root} is damaged: meta/info.json counts {self._info['total_frames']} frames, the episodes in "
-                f"meta/episodes {self.num_frames}. Copy the dataset again."
+                f"meta/episodes {total}. Copy the dataset again."
             )
-        self._frames: dict[str, np.ndarray] = {}
+        self.report_skipped()
 
-    def columns(self, name: str) -> Shaped[np.ndarray, "n *shape"]:
-        """Values of one feature for all frames, in order; `[n, *shape]` with the shape that `features` gives it.
+    def __getstate__(self) -> dict[str, Any]:
+        kept = dict(self.__dict__)
+        for name in ("_columns", "_reader", "_pictures", "_rows"):
+            kept.pop(name, None)
+        return kept | {"_frames": {}}
 
-        Raises:
-            ValueError: no such feature, or it is video; the files hold fewer rows than the episodes say.
-        """
-        if name in self.cameras or name not in self.features:
-            numeric = [key for key in self.features if key not in self.cameras]
-            raise ValueError(f"{self.root} has no column {name!r}{_close(name, numeric)}; its columns are {numeric}.")
-        return self._column(name)
+    def read(self, name: str, first: int, end: int) -> np.ndarray:
+        self.check_column(name)
+        return self._read(name, first, end)
 
-    def episode_range(self, episode: int) -> tuple[int, int]:
-        """First frame of an episode, and the one after its last."""
-        return int(self._from[episode]), int(self._to[episode])
+    @property
+    def task_index(self) -> Int[np.ndarray, "n"]:
+        return self._bookkeeping("task_index")
 
-    def task(self, i: int) -> str:
-        """Instruction of frame `i`."""
-        return self.tasks[int(self._column("task_index")[i, 0])]
+    @property
+    def shard_ends(self) -> Int[np.ndarray, "s"]:
+        files = [episode.data for episode in self._table]
+        last = [i for i in range(len(files)) if i + 1 == len(files) or files[i + 1] != files[i]]
+        return self.ends[last]
 
-    def image(self, i: int, camera: str) -> UInt8[np.ndarray, "h w 3"]:
-        """Frame `i` of a camera, RGB."""
-        return np.asarray(self.frames(camera)[i])
-
-    def chunk(
-        self, i: int | Int[np.ndarray, "*b"], horizon: int, column: str = "action"
-    ) -> tuple[Shaped[np.ndarray, "*b ah d"], Bool[np.ndarray, "*b ah"]]:
-        """The `horizon` values that start at frame `i`, and a mask that is False beyond the episode's end.
-
-        Beyond the end the episode's last value is repeated.
-        """
-        start = np.asarray(i)
-        end = self._to[np.searchsorted(self._to, start, side="right")][..., None]
-        steps = start[..., None] + np.arange(horizon)
-        return self.columns(column)[np.minimum(steps, end - 1)], steps < end
+    def images(self, camera: str, rows: Rows) -> UInt8[np.ndarray, "n h w 3"]:
+        self.check_camera(camera)
+        if self.features[camera]["dtype"] == "image":
+            return self._stored_pictures(camera, np.asarray(rows))
+        if self.decoding == "once":
+            return self.frames(camera)[rows]
+        return self._decode(camera, np.asarray(rows))
 
     def frames(self, camera: str) -> UInt8[np.ndarray, "n h w 3"]:
         """All frames of a camera in order, RGB: a memory-mapped array that is decoded at the first call.
@@ -561,79 +156,266 @@ class LeRobotDataset:
             ValueError: no such camera; the video is damaged, or not of the size that `meta/info.json` gives; no room
                 for the decoded frames.
         """
-        if camera not in self.cameras:
-            raise ValueError(
-                f"{self.root} has no video {camera!r}{_close(camera, self.cameras)}; its cameras are "
-                f"{list(self.cameras)}. Images stored inside parquet are not supported: record them as video."
-            )
+        self.check_camera(camera)
         if camera not in self._frames:
             shape = (self.num_frames, *self.features[camera]["shape"])
+            if self.features[camera]["dtype"] == "image":
+                return self._stored_pictures(camera, np.arange(self.num_frames))
             folder = cache_folder(self.root, self._cache)
-            self._frames[camera] = decode_once(camera, self._clips(camera), self.fps, shape, folder)
+            try:
+                self._frames[camera] = decode_once(camera, self._clips(camera), self.fps, shape, folder)
+            except VideoError as error:
+                raise self._explained(error) from error
         return self._frames[camera]
 
-    @functools.cache  # noqa: B019  (columns are small and live as long as the dataset)
-    def _column(self, name: str) -> np.ndarray:
-        files = self._paths(self._info["data_path"], self._files("data"))
-        values = _read_column(files, name, tuple(self.features[name]["shape"]))
-        if len(values) != self.num_frames:
-            raise ValueError(
-                f"{self.root} is damaged: column {name!r} has {len(values)} rows, the episodes {self.num_frames}. "
-                "Copy the dataset again."
-            )
-        return values
+    def picture_files(self, camera: str) -> list[Path]:
+        self.check_camera(camera)
+        stored = self.features[camera]["dtype"] == "image"
+        names = [episode.data if stored else episode.videos[camera][0] for episode in self._table]
+        return [self.root / name for name in dict.fromkeys(names)]
 
-    def _read_episodes(self) -> None:
+    def video_of(self, camera: str, episode: int) -> tuple[Path, float]:
+        """Video file of an episode, and the second at which it begins there."""
+        name, start = self._table[episode].videos[camera]
+        return self.root / name, start
+
+    def seconds(self, camera: str) -> np.ndarray:
+        """Time of each frame in its camera's video, seconds, `[n]`."""
+        starts = np.array([episode.videos[camera][1] for episode in self._table])
+        lengths = np.diff(self.ends, prepend=0)
+        return np.repeat(starts, lengths) + self._bookkeeping("timestamp").astype(np.float64)
+
+    def _bookkeeping(self, name: str) -> np.ndarray:
+        kept = vars(self).setdefault("_columns", {})
+        if name not in kept:
+            kept[name] = self._read(name, 0, self.num_episodes, shape=(1,))
+        return kept[name].reshape(-1)
+
+    def _read(self, name: str, first: int, end: int, shape: tuple[int, ...] | None = None) -> np.ndarray:
+        width: tuple[int, ...] = self.features[name]["shape"] if shape is None else shape
+        wanted = self._table[first:end]
+        files = list(dict.fromkeys(episode.data for episode in wanted))
+        numbers = {file: np.array([e.number for e in wanted if e.data == file]) for file in files}
+
+        def part(file: str) -> np.ndarray:
+            index, _ = self._rows_of(file)
+            values = _read_column(self.root / file, name, width)
+            if len(values) != len(index):
+                raise ValueError(f"{self.root / file} has {len(index)} episode indices and {len(values)} {name!r}.")
+            keep = np.isin(index, numbers[file])
+            return values if keep.all() else values[keep]
+
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            return np.concatenate(list(pool.map(part, files)))
+
+    def _rows_of(self, file: str) -> tuple[np.ndarray, dict[int, int]]:
+        """The episode of each row of a data file, and the first row of each episode; checked against the episodes."""
+        kept = vars(self).setdefault("_rows", {})
+        if file not in kept:
+            path = self.root / file
+            expected = self._by_file[file]
+            if not path.is_file():
+                names = ", ".join(str(episode.number) for episode in expected[:5])
+                raise FileNotFoundError(
+                    f"{self.root} lacks {file}, which holds episode {names}. Copy the dataset again."
+                )
+            try:
+                index = _read_column(path, "episode_index", (1,))[:, 0]
+            except ValueError as error:
+                raise BadEpisode(f"{error} It holds episode {expected[0].number}.") from error
+            lengths = np.array([episode.length for episode in expected])
+            if not np.array_equal(index, np.repeat([episode.number for episode in expected], lengths)):
+                for episode in expected:
+                    if (found := int((index == episode.number).sum())) != episode.length:
+                        raise BadEpisode(
+                            f"{path} is damaged: it has {found} rows of episode {episode.number}, the episodes in meta "
+                            f"{episode.length}; it has {len(index)} rows, the episodes {lengths.sum()}. Copy the "
+                            "dataset again."
+                        )
+                raise BadEpisode(f"{path} does not hold its episodes one after the other, as the format does.")
+            starts = np.cumsum(lengths) - lengths
+            kept[file] = index, {e.number: int(start) for e, start in zip(expected, starts, strict=True)}
+        return kept[file]
+
+    @functools.cached_property
+    def _by_file(self) -> dict[str, list[_Episode]]:
+        files: dict[str, list[_Episode]] = {}
+        for episode in self._all:
+            files.setdefault(episode.data, []).append(episode)
+        return files
+
+    def _read_episodes(self) -> Iterator[_Episode]:
         files = sorted((self.root / "meta/episodes").glob("*/*.parquet"))
         if not files:
             raise FileNotFoundError(f"{self.root} has no meta/episodes/*/*.parquet; a LeRobot v3.0 dataset has some.")
-        keys = ["data", *(f"videos/{camera}" for camera in self.cameras)]
+        keys = ["data", *(f"videos/{camera}" for camera in self._clip_cameras)]
         columns = ["episode_index", "dataset_from_index", "dataset_to_index"]
         columns += [f"{key}/{index}" for key in keys for index in ("chunk_index", "file_index")]
-        columns += [f"videos/{camera}/from_timestamp" for camera in self.cameras]
-        table = {name: _read_column(files, name, (1,))[:, 0] for name in columns}
+        columns += [f"videos/{camera}/from_timestamp" for camera in self._clip_cameras]
+        table = {name: np.concatenate([_read_column(file, name, (1,))[:, 0] for file in files]) for name in columns}
         order = np.argsort(table["episode_index"], kind="stable")
-        self._episodes = {name: values[order] for name, values in table.items()}
-        self._from, self._to = self._episodes["dataset_from_index"], self._episodes["dataset_to_index"]
-        if self._from[0] != 0 or (self._from[1:] != self._to[:-1]).any() or (self._to <= self._from).any():
+        table = {name: values[order] for name, values in table.items()}
+        begin, end = table["dataset_from_index"], table["dataset_to_index"]
+        if begin[0] != 0 or (begin[1:] != end[:-1]).any() or (end <= begin).any():
             raise ValueError(f"{self.root}: the episodes in meta/episodes do not follow one another without gaps.")
+        for i, number in enumerate(table["episode_index"].tolist()):
+            videos = {}
+            for camera in self._clip_cameras:
+                chunk, file, start = (
+                    table[f"videos/{camera}/{key}"][i] for key in ("chunk_index", "file_index", "from_timestamp")
+                )
+                name = self._info["video_path"].format(video_key=camera, chunk_index=chunk, file_index=file)
+                videos[camera] = (name, float(start))
+            chunk, file = table["data/chunk_index"][i], table["data/file_index"][i]
+            data = self._info["data_path"].format(chunk_index=chunk, file_index=file)
+            yield _Episode(number, int(end[i] - begin[i]), data, videos)
 
-    def _read_tasks(self) -> None:
-        path = self.root / "meta/tasks.parquet"
-        table = _read_table(path)
-        # pandas names the column of an unnamed index so; lerobot wrote it without a name for a while.
-        column = "task" if "task" in table.column_names else "__index_level_0__"
-        rows = {row["task_index"]: row[column] for row in table.to_pylist()}
-        if sorted(rows) != list(range(len(rows))):
-            raise ValueError(f"{path} numbers its tasks {sorted(rows)}; expected 0 to {len(rows) - 1}.")
-        self.tasks: list[str] = [rows[i] for i in range(len(rows))]
-        """Instructions by task index."""
-
-    def _files(self, key: str) -> np.ndarray:
-        """Chunk and file index of each episode, `[num_episodes, 2]`."""
-        return np.stack([self._episodes[f"{key}/chunk_index"], self._episodes[f"{key}/file_index"]], 1)
-
-    def _paths(self, template: str, files: np.ndarray) -> list[Path]:
-        paths = [
-            self.root / template.format(chunk_index=chunk, file_index=file) for chunk, file in np.unique(files, axis=0)
-        ]
-        missing = [str(path.relative_to(self.root)) for path in paths if not path.is_file()]
-        if missing:
-            raise FileNotFoundError(f"{self.root} lacks {missing[:5]}, {len(missing)} files. Copy the dataset again.")
-        return paths
+    def _read_episodes_v2(self) -> Iterator[_Episode]:
+        for row in sorted(_read_lines(self.root / "meta/episodes.jsonl"), key=lambda row: row["episode_index"]):
+            number = int(row["episode_index"])
+            if int(row["length"]) < 1:
+                raise ValueError(f"{self.root}/meta/episodes.jsonl gives episode {number} {row['length']} frames.")
+            where = {"episode_chunk": number // self._info["chunks_size"], "episode_index": number}
+            videos = {
+                camera: (self._info["video_path"].format(video_key=camera, **where), 0.0)
+                for camera in self._clip_cameras
+            }
+            yield _Episode(number, int(row["length"]), self._info["data_path"].format(**where), videos)
 
     def _clips(self, camera: str) -> list[Clip]:
-        """Where the frames of a camera are: at `from_timestamp` of the episode + `timestamp` of the row."""
-        files = self._files(f"videos/{camera}")
-        template = self._info["video_path"].replace("{video_key}", camera)
-        episode = np.repeat(np.arange(self.num_episodes), self._to - self._from)
-        seconds = self._episodes[f"videos/{camera}/from_timestamp"][episode] + self._column("timestamp")[:, 0]
-        numbers = np.rint(seconds * self.fps).astype(np.int64)
-        clips = []
-        for path, file in zip(self._paths(template, files), np.unique(files, axis=0), strict=True):
-            rows = np.flatnonzero((files == file).all(1)[episode])
-            clips.append(Clip(path, rows, numbers[rows]))
-        return clips
+        """Where the frames of a camera are."""
+        numbers = np.rint(self.seconds(camera) * self.fps).astype(np.int64)
+        files: dict[str, list[np.ndarray]] = {}
+        for i, episode in enumerate(self._table):
+            files.setdefault(episode.videos[camera][0], []).append(np.arange(*self.episode_range(i)))
+        missing = [name for name in files if not (self.root / name).is_file()]
+        if missing:
+            raise FileNotFoundError(f"{self.root} lacks {missing[:5]}, {len(missing)} files. Copy the dataset again.")
+        rows = {name: np.concatenate(parts) for name, parts in files.items()}
+        return [Clip(self.root / name, at, numbers[at]) for name, at in sorted(rows.items())]
+
+    def _decode(self, camera: str, rows: np.ndarray) -> np.ndarray:
+        reader = vars(self).setdefault("_reader", FrameReader())
+        flat = rows.ravel()
+        episodes = self.episode_of(flat)
+        times = self.seconds_of(camera, flat, episodes)
+        out = np.empty((len(flat), *self.features[camera]["shape"]), np.uint8)
+        files: dict[str, list[int]] = {}
+        for i, episode in enumerate(episodes.tolist()):
+            files.setdefault(self._table[episode].videos[camera][0], []).append(i)
+        for name, at in files.items():
+            try:
+                reader.read(self.root / name, times[at], 0.5 / self.fps, out, np.array(at))
+            except VideoError as error:
+                raise self._explained(VideoError(str(error), flat[at][error.rows])) from error
+        return out.reshape(*rows.shape, *out.shape[1:])
+
+    def seconds_of(self, camera: str, rows: np.ndarray, episodes: np.ndarray) -> np.ndarray:
+        """Time of the given frames in their videos, seconds."""
+        starts = np.array([self._table[episode].videos[camera][1] for episode in episodes.tolist()])
+        return starts + self._bookkeeping("timestamp")[rows].astype(np.float64)
+
+    def _stored_pictures(self, camera: str, rows: np.ndarray) -> np.ndarray:
+        """Pictures that are kept in parquet, by row groups."""
+        shape = self.features[camera]["shape"]
+        if shape[0] == 3 and shape[2] != 3:  # versions 2 sometimes give channels first
+            shape = (*shape[1:], 3)
+        out = np.empty((rows.size, *shape), np.uint8)
+        order = np.argsort(rows.ravel(), kind="stable")
+        episodes = self.episode_of(rows.ravel())
+        for i in order.tolist():
+            row, episode = int(rows.ravel()[i]), self._table[int(episodes[i])]
+            first = self._rows_of(episode.data)[1][episode.number]
+            within = first + row - self.episode_range(int(episodes[i]))[0]
+            try:
+                picture = decode_picture(self._encoded_picture(camera, episode.data, within))
+            except (ValueError, OSError) as error:
+                raise BadEpisode(
+                    f"{self.root / episode.data}: picture of {camera!r} in row {within}, episode {episode.number}, "
+                    f"cannot be decoded ({error})."
+                ) from error
+            if picture.shape != shape:
+                raise BadEpisode(
+                    f"{self.root / episode.data}: picture of {camera!r} in episode {episode.number} has shape "
+                    f"{picture.shape}; meta/info.json says {shape}."
+                )
+            out[i] = picture
+        return out.reshape(*rows.shape, *shape)
+
+    def _encoded_picture(self, camera: str, file: str, row: int) -> bytes:
+        groups = vars(self).setdefault("_pictures", {})
+        opened, ends = groups.get((file,)) or groups.setdefault((file,), _open_row_groups(self.root / file))
+        group = int(np.searchsorted(ends, row, side="right"))
+        key = (file, camera, group)
+        if key not in groups:
+            loaded = [k for k in groups if len(k) == 3]
+            for old in loaded[: len(loaded) - ROW_GROUPS_KEPT + 1]:
+                del groups[old]
+            try:
+                groups[key] = opened.read_row_group(group, columns=[camera])[camera].combine_chunks()
+            except (pa.ArrowInvalid, OSError) as error:
+                raise ValueError(f"row group {group} cannot be read: {error}") from error
+        value = groups[key][row - (int(ends[group - 1]) if group else 0)].as_py()
+        if isinstance(value, dict):
+            return value["bytes"] if value.get("bytes") is not None else (self.root / value["path"]).read_bytes()
+        return value
+
+    def _explained(self, error: VideoError) -> BadEpisode:
+        """The error with the episodes that it concerns."""
+        names = [self.episodes[e] for e in np.unique(self.episode_of(np.asarray(error.rows))).tolist()]
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        return BadEpisode(f"{error} This concerns {', '.join(names[:5])}{more} of {self.root}.")
+
+    def _find_bad(self) -> dict[int, str]:
+        """Episodes that cannot be read, and why: rows that are missing, and frames that their videos do not hold."""
+        bad: dict[int, str] = {}
+        usable = {}
+        for file, episodes in self._by_file.items():
+            try:
+                self._rows_of(file)
+                usable[file] = _read_column(self.root / file, "timestamp", (1,))[:, 0]
+            except (ValueError, OSError) as error:
+                bad |= {episode.number: str(error) for episode in episodes}
+        by_video: dict[str, list[tuple[_Episode, np.ndarray]]] = {}
+        for file, timestamps in usable.items():
+            _, starts = self._rows_of(file)
+            for episode in self._by_file[file]:
+                within = timestamps[starts[episode.number] : starts[episode.number] + episode.length]
+                for name, start in episode.videos.values():
+                    by_video.setdefault(name, []).append((episode, start + within.astype(np.float64)))
+
+        def look(name: str) -> dict[int, str]:
+            path, reader, found = self.root / name, FrameReader(), {}
+            for episode, times in by_video[name]:
+                try:
+                    reader.locate(path, times, 0.5 / self.fps)
+                except (ValueError, OSError) as error:
+                    found[episode.number] = str(error)
+            return found
+
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            for found in pool.map(look, by_video):
+                bad |= found
+        return bad
+
+
+def find_dataset(path: str, offline: bool = False) -> Path:
+    """Folder of a dataset that is on this machine, or is fetched from the Hugging Face hub.
+
+    Args:
+        path: a folder, or "hf://owner/name".
+        offline: take the hub's datasets from its cache on this machine, and ask nobody.
+
+    Raises:
+        ValueError: the hub is asked for and `huggingface_hub` is not installed.
+    """
+    if not path.startswith("hf://"):
+        return Path(path).expanduser()
+    try:
+        from huggingface_hub import snapshot_download  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ValueError(f"{path} is on the Hugging Face hub, which needs: pip install pi0_jax[hub]") from error
+    return Path(snapshot_download(path.removeprefix("hf://"), repo_type="dataset", local_files_only=offline))
 
 
 def _read_info(root: Path) -> dict[str, Any]:
@@ -641,17 +423,50 @@ def _read_info(root: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"there is no folder {root}. Record demonstrations into it, or set `data.path`.")
     path = root / "meta/info.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{root} has no meta/info.json; expected the folder of a LeRobot {VERSION} dataset.")
+        raise FileNotFoundError(f"{root} has no meta/info.json; expected the folder of a LeRobot dataset.")
     try:
         info = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON ({error}). Copy the dataset again.") from error
-    if info.get("codebase_version") != VERSION:
+    if info.get("codebase_version") not in VERSIONS:
         raise ValueError(
-            f"{root} is a LeRobot dataset of version {info.get('codebase_version')}; {VERSION} is supported. "
-            "Convert v2.1 with `python -m lerobot.scripts.convert_dataset_v21_to_v30` of the lerobot package."
+            f"{root} is a LeRobot dataset of version {info.get('codebase_version')}; {', '.join(VERSIONS)} can be read."
         )
     return info
+
+
+def _read_tasks(root: Path, version: str) -> list[str]:
+    """Instructions by task index."""
+    if version == "v3.0":
+        path = root / "meta/tasks.parquet"
+        table = _read_table(path)
+        # pandas names the column of an unnamed index so; lerobot wrote it without a name for a while.
+        column = "task" if "task" in table.column_names else "__index_level_0__"
+        rows = {row["task_index"]: row[column] for row in table.to_pylist()}
+    else:
+        path = root / "meta/tasks.jsonl"
+        rows = {row["task_index"]: row["task"] for row in _read_lines(path)}
+    if sorted(rows) != list(range(len(rows))):
+        raise ValueError(f"{path} numbers its tasks {sorted(rows)}; expected 0 to {len(rows) - 1}.")
+    return [rows[i] for i in range(len(rows))]
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}; a LeRobot dataset of version 2 has one. Copy the dataset again.")
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except json.JSONDecodeError as error:
+            raise ValueError(f"line {number} of {path} is not JSON ({error}). Copy the dataset again.") from error
+    return rows
+
+
+def _open_row_groups(path: Path) -> tuple[pq.ParquetFile, np.ndarray]:
+    opened = pq.ParquetFile(path, memory_map=True)
+    sizes = [opened.metadata.row_group(i).num_rows for i in range(opened.num_row_groups)]
+    return opened, np.cumsum(sizes)
 
 
 def _read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
@@ -663,26 +478,30 @@ def _read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
         raise ValueError(f"{path} cannot be read as parquet ({error}). Copy the dataset again.") from error
 
 
-def _read_column(files: list[Path], name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """One column of several parquet files, `[n, *shape]`."""
-    parts = []
-    for path in files:
-        table = _read_table(path, [name])
-        if name not in table.column_names:
-            raise ValueError(f"{path} has no column {name!r}, which meta/info.json or the LeRobot format promises.")
-        column = table[name].combine_chunks()
-        flat = column
-        while pa.types.is_list(flat.type) or pa.types.is_fixed_size_list(flat.type):
-            flat = flat.flatten()
-        values = flat.to_numpy(zero_copy_only=False)
-        if values.size != len(column) * math.prod(shape):
-            raise ValueError(
-                f"{path}: column {name!r} has {values.size} values in {len(column)} rows of shape {shape}."
-            )
-        parts.append(values.reshape(len(column), *shape))
-    return np.concatenate(parts)
+def _read_column(path: Path, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """One column of a parquet file, `[n, *shape]`; text as an array of objects."""
+    table = _read_table(path, [name])
+    if name not in table.column_names:
+        raise ValueError(f"{path} has no column {name!r}, which meta/info.json or the LeRobot format promises.")
+    column = table[name].combine_chunks()
+    flat = column
+    while pa.types.is_list(flat.type) or pa.types.is_fixed_size_list(flat.type):
+        flat = flat.flatten()
+    values = flat.to_numpy(zero_copy_only=False)
+    if values.size != len(column) * math.prod(shape):
+        raise BadEpisode(
+            f"{path}: column {name!r} has {values.size} values in {len(column)} rows of shape {shape}"
+            f"{_uneven_rows(path, column, math.prod(shape))}."
+        )
+    return values.reshape(len(column), *shape)
 
 
-def _close(name: str, names: Iterable[str]) -> str:
-    match = difflib.get_close_matches(name, list(names), n=1, cutoff=0.4)
-    return f" (did you mean {match[0]!r}?)" if match else ""
+def _uneven_rows(path: Path, column: pa.Array, width: int) -> str:
+    """The first episode with a row of another length, for a message."""
+    if not pa.types.is_list(column.type):
+        return ""
+    lengths = np.array([0 if row is None else len(row) for row in column.to_pylist()])
+    if not (wrong := np.flatnonzero(lengths != width)).size:
+        return ""
+    index = _read_table(path, ["episode_index"])["episode_index"].to_numpy()
+    return f"; row {wrong[0]}, in episode {index[wrong[0]]}, has {lengths[wrong[0]]}"

@@ -1,160 +1,268 @@
-"""Batches from a dataset: shuffled and endless for training, in order and once for validation.
+"""Batches from datasets: shuffled and endless for training, in order and once for validation.
 
-Grain reads ahead in threads and keeps the position, so that a run resumes at the very batch where it stopped. An
-element is a whole batch: its frames' indices come from a permutation of the epoch, and everything after is a handful
-of array operations on the batch, which is what keeps Python out of the way.
+Grain reads ahead, in threads and, where asked, in processes, and the position is the number of the next batch, so that
+a run resumes at the very batch where it stopped, with any number of either. An element is a whole batch: its samples'
+places come from a `Stream`, and everything after is a handful of array operations on the batch, which is what keeps
+Python out of the way.
 """
 
 from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import grain
+import jax
 import numpy as np
+from absl import flags
 from jaxtyping import Int
 
 from pi0_jax.batch import Batch
 from pi0_jax.config import TrainConfig
-from pi0_jax.data.lerobot import ACTION, STATE, VALID, LeRobotDataset
-from pi0_jax.data.robots import Robot, get_robot
+from pi0_jax.data.mixture import FrameOrder, Part, Stream
+from pi0_jax.data.robots import Robot
+from pi0_jax.data.source import ACTION, STATE, VALID, Source
 from pi0_jax.data.transform import Transform, to_observation
 
 Indices = Int[np.ndarray, "b"]
+STAGES = ("columns", "pictures", "transform")
+"""What preparing a batch consists of: numbers and chunks; reading and decoding pictures; resizing and tokens."""
+
+
+class Loader:
+    """An endless iterator over training batches that knows where it is and how long it made its caller wait.
+
+    Args:
+        prepare: from the number of a batch to it, and the seconds of each stage.
+        num_workers: processes; 0: threads alone.
+        num_threads: reader threads, of each process.
+        prefetch: batches prepared ahead, by each process.
+    """
+
+    def __init__(self, prepare: _Prepare, num_workers: int, num_threads: int, prefetch: int):
+        self._prepare, self._workers, self._prefetch = prepare, num_workers, prefetch
+        self._options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
+        self._start = 0
+        self._iterator: grain.DatasetIterator | None = None
+        self._waited, self._since = 0.0, time.perf_counter()
+        self._spent = np.zeros(len(STAGES))
+
+    def __iter__(self) -> Loader:
+        return self
+
+    def __next__(self) -> Batch:
+        begin = time.perf_counter()
+        if self._iterator is None:
+            self._iterator = self._open()
+        batch, spent = next(self._iterator)
+        self._start += 1
+        self._spent += spent
+        self._waited += time.perf_counter() - begin
+        return batch
+
+    def get_state(self) -> dict[str, int]:
+        """The position, a small dict."""
+        return {"next_index": self._start}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        """Continues exactly where `get_state` was asked."""
+        self._start = int(state["next_index"])
+        self.close()
+
+    def close(self) -> None:
+        """Ends worker processes and threads; the next batch starts them again."""
+        if self._iterator is not None:
+            self._iterator.close()
+        self._iterator = None
+
+    def gauges(self) -> dict[str, float]:
+        """Since this was asked last: `input_wait`, the share of the time that was spent waiting for batches; and the
+        share of each stage in what preparing them took, all workers together."""
+        now, total = time.perf_counter(), max(self._spent.sum(), 1e-9)
+        gauges = {"input_wait": self._waited / max(now - self._since, 1e-9)}
+        gauges |= {f"input_{name}": float(spent / total) for name, spent in zip(STAGES, self._spent, strict=True)}
+        self._waited, self._since = 0.0, now
+        self._spent = np.zeros(len(STAGES))
+        return gauges
+
+    def _open(self) -> grain.DatasetIterator:
+        batches = grain.MapDataset.range(self._start, sys.maxsize // 2).map(self._prepare)
+        ahead = batches.to_iter_dataset(self._options)
+        if self._workers:
+            if not flags.FLAGS.is_parsed():  # Grain's processes read a flag, and ours is no absl program
+                flags.FLAGS.mark_as_parsed()
+            options = grain.MultiprocessingOptions(self._workers, max(1, self._prefetch // 2))
+            ahead = ahead.mp_prefetch(options)
+        return iter(ahead)
 
 
 def make_loader(
-    dataset: LeRobotDataset, transform: Transform, config: TrainConfig, shard_index: int = 0, shard_count: int = 1
-) -> grain.DatasetIterator:
+    parts: Sequence[tuple[Part, Transform]], config: TrainConfig, shard_index: int = 0, shard_count: int = 1
+) -> Loader:
     """An endless iterator over shuffled training batches, numpy arrays with uint8 images.
 
-    Each epoch has its own order, which depends on `config.seed` alone. Processes that share a batch get consecutive
-    parts of it: put together they are the batch that one process would read. Frames without a single step to learn
-    are left out.
+    Each epoch of a dataset has its own order, which depends on `config.seed` alone. Processes that share a batch get
+    consecutive parts of it: put together they are the batch that one process would read. Frames without a single step
+    to learn are left out.
 
     The iterator's `get_state()` is a small dict; `set_state()` continues exactly there.
 
     Args:
-        dataset: demonstrations of `config.policy.robot`.
-        transform: from `make_transform`.
-        config: batch size, seed, robot, horizon, reader threads.
+        parts: datasets from `open_parts`, each with the transform of its robot and statistics.
+        config: batch size, seed, horizon, workers.
         shard_index: number of this process.
         shard_count: number of processes.
 
     Raises:
-        ValueError: the dataset is not the robot's, the batch cannot be divided, or there is nothing to learn.
+        ValueError: a dataset is not its robot's, the batch cannot be divided, or there is nothing to learn.
     """
     if config.batch_size % shard_count or not 0 <= shard_index < shard_count:
         raise ValueError(
             f"a batch of {config.batch_size} cannot be divided for process {shard_index} of {shard_count}. "
             "Choose a `batch_size` that the number of processes divides."
         )
-    read = _reader(dataset, transform, config)
-    frames = _learnable(dataset, config.policy.model.action_horizon)
-    share = config.batch_size // shard_count
-
-    @functools.lru_cache(maxsize=2)
-    def order(epoch: int) -> Indices:
-        return frames[np.random.default_rng((config.seed, epoch)).permutation(len(frames))]
-
-    def batch(number: int) -> Batch:
-        start = number * config.batch_size + shard_index * share
-        positions = range(start, start + share)
-        return read(np.array([order(p // len(frames))[p % len(frames)] for p in positions]))
-
-    options = grain.ReadOptions(num_threads=config.data.num_threads, prefetch_buffer_size=config.data.prefetch)
-    return iter(grain.MapDataset.range(sys.maxsize // config.batch_size).map(batch).to_iter_dataset(options))
+    readers = [_Reader(part, transform, config) for part, transform in parts]
+    frames = [_learnable(part.source, part.training, config.policy.model.action_horizon) for part, _ in parts]
+    orders = []
+    for number, ((part, _), own) in enumerate(zip(parts, frames, strict=True)):
+        shards = part.source.shard_ends if config.data.shuffle == "shards" else None
+        orders.append(FrameOrder(own, config.seed, number, shards, config.data.shuffle_window))
+    given = [part.weight for part, _ in parts]
+    weights = None if None in given else [weight for weight in given if weight is not None]
+    stream = Stream(orders, [len(own) for own in frames], weights, config.seed)
+    prepare = _Prepare(readers, stream, config.batch_size, shard_index, shard_count)
+    data = config.data
+    return Loader(prepare, data.num_workers, data.num_threads, data.prefetch)
 
 
-def eval_batches(dataset: LeRobotDataset, transform: Transform, config: TrainConfig) -> Iterator[Batch]:
-    """All frames once and in order, in batches of `config.batch_size`.
+class _Prepare:
+    """From the number of a batch to this process's part of it, and the seconds of each stage."""
 
-    The last batch is filled up with copies of its last frame whose `step_mask` is False throughout.
+    def __init__(self, readers: list[_Reader], stream: Stream, batch_size: int, shard_index: int, shard_count: int):
+        self._readers, self._stream, self._batch_size = readers, stream, batch_size
+        self._share = batch_size // shard_count
+        self._first = shard_index * self._share
+
+    def __call__(self, number: int) -> tuple[Batch, np.ndarray]:
+        start = number * self._batch_size + self._first
+        members, frames = self._stream(np.arange(start, start + self._share))
+        seconds = np.zeros(len(STAGES))
+        batches, places = [], []
+        for member in np.unique(members).tolist():
+            places.append(np.flatnonzero(members == member))
+            batches.append(self._readers[member](frames[places[-1]], seconds))
+        if len(batches) == 1:
+            return batches[0], seconds
+        back = np.argsort(np.concatenate(places))
+        return jax.tree.map(lambda *leaves: np.concatenate(leaves)[back], *batches), seconds
+
+
+def eval_batches(parts: Sequence[tuple[Part, Transform]], config: TrainConfig) -> Iterator[Batch]:
+    """All held-out frames once and in order, in batches of `config.batch_size`.
+
+    The last batch of each dataset is filled up with copies of its last frame whose `step_mask` is False throughout.
 
     Raises:
-        ValueError: the dataset is not the robot's, or there is nothing to learn.
+        ValueError: a dataset is not its robot's, or there is nothing to learn.
     """
-    read = _reader(dataset, transform, config)
-    frames = _learnable(dataset, config.policy.model.action_horizon)
+    readers = [_Reader(part, transform, config) for part, transform in parts]
+    frames = [_learnable(part.source, part.held_out, config.policy.model.action_horizon) for part, _ in parts]
 
     def batches() -> Iterator[Batch]:
-        for start in range(0, len(frames), config.batch_size):
-            indices = frames[start : start + config.batch_size]
-            filling = config.batch_size - len(indices)
-            batch = read(np.pad(indices, (0, filling), mode="edge"))
-            batch.step_mask[len(indices) :] = False
-            yield batch
+        for reader, own in zip(readers, frames, strict=True):
+            for start in range(0, len(own), config.batch_size):
+                indices = own[start : start + config.batch_size]
+                filling = config.batch_size - len(indices)
+                batch = reader(np.pad(indices, (0, filling), mode="edge"), np.zeros(len(STAGES)))
+                batch.step_mask[len(indices) :] = False
+                yield batch
 
     return batches()
 
 
-def _reader(dataset: LeRobotDataset, transform: Transform, config: TrainConfig) -> Callable[[Indices], Batch]:
-    """The function from frame indices to their batch."""
-    robot, model = get_robot(config.policy.robot), config.policy.model
-    _check_dataset(dataset, robot)
-    images = {name: dataset.frames(key) for key, name in robot.cameras.items() if name in model.cameras}
-    state, tasks = dataset.columns(STATE), np.array(dataset.tasks, object)
-    task_index = dataset.columns("task_index")[:, 0]
-    dim_mask = np.arange(model.action_dim) < len(robot.actions)
+class _Item(NamedTuple):
+    """Names of one camera."""
 
-    def read(indices: Indices) -> Batch:
-        actions, step_mask = dataset.chunk(indices, model.action_horizon)
-        sample = transform.forward(
-            {
-                "images": {name: frames[indices] for name, frames in images.items()},
-                "state": state[indices],
-                "prompt": tasks[task_index[indices]],
-                "actions": actions,
-            }
-        )
-        masks: dict[str, Any] = {
-            "step_mask": step_mask & valid_steps(dataset, indices, model.action_horizon),
-            "dim_mask": np.tile(dim_mask, (len(indices), 1)),
-        }
-        return Batch(to_observation(sample), sample["actions"], **masks)
-
-    return read
+    feature: str
+    camera: str
 
 
-def valid_steps(dataset: LeRobotDataset, indices: Indices, horizon: int) -> np.ndarray:
+class _Reader:
+    """From frames of one dataset to their batch."""
+
+    def __init__(self, part: Part, transform: Transform, config: TrainConfig):
+        self._source, self._transform, model = part.source, transform, config.policy.model
+        _check_dataset(part.source, part.robot)
+        self._horizon = model.action_horizon
+        self._cameras = [_Item(key, name) for key, name in part.robot.cameras.items() if name in model.cameras]
+        self._dim_mask = np.arange(model.action_dim) < len(part.robot.actions)
+        for item in self._cameras:  # decodes video that is decoded once, and fails, now rather than later
+            part.source.images(item.feature, np.array([0]))
+
+    @functools.cached_property
+    def _tasks(self) -> np.ndarray:
+        return np.array(self._source.tasks, object)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_tasks"}
+
+    def __call__(self, rows: Indices, seconds: np.ndarray) -> Batch:
+        """The batch of `rows`; adds the time that each stage took to `seconds`."""
+        marks = [time.perf_counter()]
+        actions, step_mask = self._source.chunk(rows, self._horizon)
+        step_mask &= valid_steps(self._source, rows, self._horizon)
+        state, prompts = self._source.columns(STATE)[rows], self._tasks[self._source.task_index[rows]]
+        marks.append(time.perf_counter())
+        images = {item.camera: self._source.images(item.feature, rows) for item in self._cameras}
+        marks.append(time.perf_counter())
+        sample = self._transform.forward({"images": images, "state": state, "prompt": prompts, "actions": actions})
+        masks: dict[str, Any] = {"step_mask": step_mask, "dim_mask": np.tile(self._dim_mask, (len(rows), 1))}
+        batch = Batch(to_observation(sample), sample["actions"], **masks)
+        seconds += np.diff([*marks, time.perf_counter()])
+        return batch
+
+
+def valid_steps(source: Source, indices: Indices, horizon: int) -> np.ndarray:
     """False where a step's action must not be learnt, `[b, horizon]`.
 
     A chunk counts up to its first invalid step: what the expert does after a perturbation answers something that
     nobody could foresee from the chunk's first frame.
     """
-    if VALID not in dataset.features:
+    if VALID not in source.features:
         return np.ones((len(indices), horizon), bool)
-    return np.logical_and.accumulate(dataset.chunk(indices, horizon, VALID)[0][..., 0] > 0, axis=1)
+    return np.logical_and.accumulate(source.chunk(indices, horizon, VALID)[0][..., 0] > 0, axis=1)
 
 
-def _learnable(dataset: LeRobotDataset, horizon: int) -> Indices:
-    """Frames with at least one step to learn."""
-    frames = np.arange(dataset.num_frames)
-    steps = dataset.chunk(frames, horizon)[1] & valid_steps(dataset, frames, horizon)
-    frames = frames[steps.any(1)]
+def _learnable(source: Source, episodes: np.ndarray, horizon: int) -> Indices:
+    """Frames of some episodes with at least one step to learn: those whose own step is one."""
+    frames = np.arange(source.num_frames)
+    if len(episodes) < source.num_episodes:
+        frames = frames[np.isin(source.episode_of(frames), episodes)]
+    if VALID in source.features:
+        frames = frames[source.columns(VALID)[frames, 0] > 0]
     if not len(frames):
         raise ValueError(
-            f"{dataset.root} has nothing to learn: column {VALID!r} is 0 in all {dataset.num_frames} frames."
+            f"{source.root} has nothing to learn: of its {source.num_episodes} episodes {len(episodes)} are asked for"
+            + (f", and column {VALID!r} is 0 in all their frames." if VALID in source.features else ".")
         )
     return frames
 
 
-def _check_dataset(dataset: LeRobotDataset, robot: Robot) -> None:
-    if missing := [key for key in robot.cameras if key not in dataset.cameras]:
+def _check_dataset(source: Source, robot: Robot) -> None:
+    if missing := [key for key in robot.cameras if key not in source.cameras]:
         raise ValueError(
-            f"{dataset.root} lacks video {missing} of {robot.name}; it has {list(dataset.cameras)}. "
-            "Set `policy.robot` to the robot of this dataset, or add one in pi0_jax/data/robots."
+            f"{source.root} lacks video {missing} of {robot.name}; it has {list(source.cameras)}. "
+            "Set `policy.robot` to the robot of this dataset, or name the dataset's cameras in its `keys`."
         )
     for key, names in ((STATE, robot.state), (ACTION, robot.actions)):
-        shape = dataset.columns(key).shape[1:]
+        shape = source.columns(key).shape[1:]
         if shape != (len(names),):
-            raise ValueError(
-                f"column {key!r} of {dataset.root} has shape {shape}; {robot.name} has {', '.join(names)}."
-            )
-    if dataset.fps != robot.fps:
+            raise ValueError(f"column {key!r} of {source.root} has shape {shape}; {robot.name} has {', '.join(names)}.")
+    if robot.fps is not None and source.fps != robot.fps:
         raise ValueError(
-            f"{dataset.root} has {dataset.fps} frames a second; {robot.name} acts at {robot.fps}. "
+            f"{source.root} has {source.fps} frames a second; {robot.name} acts at {robot.fps}. "
             "Actions learnt at one rate do not fit another."
         )

@@ -16,13 +16,16 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
-from pi0_jax.data.lerobot import ACTION, STATE, VALID, LeRobotDataset
+from pi0_jax.data.robots import Robot
+from pi0_jax.data.sketch import Sketch, merge, summarise
+from pi0_jax.data.source import ACTION, STATE, VALID, Source
 
 EPSILON = 1e-6
 RANGE_SHARE = 0.01
@@ -47,6 +50,13 @@ class NormStats(NamedTuple):
 Stats = dict[str, NormStats]
 """`state` and `actions`."""
 
+Summary = dict[str, Any]
+"""What statistics are made of, and what can be merged: `state` and `actions`, lists of sketches. Where some actions are
+relative, the second sketch of `actions` is theirs, and `dims` says which they are."""
+
+ROWS_AT_ONCE = 2**20
+"""Rows summarised at a time, which bounds memory."""
+
 
 class Affine(NamedTuple):
     """A normalisation as raw = scale * normalised + offset. `scale` is 0 for constant dimensions."""
@@ -55,20 +65,122 @@ class Affine(NamedTuple):
     offset: Float[np.ndarray, "d"]
 
 
-def compute_stats(dataset: LeRobotDataset) -> Stats:
-    """Statistics over all frames, exactly, from the parquet columns alone.
+def compute_stats(
+    source: Source,
+    robot: Robot | None = None,
+    semantics: tuple[str, ...] = (),
+    horizon: int = 1,
+    episodes: Iterable[int] | None = None,
+) -> Stats:
+    """Statistics of one dataset, from its columns alone, in this process; see `summarise_source`."""
+    return finish(summarise_source(source, robot, semantics, horizon, episodes))
 
-    Actions of frames marked invalid (column `valid` 0) are left out.
+
+def summarise_source(
+    source: Source,
+    robot: Robot | None = None,
+    semantics: tuple[str, ...] = (),
+    horizon: int = 1,
+    episodes: Iterable[int] | None = None,
+    *,
+    identity: int = 0,
+) -> Summary:
+    """Summaries of the states and actions that the model will see, before normalisation.
+
+    Actions are those of every frame; dimensions that are relative to the state are taken over whole chunks from every
+    frame, as training sees them, up to the episode's end. Frames marked invalid (column `valid` 0) give no action, and
+    end a chunk.
+
+    Args:
+        source: the demonstrations.
+        robot: whose units are converted by its `adapt`; None: as they are.
+        semantics: of the actions; empty: all absolute.
+        horizon: actions in a chunk.
+        episodes: those to look at; None: all.
+        identity: of the dataset among those whose summaries are merged.
 
     Raises:
         ValueError: a value is not finite, or no action is valid.
     """
-    actions = dataset.columns(ACTION)
-    if VALID in dataset.features:
-        actions = actions[dataset.columns(VALID)[:, 0] > 0]
-        if not len(actions):
-            raise ValueError(f"{dataset.root}: column {VALID!r} is 0 in all frames, so no action is left to learn.")
-    return {"state": _vector_stats(dataset.columns(STATE), STATE), "actions": _vector_stats(actions, ACTION)}
+    chosen = np.arange(source.num_episodes) if episodes is None else np.asarray(list(episodes), int)
+    relative = [i for i, kind in enumerate(semantics) if kind in ("relative", "angle")]
+    lengths = np.diff(source.ends, prepend=0)
+    limit = ROWS_AT_ONCE // (horizon if relative else 1)
+    total: Summary | None = None
+    for part in np.split(chosen, np.flatnonzero(np.diff(np.cumsum(lengths[chosen]) // limit)) + 1):
+        if len(part):
+            found = _summarise_episodes(source, robot, semantics, horizon, part, identity)
+            total = found if total is None else merge_summaries([total, found])
+    if total is None or "actions" not in total:
+        raise ValueError(f"{source.root}: column {VALID!r} is 0 in all frames, so no action is left to learn.")
+    return total
+
+
+def _summarise_episodes(source, robot, semantics, horizon, episodes: np.ndarray, identity: int) -> Summary:
+    first, end = int(episodes[0]), int(episodes[-1]) + 1
+    offset = source.episode_range(first)[0]
+    ends = source.ends[first:end] - offset
+    names = [STATE, ACTION] + [VALID] * (VALID in source.features)
+    columns = {name: source.read(name, first, end) for name in names}
+    for name, values in columns.items():
+        if (bad := ~np.isfinite(values).all(1)).any():
+            where = source.episodes[first + int(np.searchsorted(ends, np.flatnonzero(bad)[0], side="right"))]
+            raise ValueError(
+                f"{source.root}: column {name!r} holds NaN or infinity in {bad.sum()} frames, the first of them in "
+                f"{where}. Record it again without them."
+            )
+    state, actions = columns[STATE], columns[ACTION]
+    if robot is not None and robot.adapt is not None:
+        state, actions = robot.adapt.state(state), robot.adapt.actions(actions)
+    kept = np.isin(first + np.searchsorted(ends, np.arange(len(state)), side="right"), episodes)
+    valid = columns[VALID][:, 0] > 0 if VALID in columns else np.ones(len(state), bool)
+    rows = (np.uint64(identity) << np.uint64(48)) + np.arange(offset, offset + len(state), dtype=np.uint64)
+    found: Summary = {"state": [summarise(state[kept], rows[kept])]}
+    if (kept & valid).any():
+        found["actions"] = [summarise(actions[kept & valid], rows[kept & valid])]
+        dims = [i for i, kind in enumerate(semantics) if kind in ("relative", "angle")]
+        if dims:
+            angles = [i for i, dim in enumerate(dims) if semantics[dim] == "angle"]
+            starts = np.flatnonzero(kept & valid)
+            steps = starts[:, None] + np.arange(horizon)
+            until = ends[np.searchsorted(ends, starts, side="right")][:, None]
+            inside = steps < until
+            steps = np.minimum(steps, len(state) - 1)
+            inside &= np.logical_and.accumulate(valid[steps], axis=1)
+            difference = actions[steps][..., dims] - state[starts][:, None, dims]
+            difference[..., angles] = np.pi - np.mod(np.pi - difference[..., angles], 2 * np.pi)
+            numbers = (rows[starts][:, None] * np.uint64(horizon) + np.arange(horizon, dtype=np.uint64))[inside]
+            found["actions"].append(summarise(difference[inside], numbers))
+            found["dims"] = dims
+    return found
+
+
+def merge_summaries(summaries: Iterable[Summary]) -> Summary:
+    """One summary of several, with any order and grouping giving the same quantiles."""
+    total: Summary = {}
+    for summary in summaries:
+        for key, value in summary.items():
+            if key == "dims" or key not in total:
+                total[key] = value
+            else:
+                total[key] = [merge(a, b) for a, b in zip(total[key], value, strict=True)]
+    return total
+
+
+def finish(summary: Summary) -> Stats:
+    """The statistics that a summary stands for."""
+    stats = {"state": _finish(summary["state"][0]), "actions": _finish(summary["actions"][0])}
+    if "dims" in summary:
+        relative = _finish(summary["actions"][1])
+        for whole, part in zip(stats["actions"], relative, strict=True):
+            assert whole is not None
+            whole[summary["dims"]] = part
+    return stats
+
+
+def _finish(sketch: Sketch) -> NormStats:
+    q01, q99 = sketch.quantile(0.01), sketch.quantile(0.99)
+    return NormStats(sketch.mean.copy(), np.sqrt(sketch.variance), q01, q99, sketch.min.copy(), sketch.max.copy())
 
 
 def affine(stats: NormStats, mode: Mode) -> Affine:
@@ -114,10 +226,27 @@ def check_stats(stats: Stats, names: dict[str, tuple[str, ...]]) -> None:
             )
 
 
-def stats_to_json(stats: Stats) -> dict[str, Any]:
-    """The JSON object of openpi's `norm_stats.json`; `min` and `max` are added where known."""
+def stats_to_json(
+    stats: Stats, groups: dict[str, Stats] | None = None, semantics: dict[str, tuple[str, ...]] | None = None
+) -> dict[str, Any]:
+    """The JSON object of openpi's `norm_stats.json`; `min` and `max` are added where known.
+
+    Args:
+        stats: of the policy's own robot.
+        groups: statistics by name, of a mixture; kept beside them.
+        semantics: for each robot what its action dimensions mean, without which the numbers mean nothing.
+    """
+    content: dict[str, Any] = {"norm_stats": _to_json(stats)}
+    if semantics is not None:
+        content["action_semantics"] = {name: list(kinds) for name, kinds in semantics.items()}
+    if groups is not None and len(groups) > 1:
+        content["groups"] = {name: _to_json(group) for name, group in groups.items()}
+    return content
+
+
+def _to_json(stats: Stats) -> dict[str, Any]:
     keep = ("mean", "std", "q01", "q99")
-    entries = {
+    return {
         key: {
             field: None if value is None else value.tolist()
             for field, value in entry._asdict().items()
@@ -125,25 +254,48 @@ def stats_to_json(stats: Stats) -> dict[str, Any]:
         }
         for key, entry in stats.items()
     }
-    return {"norm_stats": entries}
 
 
-def stats_from_json(content: dict[str, Any]) -> Stats:
+def stats_from_json(content: dict[str, Any], group: str | None = None) -> Stats:
     """Statistics from the JSON object of a `norm_stats.json`, ours or openpi's.
 
+    Args:
+        content: the object.
+        group: name of the statistics that are wanted of a mixture's; where the file has no groups, its only ones are.
+
     Raises:
-        ValueError: something is missing, not finite, or of unequal length.
+        ValueError: something is missing, not finite, or of unequal length; or there is no such group.
     """
     if "norm_stats" not in content:
         raise ValueError(f"normalisation statistics have keys {sorted(content)}; expected one called 'norm_stats'.")
+    entries = content["norm_stats"]
+    if group is not None and "groups" in content:
+        if group not in content["groups"]:
+            raise ValueError(f"there are no statistics of {group!r}; there are those of {sorted(content['groups'])}.")
+        entries = content["groups"][group]
     stats = {}
-    for key, entry in content["norm_stats"].items():
+    for key, entry in entries.items():
         if missing := [field for field in ("mean", "std") if entry.get(field) is None]:
             raise ValueError(f"normalisation statistics of {key!r} lack {missing}; they have {sorted(entry)}.")
         fields = {name: np.array(entry[name], np.float64) for name in NormStats._fields if entry.get(name) is not None}
         stats[key] = NormStats(**fields)
         _check_finite(stats[key], key)
     return stats
+
+
+def semantics_from_json(content: dict[str, Any]) -> dict[str, tuple[str, ...]]:
+    """What each robot's actions mean according to a `norm_stats.json`; empty for openpi's, which does not say."""
+    return {name: tuple(kinds) for name, kinds in content.get("action_semantics", {}).items()}
+
+
+def read_stats_file(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The JSON object of a `norm_stats.json`; errors as of `load_stats`."""
+    try:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"there is no {path}; expected normalisation statistics.") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); expected openpi's norm_stats.json.") from error
 
 
 def load_stats(path: str | os.PathLike[str]) -> Stats:
@@ -153,26 +305,17 @@ def load_stats(path: str | os.PathLike[str]) -> Stats:
         FileNotFoundError: there is no such file.
         ValueError: it is no such file.
     """
-    try:
-        content = json.loads(Path(path).read_text())
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"there is no {path}; expected normalisation statistics.") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); expected openpi's norm_stats.json.") from error
-    return stats_from_json(content)
+    return stats_from_json(read_stats_file(path))
 
 
 def save_stats(stats: Stats, path: str | os.PathLike[str]) -> None:
     """Writes a `norm_stats.json`, which openpi reads too."""
-    Path(path).write_text(json.dumps(stats_to_json(stats), indent=2))
+    save_json(stats_to_json(stats), path)
 
 
-def _vector_stats(values: np.ndarray, name: str) -> NormStats:
-    x = values.astype(np.float64)
-    if (bad := ~np.isfinite(x).all(1)).any():
-        raise ValueError(f"column {name!r} holds NaN or infinity in {bad.sum()} frames. Record it again without them.")
-    q01, q99 = np.quantile(x, [0.01, 0.99], axis=0)
-    return NormStats(x.mean(0), x.std(0), q01, q99, x.min(0), x.max(0))
+def save_json(content: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """Writes what `stats_to_json` gave."""
+    Path(path).write_text(json.dumps(content, indent=2))
 
 
 def _low_and_divisor(stats: NormStats, mode: Mode) -> tuple[np.ndarray, np.ndarray]:

@@ -54,6 +54,9 @@ class Tokenizer:
         self._encode = functools.lru_cache(maxsize=4096)(self._processor.encode)
         self._warned = False
 
+    def __reduce__(self):
+        return Tokenizer, (self.model,)
+
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> Tokenizer:
         """Reads a SentencePiece model file.

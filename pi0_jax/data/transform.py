@@ -3,12 +3,13 @@
 A transform is a pair of functions on sample dicts, and `chain` runs forwards in order and inverses in reverse, so that
 the way out cannot drift from the way in. Training, evaluation and serving use the same chain (`make_transform`):
 
-    normalise → tokenise → images → pad
+    robot's units to the weights' → relative actions → normalise → tokenise → images → pad
 
 π0.5 writes the normalised state into the prompt, so tokens come after normalising and before padding.
 
 A sample holds `images` {camera: uint8 [*b h w 3]}, `state` [*b d], `prompt` (a string, or an array of them [*b]), and
 in training `actions` [*b ah d] and `step_mask` [*b ah]. Leading axes *b are allowed throughout; a policy has none.
+Relative actions leave their `anchor` [*b d] in the sample, the state that they are relative to; the way back needs it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from pi0_jax.batch import Observation
 from pi0_jax.config import PolicyConfig
 from pi0_jax.data import normalize as normalization
 from pi0_jax.data.normalize import Mode, Stats
-from pi0_jax.data.robots import Robot
+from pi0_jax.data.robots import Robot, semantics_of
 from pi0_jax.data.tokenizer import Tokenizer
 
 Sample = dict[str, Any]
@@ -72,9 +73,11 @@ def make_transform(policy: PolicyConfig, robot: Robot, stats: Stats, tokenizer: 
 
     Raises:
         ValueError: the statistics are not the robot's, its dimensions do not fit into the model, none of the model's
-            cameras is the robot's, or the tokenizer has more tokens than the model.
+            cameras is the robot's, the tokenizer has more tokens than the model, or the actions' semantics are not
+            for this robot.
     """
     model = policy.model
+    semantics = semantics_of(robot, policy.action_semantics)
     normalization.check_stats(stats, {"state": robot.state, "actions": robot.actions})
     if max(len(robot.state), len(robot.actions)) > model.action_dim:
         raise ValueError(
@@ -92,11 +95,62 @@ def make_transform(policy: PolicyConfig, robot: Robot, stats: Stats, tokenizer: 
             "or bring the tokenizer that belongs to the weights."
         )
     return chain(
+        adapt(robot),
+        relative_actions(semantics),
         normalize(stats, policy.normalization),
         tokenize(tokenizer, model.prompt_length, with_state=model.variant == "pi05"),
         select_images(model.cameras, model.vision.image_size),
         pad(model.action_dim, robot),
     )
+
+
+def adapt(robot: Robot) -> Transform:
+    """State and actions from the robot's units to those of the weights, and back; nothing for most robots."""
+    if robot.adapt is None:
+        return identity
+    ways = {"state": robot.adapt.state, "actions": robot.adapt.actions}
+    back = {"state": robot.adapt.state_inverse, "actions": robot.adapt.actions_inverse}
+
+    def apply(functions: dict[str, Callable]) -> Callable[[Sample], Sample]:
+        return lambda sample: sample | {key: f(sample[key]) for key, f in functions.items() if key in sample}
+
+    return Transform(apply(ways), apply(back))
+
+
+def relative_actions(semantics: tuple[str, ...]) -> Transform:
+    """Actions of the dimensions that are relative to the state, as differences to it, and back.
+
+    The whole chunk is relative to the state at its beginning. Angles differ by no more than half a turn; on the way
+    back they are the state plus that difference, so that a robot that counts turns goes the short way.
+
+    Args:
+        semantics: one of `data.robots.SEMANTICS` for each dimension.
+
+    Raises:
+        ValueError: `inverse` gets a sample that did not come from `forward`, so that it has no anchor.
+    """
+    dims = np.flatnonzero([kind in ("relative", "angle") for kind in semantics])
+    angles = np.flatnonzero([kind == "angle" for kind in semantics])
+    if not dims.size:
+        return identity
+
+    def forward(sample: Sample) -> Sample:
+        anchor = np.asarray(sample["state"])
+        if "actions" not in sample:
+            return sample | {"anchor": anchor}
+        actions = np.array(sample["actions"])
+        actions[..., dims] -= anchor[..., None, dims]
+        actions[..., angles] = np.pi - np.mod(np.pi - actions[..., angles], 2 * np.pi)
+        return sample | {"anchor": anchor, "actions": actions}
+
+    def inverse(sample: Sample) -> Sample:
+        if "anchor" not in sample:
+            raise ValueError("relative actions need the state they are relative to: pass the sample's `anchor`.")
+        actions = np.array(sample["actions"])
+        actions[..., dims] += np.asarray(sample["anchor"])[..., None, dims]
+        return sample | {"actions": actions}
+
+    return Transform(forward, inverse)
 
 
 def normalize(stats: Stats, mode: Mode) -> Transform:

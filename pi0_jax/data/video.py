@@ -7,10 +7,9 @@ training visits each frame dozens of times. So all frames are decoded at the fir
 from __future__ import annotations
 
 import hashlib
+import io
 import math
-import os
 import shutil
-import tempfile
 import uuid
 from fractions import Fraction
 from pathlib import Path
@@ -18,15 +17,17 @@ from typing import NamedTuple
 
 import av
 import numpy as np
+import PIL.Image
 from av.error import FFmpegError
 from av.video.frame import PictureType, VideoFrame
 from av.video.reformatter import VideoReformatter
-from jaxtyping import Int, UInt8
+from jaxtyping import Float, Int, UInt8
 from tqdm import tqdm
 
 KEY_FRAME_EVERY = 2
 PRESET = "veryfast"
 """Of the H.264 encoder x264."""
+_DECODING_ERRORS = (FFmpegError, IndexError, EOFError)
 PIXELS_FOR_THREADS = 256 * 256
 """Frames below this size cost less than handing them to other threads, on a busy machine by far."""
 
@@ -78,6 +79,15 @@ class VideoWriter:
             self._container.mux(packet)
 
 
+class VideoError(ValueError):
+    """A video that cannot be decoded, or lacks frames."""
+
+    def __init__(self, message: str, rows: np.ndarray):
+        super().__init__(message)
+        self.rows = rows
+        """Which of the frames that were asked for it concerns."""
+
+
 class Clip(NamedTuple):
     """Where some rows of a dataset are in one video file."""
 
@@ -88,7 +98,7 @@ class Clip(NamedTuple):
 
 
 def decode_once(
-    name: str, clips: list[Clip], fps: int, shape: tuple[int, int, int, int], folder: Path
+    name: str, clips: list[Clip], fps: float, shape: tuple[int, int, int, int], folder: Path
 ) -> UInt8[np.ndarray, "n h w 3"]:
     """All frames of one camera as a read-only memory-mapped array, decoded at the first call.
 
@@ -135,31 +145,12 @@ def decode_once(
     return np.load(target, mmap_mode="r")
 
 
-def cache_folder(root: Path, chosen: Path | None) -> Path:
-    """A folder for decoded video that can be written to: the chosen one; else in the dataset; else a temporary one.
-
-    Raises:
-        ValueError: none of them can be written to.
-    """
-    owner = os.getuid() if hasattr(os, "getuid") else "user"
-    name = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]
-    candidates = [root / ".cache", Path(tempfile.gettempdir()) / f"pi0_jax-{owner}" / name]
-    for folder in candidates if chosen is None else [chosen]:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                return folder
-        except OSError:
-            continue
-    raise ValueError(f"no folder for decoded video of {root} can be written to. Pass one as `cache`.")
-
-
 def _threads(height: int, width: int) -> int:
     """1, or 0 to let FFmpeg choose."""
     return 1 if height * width < PIXELS_FOR_THREADS else 0
 
 
-def _decode(clip: Clip, fps: int, out: np.ndarray, progress: tqdm) -> None:
+def _decode(clip: Clip, fps: float, out: np.ndarray, progress: tqdm) -> None:
     wanted: dict[int, list[int]] = {}
     for row, number in zip(clip.rows.tolist(), clip.numbers.tolist(), strict=True):
         wanted.setdefault(number, []).append(row)
@@ -175,18 +166,201 @@ def _decode(clip: Clip, fps: int, out: np.ndarray, progress: tqdm) -> None:
                 if rows := wanted.pop(last, None):
                     image = reformatter.reformat(frame, format="rgb24", threads=threads).to_ndarray()
                     if image.shape != out.shape[1:]:
-                        raise ValueError(
-                            f"{clip.path} holds images of shape {image.shape}; meta/info.json says {out.shape[1:]}."
+                        raise VideoError(
+                            f"{clip.path} holds images of shape {image.shape}; meta/info.json says {out.shape[1:]}.",
+                            clip.rows,
                         )
                     out[rows] = image
                     progress.update(len(rows))
-    except (FFmpegError, IndexError) as error:
-        raise ValueError(
-            f"{clip.path} cannot be decoded ({error}); {total - len(wanted)} of {total} frames came out before. "
-            "Copy the dataset again."
+    except _DECODING_ERRORS as error:
+        raise VideoError(
+            f"{clip.path} cannot be decoded ({_said(error)}); {total - len(wanted)} of {total} frames came out before. "
+            "Copy the dataset again.",
+            np.array([row for rows in wanted.values() for row in rows]),
         ) from error
     if wanted:
-        raise ValueError(
+        raise VideoError(
             f"{clip.path} is cut short: {len(wanted)} of {total} frames are missing, the first of them number "
-            f"{min(wanted)}; the last that it holds is number {last}. Copy the dataset again."
+            f"{min(wanted)}; the last that it holds is number {last}. Copy the dataset again.",
+            np.array([row for rows in wanted.values() for row in rows]),
         )
+
+
+class _Index(NamedTuple):
+    """When the frames of a video file are shown, in units of its time base, and where decoding can start."""
+
+    times: Int[np.ndarray, "n"]
+    """Of each frame, in the order they are shown."""
+    keys: Int[np.ndarray, "k"]
+    """Those of key frames."""
+    seek: Int[np.ndarray, "k"]
+    """What to seek to for each key frame: its decoding time."""
+    unit: float
+    """Seconds."""
+
+
+class FrameReader:
+    """Decodes single frames of video files, and keeps the files open that it used last.
+
+    A file's frames are listed once, without decoding, so that a time always gives the frame shown then and no other.
+    Frames are decoded from the key frame before them; a few that follow one another cost one such start.
+
+    Args:
+        max_open: files kept open.
+    """
+
+    def __init__(self, max_open: int = 32):
+        self._max_open = max_open
+        self._indices: dict[Path, _Index] = {}
+        self._opened: dict[Path, _OpenVideo] = {}
+
+    def locate(self, path: Path, seconds: Float[np.ndarray, "n"], tolerance: float) -> Int[np.ndarray, "n"]:
+        """Number of the frame that is shown at each time.
+
+        Raises:
+            VideoError: there is none within `tolerance` seconds, or the file cannot be read.
+            FileNotFoundError: there is no file.
+        """
+        index = self._index(path)
+        units = seconds / index.unit
+        after = np.clip(np.searchsorted(index.times, units), 1, max(1, len(index.times) - 1))
+        before = after - 1
+        after = np.minimum(after, len(index.times) - 1)
+        nearest = np.where(units - index.times[before] <= index.times[after] - units, before, after)
+        missing = np.flatnonzero(np.abs(index.times[nearest] - units) * index.unit > tolerance)
+        if missing.size:
+            raise VideoError(
+                f"{path} is cut short: {missing.size} of {len(seconds)} frames are missing, the first of them at "
+                f"{seconds[missing[0]]:.3f} s; it holds {len(index.times)} frames up to "
+                f"{index.times[-1] * index.unit:.3f} s. Copy the dataset again.",
+                missing,
+            )
+        return nearest
+
+    def read(
+        self,
+        path: Path,
+        seconds: Float[np.ndarray, "k"],
+        tolerance: float,
+        out: UInt8[np.ndarray, "n h w 3"],
+        at: Int[np.ndarray, "k"],
+    ) -> None:
+        """Writes the frames that are shown at `seconds` to `out[at]`, RGB.
+
+        Raises:
+            VideoError: a frame is missing, cannot be decoded, or is of another size than `out`.
+            FileNotFoundError: there is no file.
+        """
+        index = self._index(path)
+        numbers = self.locate(path, seconds, tolerance)
+        video = self._open(path)
+        order = np.argsort(numbers, kind="stable")
+        for i in order.tolist():
+            try:
+                image = video.frame(index, int(numbers[i]))
+            except _DECODING_ERRORS as error:
+                self._opened.pop(path).close()
+                raise VideoError(
+                    f"{path} cannot be decoded at {seconds[i]:.3f} s ({_said(error)}). Copy the dataset again.",
+                    np.array([i]),
+                ) from error
+            if image.shape != out.shape[1:]:
+                raise VideoError(
+                    f"{path} holds images of shape {image.shape}; meta/info.json says {out.shape[1:]}.", np.array([i])
+                )
+            out[at[i]] = image
+
+    def _index(self, path: Path) -> _Index:
+        if path not in self._indices:
+            if not path.is_file():
+                raise FileNotFoundError(f"there is no video {path}. Copy the dataset again.")
+            try:
+                self._indices[path] = _list_frames(path)
+            except _DECODING_ERRORS as error:
+                raise VideoError(
+                    f"{path} cannot be decoded ({_said(error)}). Copy the dataset again.", np.array([0])
+                ) from error
+        return self._indices[path]
+
+    def _open(self, path: Path) -> _OpenVideo:
+        video = self._opened.pop(path, None)
+        if video is None:
+            while len(self._opened) >= self._max_open:
+                self._opened.pop(next(iter(self._opened))).close()
+            try:
+                video = _OpenVideo(path)
+            except _DECODING_ERRORS as error:
+                raise VideoError(f"{path} cannot be opened ({_said(error)}).", np.array([0])) from error
+        self._opened[path] = video  # the last one used is the last one to go
+        return video
+
+
+class _OpenVideo:
+    """One open file and how far it was decoded."""
+
+    def __init__(self, path: Path):
+        self._container = av.open(str(path))
+        self._stream = self._container.streams.video[0]
+        self._stream.thread_count = 1
+        self._reformatter = VideoReformatter()
+        self._frames = iter(())
+        self._next = -1
+        """Number of the frame that decoding gives next; -1: not known."""
+
+    def close(self) -> None:
+        self._container.close()
+
+    def frame(self, index: _Index, number: int) -> UInt8[np.ndarray, "h w 3"]:
+        """The frame of that number, RGB."""
+        wanted = int(index.times[number])
+        key = int(np.searchsorted(index.keys, wanted, side="right")) - 1
+        first = int(np.searchsorted(index.times, index.keys[key])) if key >= 0 else 0
+        for attempt in range(2):
+            if not (first <= self._next <= number):
+                self._container.seek(int(index.seek[max(key, 0)]) if attempt == 0 else 0, stream=self._stream)
+                self._frames = self._container.decode(self._stream)
+            for frame in self._frames:
+                if frame.pts is None or frame.pts < wanted:
+                    continue
+                self._next = number + 1
+                if frame.pts == wanted:
+                    return self._reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+                break
+            self._next = -1  # the seek went too far: once more from the beginning
+        raise IndexError(f"frame {number} does not come out of the decoder")
+
+
+def _list_frames(path: Path) -> _Index:
+    times, keys, seek = [], [], []
+    with av.open(str(path)) as container:
+        if not container.streams.video:
+            raise IndexError("it holds no video")
+        stream = container.streams.video[0]
+        if stream.codec_context is None:
+            raise IndexError("its codec is not known to this FFmpeg")
+        for packet in container.demux(stream):
+            if packet.pts is None or packet.is_corrupt:
+                continue
+            times.append(packet.pts)
+            if packet.is_keyframe:
+                keys.append(packet.pts)
+                seek.append(packet.dts if packet.dts is not None else packet.pts)
+        unit = float(stream.time_base or 0)
+    if not times or not keys:
+        raise IndexError("it holds no frames")
+    order = np.argsort(keys)
+    return _Index(np.sort(times), np.array(keys)[order], np.array(seek)[order], unit)
+
+
+def decode_picture(encoded: bytes) -> UInt8[np.ndarray, "h w 3"]:
+    """A JPEG or PNG as RGB.
+
+    Raises:
+        OSError, ValueError: it is neither, or damaged.
+    """
+    return np.asarray(PIL.Image.open(io.BytesIO(encoded)).convert("RGB"))
+
+
+def _said(error: Exception) -> str:
+    """What an error of FFmpeg says, without its number and the path, which our messages have."""
+    return getattr(error, "strerror", None) or str(error)

@@ -15,7 +15,7 @@ from jaxtyping import Float, PRNGKeyArray
 
 from pi0_jax import checkpoint, pi0
 from pi0_jax.config import PolicyConfig
-from pi0_jax.data.normalize import Stats, stats_from_json
+from pi0_jax.data.normalize import Stats, semantics_from_json, stats_from_json
 from pi0_jax.data.robots import Robot, get_robot
 from pi0_jax.data.tokenizer import Tokenizer
 from pi0_jax.data.transform import check_observation, make_transform, to_observation
@@ -64,10 +64,12 @@ class Policy:
                 "observations cannot be prepared for it. Fine-tune from it (--init-from), or add the files."
             )
         config = dataclasses.replace(assets.policy, **changes)
+        semantics = config.action_semantics | semantics_from_json(assets.norm_stats)
+        config = dataclasses.replace(config, action_semantics=semantics)
         network = make_network(config.model)
         like = nn.meta.unbox(jax.eval_shape(functools.partial(pi0.init_params, network), jax.random.key(0)))
         params = checkpoint.restore_params(path, like)
-        return cls(config, params, stats_from_json(assets.norm_stats), Tokenizer(assets.tokenizer))
+        return cls(config, params, stats_from_json(assets.norm_stats, config.robot), Tokenizer(assets.tokenizer))
 
     def infer(self, observation: dict[str, Any], seed: int = 0) -> Float[np.ndarray, "ah d"]:
         """One chunk of actions in the robot's units.
@@ -100,18 +102,16 @@ class Policy:
             num_steps: solver steps; None: the config's.
             guidance_scale: of classifier-free guidance; None: the config's.
         """
-        actions = self._sample(
-            self._params, self._prepare(observations), keys, **self._options(num_steps, guidance_scale)
-        )
-        return self._raw(np.asarray(actions))
+        observation, anchors = self._prepare(observations)
+        actions = self._sample(self._params, observation, keys, **self._options(num_steps, guidance_scale))
+        return self._raw(np.asarray(actions), anchors)
 
     def denoise(self, observation: dict[str, Any], seed: int = 0, num_steps: int | None = None) -> np.ndarray:
         """The points that noise passes on its way to a chunk, in the robot's units, `[num_steps + 1, ah, d]`."""
         keys = jax.random.key(seed)[None]
-        _, points = self._sample(
-            self._params, self._prepare([observation]), keys, **self._options(num_steps), path=True
-        )
-        return self._raw(np.asarray(points)[:, 0])
+        prepared, anchors = self._prepare([observation])
+        _, points = self._sample(self._params, prepared, keys, **self._options(num_steps), path=True)
+        return self._raw(np.asarray(points)[:, 0], anchors)
 
     def paths(
         self, observations: Sequence[dict[str, Any]], keys: PRNGKeyArray, num_steps: int | None = None
@@ -119,7 +119,8 @@ class Policy:
         """The points on the way of many chunks, as `flow.straightness` wants them: in the model's own units, at equally
         spaced times whatever the config's grid."""
         options = self._options(num_steps) | {"grid_power": 1.0}
-        _, points = self._sample(self._params, self._prepare(observations), keys, **options, path=True)
+        prepared, _ = self._prepare(observations)
+        _, points = self._sample(self._params, prepared, keys, **options, path=True)
         return np.asarray(points)
 
     def _options(self, num_steps: int | None, guidance_scale: float | None = None) -> dict[str, Any]:
@@ -130,11 +131,13 @@ class Policy:
         return options | {"guidance_scale": None if scale == 1 else scale}
 
     def _prepare(self, observations: Sequence[dict[str, Any]]):
+        """The model's observations, and the states that relative actions refer to, if there are such."""
         samples = [self._transform.forward(check_observation(raw, self.robot)) for raw in observations]
-        return jax.tree.map(lambda *leaves: np.stack(leaves), *map(to_observation, samples))
+        anchors = {key: np.stack([sample[key] for sample in samples]) for key in ("anchor",) if key in samples[0]}
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *map(to_observation, samples)), anchors
 
-    def _raw(self, actions: np.ndarray) -> np.ndarray:
-        return self._transform.inverse({"actions": actions})["actions"].astype(np.float32)
+    def _raw(self, actions: np.ndarray, anchors: dict[str, np.ndarray]) -> np.ndarray:
+        return self._transform.inverse({"actions": actions} | anchors)["actions"].astype(np.float32)
 
     @functools.partial(
         jax.jit,

@@ -11,11 +11,11 @@ from typing import Any
 
 from pi0_jax import checkpoint
 from pi0_jax.config import TrainConfig
-from pi0_jax.training.metrics import FILE
+from pi0_jax.training.metrics import FILE, TIMING_FILE
 
 MAY_CHANGE = (
     "run_dir", "resume", "overwrite", "num_steps", "log_every", "validate_every", "save_every", "keep_checkpoints",
-    "mesh", "data.num_threads", "data.prefetch",
+    "mesh", "data.num_threads", "data.num_workers", "data.prefetch", "data.frames", "data.offline",
 )  # fmt: skip
 """Fields, or groups of them, that a resumed run may set anew: none changes what an update computes."""
 
@@ -87,7 +87,7 @@ def _require_same(config: TrainConfig, before: TrainConfig | None, folder: Path)
 def delete_run(run_dir: Path):
     """Deletes checkpoints, metrics and event files of a run, and nothing else that lies in its folder."""
     shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
-    for path in (run_dir / FILE, *run_dir.glob("events.out.tfevents.*")):
+    for path in (run_dir / FILE, run_dir / TIMING_FILE, *run_dir.glob("events.out.tfevents.*")):
         path.unlink(missing_ok=True)
 
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-import grain
+import jax
+import numpy as np
 
 from pi0_jax.batch import Batch
 from pi0_jax.checkpoint import Assets
-from pi0_jax.config import TrainConfig
-from pi0_jax.data.lerobot import LeRobotDataset
-from pi0_jax.data.loader import eval_batches, make_loader
-from pi0_jax.data.normalize import Stats, compute_stats, stats_from_json, stats_to_json
-from pi0_jax.data.robots import Robot, get_robot
+from pi0_jax.config import DatasetConfig, TrainConfig
+from pi0_jax.data.loader import Loader, eval_batches, make_loader
+from pi0_jax.data.mixture import Part, open_part, open_parts
+from pi0_jax.data.normalize import Stats, read_stats_file, semantics_from_json, stats_from_json, stats_to_json
+from pi0_jax.data.robots import Robot, get_robot, semantics_of
+from pi0_jax.data.stats import compute_group_stats
 from pi0_jax.data.tokenizer import Tokenizer
 from pi0_jax.data.transform import make_transform
 
@@ -28,7 +31,7 @@ class Inputs(NamedTuple):
     robot: Robot
     stats: Stats
     assets: Assets
-    loader: grain.DatasetIterator
+    loader: Loader
     """Endless training batches, numpy, uint8 images."""
     validation: Callable[[], Iterator[Batch]] | None
     """Starts one pass over the held-out demonstrations."""
@@ -49,30 +52,78 @@ def load_inputs(config: TrainConfig, *, resumed: Assets | None, initial: Assets 
         FileNotFoundError, ValueError: no usable dataset or tokenizer; see `pi0_jax.data`.
     """
     robot = get_robot(config.policy.robot)
-    dataset = LeRobotDataset(config.data.path)
-    if resumed is not None and resumed.norm_stats is not None:
-        stats = stats_from_json(resumed.norm_stats)
-    else:
-        stats = compute_stats(dataset)
-    tokenizer = _tokenizer(config, dataset, resumed or initial, keep=resumed is not None)
-    transform = make_transform(config.policy, robot, stats, tokenizer)
-    _log.info(
-        "data: %s, %d episodes, %d frames, %d instructions",
-        config.data.path, dataset.num_episodes, dataset.num_frames, len(dataset.tasks),
-    )  # fmt: skip
-    validation = None
+    parts = open_parts(config.data, config.policy)
+    declared = {part.robot.name: semantics_of(part.robot, config.policy.action_semantics) for part in parts}
+    semantics = declared if resumed is None else declared | semantics_from_json(resumed.norm_stats or {})
+    policy = dataclasses.replace(config.policy, action_semantics=semantics)
+    groups = _stats(config, parts, resumed, semantics)
+    if robot.name not in groups:
+        raise ValueError(
+            f"no dataset has statistics called {robot.name!r}, which `policy.robot` needs; there are {sorted(groups)}."
+        )
+    if config.augment.square_symmetries and len(groups) > 1:
+        raise ValueError(
+            f"augment.square_symmetries turns vectors by one set of statistics; the datasets have {sorted(groups)}. "
+            "Give them one name in `stats`, or turn the symmetries off."
+        )
+    stats = groups[robot.name]
+    tokenizer = _tokenizer(config, parts, resumed or initial, keep=resumed is not None)
+
+    def transformed(some: Sequence[Part]):
+        return [(part, make_transform(policy, part.robot, groups[part.stats], tokenizer)) for part in some]
+
+    for part in parts:
+        _log.info(
+            "data: %s, %d episodes, %d frames, %d instructions",
+            part.source.root, len(part.training), _frames(part, part.training), len(part.source.tasks),
+        )  # fmt: skip
+    held_out = [part for part in parts if len(part.held_out)]
     if config.data.validation_path is not None:
-        held_out = LeRobotDataset(config.data.validation_path)
-        _log.info("validation: %s, %d frames", config.data.validation_path, held_out.num_frames)
-        validation = functools.partial(eval_batches, held_out, transform, config)
+        part = open_part(
+            DatasetConfig(config.data.validation_path),
+            dataclasses.replace(config.data, validation_share=0.0, cache=None),
+            config.policy,
+        )
+        held_out = [part._replace(held_out=part.training, training=part.held_out)]
+    validation = None
+    if held_out:
+        for part in held_out:
+            _log.info("validation: %s, %d frames", part.source.root, _frames(part, part.held_out))
+        validation = functools.partial(eval_batches, transformed(held_out), config)
         validation()  # decodes the videos, and fails, now rather than in the middle of the run
-    assets = Assets(config.policy, stats_to_json(stats), tokenizer.model, config)
-    return Inputs(robot, stats, assets, make_loader(dataset, transform, config), validation)
+    assets = Assets(config.policy, stats_to_json(stats, groups, semantics), tokenizer.model, config)
+    loader = make_loader(transformed(parts), config, jax.process_index(), jax.process_count())
+    return Inputs(robot, stats, assets, loader, validation)
 
 
-def _tokenizer(config: TrainConfig, dataset: LeRobotDataset, given: Assets | None, *, keep: bool) -> Tokenizer:
+def _frames(part: Part, episodes: np.ndarray) -> int:
+    return int(np.diff(part.source.ends, prepend=0)[episodes].sum())
+
+
+def _stats(
+    config: TrainConfig, parts: Sequence[Part], resumed: Assets | None, semantics: dict[str, tuple[str, ...]]
+) -> dict[str, Stats]:
+    """Statistics by name: those of the checkpoint, of a file, or of the demonstrations."""
+    names = list(dict.fromkeys(part.stats for part in parts))
+    if resumed is not None and resumed.norm_stats is not None:
+        content = resumed.norm_stats
+    elif config.data.norm_stats is not None:
+        content = read_stats_file(config.data.norm_stats)
+        for name, kinds in semantics_from_json(content).items():
+            if name in semantics and kinds != semantics[name]:
+                raise ValueError(
+                    f"{config.data.norm_stats} was computed for actions of {name} that are {kinds}; they are "
+                    f"{semantics[name]} here. Compute the statistics again: pi0 data stats"
+                )
+    else:
+        return compute_group_stats(parts, config.policy)
+    return {name: stats_from_json(content, name) for name in names}
+
+
+def _tokenizer(config: TrainConfig, parts: Sequence[Part], given: Assets | None, *, keep: bool) -> Tokenizer:
     if given is not None and given.tokenizer is not None and (keep or config.data.tokenizer is None):
         return Tokenizer(given.tokenizer, source="the checkpoint's tokenizer")
     if config.data.tokenizer is not None:
         return Tokenizer.from_file(config.data.tokenizer)
-    return Tokenizer.train(dataset.tasks, config.policy.model.vocab_size)
+    texts = [task for part in parts for task in part.source.tasks]
+    return Tokenizer.train(texts, config.policy.model.vocab_size)

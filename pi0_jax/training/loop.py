@@ -218,8 +218,9 @@ def _train(
     step = int(state.step)
     saved = step
     reporter = Reporter(
-        run_dir, start=step, num_steps=config.num_steps, batch_size=config.batch_size, log_every=config.log_every
-    )
+        run_dir, start=step, num_steps=config.num_steps, batch_size=config.batch_size, log_every=config.log_every,
+        gauges=getattr(inputs.loader, "gauges", dict),
+    )  # fmt: skip
     with reporter, StopRequest() as stop:
         try:
             while step < config.num_steps and stop.number is None:

@@ -1,7 +1,9 @@
 """Numbers of a run: `metrics.jsonl`, TensorBoard event files, and the progress line on the terminal.
 
-`metrics.jsonl` has one row for each update, and one for each validation; `step` counts updates, so the row of step n is
-the n-th update and a checkpoint n holds its result. Floats are written so that they read back exactly.
+`metrics.jsonl` holds what the run computes, and reads the same however often the run was stopped: one row for each
+update, and one for each validation; `step` counts updates, so the row of step n is the n-th update and a checkpoint n
+holds its result. Floats are written so that they read back exactly. What depends on the machine is in `timing.jsonl`:
+for each update its seconds, and the share of them spent waiting for its batch.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -24,6 +26,14 @@ from tqdm import tqdm
 from pi0_jax.training.step import Metrics
 
 FILE = "metrics.jsonl"
+TIMING_FILE = "timing.jsonl"
+WAIT_TO_REPORT = 0.2
+"""Share of waiting for batches above which the log says so."""
+_ADVICE = {
+    "input_pictures": "reading pictures; decode them once (pi0 data cache)",
+    "input_columns": "reading columns",
+    "input_transform": "resizing and tokens; keep resized frames (pi0 data cache)",
+}
 _MUST_BE_FINITE = ("loss", "grad_norm", "param_norm")
 _log = logging.getLogger(__name__)
 
@@ -35,7 +45,16 @@ class Diverged(FloatingPointError):
 class Reporter:
     """Reports the updates of one run, each one update late, so that the device never waits for the host."""
 
-    def __init__(self, run_dir: Path, *, start: int, num_steps: int, batch_size: int, log_every: int):
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        start: int,
+        num_steps: int,
+        batch_size: int,
+        log_every: int,
+        gauges: Callable[[], dict[str, float]] = dict,
+    ):
         """Opens the files of a run.
 
         Args:
@@ -44,9 +63,16 @@ class Reporter:
             num_steps: updates at the end of the run.
             batch_size: samples an update, for the rate.
             log_every: updates between lines on the terminal and points in TensorBoard.
+            gauges: what `data.loader.Loader.gauges` measured since it was asked last; asked once an update.
         """
         drop_rows_after(run_dir / FILE, start)
+        drop_rows_after(run_dir / TIMING_FILE, start)
         self._rows = (run_dir / FILE).open("a", buffering=1)
+        self._timing = (run_dir / TIMING_FILE).open("a", buffering=1)
+        self._gauges, self._asked = gauges, time.perf_counter()
+        self._gauged: list[tuple[float, dict[str, float]]] = []
+        """Seconds and gauges of the updates since the last line on the terminal."""
+        self._first_line = True
         self._events = EventsWriter(str(run_dir / "events"))
         if start:  # makes TensorBoard drop later points, of a run that was killed
             self._events.write_event(Event(step=start + 1, session_log=SessionLog(status=SessionLog.START)))
@@ -63,6 +89,7 @@ class Reporter:
         self._bar.close()
         with contextlib.suppress(OSError):  # every write was flushed, so an error has been raised before
             self._rows.close()
+            self._timing.close()
             self._events.close()
 
     def push(self, step: int, metrics: Metrics):
@@ -73,6 +100,13 @@ class Reporter:
         """
         self.flush()
         self._pending = (step, metrics)
+        if gauges := self._gauges():
+            now = time.perf_counter()
+            self._gauged.append((now - self._asked, gauges))
+            self._asked = now
+            with self._explained():
+                row = {"step": step, "seconds": round(self._gauged[-1][0], 6), "input_wait": gauges["input_wait"]}
+                self._timing.write(json.dumps(row) + "\n")
 
     def flush(self):
         """Waits for the update that was pushed last and reports it.
@@ -107,11 +141,29 @@ class Reporter:
         self._since = (step, time.monotonic())
         seconds = (self._since[1] - then) / (step - before) if step > before else math.nan
         shown = {name: values[name] for name in ("loss", "grad_norm")} | {"samples/s": self._batch_size / seconds}
-        self._plot(step, values | {"samples_per_second": shown["samples/s"]})
+        gauges = self._mean_gauges()
+        shown |= {name: gauges[name] for name in ("input_wait",) if name in gauges}
+        self._plot(step, values | {"samples_per_second": shown["samples/s"]} | gauges)
+        if gauges.get("input_wait", 0) > WAIT_TO_REPORT:
+            slowest = max(_ADVICE, key=lambda name: gauges.get(name, 0))
+            _log.warning(
+                "data are the bottleneck: %.0f %% of the time went by waiting for batches, whose preparation is for "
+                "%.0f %% %s. More --data.num-workers may help too.",
+                100 * gauges["input_wait"], 100 * gauges.get(slowest, 0), _ADVICE[slowest],
+            )  # fmt: skip
         self._bar.set_postfix_str(_text(shown), refresh=False)
         if self._bar.disable:
             left = tqdm.format_interval(seconds * (self._bar.total - step)) if step > before else "?"
             _log.info("step %d of %d: %s, left %s", step, self._bar.total, _text(shown), left)
+
+    def _mean_gauges(self) -> dict[str, float]:
+        """Gauges since the last line, each update by its seconds; the first update compiles and is left out."""
+        some = self._gauged[1:] if self._first_line else self._gauged
+        self._first_line, self._gauged = False, []
+        total = sum(seconds for seconds, _ in some)
+        if not total:
+            return {}
+        return {name: sum(s * gauges[name] for s, gauges in some) / total for name in some[0][1]}
 
     def _write_row(self, step: int, values: dict[str, float]):
         with self._explained():

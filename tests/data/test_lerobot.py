@@ -251,9 +251,11 @@ def test_missing_folder_and_missing_files_are_named(copy, tmp_path):
         LeRobotDataset(copy)
 
 
-def test_older_version_is_named_with_the_way_to_convert_it(fixtures):
-    with pytest.raises(ValueError, match=r"version v2\.1; v3\.0 is supported.*convert_dataset_v21_to_v30"):
-        LeRobotDataset(fixtures / "lerobot_v21_tiny")
+def test_unknown_version_is_named(copy):
+    path = copy / "meta/info.json"
+    path.write_text(path.read_text().replace("v3.0", "v1.6"))
+    with pytest.raises(ValueError, match=r"version v1\.6; v2\.0, v2\.1, v3\.0 can be read"):
+        LeRobotDataset(copy)
 
 
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.99])

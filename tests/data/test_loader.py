@@ -7,13 +7,28 @@ import jax
 import numpy as np
 import pytest
 
+from pi0_jax.data import loader as loading
 from pi0_jax.data.lerobot import LeRobotDataset, LeRobotWriter
-from pi0_jax.data.loader import eval_batches, make_loader
+from pi0_jax.data.mixture import Part
 from pi0_jax.data.normalize import compute_stats, unnormalize_values
 from pi0_jax.data.robots import get_robot
 from pi0_jax.data.tokenizer import Tokenizer
 from pi0_jax.data.transform import make_transform
 from tests.data.conftest import FEATURES, episode
+
+
+def part_of(dataset):
+    """The dataset alone, all its episodes to train on and to validate with."""
+    every = np.arange(dataset.num_episodes)
+    return Part(dataset, get_robot("tabletop"), None, "tabletop", every, every)
+
+
+def make_loader(dataset, transform, config, *shard):
+    return loading.make_loader([(part_of(dataset), transform)], config, *shard)
+
+
+def eval_batches(dataset, transform, config):
+    return loading.eval_batches([(part_of(dataset), transform)], config)
 
 
 @pytest.fixture

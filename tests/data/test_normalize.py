@@ -25,7 +25,15 @@ MODES = ("zscore", "quantile")
 def in_memory(state, action, valid=None):
     """What `compute_stats` uses of a dataset."""
     columns = {"observation.state": state, "action": action} | ({} if valid is None else {"valid": valid})
-    return types.SimpleNamespace(root="memory", features=columns, columns=columns.__getitem__)
+    return types.SimpleNamespace(
+        root="memory",
+        features=columns,
+        ends=np.array([len(state)]),
+        num_episodes=1,
+        episodes=["episode 0"],
+        episode_range=lambda _: (0, len(state)),
+        read=lambda name, *_: columns[name],
+    )
 
 
 def stats_of(values):

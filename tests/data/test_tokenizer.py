@@ -1,5 +1,6 @@
 """Prompts as tokens: the two formats, a small model trained on the instructions, and clear refusals."""
 
+import pickle
 import warnings
 
 import numpy as np
@@ -49,6 +50,29 @@ def test_pi05_prompt_holds_the_discretised_state(tokenizer, processor):
     ids, mask = tokenizer.encode_prompt("push_the blue ball", 64, state)
     assert ids[0] == 2
     assert decode(processor, ids, mask) == "Task: push the blue ball, State: 0 128 255 255 -1;\nAction: "
+
+
+def test_golden_tokens_of_both_formats():
+    """Ids of a model trained here: they change if the prompt formats, the cleaning or the bins do."""
+    tokenizer = Tokenizer.train(["pick up the fork"], 512)
+    processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
+
+    def pieces(ids, mask):
+        return [processor.id_to_piece(i) for i in ids[mask].tolist()]
+
+    plain, mask = tokenizer.encode_prompt(" pick_up the fork\n", 16)
+    assert pieces(plain, mask) == ["<s>", *processor.encode("pick up the fork", out_type=str), "<0x0A>"]
+    state = np.array([-1.0, -1.2, 0.0, 0.5, 1.0, 1.7])  # six dimensions, which is all: none of the padding is written
+    ids, mask = tokenizer.encode_prompt("pick up the fork", 80, state)
+    text = "Task: pick up the fork, State: 0 -1 128 192 255 255;\nAction: "
+    assert ids[mask].tolist() == [processor.bos_id(), *processor.encode(text)]
+    assert mask.sum() == len(processor.encode(text)) + 1
+    assert not ids[~mask].any()
+
+
+def test_a_pickled_tokenizer_gives_the_same_ids(tokenizer):
+    again = pickle.loads(pickle.dumps(tokenizer))
+    np.testing.assert_array_equal(again.encode_prompt(TEXTS[0], 16)[0], tokenizer.encode_prompt(TEXTS[0], 16)[0])
 
 
 def test_state_bins_divide_minus_one_to_one_in_256():

@@ -158,6 +158,17 @@ def test_resizing_interpolates_as_pillow_does():
     np.testing.assert_array_equal(resize_with_pad(image, 16)[1], expected)
 
 
+@pytest.mark.parametrize(("height", "width"), [(480, 640), (180, 320), (97, 51), (20, 33)])
+def test_resizing_with_padding_is_pillows_on_the_whole_image_within_a_level(height, width):
+    """openpi's client fits the whole picture with Pillow's bilinear filter into the middle of a black square."""
+    image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    scale = max(height, width) / 224
+    inner = PIL.Image.fromarray(image).resize((int(width / scale), int(height / scale)), PIL.Image.Resampling.BILINEAR)
+    square = PIL.Image.new("RGB", (224, 224), 0)
+    square.paste(inner, ((224 - inner.width) // 2, (224 - inner.height) // 2))
+    assert np.abs(resize_with_pad(image, 224).astype(int) - np.asarray(square)).max() <= 1
+
+
 def test_valid_observation_passes_in_all_accepted_forms(sample):
     raw = {key: sample[key] for key in ("images", "state", "prompt")}
     floats = {camera: image / 255 for camera, image in raw["images"].items()}

@@ -40,6 +40,24 @@ def test_every_update_has_a_row_that_reads_back_exactly(tmp_path):
     assert rows(tmp_path)[-1] == {"step": 5, "validation_loss": 1 / 3}
 
 
+def test_waiting_for_batches_is_kept_apart_and_reported_with_its_stage(tmp_path, caplog):
+    gauges = {"input_wait": 0.6, "input_columns": 0.1, "input_pictures": 0.7, "input_transform": 0.2}
+    with (
+        Reporter(tmp_path, start=0, num_steps=4, batch_size=4, log_every=2, gauges=lambda: dict(gauges)) as report,
+        caplog.at_level("WARNING", "pi0_jax"),
+    ):
+        for step in range(1, 5):
+            report.push(step, metrics(1.0))
+        report.flush()
+    timing = [json.loads(line) for line in (tmp_path / "timing.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in timing] == [1, 2, 3, 4]
+    assert {row["input_wait"] for row in timing} == {0.6}
+    assert all("input_wait" not in row for row in rows(tmp_path))
+    assert "60 % of the time went by waiting for batches, whose preparation is for 70 % reading pictures" in caplog.text
+    tags = {value.tag for event in events(tmp_path) for value in event.summary.value}
+    assert {"input_wait", "input_pictures"} <= tags
+
+
 def test_event_files_hold_the_same_numbers_and_mark_where_a_run_was_taken_up(tmp_path):
     for start in (0, 2):
         with reporter(tmp_path / str(start), start) as report:

@@ -1,0 +1,233 @@
+"""How fast batches come: from video and from the cache, with 1, 2 and 4 worker processes and 1 to 3 cameras.
+
+Run: python benchmarks/loader.py --frames 600 --size 224
+
+It writes an H.264 dataset with a key frame at every second frame, measures PyAV's own ceiling on its first file (single
+frames at random, as a loader needs them, in one thread), and the loader's samples per second against it. Where lerobot
+is installed its DataLoader reads the same folder in the same run. Statistics are measured too, in frames per second and
+core. Everything is printed as one JSON object.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import av
+import numpy as np
+import tyro
+from av.video.reformatter import VideoReformatter
+
+from pi0_jax.config import DataConfig, ModelConfig, PolicyConfig, TrainConfig, VisionConfig
+from pi0_jax.data.cache import build_cache
+from pi0_jax.data.lerobot import LeRobotDataset, LeRobotWriter
+from pi0_jax.data.loader import make_loader
+from pi0_jax.data.mixture import Part, open_parts
+from pi0_jax.data.normalize import summarise_source
+from pi0_jax.data.robots import Robot
+from pi0_jax.data.source import Source
+from pi0_jax.data.stats import compute_group_stats
+from pi0_jax.data.tokenizer import Tokenizer
+from pi0_jax.data.transform import make_transform
+
+FPS = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    frames: int = 600
+    """Frames of the dataset, in episodes of 100."""
+    size: int = 224
+    """Side of the images, pixels."""
+    cameras: tuple[int, ...] = (1, 2, 3)
+    workers: tuple[int, ...] = (1, 2, 4)
+    batch_size: int = 32
+    batches: int = 12
+    """Batches timed, after the first ones of every worker."""
+    stats_frames: int = 1_000_000
+    """Frames of 14 states and 14 actions for the statistics."""
+    memory_batches: int = 0
+    """Batches over which memory is measured, with one worker thread and the cache; 0: not."""
+
+
+def write_dataset(root: Path, args: Args, cameras: int) -> None:
+    features = {
+        f"observation.images.c{i}": {"dtype": "video", "shape": (args.size,) * 2 + (3,)} for i in range(cameras)
+    }
+    vector = {"dtype": "float32", "shape": (14,)}
+    random = np.random.default_rng(0)
+    coarse = random.integers(0, 255, (4, 28, 28, 3), np.uint8)
+    scenes = coarse.repeat(args.size // 28, 1).repeat(args.size // 28, 2)
+    with LeRobotWriter(
+        root, FPS, "bench", features | {"observation.state": vector, "action": vector}, pix_fmt="yuv420p", crf=23
+    ) as writer:
+        for episode in range(args.frames // 100):
+            images = np.stack([np.roll(scenes[(episode + i // 50) % 4], 3 * i, 1) for i in range(100)])
+            values = random.normal(size=(2, 100, 14)).astype(np.float32)
+            frames = dict.fromkeys([name for name in features], images)
+            writer.add_episode(frames | {"observation.state": values[0], "action": values[1]}, "move")
+
+
+def ceiling(path: Path, frames: int) -> float:
+    """Single frames a second at random places of one file: seek, decode, convert to RGB; nothing of ours."""
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        stream.thread_count = 1
+        times = sorted(packet.pts for packet in container.demux(stream) if packet.pts is not None)
+        reformatter = VideoReformatter()  # a new one for each frame would halve the speed
+        order = np.random.default_rng(0).permutation(len(times))[:frames]
+        begin = time.perf_counter()
+        for i in order.tolist():
+            container.seek(times[i], stream=stream)
+            for frame in container.decode(stream):
+                if frame.pts == times[i]:
+                    reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+                    break
+        return len(order) / (time.perf_counter() - begin)
+
+
+def config_for(root: Path, args: Args, cameras: int, cache: Path | None, workers: int) -> TrainConfig:
+    model = ModelConfig(
+        vision=VisionConfig(image_size=args.size), cameras=tuple(f"c{i}" for i in range(cameras)), vocab_size=512
+    )
+    data = DataConfig(
+        str(root), frames="random", cache=None if cache is None else str(cache), num_workers=workers, num_threads=1,
+        prefetch=2,
+    )  # fmt: skip
+    return TrainConfig(policy=PolicyConfig(model=model, robot=str(root.parent / "robot.py")), data=data,
+                       batch_size=args.batch_size)  # fmt: skip
+
+
+def loader_for(config: TrainConfig):
+    parts: list[Part] = open_parts(config.data, config.policy)
+    groups = compute_group_stats(parts, config.policy)
+    tokenizer = Tokenizer.train(["move"], 512)
+    return make_loader(
+        [(part, make_transform(config.policy, part.robot, groups[part.stats], tokenizer)) for part in parts], config
+    )
+
+
+def samples_per_second(iterator, batch_size: int, warm: int, count: int) -> float:
+    for _ in itertools.islice(iterator, warm):
+        pass
+    begin = time.perf_counter()
+    for _ in itertools.islice(iterator, count):
+        pass
+    return count * batch_size / (time.perf_counter() - begin)
+
+
+def ours(root: Path, args: Args, cameras: int, cache: Path | None, workers: int) -> float:
+    loader = loader_for(config_for(root, args, cameras, cache, workers))
+    try:
+        return samples_per_second(loader, args.batch_size, 4 * workers, args.batches)
+    finally:
+        loader.close()
+
+
+def lerobots(root: Path, args: Args, workers: int) -> float | None:
+    """lerobot's own DataLoader on the same folder; None where it is not installed."""
+    try:
+        import torch  # pyright: ignore[reportMissingImports]
+        from lerobot.datasets.lerobot_dataset import LeRobotDataset as Theirs  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return None
+    dataset = Theirs(
+        "bench", root=root, delta_timestamps={"action": [i / FPS for i in range(50)]}, video_backend="pyav"
+    )
+    loader = torch.utils.data.DataLoader(dataset, args.batch_size, shuffle=True, num_workers=workers)
+    return samples_per_second(itertools.chain.from_iterable(itertools.repeat(loader)), args.batch_size, 2 * workers,
+                              args.batches)  # fmt: skip
+
+
+class Memory(Source):
+    """Columns in memory, for the statistics."""
+
+    def __init__(self, frames: int, dims: int = 14):
+        random = np.random.default_rng(0)
+        self.values = {key: random.normal(size=(frames, dims)).astype(np.float32)
+                       for key in ("observation.state", "action")}  # fmt: skip
+        self.features = {key: {"dtype": "float32", "shape": (dims,)} for key in self.values}
+        self.root, self.fps, self.tasks, self.skipped = Path("memory"), FPS, ["move"], {}
+        self.ends = np.arange(500, frames + 1, 500)
+        self.episodes = [str(i) for i in range(len(self.ends))]
+
+    def read(self, name, first, end):
+        return self.values[name][first * 500 : end * 500]
+
+    task_index = property(lambda self: np.zeros(self.num_frames, int))
+
+    def images(self, camera, rows):
+        raise AssertionError("statistics read no pictures")
+
+    def picture_files(self, camera):
+        return []
+
+
+def statistics(args: Args) -> dict[str, float]:
+    source, figures = Memory(args.stats_frames), {}
+    robot = Robot("memory", {}, ("s",) * 14, ("a",) * 14, None, (8, 8))
+    for name, semantics, horizon in (
+        ("absolute", ("absolute",) * 14, 1),
+        ("relative, 50 steps", ("relative",) * 14, 50),
+    ):
+        some = range(source.num_episodes if horizon == 1 else max(1, source.num_episodes // 20))
+        begin = time.process_time()
+        summarise_source(source, robot, semantics, horizon, some)
+        figures[name] = round(500 * len(some) / (time.process_time() - begin))
+    return figures
+
+
+def memory_growth(root: Path, args: Args, cache: Path) -> dict[str, float]:
+    """Resident memory in MB after a tenth of the batches, and at their end."""
+    loader = loader_for(config_for(root, args, 1, cache, 0))
+    marks = []
+    for number, _ in enumerate(itertools.islice(loader, args.memory_batches), 1):
+        if number in (args.memory_batches // 10, args.memory_batches):
+            marks.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6)
+    loader.close()
+    return dict(zip(("early", "end"), marks, strict=True))
+
+
+def main(args: Args) -> None:
+    figures: dict = {"cores": len(os.sched_getaffinity(0)), **dataclasses.asdict(args)}
+    with tempfile.TemporaryDirectory() as folder:
+        for cameras in args.cameras:
+            root, cache = Path(folder) / f"{cameras}" / "data", Path(folder) / f"{cameras}" / "cache"
+            write_dataset(root, args, cameras)
+            names = {f"observation.images.c{i}": f"c{i}" for i in range(cameras)}
+            joints = tuple(f"joint_{i}" for i in range(14))
+            robot = f"Robot('bench', {names!r}, {joints!r}, {joints!r}, {FPS}, (8, 8))"
+            (root.parent / "robot.py").write_text(f"from pi0_jax.data.robots import Robot\nROBOT = {robot}\n")
+            video = next(root.glob("videos/*/*/*.mp4"))
+            top = ceiling(video, args.frames)
+            source = LeRobotDataset(root, decoding="random")
+            nbytes = build_cache(source, cache, list(names), args.size, workers=1)
+            row: dict = {"pyav_frames_per_second": round(top), "cache_bytes_a_frame": nbytes // (args.frames * cameras)}
+            for workers in args.workers:
+                video_rate = ours(root, args, cameras, None, workers)
+                cache_rate = ours(root, args, cameras, cache, workers)
+                theirs = lerobots(root, args, workers)
+                cores = min(workers, figures["cores"])
+                row[f"{workers} workers"] = {
+                    "video": round(video_rate, 1),
+                    "share_of_ceiling": round(video_rate * cameras / (top * cores), 2),
+                    "cache": round(cache_rate, 1),
+                    "cache_over_video": round(cache_rate / video_rate, 2),
+                    "lerobot": None if theirs is None else round(theirs, 1),
+                }
+                print(cameras, "cameras", workers, "workers", row[f"{workers} workers"], file=sys.stderr)
+            figures[f"{cameras} cameras"] = row
+            if args.memory_batches and cameras == args.cameras[0]:
+                figures["resident_mb"] = memory_growth(root, args, cache)
+    figures["statistics_frames_per_second_and_core"] = statistics(args)
+    print(json.dumps(figures, indent=2))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

@@ -1,0 +1,253 @@
+"""Frames decoded once and kept at the model's resolution, in ArrayRecord shards with checksums.
+
+    <cache>/<camera>-<key>/manifest.json        what was decoded, and the SHA-256 of every file it came from
+    <cache>/<camera>-<key>/shard-00000.array_record ...      a record a frame, in order
+
+A record is a frame's bytes as they are, 3 · size² (150 kB at 224 px), or a JPEG of some 15 kB. ArrayRecord keeps a hash
+of every block, so that damage on the disk is an error and not a wrong picture. `key` stands for the folder of the
+dataset, its episodes and the size; a cache whose files have changed since is refused. Files are compared by their size
+and time of change, and by their content where those differ.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+import io
+import json
+import logging
+import multiprocessing
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+from jaxtyping import Int, UInt8
+from tqdm import tqdm
+
+from pi0_jax.data.source import BadEpisode, Rows, Source
+from pi0_jax.data.transform import resize_with_pad
+from pi0_jax.data.video import decode_picture
+
+FRAMES_PER_SHARD = 2048
+DECODED_AT_ONCE = 64
+SHARDS_OPEN = 256
+
+_log = logging.getLogger(__name__)
+
+
+def build_cache(
+    source: Source, folder: Path, cameras: list[str], size: int, quality: int | None = None, workers: int | None = None
+) -> int:
+    """Decodes and resizes all frames that are not in the cache yet. A build that was stopped goes on where it was.
+
+    Args:
+        source: the dataset.
+        folder: of the cache.
+        cameras: to decode.
+        size: side of the square images, pixels, resized as `resize_with_pad` does.
+        quality: of JPEG, 1 to 100; None keeps the pixels as they are.
+        workers: processes; None: one a core.
+
+    Returns:
+        Bytes that the cache of these cameras has.
+
+    Raises:
+        ValueError, FileNotFoundError: a frame cannot be read; the message names the file and the episode.
+    """
+    if quality is not None and not 1 <= quality <= 100:
+        raise ValueError(f"the quality of JPEG is {quality}; expected 1 to 100, or none for the pixels as they are.")
+    work, targets = [], []
+    for camera in cameras:
+        target = _target(source, folder, camera, size)
+        content = {"files": _files(source, camera), "size": size, "quality": quality, "frames": source.num_frames}
+        known = _read_manifest(target)
+        if known is not None and not _same(known, content):
+            for path in sorted(target.glob("*")):
+                path.unlink()
+        target.mkdir(parents=True, exist_ok=True)
+        for path, entry in content["files"].items():
+            entry += [] if len(entry) == 3 else [_hash(Path(path))]
+        _write(target / "manifest.json", json.dumps(content).encode())
+        targets.append(target)
+        for number, start in enumerate(range(0, source.num_frames, FRAMES_PER_SHARD)):
+            if not _shard(target, number).exists():
+                end = min(start + FRAMES_PER_SHARD, source.num_frames)
+                work.append((_write_shard, source, camera, start, end, size, quality, _shard(target, number)))
+    count = sum(end - start for _, _, _, start, end, *_ in work)
+    with tqdm(total=count, desc=f"caching {source.root.name}", unit="frame", disable=not work) as bar:
+        for done in _each(work, workers or os.cpu_count() or 1):
+            bar.update(done)
+    return sum(path.stat().st_size for target in targets for path in target.iterdir())
+
+
+class CachedFrames(Source):
+    """A dataset whose pictures come from a cache.
+
+    Args:
+        source: the dataset.
+        folder: of the cache.
+        cameras: that have to be in it; others come from the dataset.
+        size: side of the images, pixels.
+
+    Raises:
+        ValueError: the cache lacks them, or was made of other files.
+    """
+
+    def __init__(self, source: Source, folder: Path, cameras: list[str], size: int):
+        self.source, self._cached = source, {}
+        self.root, self.fps, self.tasks = source.root, source.fps, source.tasks
+        self.episodes, self.ends, self.skipped = source.episodes, source.ends, source.skipped
+        self.features = dict(source.features)
+        for camera in cameras:
+            target = _target(source, folder, camera, size)
+            known = _read_manifest(target)
+            shards = -(-source.num_frames // FRAMES_PER_SHARD)
+            complete = known is not None and all(_shard(target, number).exists() for number in range(shards))
+            if not complete:
+                raise ValueError(
+                    f"{folder} does not hold camera {camera!r} of {source.root} at {size} px, or not all of it. Run: "
+                    "pi0 data cache CONFIG"
+                )
+            content = {"files": _files(source, camera), "size": size, "frames": source.num_frames}
+            assert known is not None
+            if not _same(known, content | {"quality": known["quality"]}):
+                raise ValueError(f"{target} was made of other files than {source.root} has now. Run: pi0 data cache")
+            self._cached[camera] = (target, known["quality"], size)
+            self.features[camera] = {**source.features[camera], "shape": (size, size, 3)}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_opened", "_columns")}
+
+    def read(self, name: str, first: int, end: int) -> np.ndarray:
+        return self.source.read(name, first, end)
+
+    @property
+    def task_index(self) -> Int[np.ndarray, "n"]:
+        return self.source.task_index
+
+    @property
+    def shard_ends(self) -> Int[np.ndarray, "s"]:
+        return self.source.shard_ends
+
+    def picture_files(self, camera: str) -> list[Path]:
+        return self.source.picture_files(camera)
+
+    def images(self, camera: str, rows: Rows) -> UInt8[np.ndarray, "n h w 3"]:
+        self.check_camera(camera)
+        if camera not in self._cached:
+            return self.source.images(camera, rows)
+        target, quality, size = self._cached[camera]
+        flat = np.asarray(rows).ravel()
+        out = np.empty((len(flat), size, size, 3), np.uint8)
+        for number in np.unique(flat // FRAMES_PER_SHARD).tolist():
+            at = np.flatnonzero(flat // FRAMES_PER_SHARD == number)
+            path = _shard(target, number)
+            try:
+                records = self._open(path).read((flat[at] % FRAMES_PER_SHARD).tolist())
+            except Exception as error:  # the library has no narrower type
+                raise BadEpisode(f"{path} is damaged ({error}). Remove it and run: pi0 data cache") from error
+            for i, record in zip(at.tolist(), records, strict=True):
+                out[i] = (
+                    np.frombuffer(record, np.uint8).reshape(size, size, 3)
+                    if quality is None
+                    else decode_picture(record)
+                )
+        return out.reshape(*np.shape(rows), size, size, 3)
+
+    def _open(self, path: Path) -> Any:
+        from array_record.python.array_record_module import ArrayRecordReader
+
+        opened = vars(self).setdefault("_opened", {})
+        if path not in opened:
+            if len(opened) >= SHARDS_OPEN:
+                opened.pop(next(iter(opened))).close()
+            opened[path] = ArrayRecordReader(str(path), "readahead_buffer_size:0,max_parallelism:0")
+        return opened[path]
+
+
+def _write_shard(
+    source: Source, camera: str, start: int, end: int, size: int, quality: int | None, target: Path
+) -> int:
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    partial = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        writer = ArrayRecordWriter(str(partial), "group_size:1,uncompressed")
+        for first in range(start, end, DECODED_AT_ONCE):
+            rows = np.arange(first, min(first + DECODED_AT_ONCE, end))
+            for image in resize_with_pad(source.images(camera, rows), size):
+                writer.write(image.tobytes() if quality is None else _jpeg(image, quality))
+        writer.close()
+        partial.rename(target)
+    finally:
+        partial.unlink(missing_ok=True)
+    return end - start
+
+
+def _jpeg(image: np.ndarray, quality: int) -> bytes:
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(image).save(buffer, "jpeg", quality=quality, subsampling=0)
+    return buffer.getvalue()
+
+
+def _each(work: list[tuple], workers: int) -> Iterator[int]:
+    workers = min(workers, len(work))
+    if workers <= 1:
+        for function, *arguments in work:
+            yield function(*arguments)
+        return
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+        submit: Callable = pool.submit
+        for future in concurrent.futures.as_completed([submit(*task) for task in work]):
+            yield future.result()
+
+
+def _target(source: Source, folder: Path, camera: str, size: int) -> Path:
+    key = hashlib.sha256(repr((str(source.root.resolve()), source.episodes, camera, size)).encode()).hexdigest()[:12]
+    return folder / f"{camera.replace('/', '_')}-{key}"
+
+
+def _shard(target: Path, number: int) -> Path:
+    return target / f"shard-{number:05d}.array_record"
+
+
+def _files(source: Source, camera: str) -> dict[str, list[Any]]:
+    """Size and time of change of each file that a camera's frames come from; the hash of its content comes third."""
+    return {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in source.picture_files(camera)}
+
+
+def _same(known: dict[str, Any], content: dict[str, Any]) -> bool:
+    """Whether what a cache was made of is what there is now; `content` gets the hashes that are known already."""
+    if {key: known[key] for key in ("size", "quality", "frames")} != {
+        key: content[key] for key in ("size", "quality", "frames")
+    } or set(known["files"]) != set(content["files"]):
+        return False
+    for path, now in content["files"].items():
+        before = known["files"][path]
+        if before[:2] != now[:2] and (before[0] != now[0] or before[2:] != [_hash(Path(path))]):
+            return False
+        now += before[2:]
+    return True
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_manifest(target: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads((target / "manifest.json").read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _write(path: Path, content: bytes) -> None:
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    partial.write_bytes(content)
+    partial.rename(path)

@@ -1,0 +1,254 @@
+"""What `pi0 data SUBCOMMAND` does; the dataclasses are the command lines."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from pi0_jax.config import DatasetConfig, TrainConfig
+from pi0_jax.data.cache import build_cache
+from pi0_jax.data.check import check_part
+from pi0_jax.data.convert import convert
+from pi0_jax.data.mixture import Part, open_parts, open_source
+from pi0_jax.data.normalize import save_json, stats_to_json
+from pi0_jax.data.robots import get_robot, semantics_of
+from pi0_jax.data.show import show
+from pi0_jax.data.stats import compute_group_stats
+
+Path_ = Annotated[Path, tyro.conf.Positional]
+Config = Annotated[Path, tyro.conf.Positional]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stats:
+    """Computes the statistics that normalise states and actions, from columns alone: no picture is read.
+
+    Example: pi0 data stats configs/mine.py --output norm_stats.json
+    """
+
+    config: Config
+    """Python file that sets `config`."""
+    output: Path = Path("norm_stats.json")
+    """File to write; name it in the config's `data.norm_stats`. openpi reads it too."""
+    workers: int | None = None
+    """Processes; one a core by default."""
+    ray: bool = False
+    """Run on a Ray cluster (pip install pi0_jax[ray]); without an address on this machine."""
+    skip_bad_episodes: bool = False
+    """Leave out episodes that cannot be read, and say which."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """Looks for what spoils training, and fails with its name: values that are not finite, dimensions that hardly vary,
+    quantiles that leave too much outside, wrong timestamps, missing frames, tasks without text.
+
+    Example: pi0 data check configs/mine.py
+    """
+
+    config: Config
+    """Python file that sets `config`."""
+    outside: float = 0.05
+    """Largest share of frames beyond 1.5 times the 1 % to 99 % range of a dimension."""
+    decode: bool = False
+    """Decode every frame as well, which takes as long as it takes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Show:
+    """Makes one HTML file of a dataset: pictures, histograms of states and actions, and curves of some episodes.
+
+    Example: pi0 data show configs/mine.py --output data.html
+    """
+
+    config: Config
+    """Python file that sets `config`."""
+    output: Path = Path("data.html")
+    """File to write."""
+    episodes: int = 4
+    """Episodes to draw."""
+    rerun: Path | None = None
+    """Also log them to this Rerun recording, .rrd (pip install pi0_jax[viz])."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Decodes all frames once, resizes them to the model's resolution and keeps them in shards with checksums.
+
+    A frame takes 3 · size² bytes (150 kB at 224 px), or some tenth of that with --jpeg 95. A build that was stopped
+    goes on where it was. Example: pi0 data cache configs/mine.py --output cache
+    """
+
+    config: Config
+    """Python file that sets `config`."""
+    output: Path = Path("cache")
+    """Folder to write; name it in the config's `data.cache`."""
+    jpeg: int | None = None
+    """Quality of JPEG, 1 to 100; by default pixels are kept as they are."""
+    workers: int | None = None
+    """Processes; one a core by default."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Convert:
+    """Turns RLDS or LeRobot 2.x into LeRobot 3.0, a few episodes at a time: when stopped, run it again.
+
+    Takes the dataset of a config, under the robot's names. Example: pi0 data convert configs/mine.py data/mine-v3
+    """
+
+    config: Config
+    """Python file that sets `config`; its first dataset is converted."""
+    output: Path_
+    """Folder to create."""
+    dataset: int = 0
+    """Number of the dataset in the config's mixture."""
+    crf: int = 18
+    """Quality of the video, 0 (best) to 51."""
+    workers: int | None = None
+    """Processes; one a core by default."""
+    skip_bad_episodes: bool = False
+    """Leave out episodes that cannot be read, and say which."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Robot:
+    """Writes the file of a robot that fits a LeRobot dataset, to be looked through and completed.
+
+    Example: pi0 data robot data/mine --output my_robot.py
+    """
+
+    path: Path_
+    """Folder of the dataset."""
+    output: Path = Path("my_robot.py")
+    """File to create."""
+
+
+def stats(args: Stats, config: TrainConfig) -> None:
+    """Runs `pi0 data stats`.
+
+    Raises:
+        FileNotFoundError, ValueError, OSError: what the user gave cannot be used; the message says how to go on.
+    """
+    parts = _parts(config, args.skip_bad_episodes)
+    groups = compute_group_stats(parts, config.policy, workers=args.workers or os.cpu_count() or 1, ray=args.ray)
+    semantics = {part.robot.name: semantics_of(part.robot, config.policy.action_semantics) for part in parts}
+    own = groups.get(get_robot(config.policy.robot).name, next(iter(groups.values())))
+    save_json(stats_to_json(own, groups, semantics), args.output)
+    for name, group in groups.items():
+        robot = next(part.robot for part in parts if part.stats == name)
+        for key, names in (("state", robot.state), ("actions", robot.actions)):
+            print(f"\n{name} {key:18} {'mean':>10} {'std':>10} {'1 %':>10} {'99 %':>10} {'min':>10} {'max':>10}")
+            entry = group[key]
+            for i, dim in enumerate(names):
+                columns = (entry.mean, entry.std, entry.q01, entry.q99, entry.min, entry.max)
+                print(f"  {dim:28}" + "".join(f" {c[i]:10.4g}" for c in columns if c is not None))
+    print(f"\nwrote {args.output}; set data.norm_stats to it")
+
+
+def check(args: Check, config: TrainConfig) -> None:
+    """Runs `pi0 data check`; raises ValueError with all that was found."""
+    parts = _parts(config, False)
+    groups = compute_group_stats(parts, config.policy, workers=os.cpu_count() or 1)
+    found = [
+        f"{part.source.root}: {problem}"
+        for part in parts
+        for problem in check_part(part, config.policy, groups[part.stats], outside=args.outside, decode=args.decode)
+    ]
+    if found:
+        raise ValueError(f"{len(found)} problems:\n  " + "\n  ".join(found))
+    frames = sum(part.source.num_frames for part in parts)
+    print(f"no problem in {len(parts)} datasets, {sum(p.source.num_episodes for p in parts)} episodes, {frames} frames")
+
+
+def show_(args: Show, config: TrainConfig) -> None:
+    """Runs `pi0 data show`; errors as of `stats`."""
+    parts = _parts(config, False)
+    show(parts, args.output, args.episodes, args.rerun)
+    print(f"wrote {args.output}")
+
+
+def cache(args: Cache, config: TrainConfig) -> None:
+    """Runs `pi0 data cache`; errors as of `stats`."""
+    size = config.policy.model.vision.image_size
+    total = frames = 0
+    for part in _parts(config, config.data.skip_bad_episodes):
+        cameras = [key for key, name in part.robot.cameras.items() if name in config.policy.model.cameras]
+        total += build_cache(part.source, args.output, cameras, size, args.jpeg, args.workers)
+        frames += part.source.num_frames * len(cameras)
+    print(f"{frames} frames of {size} px, {total / 1e6:.1f} MB, {total / frames:.0f} bytes a frame: {args.output}")
+    print("set data.cache to it")
+
+
+def convert_(args: Convert, config: TrainConfig) -> None:
+    """Runs `pi0 data convert`; errors as of `stats`."""
+    data = dataclasses.replace(config.data, frames="random", cache=None, skip_bad_episodes=args.skip_bad_episodes)
+    dataset = (data.datasets or (DatasetConfig(data.path),))[args.dataset]
+    robot = get_robot(dataset.robot or config.policy.robot)
+    source = open_source(dataset, data, robot)
+    convert(source, args.output, robot.name, crf=args.crf, workers=args.workers)
+    print(f"{source.num_episodes} episodes, {source.num_frames} frames: {args.output}")
+
+
+def robot_(args: Robot, _: None) -> None:
+    """Runs `pi0 data robot`; errors as of `stats`."""
+    from pi0_jax.data.lerobot import LeRobotDataset
+
+    if args.output.exists():
+        raise FileExistsError(f"{args.output} exists. Choose another file with --output.")
+    dataset = LeRobotDataset(args.path, decoding="random")
+    state, action = (_names(dataset.features, key) for key in ("observation.state", "action"))
+    slots = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
+    cameras = {camera: slots[i] if i < len(slots) else f"camera_{i}_rgb" for i, camera in enumerate(dataset.cameras)}
+    shape = dataset.features[dataset.cameras[0]]["shape"] if dataset.cameras else (224, 224, 3)
+    args.output.write_text(f'''"""{args.path.name}: say here what robot it is, and in which units."""
+
+from pi0_jax.data.robots import Robot
+
+ROBOT = Robot(
+    name={args.output.stem!r},
+    # Feature of the dataset -> camera of the model. The released weights know these names; "wrist" cameras move.
+    cameras={json.dumps(cameras, indent=8)[:-1]}    }},
+    state={state!r},
+    actions={action!r},
+    fps={dataset.fps!r},
+    image_size={tuple(shape[:2])!r},
+    # One for each action: "absolute", "gripper" (absolute too), "relative" to the state of the same index (joint
+    # targets are best learnt so), or "angle" (relative, radians that wrap).
+    semantics={("absolute",) * len(action)!r},
+)
+''')
+    print(f"wrote {args.output}; look through it, and set policy.robot to its path")
+
+
+def _names(features: dict[str, Any], key: str) -> tuple[str, ...]:
+    if key not in features:
+        raise ValueError(f"the dataset has no {key!r}; it has {sorted(features)}.")
+    names = features[key].get("names")
+    names = next(iter(names.values())) if isinstance(names, dict) else names
+    width = features[key]["shape"][0]
+    return tuple(map(str, names)) if names and len(names) == width else tuple(f"{key}_{i}" for i in range(width))
+
+
+def _parts(config: TrainConfig, skip: bool) -> list[Part]:
+    data = dataclasses.replace(
+        config.data, cache=None, validation_share=0.0, frames="random",
+        skip_bad_episodes=skip or config.data.skip_bad_episodes,
+    )  # fmt: skip
+    return open_parts(data, config.policy)
+
+
+SUBCOMMANDS: dict[str, tuple[type, Callable]] = {
+    "stats": (Stats, stats),
+    "check": (Check, check),
+    "show": (Show, show_),
+    "cache": (Cache, cache),
+    "convert": (Convert, convert_),
+    "robot": (Robot, robot_),
+}
+"""Name of a subcommand to its command line, and what runs it with its configuration (None where it takes none)."""

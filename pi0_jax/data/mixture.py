@@ -1,0 +1,201 @@
+"""Datasets as a configuration names them, opened under their robots' names, and the order in which they are sampled.
+
+The order is one endless stream: sample number s of a run is a frame of a dataset, whoever asks for it. It depends on
+the seed, the datasets, their weights and nothing else, so that any number of processes can share it and a run can go
+on anywhere in it.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from pi0_jax.config import DataConfig, DatasetConfig, PolicyConfig
+from pi0_jax.data.cache import CachedFrames
+from pi0_jax.data.lerobot import LeRobotDataset, find_dataset
+from pi0_jax.data.rlds import PRESETS, RldsDataset
+from pi0_jax.data.robots import Robot, get_robot
+from pi0_jax.data.source import Renamed, Source
+
+BLOCK = 2**16
+"""Samples after which the datasets have had exactly their shares. Shares are multiples of one in so many."""
+
+_log = logging.getLogger(__name__)
+
+Order = Callable[[int], Int[np.ndarray, "n"]]
+"""From the number of an epoch to the frames in the order in which it visits them."""
+
+
+class Part(NamedTuple):
+    """One dataset of a mixture."""
+
+    source: Source
+    robot: Robot
+    weight: float | None
+    stats: str
+    """Name of the statistics that normalise it."""
+    training: Int[np.ndarray, "e"]
+    """Episodes to train on."""
+    held_out: Int[np.ndarray, "e"]
+    """Episodes for the validation loss."""
+
+
+def open_parts(data: DataConfig, policy: PolicyConfig) -> list[Part]:
+    """Opens the datasets of an experiment.
+
+    Raises:
+        FileNotFoundError, ValueError: a dataset cannot be read, or is not its robot's; some have weights and others
+            have not, or a weight is not positive; a share of episodes is out of range.
+    """
+    if not 0 <= data.validation_share < 1:
+        raise ValueError(
+            f"`data.validation_share` is {data.validation_share}; expected a share, 0 or more and below 1."
+        )
+    datasets = data.datasets or (DatasetConfig(data.path),)
+    weights = [dataset.weight for dataset in datasets]
+    if any(weight is None for weight in weights) and any(weight is not None for weight in weights):
+        raise ValueError(f"the datasets have weights {weights}; give one to all of them or to none.")
+    if bad := [weight for weight in weights if weight is not None and not weight > 0]:
+        raise ValueError(f"datasets have weights {bad}; a weight is above 0. Leave out what should not be sampled.")
+    return [open_part(dataset, data, policy) for dataset in datasets]
+
+
+def open_part(dataset: DatasetConfig, data: DataConfig, policy: PolicyConfig) -> Part:
+    """Opens one dataset; errors as of `open_parts`."""
+    robot = get_robot(dataset.robot or policy.robot)
+    source = open_source(dataset, data, robot)
+    if data.cache is not None:
+        size = policy.model.vision.image_size
+        cameras = [key for key, name in robot.cameras.items() if name in policy.model.cameras]
+        source = CachedFrames(source, Path(data.cache), cameras, size)
+    episodes = np.arange(source.num_episodes)
+    keys = source.episode_keys() if data.validation_share > 0 else [0] * source.num_episodes
+    held_out = np.array([key < data.validation_share * 2**64 for key in keys])
+    return Part(source, robot, dataset.weight, dataset.stats or robot.name, episodes[~held_out], episodes[held_out])
+
+
+def open_source(dataset: DatasetConfig, data: DataConfig, robot: Robot) -> Source:
+    """The episodes of a dataset, under the names of its robot.
+
+    Raises:
+        FileNotFoundError, ValueError: see `LeRobotDataset` and `RldsDataset`; or neither is in the folder.
+    """
+    root = find_dataset(dataset.path, data.offline)
+    preset = PRESETS[dataset.preset] if dataset.preset is not None else None
+    if preset is not None or any(root.glob("features.json")) or any(root.glob("*/features.json")):
+        fps = dataset.fps or (preset.fps if preset else robot.fps)
+        if fps is None:
+            raise ValueError(
+                f"{root} is an RLDS dataset, which does not store its rate, and {robot.name} has no fixed one: set the "
+                "dataset's `fps`."
+            )
+        source: Source = RldsDataset(
+            root,
+            fps,
+            split=dataset.split,
+            task=dataset.task or (preset.task if preset else "language_instruction"),
+            only=preset.only if preset else None,
+            skip_bad_episodes=data.skip_bad_episodes,
+        )
+    else:
+        source = LeRobotDataset(root, decoding=data.frames, skip_bad_episodes=data.skip_bad_episodes)
+    keys = (preset.keys if preset else {}) | dataset.keys
+    if keys:
+        source = Renamed(source, keys)
+    return source
+
+
+class Stream:
+    """The endless order of samples.
+
+    In every `BLOCK` samples each dataset has exactly its share, at places drawn for that block, and every dataset goes
+    through its own frames in its own order, epoch after epoch.
+
+    Args:
+        orders: for each dataset the frames of an epoch.
+        sizes: how many those are.
+        weights: shares, of any sum; None: by `sizes`.
+        seed: of the places.
+    """
+
+    def __init__(self, orders: Sequence[Order], sizes: Sequence[int], weights: Sequence[float] | None, seed: int):
+        self._orders, self._sizes, self._seed = list(orders), np.array(sizes), seed
+        self.quota = apportion(self._sizes if weights is None else weights, BLOCK)
+        """Samples of each dataset in a block."""
+        self._block = functools.lru_cache(maxsize=2)(self._make_block)
+        self._epoch = functools.lru_cache(maxsize=2 * len(self._orders))(self._make_epoch)
+
+    def __reduce__(self):
+        return Stream._restore, (self._orders, self._sizes, self.quota, self._seed)
+
+    @classmethod
+    def _restore(cls, orders, sizes, quota, seed) -> Stream:
+        return cls(orders, sizes, quota, seed)
+
+    def __call__(self, samples: Int[np.ndarray, "b"]) -> tuple[Int[np.ndarray, "b"], Int[np.ndarray, "b"]]:
+        """The dataset and the frame of each sample, by the samples' numbers."""
+        members, frames = np.empty(len(samples), np.int64), np.empty(len(samples), np.int64)
+        for i, sample in enumerate(samples.tolist()):
+            number, place = divmod(sample, BLOCK)
+            member, rank = (int(x[place]) for x in self._block(number))
+            epoch, position = divmod(number * int(self.quota[member]) + rank, int(self._sizes[member]))
+            members[i], frames[i] = member, self._epoch(member, epoch)[position]
+        return members, frames
+
+    def _make_block(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """The dataset at each place of a block, and how many of that dataset came before it there."""
+        members = np.repeat(np.arange(len(self.quota), dtype=np.int32), self.quota)
+        if len(self.quota) > 1:
+            members = members[np.random.default_rng((self._seed, number, 1 << 20)).permutation(BLOCK)]
+        ranks = np.empty(BLOCK, np.int32)
+        for member, count in enumerate(self.quota):
+            ranks[members == member] = np.arange(count)
+        return members, ranks
+
+    def _make_epoch(self, member: int, epoch: int) -> np.ndarray:
+        return self._orders[member](epoch)
+
+
+class FrameOrder:
+    """The order in which epochs visit the frames of one dataset.
+
+    Args:
+        frames: the frames.
+        seed: of the order.
+        number: of the dataset in its mixture.
+        shards: for each file the frame after its last: visit files in random order, and the frames of `window` files
+            at a time in random order; None: all frames in random order.
+        window: number of files.
+    """
+
+    def __init__(self, frames: np.ndarray, seed: int, number: int, shards: np.ndarray | None, window: int):
+        self._frames, self._seed, self._number, self._shards, self._window = frames, seed, number, shards, window
+
+    def __call__(self, epoch: int) -> Int[np.ndarray, "n"]:
+        rng = np.random.default_rng((self._seed, epoch, self._number))  # number 0 changes nothing, by definition
+        if self._shards is None:
+            return self._frames[rng.permutation(len(self._frames))]
+        shard = np.searchsorted(self._shards, self._frames, side="right")
+        order = rng.permutation(len(self._shards))
+        groups = [np.flatnonzero(np.isin(shard, order[i : i + self._window]))
+                  for i in range(0, len(order), self._window)]  # fmt: skip
+        return self._frames[np.concatenate([group[rng.permutation(len(group))] for group in groups])]
+
+
+def apportion(weights: Sequence[float] | np.ndarray, total: int) -> Int[np.ndarray, "n"]:
+    """Whole numbers in proportion to `weights` that sum to `total`, each at least 1 (largest remainders)."""
+    shares = np.asarray(weights, np.float64) / np.sum(weights) * total
+    counts = np.maximum(1, np.floor(shares)).astype(np.int64)
+    order = np.argsort(-(shares - np.floor(shares)), kind="stable")
+    missing = total - int(counts.sum())
+    if missing < 0:  # ones given to the smallest are taken from the largest
+        counts[np.argmax(counts)] += missing
+        return counts
+    counts[order[:missing]] += 1
+    return counts

@@ -1,0 +1,18 @@
+"""WidowX 250 as in BridgeData V2 (Walke et al. 2023, arXiv 2308.12952), with its RLDS preset `bridge`.
+
+Actions are changes of the end effector's pose, so nothing is relative.
+"""
+
+from __future__ import annotations
+
+from pi0_jax.data.robots import Robot
+
+BRIDGE = Robot(
+    name="bridge",
+    cameras={"observation.images.image_0": "base_0_rgb"},
+    state=("x", "y", "z", "roll", "pitch", "yaw", "gripper"),  # metres, radians; gripper 0 closed to 1 open
+    actions=("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper"),  # metres and radians a step; gripper 1 opens
+    fps=5,
+    image_size=(256, 256),
+    semantics=(*["absolute"] * 6, "gripper"),
+)

@@ -1,0 +1,19 @@
+"""LIBERO: a simulated Panda under operational-space control (Liu et al. 2023, arXiv 2306.03310).
+
+Cameras are named as LeRobot's LIBERO datasets name them. Actions are changes of the pose already, in the controller's
+units, so nothing is relative.
+"""
+
+from __future__ import annotations
+
+from pi0_jax.data.robots import Robot
+
+LIBERO = Robot(
+    name="libero",
+    cameras={"observation.images.image": "base_0_rgb", "observation.images.image2": "left_wrist_0_rgb"},
+    state=("x", "y", "z", "axis_angle_x", "axis_angle_y", "axis_angle_z", "finger_left", "finger_right"),  # metres, rad
+    actions=("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper"),  # controller units in [-1, 1]; gripper 1 closes
+    fps=None,  # openpi's conversion says 10, LeRobot's 20
+    image_size=(256, 256),
+    semantics=(*["absolute"] * 6, "gripper"),
+)

@@ -1,0 +1,248 @@
+"""What every kind of dataset looks like to the rest of the software: episodes of frames, by column and by camera.
+
+Frames are numbered through the dataset, episode after episode. Columns of numbers are small and are read whole;
+pictures are read for the frames that are asked for.
+"""
+
+from __future__ import annotations
+
+import abc
+import difflib
+import hashlib
+import logging
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Int, Shaped, UInt8
+
+STATE, ACTION, VALID = "observation.state", "action", "valid"
+"""Names of the columns we read. `valid`, shape (1,), is optional: 0 where something other than the demonstrator chose
+the action, so that it must not be learnt."""
+
+_log = logging.getLogger(__name__)
+
+Rows = Int[np.ndarray, "*b"]
+
+
+class BadEpisode(ValueError):
+    """An episode that cannot be read. The message names the file and the episode."""
+
+
+class Source(abc.ABC):
+    """Episodes of demonstrations. Instances can be pickled: what is open or cached is opened again elsewhere."""
+
+    root: Path
+    """Folder of the dataset."""
+    fps: float
+    """Frames per second."""
+    features: dict[str, dict[str, Any]]
+    """For each feature its dtype ("video" and "image" are pictures), shape and names."""
+    tasks: list[str]
+    """Instructions by task index."""
+    episodes: list[str]
+    """Name of each episode, for messages."""
+    ends: Int[np.ndarray, "e"]
+    """For each episode the frame after its last."""
+    skipped: dict[str, str]
+    """Episodes that were left out because they cannot be read: their name, and why."""
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """Features that are pictures."""
+        return tuple(name for name, feature in self.features.items() if feature["dtype"] in ("video", "image"))
+
+    @property
+    def num_episodes(self) -> int:
+        return len(self.ends)
+
+    @property
+    def num_frames(self) -> int:
+        return int(self.ends[-1])
+
+    def episode_range(self, episode: int) -> tuple[int, int]:
+        """First frame of an episode, and the one after its last."""
+        return int(self.ends[episode - 1]) if episode else 0, int(self.ends[episode])
+
+    def episode_of(self, rows: Rows) -> Rows:
+        """Number of the episode of each frame."""
+        return np.searchsorted(self.ends, rows, side="right")
+
+    def columns(self, name: str) -> Shaped[np.ndarray, "n *shape"]:
+        """Values of one feature for all frames, in order. They are kept, so do not change them.
+
+        Raises:
+            ValueError: no such feature, or it is a camera; the files do not hold what the dataset says.
+        """
+        kept = vars(self).setdefault("_columns", {})
+        if name not in kept:
+            kept[name] = self.read(name, 0, self.num_episodes)
+        return kept[name]
+
+    @abc.abstractmethod
+    def read(self, name: str, first: int, end: int) -> Shaped[np.ndarray, "n *shape"]:
+        """Values of one feature for the episodes `first` to `end` - 1; errors as of `columns`."""
+
+    @property
+    @abc.abstractmethod
+    def task_index(self) -> Int[np.ndarray, "n"]:
+        """Index into `tasks` of each frame."""
+
+    @property
+    def shard_ends(self) -> Int[np.ndarray, "s"]:
+        """For each file that is read as a whole, the frame after its last; one after another they fill the dataset."""
+        return self.ends[-1:]
+
+    @abc.abstractmethod
+    def images(self, camera: str, rows: Rows) -> UInt8[np.ndarray, "n h w 3"]:
+        """Frames of a camera, RGB.
+
+        Raises:
+            ValueError: no such camera; a frame cannot be decoded. The message names the file and the episode.
+            FileNotFoundError: a file is missing.
+        """
+
+    @abc.abstractmethod
+    def picture_files(self, camera: str) -> list[Path]:
+        """Files that a camera's frames come from."""
+
+    def task(self, i: int) -> str:
+        """Instruction of frame `i`."""
+        return self.tasks[int(self.task_index[i])]
+
+    def image(self, i: int, camera: str) -> UInt8[np.ndarray, "h w 3"]:
+        """Frame `i` of a camera, RGB."""
+        return self.images(camera, np.array([i]))[0]
+
+    def chunk(
+        self, i: int | Rows, horizon: int, column: str = ACTION
+    ) -> tuple[Shaped[np.ndarray, "*b ah d"], Bool[np.ndarray, "*b ah"]]:
+        """The `horizon` values that start at frame `i`, and a mask that is False beyond the episode's end.
+
+        Beyond the end the episode's last value is repeated.
+        """
+        start = np.asarray(i)
+        end = self.ends[self.episode_of(start)][..., None]
+        steps = start[..., None] + np.arange(horizon)
+        return self.columns(column)[np.minimum(steps, end - 1)], steps < end
+
+    def episode_keys(self) -> list[int]:
+        """A number of 64 bits for each episode that depends on its states and actions alone.
+
+        Copies of an episode in other formats, files or orders have the same one.
+        """
+        state, actions = (np.ascontiguousarray(self.columns(name), np.float32) for name in (STATE, ACTION))
+        keys = []
+        for episode in range(self.num_episodes):
+            frames = slice(*self.episode_range(episode))
+            digest = hashlib.sha256(state[frames].tobytes() + actions[frames].tobytes()).digest()
+            keys.append(int.from_bytes(digest[:8], "big"))
+        return keys
+
+    def check_column(self, name: str) -> None:
+        """Raises ValueError unless `name` is a feature that is no camera."""
+        if name in self.cameras or name not in self.features:
+            numeric = [key for key in self.features if key not in self.cameras]
+            raise ValueError(f"{self.root} has no column {name!r}{close_to(name, numeric)}; its columns are {numeric}.")
+
+    def check_camera(self, name: str) -> None:
+        """Raises ValueError unless `name` is a camera."""
+        if name not in self.cameras:
+            raise ValueError(
+                f"{self.root} has no camera {name!r}{close_to(name, self.cameras)}; its cameras are "
+                f"{list(self.cameras)}."
+            )
+
+    def report_skipped(self) -> None:
+        """Logs what was left out."""
+        if self.skipped:
+            _log.warning("%s: skipped %d of %d episodes", self.root, len(self.skipped),
+                         len(self.skipped) + self.num_episodes)  # fmt: skip
+            for name, reason in self.skipped.items():
+                _log.warning("  %s: %s", name, reason)
+
+
+class Renamed(Source):
+    """A dataset under the names that a robot uses.
+
+    Args:
+        source: the dataset.
+        keys: name that the robot uses → name in the dataset, or several of them joined by " + ", whose values are put
+            side by side. Features without an entry keep their names.
+
+    Raises:
+        ValueError: the dataset lacks a named feature, or pictures are to be joined.
+    """
+
+    def __init__(self, source: Source, keys: dict[str, str]):
+        self.source, self._keys = source, {new: [part.strip() for part in old.split("+")] for new, old in keys.items()}
+        used = [old for parts in self._keys.values() for old in parts]
+        if missing := sorted(set(used) - set(source.features)):
+            raise ValueError(
+                f"{source.root} has no feature {missing}{close_to(missing[0], source.features)}, which its `keys` "
+                f"name; it has {list(source.features)}."
+            )
+        self.root, self.fps, self.tasks = source.root, source.fps, source.tasks
+        self.episodes, self.ends, self.skipped = source.episodes, source.ends, source.skipped
+        self.features = {name: value for name, value in source.features.items() if name not in used}
+        for new, parts in self._keys.items():
+            self.features[new] = self._joined(new, parts)
+
+    def _joined(self, new: str, parts: list[str]) -> dict[str, Any]:
+        features = [self.source.features[part] for part in parts]
+        if len(parts) == 1 and len(features[0]["shape"]) != 0:
+            return features[0]
+        if any(feature["dtype"] in ("video", "image") for feature in features):
+            raise ValueError(f"{new!r} joins {parts} of {self.source.root}, and pictures cannot be joined.")
+        width = sum(int(np.prod(feature["shape"])) for feature in features)
+        return {"dtype": features[0]["dtype"], "shape": (width,), "names": None}
+
+    def read(self, name: str, first: int, end: int) -> np.ndarray:
+        self.check_column(name)
+        parts = [self.source.read(part, first, end) for part in self._keys.get(name, [name])]
+        if len(parts) == 1 and parts[0].ndim > 1:
+            return parts[0]
+        return np.concatenate([part.reshape(len(part), -1) for part in parts], 1)
+
+    @property
+    def task_index(self) -> np.ndarray:
+        return self.source.task_index
+
+    @property
+    def shard_ends(self) -> np.ndarray:
+        return self.source.shard_ends
+
+    def images(self, camera: str, rows: Rows) -> np.ndarray:
+        self.check_camera(camera)
+        return self.source.images(self._keys.get(camera, [camera])[0], rows)
+
+    def picture_files(self, camera: str) -> list[Path]:
+        return self.source.picture_files(self._keys.get(camera, [camera])[0])
+
+
+def cache_folder(root: Path, chosen: Path | None) -> Path:
+    """A folder for decoded video that can be written to: the chosen one; else in the dataset; else a temporary one.
+
+    Raises:
+        ValueError: none of them can be written to.
+    """
+    owner = os.getuid() if hasattr(os, "getuid") else "user"
+    name = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]
+    candidates = [root / ".cache", Path(tempfile.gettempdir()) / f"pi0_jax-{owner}" / name]
+    for folder in candidates if chosen is None else [chosen]:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                return folder
+        except OSError:
+            continue
+    raise ValueError(f"no folder for decoded video of {root} can be written to. Pass one as `cache`.")
+
+
+def close_to(name: str, names: Iterable[str]) -> str:
+    """A hint at the name that was perhaps meant, or nothing."""
+    match = difflib.get_close_matches(name, list(names), n=1, cutoff=0.4)
+    return f" (did you mean {match[0]!r}?)" if match else ""

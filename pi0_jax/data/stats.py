@@ -1,0 +1,87 @@
+"""Statistics of datasets, from their columns alone, by several processes: no picture is read."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from tqdm import tqdm
+
+from pi0_jax.config import PolicyConfig
+from pi0_jax.data.mixture import Part
+from pi0_jax.data.normalize import Stats, Summary, finish, merge_summaries, summarise_source
+from pi0_jax.data.robots import semantics_of
+
+FRAMES_PER_TASK = 2**19
+"""Frames that one task of a worker covers, at least one episode."""
+
+
+def compute_group_stats(
+    parts: Sequence[Part], policy: PolicyConfig, *, workers: int = 1, ray: bool = False
+) -> dict[str, Stats]:
+    """Statistics of each group of datasets, over their training episodes.
+
+    Args:
+        parts: the datasets.
+        policy: horizon, and the meaning of actions.
+        workers: processes; 1: this one. The result is the same for any number, up to rounding of means.
+        ray: hand the work to a Ray cluster instead, which the `ray` extra brings.
+
+    Raises:
+        ValueError: as of `summarise_source`; datasets of one group have different dimensions; Ray is not installed.
+    """
+    work: list[tuple[str, Part, tuple[str, ...], int, np.ndarray, int]] = []
+    widths: dict[str, tuple[int, int]] = {}
+    for number, part in enumerate(parts):
+        width = (len(part.robot.state), len(part.robot.actions))
+        if widths.setdefault(part.stats, width) != width:
+            raise ValueError(
+                f"datasets with common statistics {part.stats!r} have {widths[part.stats]} and {width} dimensions of "
+                "state and actions. Give them different names in `stats`."
+            )
+        semantics = semantics_of(part.robot, policy.action_semantics)
+        frames = np.cumsum(np.diff(part.source.ends, prepend=0)[part.training])
+        cuts = np.flatnonzero(np.diff(frames // FRAMES_PER_TASK)) + 1
+        for episodes in np.split(part.training, cuts):
+            if len(episodes):
+                work.append((part.stats, part, semantics, policy.model.action_horizon, episodes, number))
+    totals: dict[str, list[Summary]] = {}
+    count = sum(len(episodes) for *_, episodes, _ in work)
+    results = _with_ray(work) if ray else _each(work, workers)
+    with tqdm(total=count, desc="statistics", unit="episode", disable=len(work) < 2 or None) as bar:
+        for (name, _, _, _, episodes, _), summary in zip(work, results, strict=True):
+            totals.setdefault(name, []).append(summary)
+            bar.update(len(episodes))
+    return {name: finish(merge_summaries(found)) for name, found in totals.items()}
+
+
+def _summarise(task) -> Summary:
+    _, part, semantics, horizon, episodes, number = task
+    return summarise_source(part.source, part.robot, semantics, horizon, episodes, identity=number)
+
+
+def _each(work: list, workers: int) -> Iterator[Summary]:
+    if workers <= 1 or len(work) < 2:
+        yield from map(_summarise, work)
+        return
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(min(workers, len(work)), mp_context=context) as pool:
+        yield from pool.map(_summarise, work)
+
+
+def _with_ray(work: list) -> Iterator[Summary]:
+    try:
+        import ray  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ValueError("statistics on a cluster need Ray: pip install pi0_jax[ray]") from error
+    started = not ray.is_initialized()
+    if started:
+        ray.init(num_cpus=None if "RAY_ADDRESS" in os.environ else os.cpu_count(), include_dashboard=False)
+    try:
+        yield from ray.get([ray.remote(_summarise).remote(task) for task in work])
+    finally:
+        if started:
+            ray.shutdown()

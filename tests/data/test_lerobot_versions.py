@@ -1,0 +1,242 @@
+"""Versions 2.0, 2.1 and 3.0 read alike, frames are the right frames in every codec, and damage names its episode."""
+
+import pickle
+import shutil
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from pi0_jax.data.lerobot import LeRobotDataset, find_dataset
+from pi0_jax.data.source import BadEpisode, Renamed
+from pi0_jax.data.video import FrameReader, VideoWriter
+from tests.data.conftest import FEATURES, LENGTHS, TASKS, episode, scene, write
+from tests.data.formats import CAMERAS, write_v2, write_video
+
+CODECS = {
+    "h264 with B-frames": ("libx264", {"g": 12, "bf": 3}),
+    "h264, one key frame": ("libx264", {"g": 250}),
+    "hevc": ("libx265", {"x265-params": "keyint=8:log-level=none"}),
+    "av1": ("libsvtav1", {"g": 2, "preset": 10, "crf": 30}),
+}
+
+
+@pytest.fixture(scope="module")
+def v21(tmp_path_factory):
+    return write_v2(tmp_path_factory.mktemp("v2") / "data", crf=12)
+
+
+@pytest.mark.parametrize("version", ["v2.0", "v2.1"])
+def test_older_versions_give_the_same_columns_tasks_and_chunks(v21, dataset, tmp_path, version):
+    root = shutil.copytree(v21, tmp_path / "data")
+    info = root / "meta/info.json"
+    info.write_text(info.read_text().replace("v2.1", version))
+    older = LeRobotDataset(root)
+    assert older.version == version
+    for name in ("observation.state", "action", "valid"):
+        np.testing.assert_array_equal(older.columns(name), dataset.columns(name))
+    assert [older.task(i) for i in range(older.num_frames)] == [dataset.task(i) for i in range(dataset.num_frames)]
+    assert (older.fps, older.cameras, older.num_episodes) == (dataset.fps, dataset.cameras, dataset.num_episodes)
+    for ours, theirs in zip(older.chunk(np.arange(34), 4), dataset.chunk(np.arange(34), 4), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def moving(length=40, size=64):
+    """Frames of a bright square that moves by a few pixels each, over a table."""
+    images = np.stack([scene(7, size)] * length)
+    for i, image in enumerate(images):
+        x, y = (3 * i) % (size - 16), 16 * (3 * i // (size - 16))
+        image[y : y + 16, x : x + 16] = (250, 240, 40)
+    return images
+
+
+def own_frame_is_nearest(decoded, truth):
+    distance = np.square(decoded[:, None].astype(float) - truth[None]).mean((2, 3, 4))
+    return (distance.argmin(1) == np.arange(len(truth))).all()
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_every_frame_is_its_own_in_any_order_and_codec(tmp_path, codec):
+    encoder, options = CODECS[codec]
+    truth = moving()
+    write_video(tmp_path / "a.mp4", truth, encoder, fps=20, **options)
+    reader, order = FrameReader(), np.random.default_rng(0).permutation(len(truth))
+    out = np.zeros_like(truth)
+    for part in np.split(order, 8):
+        reader.read(tmp_path / "a.mp4", part / 20, 0.025, out, part)
+    assert own_frame_is_nearest(out, truth)
+    once = np.zeros_like(truth)
+    reader.read(tmp_path / "a.mp4", np.arange(40) / 20, 0.025, once, np.arange(40))
+    np.testing.assert_array_equal(out, once)
+
+
+@pytest.mark.parametrize("decoding", ["once", "random"])
+def test_frames_of_many_files_belong_to_their_rows(v21, tmp_path, decoding):
+    older = LeRobotDataset(v21, cache=tmp_path, decoding=decoding)
+    truth = {camera: np.concatenate([episode(n)[camera] for n in range(5)]) for camera in CAMERAS}
+    order = np.random.default_rng(0).permutation(older.num_frames)
+    for camera in CAMERAS:
+        assert own_frame_is_nearest(older.images(camera, order)[np.argsort(order)], truth[camera])
+        np.testing.assert_array_equal(older.image(11, camera), older.images(camera, np.array([[11]]))[0, 0])
+
+
+def test_decoding_once_and_at_random_give_the_same_frames(dataset):
+    random = LeRobotDataset(dataset.root, decoding="random")
+    rows = np.array([[33, 0], [9, 20], [20, 21]])
+    for camera in dataset.cameras:
+        np.testing.assert_array_equal(random.images(camera, rows), dataset.images(camera, rows))
+
+
+def test_a_file_reader_keeps_few_files_open(v21):
+    random = LeRobotDataset(v21, decoding="random")
+    random.image(0, CAMERAS[0])
+    random._reader._max_open = 2
+    random.images(CAMERAS[0], np.arange(34))
+    assert len(random._reader._opened) == 2
+
+
+def test_pictures_inside_parquet_are_read_exactly(tmp_path):
+    stored = LeRobotDataset(write_v2(tmp_path / "data", pictures=True))
+    assert stored.cameras == tuple(CAMERAS)
+    truth = np.concatenate([episode(n)[CAMERAS[1]] for n in range(5)])
+    order = np.random.default_rng(0).permutation(34)
+    np.testing.assert_array_equal(stored.images(CAMERAS[1], order), truth[order])
+    np.testing.assert_array_equal(stored.frames(CAMERAS[1])[5], truth[5])
+
+
+def test_tasks_may_change_within_an_episode(tmp_path):
+    from pi0_jax.data.lerobot import LeRobotWriter
+
+    texts = ["reach"] * 4 + ["push"] * 5
+    with LeRobotWriter(tmp_path / "data", 5, "tabletop", FEATURES) as writer:
+        writer.add_episode(episode(0), texts)
+    again = LeRobotDataset(tmp_path / "data")
+    assert [again.task(i) for i in range(9)] == texts
+
+
+def test_a_pickled_dataset_reads_the_same_and_carries_no_frames(dataset):
+    dataset.frames(CAMERAS[0])
+    content = pickle.dumps(dataset)
+    assert len(content) < 20_000
+    again = pickle.loads(content)
+    np.testing.assert_array_equal(again.columns("action"), dataset.columns("action"))
+    np.testing.assert_array_equal(again.image(3, CAMERAS[0]), dataset.image(3, CAMERAS[0]))
+
+
+def test_renamed_features_are_read_under_their_new_names(dataset):
+    renamed = Renamed(dataset, {"front": CAMERAS[0], "both": "action + valid", "action": "action"})
+    np.testing.assert_array_equal(renamed.image(3, "front"), dataset.image(3, CAMERAS[0]))
+    expected = np.concatenate([dataset.columns("action"), dataset.columns("valid")], 1)
+    np.testing.assert_array_equal(renamed.columns("both"), expected)
+    np.testing.assert_array_equal(renamed.columns("action"), dataset.columns("action"))
+    assert renamed.cameras == (CAMERAS[1], "front")
+    with pytest.raises(ValueError, match=r"no feature \['actoin'\] \(did you mean 'action'\?\)"):
+        Renamed(dataset, {"x": "actoin"})
+
+
+# Damage.
+
+
+def truncate(path, share=0.5):
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+
+
+def shorten(path):
+    table = pq.read_table(path)
+    pq.write_table(table.slice(0, len(table) - 1), path)
+
+
+def widen_one_row(path):
+    table = pq.read_table(path)
+    rows = table["action"].to_pylist()
+    rows[2] = [*rows[2], 0.0]
+    import pyarrow as pa
+
+    pq.write_table(table.set_column(table.column_names.index("action"), "action", pa.array(rows)), path)
+
+
+DATA, VIDEO = "data/chunk-001/episode_000002.parquet", f"videos/chunk-001/{CAMERAS[0]}/episode_000002.mp4"
+DAMAGE = {
+    "truncated video": (VIDEO, truncate, BadEpisode),
+    "missing video": (VIDEO, lambda path: path.unlink(), FileNotFoundError),
+    "missing parquet": (DATA, lambda path: path.unlink(), FileNotFoundError),
+    "truncated parquet": (DATA, truncate, BadEpisode),
+    "too few rows": (DATA, shorten, BadEpisode),
+}
+
+
+@pytest.mark.parametrize("decoding", ["once", "random"])
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_names_file_and_episode_and_can_be_skipped(v21, tmp_path, kind, decoding):
+    root = shutil.copytree(v21, tmp_path / "data")
+    name, damage, error = DAMAGE[kind]
+    damage(root / name)
+    broken = LeRobotDataset(root, cache=tmp_path / "cache", decoding=decoding)
+    with pytest.raises(error, match=r"episode[ _0]*2") as raised:
+        _ = broken.columns("action"), broken.images(CAMERAS[0], np.arange(34))
+    assert name.split("/")[-1] in str(raised.value)
+    rest = LeRobotDataset(root, cache=tmp_path / "cache", decoding=decoding, skip_bad_episodes=True)
+    assert list(rest.skipped) == ["episode 2"]
+    assert rest.episodes == ["episode 0", "episode 1", "episode 3", "episode 4"]
+    kept = [0, 1, 3, 4]
+    np.testing.assert_array_equal(rest.columns("action"), np.concatenate([episode(n)["action"] for n in kept]))
+    truth = np.concatenate([episode(n)[CAMERAS[0]] for n in kept])
+    assert own_frame_is_nearest(rest.images(CAMERAS[0], np.arange(rest.num_frames)), truth)
+    assert [rest.task(start) for start in np.cumsum([0, 9, 5, 1])] == [TASKS[n] for n in kept]
+
+
+def test_a_row_of_another_length_names_its_episode(v21, tmp_path):
+    root = shutil.copytree(v21, tmp_path / "data")
+    widen_one_row(root / DATA)
+    with pytest.raises(BadEpisode, match=r"episode_000002.parquet: column 'action'.*row 2, in episode 2, has 4"):
+        LeRobotDataset(root).columns("action")
+
+
+def test_in_a_shared_file_only_the_episodes_without_frames_are_skipped(tmp_path):
+    root = write(tmp_path / "data")
+    path = root / f"videos/{CAMERAS[0]}/chunk-000/file-000.mp4"
+    path.unlink()
+    writer = VideoWriter(path, (48, 48), 5, "yuv444p", 4)
+    for number in range(3):  # as long as the first three episodes, and two frames of the fourth are none
+        writer.write(episode(number)[CAMERAS[0]])
+    writer.close()
+    with pytest.raises(BadEpisode, match=r"cut short.*episode 3, episode 4"):
+        LeRobotDataset(root).frames(CAMERAS[0])
+    rest = LeRobotDataset(root, skip_bad_episodes=True)
+    assert rest.episodes == ["episode 0", "episode 1", "episode 2"]
+    assert rest.num_frames == sum(LENGTHS[:3])
+    assert len(rest.frames(CAMERAS[0])) == rest.num_frames
+
+
+def test_an_unknown_codec_is_named(v21, tmp_path):
+    root = shutil.copytree(v21, tmp_path / "data")
+    content = (root / VIDEO).read_bytes()
+    assert content.count(b"avc1") >= 1
+    (root / VIDEO).write_bytes(content.replace(b"avc1", b"zzz9"))
+    with pytest.raises(BadEpisode, match=r"episode_000002\.mp4 cannot be decoded.*codec.*episode 2"):
+        LeRobotDataset(root, decoding="random").image(20, CAMERAS[0])
+    assert list(LeRobotDataset(root, skip_bad_episodes=True).skipped) == ["episode 2"]
+
+
+def test_a_dataset_with_no_good_episode_is_refused(v21, tmp_path):
+    root = shutil.copytree(v21, tmp_path / "data")
+    shutil.rmtree(root / "data")
+    with pytest.raises(ValueError, match="has no episode that can be read"):
+        LeRobotDataset(root, skip_bad_episodes=True)
+
+
+def test_the_hub_is_asked_only_for_its_own_paths(tmp_path, monkeypatch):
+    import sys
+    import types
+
+    assert find_dataset(str(tmp_path)) == tmp_path
+    asked = []
+    module = types.SimpleNamespace(snapshot_download=lambda *args, **kwargs: asked.append((args, kwargs)) or "/there")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", module)
+    for offline in (False, True):
+        assert str(find_dataset("hf://owner/name", offline)) == "/there"
+        assert asked.pop() == (("owner/name",), {"repo_type": "dataset", "local_files_only": offline})
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ValueError, match=r"pip install pi0_jax\[hub\]"):
+        find_dataset("hf://owner/name")

@@ -1,0 +1,124 @@
+"""Summaries: merged parts are the whole, and quantiles are within the stated bound."""
+
+import dataclasses
+import functools
+
+import numpy as np
+import pytest
+
+from pi0_jax.config import PolicyConfig
+from pi0_jax.data.normalize import compute_stats, finish, merge_summaries, summarise_source
+from pi0_jax.data.robots import get_robot
+from pi0_jax.data.sketch import SAMPLE, merge, scramble, summarise
+from pi0_jax.data.stats import compute_group_stats
+from tests.data.test_normalize import in_memory
+
+
+@pytest.fixture(scope="module")
+def values():
+    random = np.random.default_rng(0)
+    return np.stack([random.normal(3, 2, 600_000), random.exponential(size=600_000)], 1).astype(np.float32)
+
+
+@pytest.mark.parametrize("parts", [2, 7])
+def test_merged_parts_are_the_whole_in_any_order(values, parts):
+    identity = np.arange(len(values), dtype=np.uint64)
+    whole = summarise(values, identity, 5000)
+    sketches = [
+        summarise(v, i, 5000)
+        for v, i in zip(np.array_split(values, parts), np.array_split(identity, parts), strict=True)
+    ]
+    for order in (sketches, sketches[::-1]):
+        merged = functools.reduce(functools.partial(merge, size=5000), order)
+        for share in (0.01, 0.5, 0.99):
+            np.testing.assert_array_equal(merged.quantile(share), whole.quantile(share))
+        np.testing.assert_allclose(merged.mean, whole.mean, rtol=1e-12)
+        np.testing.assert_allclose(merged.variance, whole.variance, rtol=1e-12)
+        np.testing.assert_array_equal([merged.min, merged.max], [whole.min, whole.max])
+        assert merged.count == len(values)
+
+
+def test_quantiles_are_within_the_stated_rank_and_exact_below_the_sample_size(values):
+    assert len(values) > 2 * SAMPLE
+    sketch = summarise(values, np.arange(len(values), dtype=np.uint64))
+    for share in (0.01, 0.5, 0.99):
+        rank = (values <= sketch.quantile(share)).mean(0)
+        np.testing.assert_allclose(rank, share, atol=5 * np.sqrt(share * (1 - share) / SAMPLE))
+    few = summarise(values[:1000], np.arange(1000, dtype=np.uint64))
+    np.testing.assert_array_equal(few.quantile(0.01), np.quantile(values[:1000].astype(float), 0.01, axis=0))
+
+
+def test_scrambled_numbers_are_different_and_even():
+    numbers = scramble(np.arange(100_000, dtype=np.uint64))
+    assert len(np.unique(numbers)) == 100_000
+    counts = np.bincount((numbers >> np.uint64(60)).astype(int), minlength=16)
+    assert np.abs(counts - 6250).max() < 5 * np.sqrt(6250)
+
+
+def dataset_in_memory(lengths=(30, 50, 20)):
+    random, total = np.random.default_rng(1), sum(lengths)
+    source = in_memory(
+        random.normal(size=(total, 7)).astype(np.float32),
+        random.normal(size=(total, 7)).astype(np.float32),
+        (random.random((total, 1)) < 0.9).astype(np.float32),
+    )
+    source.ends = np.cumsum(lengths)
+    source.num_episodes, source.episodes = len(lengths), [f"episode {i}" for i in range(len(lengths))]
+    starts = source.ends - lengths
+    source.episode_range = lambda e: (int(starts[e]), int(source.ends[e]))
+    columns = source.features
+    source.read = lambda name, first, end: columns[name][starts[first] : source.ends[end - 1]]
+    return source
+
+
+def test_relative_actions_are_summarised_over_whole_chunks_as_training_sees_them():
+    source, robot, horizon = dataset_in_memory(), get_robot("ur5"), 4
+    semantics = (*["relative"] * 6, "gripper")
+    stats = compute_stats(source, robot, semantics, horizon)["actions"]
+    state, actions, valid = (source.features[name] for name in ("observation.state", "action", "valid"))
+    seen = []
+    for episode in range(3):
+        first, end = source.episode_range(episode)
+        for i in range(first, end):
+            for step in range(i, min(i + horizon, end)):
+                if not valid[step, 0]:
+                    break
+                seen.append(actions[step] - state[i])
+    seen = np.array(seen, float)
+    np.testing.assert_allclose(stats.mean[:6], seen.mean(0)[:6], rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(stats.q01[:6], np.quantile(seen, 0.01, axis=0)[:6], rtol=1e-5)
+    np.testing.assert_allclose(stats.std[6], actions[valid[:, 0] > 0, 6].astype(float).std(), rtol=1e-9)
+
+
+def test_episodes_can_be_summarised_apart_and_merged(monkeypatch):
+    source, robot, semantics = dataset_in_memory(), get_robot("ur5"), (*["relative"] * 6, "gripper")
+    whole = compute_stats(source, robot, semantics, 4)
+    parts = [summarise_source(source, robot, semantics, 4, [episode]) for episode in (2, 0, 1)]
+    monkeypatch.setattr("pi0_jax.data.normalize.ROWS_AT_ONCE", 40)
+    for merged in (finish(merge_summaries(parts)), compute_stats(source, robot, semantics, 4)):
+        for key in ("state", "actions"):
+            np.testing.assert_array_equal(merged[key].q99, whole[key].q99)
+            np.testing.assert_allclose(merged[key].std, whole[key].std, rtol=1e-12)
+
+
+def test_several_processes_give_the_same_statistics(dataset, monkeypatch):
+    from tests.data.test_loader import part_of
+
+    monkeypatch.setattr("pi0_jax.data.stats.FRAMES_PER_TASK", 10)
+    parts = [part_of(dataset)._replace(source=dataset)]
+    one = compute_group_stats(parts, PolicyConfig(), workers=1)["tabletop"]
+    two = compute_group_stats(parts, PolicyConfig(), workers=2)["tabletop"]
+    whole = compute_stats(dataset)
+    for key in ("state", "actions"):
+        for a, b in zip(one[key], two[key], strict=True):
+            np.testing.assert_array_equal(a, b)
+        np.testing.assert_array_equal(one[key].q99, whole[key].q99)
+
+
+def test_a_group_with_different_dimensions_is_refused(dataset):
+    from tests.data.test_loader import part_of
+
+    part = part_of(dataset)
+    other = part._replace(robot=dataclasses.replace(part.robot, actions=("a", "b")))
+    with pytest.raises(ValueError, match="different names in `stats`"):
+        compute_group_stats([part, other], PolicyConfig())

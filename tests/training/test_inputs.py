@@ -1,0 +1,84 @@
+"""What a run reads from: a mixture goes on where a checkpoint left it, with the checkpoint's statistics."""
+
+import dataclasses
+import itertools
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from pi0_jax.config import AugmentConfig, DataConfig, DatasetConfig, PolicyConfig, TrainConfig
+from pi0_jax.data.normalize import semantics_from_json, stats_from_json
+from pi0_jax.training.inputs import load_inputs
+from tests.conftest import tiny_config
+from tests.data.conftest import write
+from tests.data.formats import RLDS_KEYS, write_rlds
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> TrainConfig:
+    pytest.importorskip("tensorflow_datasets")
+    folder = tmp_path_factory.mktemp("inputs")
+    datasets = (
+        DatasetConfig(str(write(folder / "lerobot")), weight=0.5),
+        DatasetConfig(str(write_rlds(folder / "rlds")), weight=0.5, keys=RLDS_KEYS),
+    )
+    model = tiny_config("pi0", cameras=("top",), action_dim=8, vocab_size=512, prompt_length=16)
+    data = DataConfig(datasets=datasets, validation_share=0.4)
+    return TrainConfig(policy=PolicyConfig(model=model), data=data, batch_size=8)
+
+
+def test_the_stream_of_a_mixture_after_a_resume_is_that_of_a_run_that_never_stopped(config):
+    whole = load_inputs(config, resumed=None, initial=None)
+    batches = list(itertools.islice(whole.loader, 7))
+    stopped = load_inputs(config, resumed=None, initial=None)
+    list(itertools.islice(stopped.loader, 3))
+    state = json.loads(json.dumps(stopped.loader.get_state()))  # as a checkpoint keeps it
+    resumed = load_inputs(config, resumed=stopped.assets, initial=None)
+    resumed.loader.set_state(state)
+    jax.tree.map(np.testing.assert_array_equal, batches[3:], list(itertools.islice(resumed.loader, 4)))
+    assert whole.validation is not None
+    assert resumed.validation is not None
+    jax.tree.map(np.testing.assert_array_equal, list(whole.validation()), list(resumed.validation()))
+
+
+def test_a_checkpoint_keeps_all_statistics_of_a_mixture_and_the_meaning_of_actions(config):
+    datasets = (config.data.datasets[0], dataclasses.replace(config.data.datasets[1], stats="records"))
+    inputs = load_inputs(
+        dataclasses.replace(config, data=dataclasses.replace(config.data, datasets=datasets)),
+        resumed=None,
+        initial=None,
+    )
+    content = json.loads(json.dumps(inputs.assets.norm_stats))
+    assert semantics_from_json(content) == {"tabletop": ("absolute",) * 3}
+    np.testing.assert_array_equal(stats_from_json(content)["state"].mean, inputs.stats["state"].mean)
+    assert len(stats_from_json(content, "records")["state"].mean) == 6
+    with pytest.raises(ValueError, match="no statistics of 'droid'"):
+        stats_from_json(content, "droid")
+
+
+def test_statistics_of_other_semantics_or_of_nobody_are_refused(config, tmp_path):
+    inputs = load_inputs(config, resumed=None, initial=None)
+    path = tmp_path / "norm_stats.json"
+    path.write_text(json.dumps(inputs.assets.norm_stats))
+    given = dataclasses.replace(config, data=dataclasses.replace(config.data, norm_stats=str(path)))
+    again = load_inputs(given, resumed=None, initial=None)
+    np.testing.assert_array_equal(again.stats["actions"].q99, inputs.stats["actions"].q99)
+    policy = dataclasses.replace(config.policy, action_semantics={"tabletop": ("relative",) * 3})
+    with pytest.raises(ValueError, match="Compute the statistics again"):
+        load_inputs(dataclasses.replace(given, policy=policy), resumed=None, initial=None)
+    named = tuple(dataclasses.replace(d, stats="other") for d in config.data.datasets)
+    other = dataclasses.replace(config, data=dataclasses.replace(config.data, datasets=named))
+    with pytest.raises(ValueError, match="no dataset has statistics called 'tabletop'"):
+        load_inputs(other, resumed=None, initial=None)
+
+
+def test_symmetries_need_one_set_of_statistics(config):
+    datasets = (config.data.datasets[0], dataclasses.replace(config.data.datasets[1], stats="records"))
+    data = dataclasses.replace(config.data, datasets=datasets)
+    with pytest.raises(ValueError, match="one set of statistics"):
+        load_inputs(
+            dataclasses.replace(config, data=data, augment=AugmentConfig(square_symmetries=True)),
+            resumed=None, initial=None,
+        )  # fmt: skip
