@@ -10,8 +10,9 @@ import jax
 import pytest
 import tyro
 
-from pi0_jax import cli, pi0
+from pi0_jax import pi0
 from pi0_jax.config import TrainConfig
+from pi0_jax.experiment import load_config
 from pi0_jax.training import loop
 
 ROOT = Path(__file__).parents[1]
@@ -33,6 +34,6 @@ def test_the_blocks_of_the_page_on_flow_run_one_after_another():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_flags_of_the_page_on_flow_make_configs_that_go_together(command):
     _, _, path, *flags = shlex.split(command.replace("\\\n", " "))
-    config = tyro.cli(TrainConfig, default=cli.load_config(ROOT / path), args=flags)
+    config = tyro.cli(TrainConfig, default=load_config(ROOT / path, TrainConfig), args=flags)
     pi0.check_policy(config.policy)
     loop._check_objective(config)
