@@ -110,5 +110,6 @@ def pool(
         case "mean":
             weights = mask / jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1)
         case "attention":
+            assert query is not None
             weights = jax.nn.softmax(tokens @ query, axis=1, where=mask) * jnp.any(mask, axis=1, keepdims=True)
     return jnp.einsum("BS,BSD->BD", weights, tokens)
