@@ -83,7 +83,7 @@ def loss(
     b, horizon, dim = batch.actions.shape
     noise = jax.random.normal(noise_key, (b, flow.samples_per_observation, horizon, dim))
     time = sample_time(time_key, noise.shape[:2], flow.time, flow.beta_alpha)
-    actions = batch.actions
+    actions: Any = batch.actions
     if teacher is not None:
         # One pair an observation, at several times: making it costs a whole sampling.
         noise = jnp.broadcast_to(noise[:, :1], noise.shape)
