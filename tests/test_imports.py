@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "checkpoint": {"config"},
     "training": {"config", "batch", "data", "model", "pi0", "checkpoint"},
     "inference": {"config", "batch", "data", "model", "flow", "pi0", "checkpoint"},
-    "convert": {"config", "model", "pi0", "checkpoint"},
+    "convert": {"config", "batch", "model", "pi0", "checkpoint"},
     "envs": {"data"},
     "evaluate": {"config", "data", "inference", "checkpoint", "envs"},
     "study": {"config", "experiment", "data", "flow", "training", "inference", "evaluate", "checkpoint", "envs"},
@@ -61,7 +61,7 @@ def test_no_two_rooms_import_one_another():
 
 
 @pytest.mark.parametrize(
-    "module", ["pi0_jax", "pi0_jax.pi0", "pi0_jax.inference.policy", "pi0_jax.training.loop", "pi0_jax.convert.run"]
+    "module", ["pi0_jax", "pi0_jax.pi0", "pi0_jax.inference.policy", "pi0_jax.training.loop", "pi0_jax.convert.agree"]
 )
 def test_no_other_framework_and_no_simulator_is_loaded(module):
     code = f"import sys, {module}; print(*{{name.partition('.')[0] for name in sys.modules}})"

@@ -13,7 +13,7 @@ import numpy as np
 
 from pi0_jax.config import ModelConfig
 from pi0_jax.convert.formats import Choices, Weights
-from pi0_jax.convert.leaves import leaves, shape_of, sizes
+from pi0_jax.convert.leaves import is_velocity_expert, leaves, shape_of, sizes
 from pi0_jax.convert.tensors import Tensor, Tensors, in_memory
 from pi0_jax.model import lora
 
@@ -58,7 +58,8 @@ def grow(weights: Weights, choices: Choices) -> Weights:
     prompt length have no parameters.
 
     Raises:
-        ValueError: fewer action dimensions, which would throw trained rows away.
+        ValueError: fewer action dimensions, which would throw trained rows away; or another action dimension or
+            horizon for a head that has parameters of those sizes.
     """
     model = weights.policy.model
     wanted = {
@@ -73,6 +74,14 @@ def grow(weights: Weights, choices: Choices) -> Weights:
             f"--action-dim {model.action_dim} is less than the checkpoint's {weights.policy.model.action_dim}; trained "
             "rows are not thrown away. A robot with fewer dimensions needs no change: its vectors are zero-padded."
         )
+    if not is_velocity_expert(model):
+        old = weights.policy.model
+        if (model.action_dim, model.action_horizon) != (old.action_dim, old.action_horizon):
+            raise ValueError(
+                f"--action-dim and --horizon change models with π0's action expert; {weights.path} has the head "
+                f"{model.head!r} and predicts {model.prediction}."
+            )
+        return _with_model(weights, model, weights.tensors)
     axes, letters = leaves(model), sizes(model)
     tensors = {path: _padded(tensor, shape_of(axes[path], letters)) for path, tensor in weights.tensors.items()}
     policy = weights.policy

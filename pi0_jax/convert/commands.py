@@ -13,9 +13,11 @@ from pi0_jax.config import ExpertConfig, ModelConfig
 from pi0_jax.convert.describe import describe, differences, text
 from pi0_jax.convert.formats import Choices, open_checkpoint
 from pi0_jax.convert.run import convert as run
+from pi0_jax.convert.run import disagreement
 
 Choice = Annotated[Choices, tyro.conf.arg(name="")]
 DEFAULT = Choices()
+Offline = Annotated[bool, tyro.conf.arg(help="Open no connection: gs://, s3:// and hf:// have to be in the cache.")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +28,8 @@ class Convert:
     """
 
     source: tyro.conf.Positional[str]
-    """Checkpoint of any format: a folder, a .safetensors, or an .npz of big_vision's."""
+    """Checkpoint of any format: a folder, a .safetensors, or an .npz of big_vision's; or a gs://, s3:// or hf:// URL
+    of one."""
     target: tyro.conf.Positional[str]
     """Folder to write."""
     to: Literal["pi0", "openpi", "openpi-torch", "lerobot"] = "pi0"
@@ -42,8 +45,14 @@ class Convert:
     """Width of its feed-forward."""
     verify: bool = True
     """Read the result back and compare every tensor."""
+    verify_with: Literal["ours", "lerobot"] | None = None
+    """Also run source and result on the same observation and noise and compare their actions: in our network, or
+    LeRobot's folders in LeRobot, if it is installed."""
+    tolerance: float = 1e-4
+    """Largest difference of the actions; beyond it the first layer that differs is named, and the exit code is 1."""
     overwrite: bool = False
     """Replace the target if it is there."""
+    offline: Offline = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +67,7 @@ class Inspect:
     choices: Choice = DEFAULT
     json: bool = False
     """Print a JSON object."""
+    offline: Offline = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +80,7 @@ class Diff:
     first: tyro.conf.Positional[str]
     second: tyro.conf.Positional[str]
     choices: Choice = DEFAULT
+    offline: Offline = False
 
 
 class Differ(ValueError):
@@ -87,23 +98,32 @@ def convert(arguments: Convert) -> None:
         merge_lora=arguments.merge_lora,
         model=ModelConfig(action=ExpertConfig(arguments.action_width, arguments.action_mlp)),
         verify=arguments.verify,
+        verify_with=arguments.verify_with,
+        tolerance=arguments.tolerance,
         overwrite=arguments.overwrite,
+        offline=arguments.offline,
     )
     checked = "compared bit for bit" if record["verified"] else "not compared"
     what = f"{record['parameters']:,} parameters as {record['format']} ({', '.join(record['dtypes'])})"
     print(f"{arguments.target}: {what}, {checked}, {record['seconds']} s")
+    if (actions := record["actions"]) is not None:
+        if not actions["agree"]:
+            raise Differ(f"{arguments.target} is written, but {disagreement(actions)}.")
+        by = "our network" if actions["framework"] == "ours" else "LeRobot"
+        print(f"{actions['steps']}-step actions in {by} differ by at most {actions['largest_difference']:.3g}")
 
 
 def inspect(arguments: Inspect) -> None:
     """Runs `pi0 inspect`."""
-    content = describe(open_checkpoint(arguments.path, _any_horizon(arguments.choices)))
+    content = describe(open_checkpoint(arguments.path, _any_horizon(arguments.choices), arguments.offline))
     print(json.dumps(content, indent=2) if arguments.json else text(content))
 
 
 def diff(arguments: Diff) -> None:
     """Runs `pi0 diff`."""
     choices = _any_horizon(arguments.choices)
-    lines = differences(open_checkpoint(arguments.first, choices), open_checkpoint(arguments.second, choices))
+    a, b = (open_checkpoint(path, choices, arguments.offline) for path in (arguments.first, arguments.second))
+    lines = differences(a, b)
     if lines:
         print("\n".join(lines))
         raise Differ(f"{arguments.first} and {arguments.second} differ in {len(lines)} places.")

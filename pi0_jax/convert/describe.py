@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from pi0_jax.convert.formats import Weights
+from pi0_jax.convert.leaves import is_velocity_expert
 from pi0_jax.convert.run import compare
 
 PARTS = {
@@ -29,7 +30,9 @@ def describe(weights: Weights) -> dict[str, Any]:
     model = weights.policy.model
     parts: Counter[str] = Counter()
     for path, tensor in weights.tensors.items():
-        parts[_part(path)] += math.prod(tensor.shape)
+        parts[_part(path, "projections of actions and time" if is_velocity_expert(model) else "head")] += math.prod(
+            tensor.shape
+        )
     stats = (weights.norm_stats or {}).get("norm_stats", {})
     config = dataclasses.asdict(model)
     config["cameras"] = list(model.cameras)
@@ -72,11 +75,18 @@ def text(content: dict[str, Any]) -> str:
         f"  language       width {model['language']['width']}, {model['depth']} layers, {model['num_heads']} heads of "
         f"{model['head_dim']} ({model['num_kv_heads']} key/value), vocabulary {model['vocab_size']}",
     ]
-    if "action" in model:
+    if model["head"] != "expert":
+        lines.append(
+            f"  actions        head {model['head']}, {model['action_dim']} dimensions, chunks of "
+            f"{model['action_horizon']}"
+        )
+    elif "action" in model:
         lines.append(
             f"  actions        expert of width {model['action']['width']}, {model['action_dim']} dimensions, chunks of "
             f"{model['action_horizon'] or 'a length that is not stored'}"
         )
+    if model["prediction"] != "velocity":
+        lines.append(f"  predicts       {model['prediction']}")
     lines.append(f"  inputs         cameras {', '.join(model['cameras'])}; prompts of {model['prompt_length']} tokens")
     for name, adapter in content["lora"].items():
         lines.append(
@@ -127,10 +137,10 @@ def differences(a: Weights, b: Weights) -> list[str]:
     return lines
 
 
-def _part(path: str) -> str:
+def _part(path: str, other: str) -> str:
     if "_lora_" in path:
         return "adapters"
-    return next((name for prefix, name in PARTS.items() if path.startswith(prefix)), "projections of actions and time")
+    return next((name for prefix, name in PARTS.items() if path.startswith(prefix)), other)
 
 
 def _fields(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:

@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from pi0_jax import checkpoint
 from pi0_jax.config import ModelConfig, PolicyConfig, TrainConfig
-from pi0_jax.convert import lerobot, openpi, torch
-from pi0_jax.convert.leaves import Sizes, leaves, model_of, sizes
+from pi0_jax.convert import lerobot, openpi, remote, torch
+from pi0_jax.convert.leaves import Sizes, is_velocity_expert, leaves, model_of, sizes
 from pi0_jax.convert.table import Rule, bind, from_ours, infer_sizes, to_ours
 from pi0_jax.convert.tensors import (
     Tensor,
@@ -132,18 +132,22 @@ def detect(path: Path) -> tuple[Format, Path]:
     return "pi0", checkpoint.resolve(path)
 
 
-def open_checkpoint(path: str | Path, choices: Choices = Choices()) -> Weights:
+def open_checkpoint(path: str | Path, choices: Choices = Choices(), offline: bool = False) -> Weights:
     """Opens a checkpoint of any format.
 
     Args:
-        path: folder (a run's newest step is taken), `.safetensors`, or `.npz` with `:subtree` if wanted.
+        path: folder (a run's newest step is taken), `.safetensors`, or `.npz` with `:subtree` if wanted; or a URL of
+            one, which is copied to the cache first (`remote.fetch`).
         choices: what the source does not say.
+        offline: URLs have to be in the cache; no connection is opened.
 
     Raises:
         FileNotFoundError: there is no checkpoint.
         ValueError: not a checkpoint, tensors that do not fit one another, or sizes that have to be given; reading a
             tensor raises it too, where there are numbers that are not finite.
     """
+    if remote.is_remote(path):
+        path = remote.fetch(str(path), offline)
     kind, folder = detect(Path(path).expanduser().absolute())
     weights = _OPEN[kind](folder, choices)
     if choices.robot is not None:
@@ -187,11 +191,15 @@ def finite(name: str, tensor: Tensor) -> Tensor:
 def _open_pi0(folder: Path, choices: Choices) -> Weights:
     assets = checkpoint.load_assets(folder)
     model = assets.policy.model
-    table = [Rule(path, path, axes) for path, axes in leaves(model).items()]
     tensors = _checked(open_orbax(folder / "params"))
-    rules, _ = bind(table, leaves(model), tensors, sizes(model))
+    if is_velocity_expert(model):
+        table = [Rule(path, path, axes) for path, axes in leaves(model).items()]
+        rules, _ = bind(table, leaves(model), tensors, sizes(model))
+        ours = to_ours(rules, leaves(model), tensors, sizes(model))
+    else:
+        _check_shapes(folder, tensors, model)
+        ours = tensors
     step = int(folder.name) if folder.name.isdecimal() else None
-    ours = to_ours(rules, leaves(model), tensors, sizes(model))
     return Weights("pi0", folder, assets.policy, ours, assets.norm_stats, assets.tokenizer, assets.train, step)
 
 
@@ -263,6 +271,31 @@ _OPEN: dict[str, Callable[[Path, Choices], Weights]] = {
     "lerobot": _open_lerobot,
     "big_vision": _open_big_vision,
 }
+
+
+def _check_shapes(folder: Path, tensors: Tensors, model: ModelConfig) -> None:
+    """Compares tensors with the parameters of the network itself, for heads that no table describes.
+
+    Raises:
+        ValueError: tensors that are missing, of no use or of another shape; all of them are listed.
+    """
+    import flax.linen as nn
+    import jax
+
+    from pi0_jax.model.heads import make_network
+    from pi0_jax.pi0 import init_params
+
+    shapes = jax.eval_shape(lambda key: nn.meta.unbox(init_params(make_network(model), key)), jax.random.key(0))
+    wanted = {path: leaf.shape for path, leaf in flatten_dict(shapes, sep="/").items()}
+    problems = [f"missing: {path}" for path in wanted if path not in tensors]
+    problems += [f"of no use: {path}" for path in tensors if path not in wanted]
+    problems += [
+        f"{path} has shape {tensor.shape}, and {wanted[path]} is needed"
+        for path, tensor in tensors.items()
+        if path in wanted and tensor.shape != wanted[path]
+    ]
+    if problems:
+        raise ValueError(f"the tensors of {folder} do not make its model:\n  " + "\n  ".join(problems[:40]))
 
 
 def _checked(tensors: Tensors) -> Tensors:
@@ -420,9 +453,14 @@ def foreign_tensors(weights: Weights, kind: Format) -> Tensors:
     """The tensors of another format, by their names there, read from our leaves.
 
     Raises:
-        ValueError: the format has no place for a leaf.
+        ValueError: the format has no place for a leaf, or the weights are of a head that exists only here.
     """
     model = weights.policy.model
+    if not is_velocity_expert(model):
+        raise ValueError(
+            f"{kind} holds action experts that predict velocities, and {weights.path} has the head {model.head!r} and "
+            f"predicts {model.prediction}: nothing there could run it. Such weights convert to pi0 only (--to pi0)."
+        )
     table = {"openpi": openpi.rules, "openpi-torch": torch.rules, "lerobot": torch.rules}[kind](model.variant)
     found = from_ours(table, leaves(model), weights.tensors, sizes(model))
     if kind == "openpi":
@@ -492,7 +530,7 @@ def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> Tensor:
 
 
 def params_of(weights: Weights) -> dict[str, Any]:
-    """Reads everything into memory, as the tree that `VelocityNetwork.apply` takes; numpy, in the stored dtypes."""
+    """Reads everything into memory, as the tree that the network's `apply` takes; numpy, in the stored dtypes."""
     return unflatten_dict(read_all(weights.tensors), sep="/")
 
 

@@ -41,6 +41,14 @@ def leaves(config: ModelConfig) -> dict[str, str]:
     return found | _dense("time_mlp_in", "t e", "e") | _dense("time_mlp_out", "i e", "e")
 
 
+def is_velocity_expert(config: ModelConfig) -> bool:
+    """Whether the model is one that `leaves` describes: π0's action expert, predicting velocities.
+
+    Other heads and predictions exist only here. (ε and v have the same leaves, and would be mistaken for velocities.)
+    """
+    return config.head == "expert" and config.prediction == "velocity"
+
+
 def sizes(config: ModelConfig) -> Sizes:
     """Size of each letter of a model."""
     vision, language, action = config.vision, config.language, config.action

@@ -19,8 +19,9 @@ import numpy as np
 
 from pi0_jax import checkpoint
 from pi0_jax.config import ModelConfig
-from pi0_jax.convert import change
+from pi0_jax.convert import agree, change
 from pi0_jax.convert.formats import RECORD, Choices, Format, Weights, open_checkpoint, parameters, write_checkpoint
+from pi0_jax.convert.remote import is_remote
 from pi0_jax.convert.tensors import Tensor, Tensors, pieces, rows_per_piece
 
 _log = logging.getLogger(__name__)
@@ -36,7 +37,10 @@ def convert(
     merge_lora: bool = False,
     model: ModelConfig = ModelConfig(),  # noqa: B008 - frozen
     verify: bool = True,
+    verify_with: Literal["ours", "lerobot"] | None = None,
+    tolerance: float = 1e-4,
     overwrite: bool = False,
+    offline: bool = False,
 ) -> dict[str, Any]:
     """Converts a checkpoint and checks the result.
 
@@ -49,7 +53,12 @@ def convert(
         merge_lora: add adapters to their weights.
         model: action expert, action dimension, horizon and prompt length for a backbone without action expert.
         verify: read the target back through the inverse table and compare every tensor, bit for bit.
+        verify_with: also run source and result on the same random observation and noise, and compare the actions
+            (`agree.agreement`): in our network, or LeRobot's folders in LeRobot.
+        tolerance: largest difference of actions that counts as agreement. More than that is recorded with the first
+            layer that differs, and a warning; the target is written all the same.
         overwrite: replace the target if it is there.
+        offline: open no connection; a source that is a URL has to be in the cache.
 
     Returns:
         The record that lies in the target as `conversion.json`.
@@ -63,9 +72,11 @@ def convert(
     target = Path(target).expanduser().absolute()
     if target.exists() and not overwrite:
         raise FileExistsError(f"{target} is there already; choose another target, or replace it with --overwrite.")
-    opened = open_checkpoint(source, choices)
+    opened = open_checkpoint(source, choices, offline)
     weights, notes = _changed(opened, choices, dtype, merge_lora, model)
     notes = [*opened.warnings, *notes]
+    if verify_with is not None:
+        agree.check_comparable(opened, weights, to, verify_with)
     if opened.tokenizer is not None and to == "lerobot":
         notes.append(
             "LeRobot names its tokenizer and does not read files: tokenizer.model lies beside the weights unused"
@@ -78,12 +89,19 @@ def convert(
     try:
         write_checkpoint(weights, temporary, to, choices.asset_id)
         record = _record(opened, weights, to, notes)
+        if is_remote(source):
+            record["source"]["url"] = str(source)
         _write_record(temporary, record)
         if verify:
             record["verified"] = _verify(weights, temporary, to)
             record["weights_sha256"] = record["verified"].pop("sha256")
             unchanged = weights.tensors == opened.tensors
             record["source"]["sha256"] = record["weights_sha256"] if unchanged else digest(opened.tensors)
+        if verify_with is not None:
+            record["actions"] = agree.agreement(opened, open_checkpoint(temporary), verify_with, tolerance)
+            if not record["actions"]["agree"]:
+                notes.append(disagreement(record["actions"]))
+                _log.warning("%s", notes[-1])
         record["seconds"] = round(time.monotonic() - started, 1)
         _write_record(temporary, record)
         if target.exists():
@@ -92,6 +110,14 @@ def convert(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return record
+
+
+def disagreement(actions: dict[str, Any]) -> str:
+    """What a record's `actions` say where the two do not agree."""
+    return (
+        f"actions differ by {actions['largest_difference']:.3g}, more than {actions['tolerance']:g}; source and result "
+        f"part at {actions['parts_at']}"
+    )
 
 
 def digest(tensors: Tensors) -> str:
@@ -174,6 +200,7 @@ def _record(opened: Weights, weights: Weights, to: Format, notes: list[str]) -> 
         "format": to,
         "weights_sha256": None,
         "verified": None,
+        "actions": None,
         "parameters": parameters(weights.tensors),
         "dtypes": dtypes,
         "dropped": list(opened.dropped),

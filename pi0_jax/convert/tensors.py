@@ -260,13 +260,19 @@ def _open_zarr(folder: Path, key: str, driver: str, cache_bytes: int = 0):
 
 
 def _zarr_tensor(folder: Path, name: str, opening, reopen: Callable[[int], Any], slot: dict[str, Any]) -> Tensor:
-    """One array. A chunk that spans several rows is decoded once and stays in a cache until another array is read."""
+    """One array, by rows.
+
+    Where all rows are one zstd chunk, as Orbax on one host writes them, they are unpacked in order as they are asked
+    for, and neither the packed nor the unpacked chunk is ever whole in memory. Other chunks that span rows are decoded
+    once and stay in a cache until another array is read.
+    """
     try:
         store = opening.result()
     except ValueError as error:
         raise ValueError(f"{folder} lacks the array {name!r} that its _METADATA names: {_first_line(error)}") from error
     shape, dtype = tuple(store.shape), np.dtype(store.dtype.numpy_dtype)
     by_row = store.ndim > 0 and store.chunk_layout.read_chunk.shape[0] == 1
+    unpack = None if by_row else _unpacker(store)
 
     def fetch(view) -> np.ndarray:
         try:
@@ -283,7 +289,95 @@ def _zarr_tensor(folder: Path, name: str, opening, reopen: Callable[[int], Any],
             slot.update(name=name, store=reopen(2 * math.prod(shape) * dtype.itemsize).result())
         return fetch(slot["store"][i])
 
-    return Tensor(shape, dtype, read, stacked=store.ndim > 0)
+    def read_unpacking(i: int | None) -> np.ndarray:
+        assert unpack is not None
+        slot.clear()
+        try:
+            return unpack(i)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{folder}: array {name!r} cannot be read: {_first_line(error)}") from error
+
+    return Tensor(shape, dtype, read_unpacking if unpack else read, stacked=store.ndim > 0)
+
+
+def _unpacker(store) -> Callable[[int | None], np.ndarray] | None:
+    """Reads rows of an array that is one zstd chunk; None where it is stored in another way."""
+    metadata = store.spec().to_json()["metadata"]
+    whole = store.ndim > 0 and tuple(store.chunk_layout.read_chunk.shape) == tuple(store.shape)
+    plain = (metadata.get("compressor") or {}).get("id") == "zstd" and metadata.get("order") == "C"
+    if not whole or not plain or metadata.get("filters") or str(metadata["dtype"]).startswith(">"):
+        return None
+    key = metadata.get("dimension_separator", ".").join("0" * store.ndim)
+    shape, dtype = tuple(store.shape), np.dtype(store.dtype.numpy_dtype)
+    state: dict[str, Any] = {"next": 0, "stream": None, "row": None}
+
+    def rows(count: int) -> np.ndarray:
+        """The next rows of the stream."""
+        out = np.empty((count, *shape[1:]), dtype)
+        view, filled = memoryview(out.reshape(-1).view(np.uint8)), 0
+        while filled < len(view):
+            got = state["stream"].readinto(view[filled:])
+            if not got:
+                raise ValueError("its data end too early")
+            filled += got
+        state["next"] += count
+        if state["next"] == shape[0]:
+            state["stream"] = None
+        return out
+
+    def start() -> None:
+        import zstandard
+
+        # A stream of bytes that do not unpack raises an error of its own kind.
+        source = _Ranges(store.kvstore, key)
+        state.update(next=0, stream=zstandard.ZstdDecompressor().stream_reader(source, read_size=_RANGE_BYTES))
+
+    def read(i: int | None) -> np.ndarray:
+        import zstandard
+
+        try:
+            if i is None:
+                start()
+                return rows(shape[0])
+            if state["row"] is not None and state["next"] == i + 1:
+                return state["row"]  # pairs of their tensors are read from one of ours, one after the other
+            if state["stream"] is None or state["next"] > i:
+                start()
+            state["row"] = None
+            while state["next"] < i:
+                rows(1)
+            state["row"] = rows(1)[0]
+            row = state["row"]
+        except zstandard.ZstdError as error:
+            raise ValueError(f"its data do not unpack: {error}") from error
+        return row
+
+    return read
+
+
+_RANGE_BYTES = 2**24
+"""Of a packed chunk, read at once."""
+
+
+class _Ranges:
+    """A value of a key-value store as a file to read from start to end."""
+
+    def __init__(self, store, key: str):
+        self._store, self._key, self._at = store, key, 0
+
+    def read(self, size: int) -> bytes:
+        """The next bytes, none at the end. A range past the end is an error that does not tell the end: halve it."""
+        while size:
+            try:
+                found = self._store.read(self._key, byte_range=slice(self._at, self._at + size)).result()
+            except ValueError:
+                size //= 2
+                continue
+            if found.state != "value":
+                raise ValueError("its data are missing")
+            self._at += len(found.value)
+            return found.value
+        return b""
 
 
 def _first_line(error: Exception) -> str:

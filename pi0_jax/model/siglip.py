@@ -45,7 +45,7 @@ class ImageEncoder(nn.Module):
         block = nn.remat(Block, prevent_cse=False) if self.remat else Block
         x, _ = nn.scan(
             block,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
             length=c.depth,
             metadata_params={nn.PARTITION_NAME: "layers"},

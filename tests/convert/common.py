@@ -3,13 +3,18 @@
 import dataclasses
 from pathlib import Path
 
+import flax.linen as nn
+import jax
 import ml_dtypes
 import numpy as np
+from flax.traverse_util import flatten_dict
 
-from pi0_jax.config import ExpertConfig, ModelConfig, PolicyConfig
+from pi0_jax.config import BinConfig, CompactConfig, ExpertConfig, ModelConfig, PolicyConfig
 from pi0_jax.convert.formats import Weights, write_checkpoint
 from pi0_jax.convert.leaves import leaves, shape_of, sizes
 from pi0_jax.convert.tensors import in_memory
+from pi0_jax.model.heads import make_network
+from pi0_jax.pi0 import init_params
 from tests.conftest import tiny_config
 
 MODELS = ("pi0", "pi05", "pi0_fast", "pi0_lora")
@@ -36,9 +41,9 @@ def tiny_model(name: str) -> ModelConfig:
     return dataclasses.replace(model, **experts)
 
 
-def tiny_weights(name: str, dtype=np.float32, seed: int = 0) -> Weights:
-    """Random weights of `tiny_model(name)`, in memory."""
-    model, rng = tiny_model(name), np.random.default_rng(seed)
+def tiny_weights(name: str, dtype=np.float32, seed: int = 0, model: ModelConfig | None = None) -> Weights:
+    """Random weights of `tiny_model(name)`, or of another model, in memory."""
+    model, rng = model or tiny_model(name), np.random.default_rng(seed)
     letters = sizes(model)
     tensors = {
         path: in_memory((0.3 * rng.normal(size=shape_of(axes, letters))).astype(dtype))
@@ -46,6 +51,25 @@ def tiny_weights(name: str, dtype=np.float32, seed: int = 0) -> Weights:
     }
     policy = PolicyConfig(model, robot="arm", normalization="zscore" if name.startswith("pi0_l") else "quantile")
     return Weights("pi0", Path("memory"), policy, tensors, STATS, b"\x00a tokenizer\xff")
+
+
+HEADS = {
+    "compact": {"head": "compact", "compact": CompactConfig(width=12, depth=2, time_width=8)},
+    "bins": {"prediction": "bins", "bins": BinConfig(count=6)},
+    "average_velocity": {"prediction": "average_velocity"},
+    "epsilon": {"prediction": "epsilon"},
+}
+
+
+def tiny_weights_of_head(head: str, seed: int = 0) -> Weights:
+    """Random weights of a model that exists only here, in memory."""
+    model, rng = tiny_config("pi0", **HEADS[head]), np.random.default_rng(seed)
+    shapes = jax.eval_shape(lambda key: nn.meta.unbox(init_params(make_network(model), key)), jax.random.key(0))
+    tensors = {
+        path: in_memory((0.3 * rng.normal(size=leaf.shape)).astype(np.float32))
+        for path, leaf in flatten_dict(shapes, sep="/").items()
+    }
+    return Weights("pi0", Path("memory"), PolicyConfig(model, robot="arm", normalization="quantile"), tensors, STATS)
 
 
 def save_tiny(folder: Path, name: str, dtype=np.float32, seed: int = 0) -> Path:

@@ -6,7 +6,7 @@ import pytest
 
 from pi0_jax import cli
 from pi0_jax.convert.formats import write_checkpoint
-from tests.convert.common import save_tiny, tiny_weights
+from tests.convert.common import HEADS, save_tiny, tiny_weights, tiny_weights_of_head
 
 
 def test_a_checkpoint_is_converted_inspected_and_compared(tmp_path, capsys):
@@ -43,3 +43,34 @@ def test_help_names_every_choice(capsys):
         cli.main(["convert", "--help"])
     text = capsys.readouterr().out
     assert all(flag in text for flag in ("--to", "--horizon", "--merge-lora", "--action-dim", "--vision-heads"))
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_heads_that_exist_only_here_are_shown_compared_and_kept_out_of_other_formats(tmp_path, capsys, head):
+    for name, seed in (("a", 0), ("b", 1)):
+        write_checkpoint(tiny_weights_of_head(head, seed), tmp_path / name, "pi0")
+    a, b, out = (str(tmp_path / name) for name in ("a", "b", "out"))
+    assert cli.main(["inspect", a]) == 0
+    assert head in capsys.readouterr().out
+    assert cli.main(["inspect", a, "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    tensors = tiny_weights_of_head(head).tensors.values()
+    assert content["parameters"]["all"] == sum(tensor.size for tensor in tensors)
+    assert content["parameters"]["head"] > 0
+    assert cli.main(["diff", a, b]) == 1
+    assert f"differ in {len(tensors)} places" in capsys.readouterr().err
+    for to in ("openpi", "openpi-torch", "lerobot"):
+        assert cli.main(["convert", a, out, "--to", to]) == 1
+        assert f"{to} holds action experts that predict velocities" in capsys.readouterr().err
+    assert cli.main(["convert", a, out, "--action-dim", "9"]) == 1
+    assert "--action-dim" in capsys.readouterr().err
+    assert cli.main(["convert", a, out]) == 0
+    assert cli.main(["diff", a, out]) == 0
+
+
+def test_a_lost_parameter_of_another_head_is_named(tmp_path, capsys):
+    weights = tiny_weights_of_head("compact")
+    tensors = {path: tensor for path, tensor in weights.tensors.items() if path != "time_in/bias"}
+    write_checkpoint(weights._replace(tensors=tensors), tmp_path / "a", "pi0")
+    assert cli.main(["inspect", str(tmp_path / "a")]) == 1
+    assert "missing: time_in/bias" in capsys.readouterr().err

@@ -1,4 +1,5 @@
 import json
+import tracemalloc
 import zipfile
 
 import jax
@@ -76,6 +77,42 @@ def test_orbax_reads_what_is_written_and_the_other_way_round(tmp_path, monkeypat
     assert np.array_equal(loaded["a"]["kernel"], ARRAYS["a/kernel"])
     assert np.array_equal(loaded["a"]["bias"], ARRAYS["a/bias"])
     assert_same(open_orbax(tmp_path / "theirs"))
+
+
+def test_rows_of_one_chunk_are_unpacked_in_any_order(tmp_path):
+    array = np.random.default_rng(0).normal(size=(5, 3, 40)).astype(np.float32)
+    tensors.write_orbax(tmp_path / "x", as_tensors({"a": array, "b": 2 * array}), whole=True)
+    found = open_orbax(tmp_path / "x")
+    for i in (0, 0, 1, 2, 4, 4, 3, 0):
+        assert np.array_equal(found["a"].read(i), array[i])
+        assert np.array_equal(found["b"].read(i), 2 * array[i])
+    assert np.array_equal(found["a"].read(None), array)
+    assert np.array_equal(found["a"].read(2), array[2])
+
+
+def test_rows_of_one_chunk_do_not_take_the_memory_of_the_chunk(tmp_path):
+    array = np.random.default_rng(0).integers(0, 2**16, (64, 2**18), np.uint16).view(np.float16)
+    tensors.write_orbax(tmp_path / "x", as_tensors({"a": array}), whole=True)
+    (tensor,) = open_orbax(tmp_path / "x").values()
+    tracemalloc.start()
+    for i in range(len(array)):
+        assert tensor.read(i).tobytes() == array[i].tobytes()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # A range of the packed data and three rows; numpy's and Python's bytes are what tracemalloc sees.
+    assert peak < 2 * tensors._RANGE_BYTES + 3 * array[0].nbytes
+
+
+def test_a_damaged_chunk_is_named(tmp_path):
+    array = np.random.default_rng(0).normal(size=(64, 4096)).astype(np.float32)
+    tensors.write_orbax(tmp_path / "x", as_tensors({"a": array}), whole=True)
+    largest = max((p for p in (tmp_path / "x").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    start = content.find(b"\x28\xb5\x2f\xfd")  # of a zstd frame
+    content[start : start + 4] = b"\0\0\0\0"
+    largest.write_bytes(content)
+    with pytest.raises(ValueError, match="'a' cannot be read"):
+        open_orbax(tmp_path / "x")["a"].read(0)
 
 
 def test_trailing_value_is_cut_only_where_all_paths_have_it(tmp_path):
