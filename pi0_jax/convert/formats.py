@@ -286,7 +286,8 @@ def _check_shapes(folder: Path, tensors: Tensors, model: ModelConfig) -> None:
     from pi0_jax.pi0 import init_params
 
     shapes = jax.eval_shape(lambda key: nn.meta.unbox(init_params(make_network(model), key)), jax.random.key(0))
-    wanted = {path: leaf.shape for path, leaf in flatten_dict(shapes, sep="/").items()}
+    flat: dict[str, Any] = dict(flatten_dict(shapes, sep="/"))
+    wanted = {path: leaf.shape for path, leaf in flat.items()}
     problems = [f"missing: {path}" for path in wanted if path not in tensors]
     problems += [f"of no use: {path}" for path in tensors if path not in wanted]
     problems += [

@@ -54,7 +54,7 @@ def run(folder: Path, model: ModelConfig, inputs: dict[str, np.ndarray], steps: 
     Raises:
         ValueError: LeRobot does not find every tensor, or finds tensors that it does not know.
     """
-    import torch
+    torch: Any = importlib.import_module("torch")
 
     check_processors(folder)
     policy = load(folder, model)
@@ -115,7 +115,7 @@ def check_processors(folder: Path) -> None:
     Raises:
         ValueError: it comes out elsewhere than the statistics say.
     """
-    import torch
+    torch: Any = importlib.import_module("torch")
 
     for name in ("pi0", "pi05"):
         importlib.import_module(f"lerobot.policies.{name}.processor_{name}")  # registers the steps

@@ -16,7 +16,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import ml_dtypes
 import numpy as np
@@ -314,7 +314,7 @@ def _unpacker(store) -> Callable[[int | None], np.ndarray] | None:
     def rows(count: int) -> np.ndarray:
         """The next rows of the stream."""
         out = np.empty((count, *shape[1:]), dtype)
-        view, filled = memoryview(out.reshape(-1).view(np.uint8)), 0
+        view, filled = memoryview(cast(Any, out.reshape(-1).view(np.uint8))), 0
         while filled < len(view):
             got = state["stream"].readinto(view[filled:])
             if not got:
@@ -329,7 +329,7 @@ def _unpacker(store) -> Callable[[int | None], np.ndarray] | None:
         import zstandard
 
         # A stream of bytes that do not unpack raises an error of its own kind.
-        source = _Ranges(store.kvstore, key)
+        source: Any = _Ranges(store.kvstore, key)
         state.update(next=0, stream=zstandard.ZstdDecompressor().stream_reader(source, read_size=_RANGE_BYTES))
 
     def read(i: int | None) -> np.ndarray:
