@@ -330,7 +330,7 @@ def _bars(policies: dict[str, Any]) -> bytes:
         a.barh(names, mean, color="#93c5fd")
         a.errorbar(mean, range(len(names)), xerr=[mean - low, high - mean], fmt="none", ecolor="#1e3a8a", capsize=3)
         a.set(xlabel=label)
-        a.set_xlim(0, 1.15 * mean.max())
+        a.set_xlim(0, 1.05 * high.max())
     return figure_svg(figure)
 
 
