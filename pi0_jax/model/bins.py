@@ -65,11 +65,9 @@ class BinNetwork(ActionTokenNetwork):
 
         def step(carry, i):
             cache, previous = carry
-            filled = jnp.pad(prefix.mask, ((0, 0), (0, length))) | (jnp.arange(start + length) - start < i) & (
-                jnp.arange(start + length) >= start
-            )
             token = self._token(previous, i % self.dims)[:, None]
-            mask = jnp.concatenate([filled, jnp.ones((b, 1), bool)], axis=1)[:, None]
+            decoded = jnp.broadcast_to(jnp.arange(length) < i, (b, length))
+            mask = jnp.concatenate([prefix.mask, decoded, jnp.ones((b, 1), bool)], axis=1)[:, None]
             position = prefix.length[:, None] + i
             outputs, new = self.backbone((None, token), position, mask, self._condition(b), cache)
             cache = jax.tree.map(

@@ -98,7 +98,7 @@ def measure(config: CompareConfig, seed: int, name: str) -> dict[str, Any]:
 
     Returns:
         `rows`, one for each solver and number of network evaluations; `straightness` and `paths` of flows and
-        diffusions; `control`, seconds a chunk by horizon and steps, where the network's size may vary with it.
+        diffusions, by solver; sizes, seconds and versions.
     """
     contender, path = config.contenders[name], folder(config, seed, name)
     data = held_out(checkpoint.load_assets(path).train, Policy.load(path))
