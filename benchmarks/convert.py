@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import json
 import math
+import multiprocessing
 import os
 import resource
 import shutil
@@ -39,7 +40,13 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True)
     model = dataclasses.replace(PI0, depth=arguments.layers)
-    write_source(arguments.folder / "openpi", model, whole=arguments.chunk == "array")
+    # In a process of its own: a child's high-water mark starts at that of the process which started it.
+    source = (arguments.folder / "openpi", model, arguments.chunk == "array")
+    writer = multiprocessing.get_context("spawn").Process(target=write_source, args=source)
+    writer.start()
+    writer.join()
+    if writer.exitcode:
+        raise SystemExit("writing the source failed")
     largest = max(tensor.nbytes for tensor in random_weights(model).tensors.values())
     baseline, _ = run(["-c", "import pi0_jax.convert.commands, tensorstore"])
     for source, target, to in (
