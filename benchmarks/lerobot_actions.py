@@ -144,7 +144,7 @@ def ours(folder: Path, inputs: dict[str, np.ndarray]) -> np.ndarray:
     from pi0_jax.pi0 import sample_actions
 
     weights = open_checkpoint(folder)
-    model = dataclasses.replace(weights.policy.model, dtype="float32", remat=False)
+    model = dataclasses.replace(weights.policy.model, dtype="float32", remat="none")
     observation = Observation(
         {camera: jnp.asarray(inputs[f"images/{camera}"]) for camera in model.cameras},
         {camera: jnp.asarray(inputs[f"image_masks/{camera}"]) for camera in model.cameras},

@@ -40,7 +40,7 @@ config = TrainConfig(
             action_horizon=8,
             prompt_length=14,
             dtype="float32",
-            remat=False,
+            remat="none",
         ),
         robot="tabletop",
     ),

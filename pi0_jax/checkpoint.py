@@ -33,12 +33,22 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_args import register_with_handler
 
-from pi0_jax.config import PolicyConfig, TrainConfig
+from pi0_jax.config import ModelConfig, PolicyConfig, TrainConfig
 
 FORMAT_VERSION = 1
 """Of the folder's layout and of config.json; raised when old readers would misread new checkpoints."""
 
 _CONVERTER = cattrs.Converter(forbid_extra_keys=True)
+_structure_model = _CONVERTER.get_structure_hook(ModelConfig)
+
+
+@_CONVERTER.register_structure_hook
+def _(content: dict[str, Any], kind: type[ModelConfig]) -> ModelConfig:
+    # Up to November 2026 `remat` was a truth value.
+    names = {True: "full", False: "none"}
+    return _structure_model(
+        content | {"remat": names.get(content.get("remat", "full"), content.get("remat", "full"))}, kind
+    )
 
 
 class CheckpointError(ValueError):

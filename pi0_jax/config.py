@@ -107,8 +107,10 @@ class ModelConfig:
     """Activations. Parameters, statistics of norms, softmax, RoPE and time embedding are float32 regardless."""
     compact: CompactConfig = CompactConfig()
     bins: BinConfig = BinConfig()
-    remat: bool = True
-    """Recompute each layer in the backward pass instead of storing it: less memory, about 1.3 times the compute."""
+    remat: Literal["full", "gate_up", "matmuls", "none"] = "full"
+    """What the backward pass computes again instead of storing it. full: each layer, from its input; least memory, 1.23
+    times the compute. gate_up: the wide half of the feed-forward, and norms. matmuls: norms and other cheap parts.
+    none: nothing."""
 
 
 PI0 = ModelConfig()

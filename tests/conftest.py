@@ -36,7 +36,7 @@ def tiny_config(variant: str = "pi0", **changes) -> ModelConfig:
         action_horizon=6,
         prompt_length=7,
         dtype="float32",
-        remat=False,
+        remat="none",
         compact=CompactConfig(width=32, depth=2, time_width=16),
     )
     return ModelConfig(**{**defaults, **changes})

@@ -255,3 +255,12 @@ def test_a_config_of_another_version_is_refused(copy, old, new, message):
     file.write_text(file.read_text().replace(old, new))
     with pytest.raises(CheckpointError, match=message):
         checkpoint.load_assets(copy)
+
+
+@pytest.mark.parametrize(("old", "new"), [("true", "full"), ("false", "none")])
+def test_remat_of_older_checkpoints_was_a_truth_value(copy, old, new):
+    file = copy / "checkpoints" / "30" / "assets" / "config.json"
+    content = file.read_text()
+    assert '"remat": "full"' in content
+    file.write_text(content.replace('"remat": "full"', f'"remat": {old}'))
+    assert checkpoint.load_assets(copy).policy.model.remat == new

@@ -136,7 +136,7 @@ def widened(inputs: Inputs, before: ModelConfig, after: ModelConfig) -> Inputs:
 
 def run_ours(weights: Weights, inputs: Inputs) -> Trace:
     """Runs a checkpoint of any format in our network."""
-    model = dataclasses.replace(weights.policy.model, dtype="float32", remat=False)
+    model = dataclasses.replace(weights.policy.model, dtype="float32", remat="none")
     params = unflatten_dict(
         {path: jnp.asarray(tensor.read(None), jnp.float32) for path, tensor in weights.tensors.items()}, sep="/"
     )

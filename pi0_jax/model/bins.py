@@ -49,7 +49,7 @@ class BinNetwork(ActionTokenNetwork):
         """
         b, sequential = len(bins), self.config.prediction == "bin_sequence"
         tokens = self._sequence_tokens(bins.reshape(b, -1)) if sequential else self._query_tokens(b)
-        _, outputs = self.run_jointly(observation, tokens, self._condition(b), causal=sequential)
+        outputs = self.run_jointly(observation, tokens, self._condition(b), causal=sequential)
         return self._logits(outputs, b)
 
     def decode(self, prefix: Prefix) -> Int[Array, "b ah d"]:

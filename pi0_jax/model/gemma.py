@@ -1,21 +1,27 @@
 """Gemma with several experts side by side: own weights each, one shared attention, scanned over depth.
 
+What nobody asks for is not computed: an expert whose outputs are not needed gives only keys and values in the last
+layer, which then runs by itself, after a scan over the others.
+
 Axis letters: see `pi0_jax.batch`. The experts are an ordered tuple, language first; either may have no tokens in a
 pass (None), which is how prefill and the velocity steps run the same layers as the joint pass.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from pi0_jax.config import ExpertConfig, ModelConfig
 from pi0_jax.model import lora
 from pi0_jax.model.attention import attend, rope_angles, rotate
 from pi0_jax.model.norm import RMSNorm, named
+from pi0_jax.model.remat import saveable
 
 Tokens = tuple[Any, Any]
 """Tokens of the language expert `[b t d]` and of the action expert `[b u e]`; None where a pass has none."""
@@ -67,11 +73,14 @@ class Attention(nn.Module):
                 self.param, "o", ((n, h, r), (n, r, d)), (("heads", "head_dim", rank), ("heads", rank, "embed"))
             )
 
-    def project(self, x: Float[Array, "b t d"]):
-        """Query [b t n h], key and value [b t k h], before rotation."""
-        q = lora.apply("attn/q", x, self.q, self.q_lora, self.lora_scale)
+    def query(self, x: Float[Array, "b t d"]) -> Float[Array, "b t n h"]:
+        """Queries before rotation."""
+        return lora.apply("attn/q", x, self.q, self.q_lora, self.lora_scale)
+
+    def key_value(self, x: Float[Array, "b t d"]):
+        """Key and value [b t k h], before rotation."""
         kv = lora.apply("attn/kv", x, self.kv, self.kv_lora, self.lora_scale)
-        return q, kv[:, :, 0], kv[:, :, 1]
+        return kv[:, :, 0], kv[:, :, 1]
 
     def output(self, attended: Float[Array, "b t n h"]) -> Float[Array, "b t d"]:
         return lora.apply("attn/o", attended, self.o, self.o_lora, self.lora_scale)
@@ -115,10 +124,10 @@ class Expert(nn.Module):
         self.mlp_norm = RMSNorm(self.adaptive)
         self.mlp = GatedMLP(c.width, c.mlp_dim, c.lora_mlp_rank)
 
-    def before(self, x, condition) -> tuple[Any, Any, Any, Any]:
-        """Query, key, value, and the gate that `after` wants back."""
+    def before(self, x, condition, needed: bool) -> tuple[Any, Any, Any, Any]:
+        """Query (None unless needed), key, value, and the gate that `after` wants back."""
         normed, gate = self.attn_norm(x, condition)
-        return *self.attn.project(normed), gate
+        return self.attn.query(normed) if needed else None, *self.attn.key_value(normed), gate
 
     def after(self, x, attended, gate, condition):
         """Adds attention's result and the feed-forward's to the residual stream."""
@@ -144,32 +153,40 @@ class Layer(nn.Module):
         angles: Float[Array, "b t 1 h/2"],
         mask: Bool[Array, "b t s"],
         condition: Float[Array, "b g e"] | None,
+        needed: tuple[bool, bool] = (True, True),
     ) -> tuple[Tokens, KeysValues]:
-        """Lets the tokens of all experts attend to one another, and to cached ones, as the mask allows.
+        """Lets tokens attend to cached ones, to their own expert's and to those of the expert before it, as the mask
+        allows. No expert sees the one after it, whatever the mask says there.
 
         Queries are the experts' tokens in order; keys are the cached ones, then the same tokens. Returns the new
-        tokens, and the keys and values of this pass without the cached ones.
+        tokens, None for an expert that has none or whose are not needed, and the keys and values of this pass without
+        the cached ones.
         """
         c = self.config
         experts = (
             Expert(c.language, c, adaptive=False, name="language"),
             Expert(c.action, c, adaptive=c.variant == "pi05", name="action"),
         )
-        parts = [(e, x, d) for e, x, d in zip(experts, tokens, (None, condition), strict=True) if x is not None]
-        projected = [expert.before(x, d) for expert, x, d in parts]
-        q, k, v = (jnp.concatenate([p[i] for p in projected], axis=1) for i in (0, 1, 2))
-        q, k = rotate(q, angles), rotate(k, angles)
-        new = (k, v)
-        if cached is not None:
-            k, v = (jnp.concatenate([old.astype(n.dtype), n], axis=1) for old, n in zip(cached, new, strict=True))
-        attended = attend(q, k, v, mask)
-
-        outputs, start = [], 0
-        for (expert, x, d), (*_, gate) in zip(parts, projected, strict=True):
-            outputs.append(expert.after(x, attended[:, start : start + x.shape[1]], gate, d))
-            start += x.shape[1]
-        remaining = iter(outputs)
-        language, action = (None if x is None else next(remaining) for x in tokens)
+        seen: list[Any] = [] if cached is None else [cached]
+        outputs: list[Any] = []
+        start = 0
+        for expert, x, d, asks in zip(experts, tokens, (None, condition), needed, strict=True):
+            if x is None:
+                outputs.append(None)
+                continue
+            own = slice(start, start := start + x.shape[1])
+            q, k, v, gate = expert.before(x, d, asks)
+            seen.append((rotate(k, angles[:, own]), v))
+            if not asks:
+                outputs.append(None)
+                continue
+            keys, values = (
+                jnp.concatenate([y.astype(x.dtype) for y in parts], axis=1) for parts in zip(*seen, strict=True)
+            )
+            attended = attend(rotate(q, angles[:, own]), keys, values, mask[:, own, : keys.shape[1]])
+            outputs.append(expert.after(x, checkpoint_name(attended, "attn/attended"), gate, d))
+        language, action = outputs
+        new: Any = tuple(jnp.concatenate(parts, axis=1) for parts in zip(*seen[cached is not None :], strict=True))
         return (language, action), new
 
 
@@ -186,32 +203,68 @@ class Backbone(nn.Module):
         mask: Bool[Array, "b t s"],
         condition: Float[Array, "b g e"] | None = None,
         cached: KeysValues | None = None,
+        needed: tuple[bool, bool] = (True, True),
     ) -> tuple[Tokens, KeysValues]:
         """Runs the experts over their tokens.
 
         Args:
             tokens: of the language and the action expert; None for an expert without any.
             positions: of all tokens in order, for the rotary embedding.
-            mask: True where a query (token in order) may see a key (cached ones first).
+            mask: True where a query (token in order) may see a key (cached ones first); the language expert's tokens
+                never see the action expert's.
             condition: of the adaptive norms; g conditions, each for an equal share of the action expert's tokens.
             cached: keys and values of an earlier pass, `[l b s k h]` each.
+            needed: whose outputs the caller wants; of the others the last layer computes keys and values only.
 
         Returns:
-            The experts' normalised outputs, and this pass's own keys and values over all layers.
+            The experts' normalised outputs (None without tokens or need), and this pass's own keys and values over all
+            layers.
         """
         c = self.config
-        layer = nn.remat(Layer, prevent_cse=False) if c.remat else Layer
-        layers = nn.scan(
-            layer,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
-            length=c.depth,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c, name="layers")
-        tokens, keys_values = layers(tokens, cached, rope_angles(positions, c.head_dim), mask, condition)
+        keys_values: Any
+        angles = rope_angles(positions, c.head_dim)
+        if self.is_initializing():
+            stack = nn.scan(
+                Layer,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
+                length=c.depth,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )
+            tokens, keys_values = cast(Any, stack)(c, name="layers")(tokens, cached, angles, mask, condition)
+        else:
+            layer = Layer(c, parent=None)
+
+            def run(tokens, of_layer, needed=(True, True)) -> Any:
+                params, cached = of_layer
+                return layer.apply({"params": params}, tokens, cached, angles, mask, condition, needed)
+
+            policy = saveable(c.remat)
+
+            def kept(function):
+                return function if policy is None else jax.checkpoint(function, prevent_cse=False, policy=policy)
+
+            layers: Any = (self.variables["params"]["layers"], cached)
+            if all(n or x is None for n, x in zip(needed, tokens, strict=True)):
+                tokens, keys_values = jax.lax.scan(kept(run), tokens, layers)
+            else:
+                first = jax.tree.map(lambda x: _as_used(x[:-1], self.dtype), layers)
+                tokens, keys_values = jax.lax.scan(kept(run), tokens, first)
+                last = kept(lambda *args: run(*args, needed))  # pyright: ignore[reportCallIssue]
+                tokens, own = last(tokens, jax.tree.map(lambda x: x[-1], layers))
+                keys_values = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), keys_values, own)
         norms = (RMSNorm(name="language_norm"), RMSNorm(c.variant == "pi05", name="action_norm"))
         language, action = (
             None if x is None else norm(x, d)[0] for norm, x, d in zip(norms, tokens, (None, condition), strict=True)
         )
         return (language, action), keys_values
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.config.dtype)
+
+
+def _as_used(x, dtype):
+    """Matrices in the dtype that the layers multiply in: a part of the stack is a copy, and this halves it."""
+    return x.astype(dtype) if x.ndim > 2 else x

@@ -17,6 +17,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from pi0_jax.model.norm import named
@@ -51,7 +52,7 @@ def apply(name: str, x: Float[Array, "..."], w: Float[Array, "..."], pair: Pair 
     """Multiplies tokens by a weight, and by its adapters without adding the two up.
 
     Args:
-        name: of the weight, as in `EINSUMS`.
+        name: of the weight, as in `EINSUMS`; the result carries it for `remat`.
         x: tokens.
         w: the weight.
         pair: its adapters; None for none.
@@ -59,10 +60,10 @@ def apply(name: str, x: Float[Array, "..."], w: Float[Array, "..."], pair: Pair 
     """
     whole, first, second, _ = EINSUMS[name]
     result = jnp.einsum(whole, x, w.astype(x.dtype))
-    if pair is None:
-        return result
-    a, b = (part.astype(x.dtype) for part in pair)
-    return result + scale * jnp.einsum(second, jnp.einsum(first, x, a), b)
+    if pair is not None:
+        a, b = (part.astype(x.dtype) for part in pair)
+        result += scale * jnp.einsum(second, jnp.einsum(first, x, a), b)
+    return checkpoint_name(result, name)
 
 
 def merge(name: str, w: np.ndarray, a: np.ndarray, b: np.ndarray, scale: float) -> np.ndarray:

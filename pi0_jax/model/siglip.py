@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from pi0_jax.config import VisionConfig
 from pi0_jax.model.attention import attend
 from pi0_jax.model.norm import named
+from pi0_jax.model.remat import Remat, saveable
 
 xavier = nn.initializers.xavier_uniform
 zeros = nn.initializers.zeros_init()
@@ -19,7 +21,7 @@ class ImageEncoder(nn.Module):
 
     config: VisionConfig
     dtype: jnp.dtype
-    remat: bool = True
+    remat: Remat = "full"
 
     @nn.compact
     def __call__(self, images: Float[Array, "b y x 3"]) -> Float[Array, "b s d"]:
@@ -42,9 +44,9 @@ class ImageEncoder(nn.Module):
             x += self.param("position_embedding", init, (1, rows * columns, d), jnp.float32)
         else:
             x += sincos2d(rows, columns, d)
-        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        policy = saveable(self.remat)
         x, _ = nn.scan(
-            block,
+            Block if policy is None else nn.remat(Block, prevent_cse=False, policy=policy),
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
             length=c.depth,
@@ -85,18 +87,22 @@ class Block(nn.Module):
                 name=name,
             )
 
+        def kept(y):
+            return checkpoint_name(y, "vision")
+
         y = layer_norm(self.dtype, "attn_norm")(x)
-        y = attend(project("query")(y), project("key")(y), project("value")(y))
-        x += nn.DenseGeneral(
+        y = kept(attend(kept(project("query")(y)), kept(project("key")(y)), kept(project("value")(y))))
+        out = nn.DenseGeneral(
             c.width,
             axis=(-2, -1),
             dtype=self.dtype,
             kernel_init=named(xavier(), ("heads", "head_dim", "embed")),
             bias_init=named(zeros, ("embed",)),
             name="out",
-        )(y)
+        )
+        x += kept(out(y))
         y = layer_norm(self.dtype, "mlp_norm")(x)
-        y = nn.gelu(dense(c.mlp_dim, ("embed", "mlp"), self.dtype, "mlp_in")(y))
+        y = nn.gelu(kept(dense(c.mlp_dim, ("embed", "mlp"), self.dtype, "mlp_in")(y)))
         return x + dense(c.width, ("mlp", "embed"), self.dtype, "mlp_out")(y), None
 
 

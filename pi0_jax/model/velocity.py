@@ -59,6 +59,7 @@ class ActionTokenNetwork(PrefixNetwork):
             (prefix, state[0] if state else None),
             _positions(prefix_mask, len(state), 0, 0),
             may_attend(blocks, blocks) & mask[:, None],
+            needed=(False, False),
         )
         return Prefix(keys_values, mask, jnp.sum(mask, axis=1))
 
@@ -76,8 +77,8 @@ class ActionTokenNetwork(PrefixNetwork):
         draws: int = 1,
         *,
         causal: bool = False,
-    ) -> tuple[Float[Array, "b s d"], Float[Array, "b t e"]]:
-        """Outputs of the prefix and of the action tokens in one pass over everything.
+    ) -> Float[Array, "b t e"]:
+        """Outputs of the action tokens in one pass over everything.
 
         Args:
             observation: images in [-1, 1].
@@ -100,8 +101,9 @@ class ActionTokenNetwork(PrefixNetwork):
             _positions(prefix_mask, len(state), draws, length),
             allowed & mask[:, None],
             condition,
+            needed=(False, True),
         )
-        return outputs[0], outputs[1][:, len(state) :]
+        return outputs[1][:, len(state) :]
 
     def run_against(
         self, prefix: Prefix, actions: Float[Array, "b t d"], condition: Float[Array, "b g d"] | None
@@ -156,7 +158,7 @@ class VelocityNetwork(ActionTokenNetwork):
             dx/dt, float32, of the shape of x.
         """
         actions, condition = self.embed_actions(x, time, span)
-        _, outputs = self.run_jointly(observation, actions, condition, x.shape[1] if x.ndim == 4 else 1)
+        outputs = self.run_jointly(observation, actions, condition, x.shape[1] if x.ndim == 4 else 1)
         return self._project(outputs, x)
 
     def velocity(

@@ -135,12 +135,39 @@ def test_the_prefix_never_sees_the_actions(tiny):
     def prefix_after(x):
         def run(network, x):
             actions, condition = network.embed_actions(x, tiny.time)
-            return network.run_jointly(tiny.observation, actions, condition)[0]
+            prefix, prefix_mask = network.embed_prefix(tiny.observation)
+            s, t = prefix.shape[1], actions.shape[1]
+            blocks = np.repeat([0, 2], [s, t])
+            mask = jnp.concatenate([prefix_mask, jnp.ones((2, t), bool)], axis=1)
+            _, (keys, values) = network.backbone(
+                (prefix, actions), jnp.cumsum(mask, axis=1), may_attend(blocks, blocks) & mask[:, None], condition
+            )
+            return keys[:, :, :s], values[:, :, :s]
 
         return tiny.network.apply({"params": tiny.params}, x, method=run)
 
-    gradient = jax.jit(jax.grad(lambda x: jnp.sum(jnp.square(prefix_after(x)))))(tiny.x)
+    gradient = jax.jit(jax.grad(lambda x: sum(jnp.sum(jnp.square(y)) for y in prefix_after(x))))(tiny.x)
     np.testing.assert_array_equal(gradient, 0)
+
+
+@pytest.mark.parametrize("needed", [(False, True), (True, False), (False, False)])
+def test_what_is_not_needed_is_not_computed_and_changes_nothing(tiny, needed):
+    def run(network, needed):
+        actions, condition = network.embed_actions(tiny.x, tiny.time)
+        prefix, prefix_mask = network.embed_prefix(tiny.observation)
+        blocks = np.repeat([0, 2], [prefix.shape[1], actions.shape[1]])
+        mask = jnp.concatenate([prefix_mask, jnp.ones((2, actions.shape[1]), bool)], axis=1)
+        allowed = may_attend(blocks, blocks) & mask[:, None]
+        return network.backbone((prefix, actions), jnp.cumsum(mask, axis=1), allowed, condition, needed=needed)
+
+    apply = functools.partial(tiny.network.apply, {"params": tiny.params}, method=run)
+    outputs, keys_values = jax.jit(apply, static_argnums=0)((True, True))
+    fewer, same = jax.jit(apply, static_argnums=0)(needed)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-5), same, keys_values)
+    for output, other, asked in zip(outputs, fewer, needed, strict=True):
+        assert (other is not None) == asked
+        if asked:
+            np.testing.assert_allclose(other, output, atol=1e-5, rtol=1e-5)
 
 
 def test_blocks_see_themselves_and_what_is_before_but_not_other_draws():
@@ -167,10 +194,11 @@ def test_bfloat16_stays_close_and_returns_float32(variant):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_rematerialisation_changes_no_gradient(variant):
     gradients = []
-    for remat in (False, True):
+    for remat in ("none", "matmuls", "gate_up", "full"):
         tiny = Tiny(variant, remat=remat)
         gradients.append(jax.jit(jax.grad(lambda p: jnp.sum(jnp.square(tiny(params=p)))))(tiny.params))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), *gradients)
+    for other in gradients[1:]:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), gradients[0], other)
 
 
 def test_time_embedding_has_the_stated_periods():

@@ -55,7 +55,7 @@ class Case:
                 "cameras": cameras,
                 "prompt_length": spec["tokens"],
                 "dtype": "float32",
-                "remat": False,
+                "remat": "none",
             }
         )
         assert self.config.variant == {"paligemma": "pi0_fast"}.get(spec["kind"], spec["kind"])

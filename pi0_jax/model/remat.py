@@ -1,0 +1,35 @@
+"""Rematerialisation: which results of a layer the backward pass finds stored, and which it computes again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+
+Remat = Literal["full", "gate_up", "matmuls", "none"]
+
+SAVED = {
+    "full": (),
+    "gate_up": ("attn/q", "attn/kv", "attn/attended", "attn/o", "mlp/down", "vision"),
+    "matmuls": ("attn/q", "attn/kv", "attn/attended", "attn/o", "mlp/gate_up", "mlp/down", "vision"),
+}
+"""Names (`jax.ad_checkpoint.checkpoint_name`) of what each policy stores, beside the layer's input."""
+
+
+def saveable(policy: Remat) -> Callable[..., bool] | None:
+    """What `jax.checkpoint` and `nn.remat` take as `policy`; None where nothing is computed again.
+
+    Args:
+        policy: "full" stores a layer's input alone; "gate_up" also the results of matrix products, but for the wide
+            ones of the gated feed-forward, more than half of the bytes; "matmuls" those too; "none" everything that
+            the backward pass uses, attention weights included.
+
+    Raises:
+        ValueError: unknown policy.
+    """
+    if policy == "none":
+        return None
+    if policy not in SAVED:
+        raise ValueError(f"unknown remat {policy!r}; choose {', '.join(SAVED)} or none.")
+    return jax.checkpoint_policies.save_only_these_names(*SAVED[policy])

@@ -1,0 +1,60 @@
+"""Exact FLOPs at full size, from shapes alone; openpi's by its own jaxpr: 14.946 and 17.345 T a training example."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pi0_jax import flops
+from pi0_jax.config import PI0, PI05, FlowConfig
+
+FLOW = FlowConfig(mask_padded_steps=False)
+training = functools.cache(lambda model, **flow: flops.training(model, dataclasses.replace(FLOW, **flow)) / 1e12)
+
+
+def with_two_cameras(model):
+    return dataclasses.replace(model, cameras=model.cameras[:2])
+
+
+@pytest.mark.parametrize(
+    ("model", "full", "none", "two"), [(PI0, 14.26, 11.56, 0.70), (PI05, 16.51, 13.38, 0.73)], ids=["pi0", "pi05"]
+)
+def test_a_training_example_costs_no_more_than_it_has_to(model, full, none, two):
+    cost = {remat: training(dataclasses.replace(model, remat=remat)) for remat in ("full", "gate_up", "none")}
+    assert cost["none"] <= none
+    assert cost["none"] < cost["gate_up"] < cost["full"] <= full
+    assert training(with_two_cameras(model)) <= two * cost["full"]
+    assert training(model, samples_per_observation=8) <= 1.08 * cost["full"]
+
+
+@pytest.mark.parametrize(
+    ("model", "bound"), [(PI0, 4.20), (with_two_cameras(PI0), 2.96), (PI05, 4.81)], ids=["pi0", "two cameras", "pi05"]
+)
+def test_a_chunk_in_ten_steps_costs_no_more_than_it_has_to(model, bound):
+    assert flops.sampling(model) / 1e12 <= bound
+
+
+def test_products_convolutions_loops_and_recomputation_are_counted_by_hand():
+    x, w = jnp.ones((3, 4)), jnp.ones((4, 4))
+    product = 2 * 3 * 4 * 4
+    assert flops.count(jnp.matmul, x, w) == product
+    assert flops.count(lambda x, w: jax.lax.scan(lambda x, _: (x @ w, None), x, length=5)[0], x, w) == 5 * product
+    assert flops.count(lambda x, w: jax.lax.cond(x[0, 0] > 0, lambda: x @ w @ w, lambda: x @ w), x, w) == 2 * product
+    loss = jax.checkpoint(lambda x, w: jnp.sum(jnp.sin(jnp.sin(x @ w) @ w)))
+    # Two products forward, both again for the sines' slopes, two for each gradient.
+    assert flops.count(jax.grad(loss, (0, 1)), x, w) == 8 * product
+    image, kernel = jnp.ones((2, 8, 8, 3)), jnp.ones((4, 4, 3, 5))
+    convolve = functools.partial(
+        jax.lax.conv_general_dilated, window_strides=(4, 4), padding="VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    assert flops.count(convolve, image, kernel) == 2 * (2 * 2 * 2 * 5) * (4 * 4 * 3)
+    with pytest.raises(ValueError, match="while loop"):
+        flops.count(lambda x, w: jax.lax.while_loop(lambda x: x[0, 0] < 9, lambda x: x @ w, x), x, w)
+
+
+def test_devices_are_known_by_a_part_of_their_name():
+    assert flops.peak("NVIDIA H100 80GB HBM3") == 989e12
+    assert flops.peak("TPU v5 lite") == 197e12
+    assert flops.peak("cpu") is None
