@@ -2,8 +2,8 @@
 
 Run: python benchmarks/mixture.py data/tabletop data/tabletop-halves
 
-It writes `lerobot/`, the first half of the episodes as they are; `rlds/1.0.0/`, the others as tensorflow-datasets would
-lay them out in tfrecord shards, with cameras of other names, the state in two parts and pictures as PNG; and `robot.py`,
+It writes `lerobot/`, the first half of the episodes as they are; `rlds/1.0.0/`, the others as tensorflow-datasets
+would lay them out in tfrecord shards, cameras of other names, the state in two parts, pictures as PNG; and `robot.py`,
 which describes the robot of the second half. `configs/tabletop_mixture.py` trains on both: its success beside that of
 `configs/tabletop.py` on the whole says what the mixture costs.
 """
