@@ -434,7 +434,7 @@ def _read_info(root: Path) -> dict[str, Any]:
 
 
 def _shape_of(feature: dict[str, Any]) -> tuple[int, ...]:
-    """The shape in `meta/info.json`; of pictures height, width and channels, where versions 2 may have channels first."""
+    """The shape in `meta/info.json`; of pictures with channels last, where versions 2 may have them first."""
     shape = tuple(feature["shape"])
     if feature["dtype"] in ("video", "image") and shape[0] == 3 != shape[-1]:
         return *shape[1:], 3
