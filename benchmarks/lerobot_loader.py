@@ -1,8 +1,8 @@
 """LeRobot's own DataLoader for `benchmarks/loader.py`, run by the Python of an environment that has LeRobot.
 
-It answers each line of its input, a JSON object of the arguments below, by a line with the samples per second. The order
-is random and endless, so that no epoch ends; pictures are uint8, as in LeRobot's training, and its default decoder makes
-them (torchcodec where it can be loaded, else PyAV).
+It answers each line of its input, a JSON object of the arguments below, by a line with the samples per second. The
+order is random and endless, so that no epoch ends; pictures are uint8, as in LeRobot's training, and its default
+decoder makes them (torchcodec where it can be loaded, else PyAV).
 """
 
 import itertools
