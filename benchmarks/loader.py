@@ -1,11 +1,12 @@
 """How fast batches come: from video and from the cache, with 1, 2 and 4 worker processes and 1 to 3 cameras.
 
-Run: python benchmarks/loader.py --frames 600 --size 224
+Run: python benchmarks/loader.py --frames 600 --size 224 --lerobot-python PATH
 
 It writes an H.264 dataset with a key frame at every second frame, measures PyAV's own ceiling on its first file (single
-frames at random, as a loader needs them, in one thread), and the loader's samples per second against it. Where lerobot
-is installed its DataLoader reads the same folder in the same run. Statistics are measured too, in frames per second and
-core. Everything is printed as one JSON object.
+frames at random, as a loader needs them, in one thread of one process and of as many as there are cores), and the
+loader's samples per second against it. PATH is the Python of an environment with LeRobot: its DataLoader then reads the
+same folder in turn with ours. All are measured in turn `--rounds` times, and the best of each counts. Statistics are
+measured too, in frames per second and core. Everything is printed as one JSON object.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import multiprocessing
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -37,6 +40,8 @@ from pi0_jax.data.tokenizer import Tokenizer
 from pi0_jax.data.transform import make_transform
 
 FPS = 20
+HORIZON = 50
+"""Actions of a chunk."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +53,12 @@ class Args:
     cameras: tuple[int, ...] = (1, 2, 3)
     workers: tuple[int, ...] = (1, 2, 4)
     batch_size: int = 32
-    batches: int = 12
+    batches: int = 24
     """Batches timed, after the first ones of every worker."""
+    rounds: int = 2
+    """Times that everything is measured in turn."""
+    lerobot_python: Path | None = None
+    """Python of an environment with LeRobot's `dataset` extra; None: without LeRobot."""
     stats_frames: int = 1_000_000
     """Frames of 14 states and 14 actions for the statistics."""
     memory_batches: int = 0
@@ -92,9 +101,18 @@ def ceiling(path: Path, frames: int) -> float:
         return len(order) / (time.perf_counter() - begin)
 
 
+def ceiling_together(path: Path, frames: int, processes: int) -> float:
+    """The sum of `ceiling` over processes that run at the same time."""
+    with multiprocessing.get_context("fork").Pool(processes) as pool:
+        return sum(pool.starmap(ceiling, [(path, frames)] * processes, chunksize=1))
+
+
 def config_for(root: Path, args: Args, cameras: int, cache: Path | None, workers: int) -> TrainConfig:
     model = ModelConfig(
-        vision=VisionConfig(image_size=args.size), cameras=tuple(f"c{i}" for i in range(cameras)), vocab_size=512
+        vision=VisionConfig(image_size=args.size),
+        cameras=tuple(f"c{i}" for i in range(cameras)),
+        vocab_size=512,
+        action_horizon=HORIZON,
     )
     data = DataConfig(
         str(root), frames="random", cache=None if cache is None else str(cache), num_workers=workers, num_threads=1,
@@ -130,19 +148,34 @@ def ours(root: Path, args: Args, cameras: int, cache: Path | None, workers: int)
         loader.close()
 
 
-def lerobots(root: Path, args: Args, workers: int) -> float | None:
-    """lerobot's own DataLoader on the same folder; None where it is not installed."""
-    try:
-        import torch  # pyright: ignore[reportMissingImports]
-        from lerobot.datasets.lerobot_dataset import LeRobotDataset as Theirs  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        return None
-    dataset = Theirs(
-        "bench", root=root, delta_timestamps={"action": [i / FPS for i in range(50)]}, video_backend="pyav"
-    )
-    loader = torch.utils.data.DataLoader(dataset, args.batch_size, shuffle=True, num_workers=workers)
-    return samples_per_second(itertools.chain.from_iterable(itertools.repeat(loader)), args.batch_size, 2 * workers,
-                              args.batches)  # fmt: skip
+class Lerobot:
+    """LeRobot's DataLoader in its own Python, kept open between measurements."""
+
+    def __init__(self, python: Path):
+        command = [str(python), str(Path(__file__).with_name("lerobot_loader.py"))]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        self.backend: str = self._answer()["backend"]
+
+    def samples_per_second(self, root: Path, args: Args, workers: int) -> float:
+        request = {"root": str(root), "fps": FPS, "workers": workers, "batch_size": args.batch_size,
+                   "horizon": HORIZON, "warm": 4 * workers, "batches": args.batches}  # fmt: skip
+        assert self._process.stdin is not None
+        print(json.dumps(request), file=self._process.stdin, flush=True)
+        return self._answer()
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _answer(self):
+        assert self._process.stdout is not None
+        if not (line := self._process.stdout.readline()):
+            raise RuntimeError(f"LeRobot's process ended with {self._process.wait()}; what it said is above.")
+        return json.loads(line)
 
 
 class Memory(Source):
@@ -194,8 +227,20 @@ def memory_growth(root: Path, args: Args, cache: Path) -> dict[str, float]:
     return dict(zip(("early", "end"), marks, strict=True))
 
 
+def best(measures: dict, rounds: int) -> dict[str, float]:
+    """The best of `rounds` calls of each, in turn."""
+    found = {name: [] for name in measures}
+    for _ in range(rounds):
+        for name, measure in measures.items():
+            found[name].append(measure())
+    return {name: max(values) for name, values in found.items()}
+
+
 def main(args: Args) -> None:
-    figures: dict = {"cores": len(os.sched_getaffinity(0)), **dataclasses.asdict(args)}
+    cores = len(os.sched_getaffinity(0))
+    figures: dict = {"cores": cores, **dataclasses.asdict(args), "lerobot_python": None}
+    lerobot = None if args.lerobot_python is None else Lerobot(args.lerobot_python)
+    figures["lerobot_backend"] = None if lerobot is None else lerobot.backend
     with tempfile.TemporaryDirectory() as folder:
         for cameras in args.cameras:
             root, cache = Path(folder) / f"{cameras}" / "data", Path(folder) / f"{cameras}" / "cache"
@@ -205,26 +250,34 @@ def main(args: Args) -> None:
             robot = f"Robot('bench', {names!r}, {joints!r}, {joints!r}, {FPS}, (8, 8))"
             (root.parent / "robot.py").write_text(f"from pi0_jax.data.robots import Robot\nROBOT = {robot}\n")
             video = next(root.glob("videos/*/*/*.mp4"))
-            top = ceiling(video, args.frames)
             source = LeRobotDataset(root, decoding="random")
             nbytes = build_cache(source, cache, list(names), args.size, workers=1)
-            row: dict = {"pyav_frames_per_second": round(top), "cache_bytes_a_frame": nbytes // (args.frames * cameras)}
+            row: dict = {"cache_bytes_a_frame": nbytes // (args.frames * cameras)}
             for workers in args.workers:
-                video_rate = ours(root, args, cameras, None, workers)
-                cache_rate = ours(root, args, cameras, cache, workers)
-                theirs = lerobots(root, args, workers)
-                cores = min(workers, figures["cores"])
-                row[f"{workers} workers"] = {
-                    "video": round(video_rate, 1),
-                    "share_of_ceiling": round(video_rate * cameras / (top * cores), 2),
-                    "cache": round(cache_rate, 1),
-                    "cache_over_video": round(cache_rate / video_rate, 2),
-                    "lerobot": None if theirs is None else round(theirs, 1),
+                measures = {
+                    "pyav": lambda: ceiling(video, args.frames),
+                    "pyav_together": lambda: ceiling_together(video, args.frames, min(workers, cores)),
+                    "video": lambda: ours(root, args, cameras, None, workers),
+                    "cache": lambda: ours(root, args, cameras, cache, workers),
                 }
+                if lerobot is not None:
+                    measures["lerobot"] = lambda: lerobot.samples_per_second(root, args, workers)
+                rates = best(measures, args.rounds)
+                shares = {
+                    "video_over_pyav_times_workers": rates["video"] * cameras / (rates["pyav"] * min(workers, cores)),
+                    "video_over_pyav_together": rates["video"] * cameras / rates["pyav_together"],
+                    "cache_over_video": rates["cache"] / rates["video"],
+                }
+                if lerobot is not None:
+                    shares |= {f"{kind}_over_lerobot": rates[kind] / rates["lerobot"] for kind in ("video", "cache")}
+                row[f"{workers} workers"] = {name: round(rate, 1) for name, rate in rates.items()}
+                row[f"{workers} workers"] |= {name: round(share, 2) for name, share in shares.items()}
                 print(cameras, "cameras", workers, "workers", row[f"{workers} workers"], file=sys.stderr)
             figures[f"{cameras} cameras"] = row
             if args.memory_batches and cameras == args.cameras[0]:
                 figures["resident_mb"] = memory_growth(root, args, cache)
+    if lerobot is not None:
+        lerobot.close()
     figures["statistics_frames_per_second_and_core"] = statistics(args)
     print(json.dumps(figures, indent=2))
 

@@ -240,7 +240,7 @@ class DatasetConfig:
     by the statistics that are called like its robot."""
     keys: dict[str, str] = dataclasses.field(default_factory=dict)
     """The robot's name of a feature → the dataset's; "a + b" puts two side by side."""
-    preset: Literal["droid", "bridge", "fractal"] | None = None
+    preset: Literal["droid", "droid_velocity", "bridge", "fractal"] | None = None
     """Published RLDS dataset whose keys, rate and instruction are known (`data.rlds.PRESETS`)."""
     split: str = "train"
     """Split of an RLDS dataset."""

@@ -90,7 +90,7 @@ class LeRobotDataset(Source):
         self.version: str = self._info["codebase_version"]
         """Version of the format: "v2.0", "v2.1" or "v3.0"."""
         self.features = {
-            name: {**feature, "shape": tuple(feature["shape"])} for name, feature in self._info["features"].items()
+            name: {**feature, "shape": _shape_of(feature)} for name, feature in self._info["features"].items()
         }
         self.fps = self._info["fps"]
         self._clip_cameras = tuple(name for name, feature in self.features.items() if feature["dtype"] == "video")
@@ -318,8 +318,6 @@ class LeRobotDataset(Source):
     def _stored_pictures(self, camera: str, rows: np.ndarray) -> np.ndarray:
         """Pictures that are kept in parquet, by row groups."""
         shape = self.features[camera]["shape"]
-        if shape[0] == 3 and shape[2] != 3:  # versions 2 sometimes give channels first
-            shape = (*shape[1:], 3)
         out = np.empty((rows.size, *shape), np.uint8)
         order = np.argsort(rows.ravel(), kind="stable")
         episodes = self.episode_of(rows.ravel())
@@ -433,6 +431,14 @@ def _read_info(root: Path) -> dict[str, Any]:
             f"{root} is a LeRobot dataset of version {info.get('codebase_version')}; {', '.join(VERSIONS)} can be read."
         )
     return info
+
+
+def _shape_of(feature: dict[str, Any]) -> tuple[int, ...]:
+    """The shape in `meta/info.json`; of pictures with channels last, where versions 2 may have them first."""
+    shape = tuple(feature["shape"])
+    if feature["dtype"] in ("video", "image") and shape[0] == 3 != shape[-1]:
+        return *shape[1:], 3
+    return shape
 
 
 def _read_tasks(root: Path, version: str) -> list[str]:

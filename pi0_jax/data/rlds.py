@@ -57,21 +57,22 @@ class Preset(NamedTuple):
     """Regular expression that the episode's `file_path` has to contain."""
 
 
+# Khazatsky et al. 2024, arXiv 2403.12945. Failed attempts are in the published records too, and only their path tells.
+_DROID = {
+    "observation.images.exterior_1_left": "observation/exterior_image_1_left",
+    "observation.images.exterior_2_left": "observation/exterior_image_2_left",
+    "observation.images.wrist_left": "observation/wrist_image_left",
+    "observation.state": "observation/joint_position + observation/gripper_position",
+}
 PRESETS = {
-    # Khazatsky et al. 2024, arXiv 2403.12945: joint positions and the gripper, 0 open to 1 closed. Failed attempts are
-    # in the published records too, and only their path tells.
     "droid": Preset(
-        {
-            "observation.images.exterior_1": "observation/exterior_image_1_left",
-            "observation.images.exterior_2": "observation/exterior_image_2_left",
-            "observation.images.wrist": "observation/wrist_image_left",
-            "observation.state": "observation/joint_position + observation/gripper_position",
-            "action": "action_dict/joint_position + action_dict/gripper_position",
-        },
-        fps=15,
-        only="success",
+        _DROID | {"action": "action_dict/joint_position + action_dict/gripper_position"}, 15, only="success"
     ),
-    # Walke et al. 2023, arXiv 2308.12952, as in Open X-Embodiment's `bridge_dataset` (`image_0` is over the shoulder).
+    "droid_velocity": Preset(
+        _DROID | {"action": "action_dict/joint_velocity + action_dict/gripper_position"}, 15, only="success"
+    ),
+    # Walke et al. 2023, arXiv 2308.12952: the authors' own release `bridge_dataset`, as Octo and OpenVLA read it; the
+    # older copy in Open X-Embodiment, `bridge`, has other keys. `image_0` is over the shoulder.
     "bridge": Preset(
         {
             "observation.images.image_0": "observation/image_0",

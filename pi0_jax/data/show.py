@@ -143,11 +143,12 @@ def _log_to_rerun(parts: Sequence[Part], episodes: int, path: Path) -> None:
     for part in parts:
         source = part.source
         for episode in _chosen(source, episodes):
+            base = [*source.root.absolute().parts[-2:], source.episodes[episode]]  # lists: Rerun escapes their parts
             for number, row in enumerate(range(*source.episode_range(episode))):
                 rerun.set_time("time", duration=number / source.fps)
-                base = f"{source.root.name}/{source.episodes[episode]}"
                 for camera in source.cameras:
-                    rerun.log(f"{base}/{camera}", rerun.Image(source.image(row, camera)))
+                    rerun.log([*base, camera], rerun.Image(source.image(row, camera)))
                 for feature, names in ((STATE, part.robot.state), (ACTION, part.robot.actions)):
                     for name, value in zip(names, source.columns(feature)[row].tolist(), strict=True):
-                        rerun.log(f"{base}/{feature}/{name}", rerun.Scalars(value))
+                        rerun.log([*base, feature, name], rerun.Scalars(value))
+    rerun.disconnect()  # completes the file

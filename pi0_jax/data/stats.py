@@ -33,7 +33,7 @@ def compute_group_stats(
     Raises:
         ValueError: as of `summarise_source`; datasets of one group have different dimensions; Ray is not installed.
     """
-    work: list[tuple[str, Part, tuple[str, ...], int, np.ndarray, int]] = []
+    work: list[Task] = []
     widths: dict[str, tuple[int, int]] = {}
     for number, part in enumerate(parts):
         width = (len(part.robot.state), len(part.robot.actions))
@@ -47,32 +47,35 @@ def compute_group_stats(
         cuts = np.flatnonzero(np.diff(frames // FRAMES_PER_TASK)) + 1
         for episodes in np.split(part.training, cuts):
             if len(episodes):
-                work.append((part.stats, part, semantics, policy.model.action_horizon, episodes, number))
+                work.append((part, number, semantics, policy.model.action_horizon, episodes))
     totals: dict[str, list[Summary]] = {}
-    count = sum(len(episodes) for *_, episodes, _ in work)
+    count = sum(len(episodes) for *_, episodes in work)
     results = _with_ray(work) if ray else _each(work, workers)
     with tqdm(total=count, desc="statistics", unit="episode", disable=len(work) < 2 or None) as bar:
-        for (name, _, _, _, episodes, _), summary in zip(work, results, strict=True):
-            totals.setdefault(name, []).append(summary)
+        for (part, *_, episodes), summary in zip(work, results, strict=True):
+            totals.setdefault(part.stats, []).append(summary)
             bar.update(len(episodes))
     return {name: finish(merge_summaries(found)) for name, found in totals.items()}
 
 
-def _summarise(task) -> Summary:
-    _, part, semantics, horizon, episodes, number = task
+Task = tuple[Part, int, tuple[str, ...], int, np.ndarray]
+"""A dataset, its number, the meaning of its actions, the horizon, and some of its episodes."""
+
+
+def _summarise(part: Part, number: int, semantics: tuple[str, ...], horizon: int, episodes: np.ndarray) -> Summary:
     return summarise_source(part.source, part.robot, semantics, horizon, episodes, identity=number)
 
 
-def _each(work: list, workers: int) -> Iterator[Summary]:
+def _each(work: list[Task], workers: int) -> Iterator[Summary]:
     if workers <= 1 or len(work) < 2:
-        yield from map(_summarise, work)
+        yield from (_summarise(*task) for task in work)
         return
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(min(workers, len(work)), mp_context=context) as pool:
-        yield from pool.map(_summarise, work)
+        yield from pool.map(_summarise, *zip(*work, strict=True))
 
 
-def _with_ray(work: list) -> Iterator[Summary]:
+def _with_ray(work: list[Task]) -> Iterator[Summary]:
     try:
         import ray  # pyright: ignore[reportMissingImports]
     except ImportError as error:
@@ -81,7 +84,10 @@ def _with_ray(work: list) -> Iterator[Summary]:
     if started:
         ray.init(num_cpus=None if "RAY_ADDRESS" in os.environ else os.cpu_count(), include_dashboard=False)
     try:
-        yield from ray.get([ray.remote(_summarise).remote(task) for task in work])
+        # The index of a dataset may be large: it goes to a node once, not with every task.
+        shared = {number: ray.put(part) for number, part in {number: part for part, number, *_ in work}.items()}
+        run = ray.remote(_summarise)
+        yield from map(ray.get, [run.remote(shared[number], number, *rest) for _, number, *rest in work])
     finally:
         if started:
             ray.shutdown()

@@ -161,6 +161,7 @@ def test_a_recording_for_rerun_gets_every_frame(dataset, monkeypatch):
         log=lambda path, _: logged.append(path),
         Image=lambda _: None,
         Scalars=lambda _: None,
+        disconnect=lambda: None,
     )
     monkeypatch.setitem(sys.modules, "rerun", fake)
     part = types.SimpleNamespace(source=dataset, robot=get_robot("tabletop"))

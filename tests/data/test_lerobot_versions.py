@@ -104,6 +104,15 @@ def test_pictures_inside_parquet_are_read_exactly(tmp_path):
     np.testing.assert_array_equal(stored.frames(CAMERAS[1])[5], truth[5])
 
 
+def test_shapes_with_channels_first_are_turned_round(tmp_path):
+    root = write_v2(tmp_path / "data", "v2.0", pictures=True)
+    path = root / "meta/info.json"
+    path.write_text(path.read_text().replace("[48, 48, 3]", "[3, 48, 48]"))
+    stored = LeRobotDataset(root)
+    assert [stored.features[camera]["shape"] for camera in CAMERAS] == [(48, 48, 3)] * 2
+    np.testing.assert_array_equal(stored.image(30, CAMERAS[1]), episode(4)[CAMERAS[1]][3])
+
+
 def test_tasks_may_change_within_an_episode(tmp_path):
     from pi0_jax.data.lerobot import LeRobotWriter
 

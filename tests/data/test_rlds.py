@@ -11,6 +11,7 @@ pytest.importorskip("tensorflow_datasets")
 pytest.importorskip("google_crc32c")
 
 from pi0_jax.data.rlds import PRESETS, RldsDataset
+from pi0_jax.data.robots import get_robot
 from pi0_jax.data.source import BadEpisode, Renamed
 from tests.data.conftest import TASKS, episode
 from tests.data.formats import CAMERAS, RLDS_KEYS, write_rlds
@@ -132,8 +133,8 @@ def test_wrong_names_are_explained(roots, tmp_path):
         opened(tmp_path)
 
 
-def test_presets_name_cameras_state_and_actions():
-    for preset in PRESETS.values():
-        assert {"observation.state", "action"} < set(preset.keys)
-        assert any(key.startswith("observation.images.") for key in preset.keys)
-        assert preset.fps > 0
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_name_what_their_robots_need(name):
+    preset, robot = PRESETS[name], get_robot(name)
+    assert {"observation.state", "action", *robot.cameras} <= set(preset.keys)
+    assert preset.fps == robot.fps

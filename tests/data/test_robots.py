@@ -107,6 +107,11 @@ def test_aloha_turns_joints_and_measures_grippers_as_the_weights_do():
     np.testing.assert_allclose(both.inverse(forward)["actions"], actions)
 
 
+def test_droid_commands_positions_and_the_released_weights_velocities():
+    assert semantics_of(get_robot("droid"), {}) == (*["relative"] * 7, "gripper")
+    assert semantics_of(get_robot("droid_velocity"), {}) == (*["absolute"] * 7, "gripper")
+
+
 def test_semantics_can_be_set_and_are_checked():
     robot = get_robot("droid")
     assert semantics_of(robot, {"droid": ("absolute",) * 8}) == ("absolute",) * 8

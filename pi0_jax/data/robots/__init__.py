@@ -21,8 +21,11 @@ SEMANTICS = ("absolute", "gripper", "relative", "angle")
 relative: the model predicts its difference to the state's dimension of the same index when the chunk begins.
 angle: relative as well, in radians, where the difference is brought to (-π, π]."""
 
-ROBOTS = ("aloha", "bridge", "droid", "libero", "metaworld", "so100", "so101", "tabletop", "ur5")
-"""Names of the robots here; each is the file of its name, but for so101, which is in so100's."""
+ROBOTS = (
+    "aloha", "bridge", "droid", "droid_velocity", "fractal", "libero", "metaworld", "so100", "so101", "tabletop", "ur5",
+)  # fmt: skip
+"""Names of the robots here; each is the file of its name, but for those in `_FILES`."""
+_FILES = {"droid_velocity": "droid", "so101": "so100"}
 
 
 class Planar(NamedTuple):
@@ -96,7 +99,7 @@ def get_robot(name: str) -> Robot:
             f"there is no robot {name!r}{f' (did you mean {match[0]!r}?)' if match else ''}; the robots are "
             f"{sorted(ROBOTS)}. A robot of your own is a file: docs/your_robot.md."
         )
-    module = importlib.import_module(f"pi0_jax.data.robots.{'so100' if name == 'so101' else name}")
+    module = importlib.import_module(f"pi0_jax.data.robots.{_FILES.get(name, name)}")
     return getattr(module, name.upper())
 
 

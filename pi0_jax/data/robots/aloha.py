@@ -1,7 +1,8 @@
 """ALOHA: two ViperX arms with parallel grippers (Zhao et al. 2023, arXiv 2304.13705).
 
 The released π0 weights count some joints the other way round and measure grippers by the angle of their motor, in the
-units of the robots they were trained on. The conversion, and its constants in metres and radians, are openpi's.
+units of the robots they were trained on. The conversion, its constants in metres and radians, and which actions are
+relative are openpi's; features are named as in LeRobot's ALOHA datasets with three cameras.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """WidowX 250 as in BridgeData V2 (Walke et al. 2023, arXiv 2308.12952), with its RLDS preset `bridge`.
 
-Actions are changes of the end effector's pose, so nothing is relative.
+The layout is that of the authors' own RLDS release, `bridge_dataset`, which Octo and OpenVLA train on. Actions are
+changes of the end effector's pose, so nothing is relative.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """Meta-World: a simulated Sawyer arm and fifty tasks (Yu et al. 2019, arXiv 1910.10897).
 
+Named as in LeRobot's dataset `lerobot/metaworld_mt50` and in its environment: one camera, `corner2`, turned upright.
 Actions are changes of the hand's position, scaled to [-1, 1], so nothing is relative.
 """
 
@@ -9,10 +10,10 @@ from pi0_jax.data.robots import Robot
 
 METAWORLD = Robot(
     name="metaworld",
-    cameras={"observation.images.front": "base_0_rgb", "observation.images.wrist": "left_wrist_0_rgb"},
+    cameras={"observation.image": "base_0_rgb"},
     state=("x", "y", "z", "gripper"),  # metres; gripper 0 closed to 1 open
     actions=("dx", "dy", "dz", "gripper"),  # in [-1, 1]; gripper 1 closes
-    fps=None,
+    fps=80,
     image_size=(480, 480),
     semantics=(*["absolute"] * 3, "gripper"),
 )

@@ -1,4 +1,8 @@
-"""UR5 and UR5e: six joints and a parallel gripper, a camera beside the robot and one on the wrist."""
+"""UR5 and UR5e: six joints and a parallel gripper, a camera beside the robot and one on the wrist.
+
+State, relative joints and the slots of the cameras are those of openpi's UR5 example, and of the statistics `ur5e` of
+the released weights. The names of features are ours: there is no published dataset that they could follow.
+"""
 
 from __future__ import annotations
 
