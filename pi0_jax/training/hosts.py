@@ -30,10 +30,11 @@ _log = logging.getLogger(__name__)
 def connect(config: HostsConfig) -> None:
     """Joins the processes of a run, before any device is touched; does nothing where there is one alone.
 
+    Where not all come in time, JAX's runtime ends the process, and a line says so.
+
     Raises:
         ValueError: the address of the first process is known and how many there are, or which this is, is not; or the
             environment is not as `cluster` says.
-        TimeoutError: not all came in time.
     """
     if jax.distributed.is_initialized():
         return
@@ -55,7 +56,12 @@ def connect(config: HostsConfig) -> None:
             )
         if coordinator is None and not _several_in(os.environ):
             return
-    try:
+    where = f"process {index} of {count} at {coordinator}" if coordinator else "found in the environment"
+    text = (
+        f"the processes of the run did not find one another in {config.start_timeout} s (--hosts.start-timeout); "
+        f"this one: {where}. Look for one that did not start, and whether the first one's port can be reached."
+    )
+    with _witness(text):
         jax.distributed.initialize(
             coordinator,
             count,
@@ -65,11 +71,6 @@ def connect(config: HostsConfig) -> None:
             heartbeat_timeout_seconds=config.heartbeat_timeout,
             shutdown_timeout_seconds=config.heartbeat_timeout,
         )
-    except jax.errors.JaxRuntimeError as error:
-        raise TimeoutError(
-            f"the processes of the run did not find one another in {config.start_timeout} s "
-            f"(--hosts.start-timeout): {str(error).splitlines()[0]}"
-        ) from error
     if jax.process_index() and "PI0_LOG" not in os.environ:
         logging.getLogger("pi0_jax").setLevel(logging.WARNING)
     _log.info("process %d of %d", jax.process_index(), jax.process_count())
@@ -164,29 +165,34 @@ def ended_together(together: tuple[type[Exception], ...], advice: str) -> Iterat
         yield
         return
     process = f"process {jax.process_index()} of {jax.process_count()}"
-    text = f"\npi0 train: {process} was ended from outside, or lost another one, as its last lines say. {advice}"
-    # Reads nothing but the end of the pipe, which comes however this process ends, or a line that calls it off.
-    witness = subprocess.Popen(
-        ["sh", "-c", 'trap "" INT TERM; read -r line || printf "%s\\n" "$0" >&2', text], stdin=subprocess.PIPE
-    )
-    assert witness.stdin is not None
-    failed = None
+    with _witness(f"{process} was ended from outside, or lost another one, as its last lines say. {advice}"):
+        try:
+            yield
+        except together:
+            raise
+        except BaseException as error:
+            failed = error
+        else:
+            return
+    if isinstance(failed, (ValueError, OSError)) and not os.environ.get("PI0_TRACEBACK"):
+        print(f"\npi0 train: {process}: {failed}. {advice}", file=sys.stderr, flush=True)
+    else:
+        traceback.print_exception(failed)
+        print(f"\npi0 train: {process} failed. {advice}", file=sys.stderr, flush=True)
+    # The first process takes the others with it; those that failed in the same way should say so before.
+    time.sleep(2.0 if is_first() else 0.0)
+    os._exit(1)
+
+
+@contextlib.contextmanager
+def _witness(text: str) -> Iterator[None]:
+    """A context with another process that prints `text` if this one does not live to its end.
+
+    It waits for a line from this process, and in its stead gets the end of the pipe, however this process ends.
+    """
+    script = 'trap "" INT TERM; read -r line || printf "\\npi0 train: %s\\n" "$0" >&2'
+    witness = subprocess.Popen(["sh", "-c", script, text], stdin=subprocess.PIPE)
     try:
         yield
-    except together:
-        raise
-    except BaseException as error:
-        failed = error
-        if isinstance(error, (ValueError, OSError)) and not os.environ.get("PI0_TRACEBACK"):
-            print(f"\npi0 train: {process}: {error}. {advice}", file=sys.stderr, flush=True)
-        else:
-            traceback.print_exception(error)
-            print(f"\npi0 train: {process} failed. {advice}", file=sys.stderr, flush=True)
     finally:
-        witness.stdin.write(b"done\n")
-        witness.stdin.close()
-        witness.wait()
-        if failed is not None:
-            # The first process takes the others with it; those that failed in the same way should say so before.
-            time.sleep(2.0 if is_first() else 0.0)
-            os._exit(1)
+        witness.communicate(b"done\n")
