@@ -1,7 +1,8 @@
 """The command line: `pi0 train`, `pi0 infer` and the others in `COMMANDS`. Each is imported when it is called.
 
 What a user can cause is printed as one message without a traceback, and the exit code is 1; a mistyped command or flag
-gives 2, Ctrl-C 130, and SIGTERM 0 where the state was saved. PI0_TRACEBACK=1 shows tracebacks too, PI0_LOG=debug more of the log.
+gives 2, Ctrl-C 130, and SIGTERM 0 where the state was saved. PI0_TRACEBACK=1 shows tracebacks too, PI0_LOG=debug more
+of the log.
 """
 
 from __future__ import annotations

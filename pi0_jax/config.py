@@ -305,9 +305,11 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class HostsConfig:
-    """Which processes train together. Without any setting they are found in the environment: in JAX_COORDINATOR_ADDRESS,
-    JAX_NUM_PROCESSES and JAX_PROCESS_ID, or as SLURM, Open MPI and GKE describe them; otherwise this process trains
-    alone."""
+    """Which processes train together.
+
+    Without any setting they are found in the environment: in JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID, or as SLURM, Open MPI and GKE describe them; otherwise this process trains alone.
+    """
 
     coordinator: str | None = None
     """HOST:PORT of process 0, which any free port there will do for."""

@@ -99,9 +99,7 @@ class Loader:
         return iter(ahead)
 
 
-def make_loader(
-    parts: Sequence[tuple[Part, Transform]], config: TrainConfig, rows: Indices | None = None
-) -> Loader:
+def make_loader(parts: Sequence[tuple[Part, Transform]], config: TrainConfig, rows: Indices | None = None) -> Loader:
     """An endless iterator over shuffled training batches, numpy arrays with uint8 images.
 
     Each epoch of a dataset has its own order, which depends on `config.seed` alone. Processes that share a batch ask

@@ -56,6 +56,9 @@ def connect(config: HostsConfig) -> None:
             )
         if coordinator is None and not _several_in(os.environ):
             return
+    method = config.cluster
+    if method == "auto":
+        method = None if coordinator is None else "deactivate"
     where = f"process {index} of {count} at {coordinator}" if coordinator else "found in the environment"
     text = (
         f"the processes of the run did not find one another in {config.start_timeout} s (--hosts.start-timeout); "
@@ -66,7 +69,7 @@ def connect(config: HostsConfig) -> None:
             coordinator,
             count,
             index,
-            cluster_detection_method=None if config.cluster == "auto" else config.cluster,
+            cluster_detection_method=method,
             initialization_timeout=config.start_timeout,
             heartbeat_timeout_seconds=config.heartbeat_timeout,
             shutdown_timeout_seconds=config.heartbeat_timeout,

@@ -67,11 +67,12 @@ class Reporter:
             gauges: what `data.loader.Loader.gauges` measured since it was asked last; asked once an update.
             write: False for processes that only help: they check the numbers, and write and show nothing.
         """
+        rows, timing = (run_dir / name if write else Path(os.devnull) for name in (FILE, TIMING_FILE))
         if write:
-            drop_rows_after(run_dir / FILE, start)
-            drop_rows_after(run_dir / TIMING_FILE, start)
-        self._rows = Path(run_dir / FILE if write else os.devnull).open("a", buffering=1)
-        self._timing = Path(run_dir / TIMING_FILE if write else os.devnull).open("a", buffering=1)
+            drop_rows_after(rows, start)
+            drop_rows_after(timing, start)
+        self._rows = rows.open("a", buffering=1)
+        self._timing = timing.open("a", buffering=1)
         self._gauges, self._asked = gauges, time.perf_counter()
         self._gauged: list[tuple[float, dict[str, float]]] = []
         """Seconds and gauges of the updates since the last line on the terminal."""
@@ -79,7 +80,8 @@ class Reporter:
         self._events = EventsWriter(str(run_dir / "events")) if write else None
         if start and self._events is not None:  # makes TensorBoard drop later points, of a run that was killed
             self._events.write_event(Event(step=start + 1, session_log=SessionLog(status=SessionLog.START)))
-        self._bar = tqdm(total=num_steps, initial=start, unit="step", dynamic_ncols=True, disable=None if write else True)
+        hidden = None if write else True  # None: where there is no terminal
+        self._bar = tqdm(total=num_steps, initial=start, unit="step", dynamic_ncols=True, disable=hidden)
         self._batch_size, self._log_every = batch_size, log_every
         self._pending: tuple[int, Metrics] | None = None
         self._since: tuple[int, float] | None = None

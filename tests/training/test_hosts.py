@@ -96,7 +96,9 @@ def start(
     )  # fmt: skip
 
 
-def pair(config: Path | None, run_dir: Path | None, *flags: str, actor: int = 1, **options) -> tuple[list[int], list[str], float]:
+def pair(
+    config: Path | None, run_dir: Path | None, *flags: str, actor: int = 1, **options
+) -> tuple[list[int], list[str], float]:
     """Two processes of `start`, of which `actor` does what `options` say: exit codes, stderr, and seconds by which the
     second to end came after the first."""
     with socket.socket() as free:
