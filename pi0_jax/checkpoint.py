@@ -71,8 +71,9 @@ class _FilesHandler(ocp.CheckpointHandler):
     """Lets Orbax write plain files as an item, so that they become part of a step all or nothing."""
 
     def save(self, directory, args: _WriteFiles):
-        for name, content in args.files.items():
-            (directory / name).write_bytes(content)
+        if jax.process_index() == 0:
+            for name, content in args.files.items():
+                (directory / name).write_bytes(content)
 
     def restore(self, directory, args=None) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in directory.iterdir()}
@@ -176,6 +177,8 @@ class CheckpointWriter:
             raise OSError(number, f"could not save a checkpoint under {self.folder}: {reason}; {kept}") from error
 
     def _remove_unfinished(self):
+        if jax.process_index():  # of several processes the first one's job
+            return
         for path in self.folder.glob("*.orbax-checkpoint-tmp*"):
             shutil.rmtree(path, ignore_errors=True)
 

@@ -1,16 +1,19 @@
 """The command line: `pi0 train`, `pi0 infer` and the others in `COMMANDS`. Each is imported when it is called.
 
 What a user can cause is printed as one message without a traceback, and the exit code is 1; a mistyped command or flag
-gives 2, a signal 128 + its number. PI0_TRACEBACK=1 shows tracebacks too, PI0_LOG=debug more of the log.
+gives 2, Ctrl-C 130, and SIGTERM 0 where the state was saved. PI0_TRACEBACK=1 shows tracebacks too, PI0_LOG=debug more
+of the log.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib
 import logging
 import os
 import re
+import shlex
 import sys
 import traceback
 from pathlib import Path
@@ -18,7 +21,7 @@ from pathlib import Path
 import tyro
 from tqdm import tqdm
 
-from pi0_jax.config import TrainConfig
+from pi0_jax.config import MeshConfig, TrainConfig
 from pi0_jax.experiment import load_config
 
 COMMANDS = {
@@ -81,16 +84,29 @@ def main(args: list[str] | None = None) -> int:
 def _train(args: list[str]) -> int:
     """`pi0 train CONFIG`: the file's config, with fields set anew by flags."""
     if not args or args[0].startswith("-"):
-        text = "usage: pi0 train CONFIG [--FIELD VALUE ...]\n\n  pi0 train configs/tabletop.py --optim.peak-lr 3e-4\n\n"
-        print(text + "CONFIG is a Python file that defines `config`; pi0 train CONFIG --help lists its fields.")
+        text = "usage: pi0 train CONFIG [--sharding FILE] [--FIELD VALUE ...]\n\n"
+        text += "  pi0 train configs/tabletop.py --optim.peak-lr 3e-4\n\n"
+        text += "CONFIG is a Python file that defines `config`; pi0 train CONFIG --help lists its fields.\n"
+        print(text + "FILE is one whose `config` is a `MeshConfig`, as those in configs/sharding/ have.")
         return 0 if args[:1] in (["-h"], ["--help"]) else 2
     path, *overrides = args
     config = load_config(path, TrainConfig)
+    if "--sharding" in overrides:
+        at = overrides.index("--sharding")
+        preset = load_config(*overrides[at + 1 : at + 2] or [""], MeshConfig)
+        config, overrides = dataclasses.replace(config, mesh=preset), overrides[:at] + overrides[at + 2 :]
     example = f"Fields of {path}, which flags set anew: pi0 train {path} --optim.peak-lr 3e-4 --batch-size 64"
     config = tyro.cli(TrainConfig, default=config, args=overrides, prog=f"pi0 train {path}", description=example)
+    from pi0_jax.training.interrupt import Interrupted
     from pi0_jax.training.loop import run
 
-    run(config)
+    try:
+        run(config)
+    except Interrupted as error:
+        flags = [flag for flag in args if flag not in ("--resume", "--overwrite")]
+        message = str(error).removesuffix("Continue with --resume.")
+        error.args = (f"{message}Continue with: pi0 train {shlex.join([*flags, '--resume'])}",)
+        raise
     return 0
 
 

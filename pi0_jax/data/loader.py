@@ -99,31 +99,22 @@ class Loader:
         return iter(ahead)
 
 
-def make_loader(
-    parts: Sequence[tuple[Part, Transform]], config: TrainConfig, shard_index: int = 0, shard_count: int = 1
-) -> Loader:
+def make_loader(parts: Sequence[tuple[Part, Transform]], config: TrainConfig, rows: Indices | None = None) -> Loader:
     """An endless iterator over shuffled training batches, numpy arrays with uint8 images.
 
-    Each epoch of a dataset has its own order, which depends on `config.seed` alone. Processes that share a batch get
-    consecutive parts of it: put together they are the batch that one process would read. Frames without a single step
-    to learn are left out.
+    Each epoch of a dataset has its own order, which depends on `config.seed` alone. Processes that share a batch ask
+    for rows of the batch that one process would read. Frames without a single step to learn are left out.
 
     The iterator's `get_state()` is a small dict; `set_state()` continues exactly there.
 
     Args:
         parts: datasets from `open_parts`, each with the transform of its robot and statistics.
         config: batch size, seed, horizon, workers.
-        shard_index: number of this process.
-        shard_count: number of processes.
+        rows: of each batch, the examples that this process needs; None: all.
 
     Raises:
-        ValueError: a dataset is not its robot's, the batch cannot be divided, or there is nothing to learn.
+        ValueError: a dataset is not its robot's, or there is nothing to learn.
     """
-    if config.batch_size % shard_count or not 0 <= shard_index < shard_count:
-        raise ValueError(
-            f"a batch of {config.batch_size} cannot be divided for process {shard_index} of {shard_count}. "
-            "Choose a `batch_size` that the number of processes divides."
-        )
     readers = [_Reader(part, transform, config) for part, transform in parts]
     frames = [_learnable(part.source, part.training, config.policy.model.action_horizon) for part, _ in parts]
     orders = []
@@ -133,7 +124,7 @@ def make_loader(
     given = [part.weight for part, _ in parts]
     weights = None if None in given else [weight for weight in given if weight is not None]
     stream = Stream(orders, [len(own) for own in frames], weights, config.seed)
-    prepare = _Prepare(readers, stream, config.batch_size, shard_index, shard_count)
+    prepare = _Prepare(readers, stream, config.batch_size, np.arange(config.batch_size) if rows is None else rows)
     data = config.data
     return Loader(prepare, data.num_workers, data.num_threads, data.prefetch)
 
@@ -141,14 +132,11 @@ def make_loader(
 class _Prepare:
     """From the number of a batch to this process's part of it, and the seconds of each stage."""
 
-    def __init__(self, readers: list[_Reader], stream: Stream, batch_size: int, shard_index: int, shard_count: int):
-        self._readers, self._stream, self._batch_size = readers, stream, batch_size
-        self._share = batch_size // shard_count
-        self._first = shard_index * self._share
+    def __init__(self, readers: list[_Reader], stream: Stream, batch_size: int, rows: Indices):
+        self._readers, self._stream, self._batch_size, self._rows = readers, stream, batch_size, rows
 
     def __call__(self, number: int) -> tuple[Batch, np.ndarray]:
-        start = number * self._batch_size + self._first
-        members, frames = self._stream(np.arange(start, start + self._share))
+        members, frames = self._stream(number * self._batch_size + self._rows)
         seconds = np.zeros(len(STAGES))
         batches, places = [], []
         for member in np.unique(members).tolist():
@@ -160,8 +148,10 @@ class _Prepare:
         return jax.tree.map(lambda *leaves: np.concatenate(leaves)[back], *batches), seconds
 
 
-def eval_batches(parts: Sequence[tuple[Part, Transform]], config: TrainConfig) -> Iterator[Batch]:
-    """All held-out frames once and in order, in batches of `config.batch_size`.
+def eval_batches(
+    parts: Sequence[tuple[Part, Transform]], config: TrainConfig, rows: Indices | None = None
+) -> Iterator[Batch]:
+    """All held-out frames once and in order, in batches of `config.batch_size`, or the given rows of each.
 
     The last batch of each dataset is filled up with copies of its last frame whose `step_mask` is False throughout.
 
@@ -170,14 +160,15 @@ def eval_batches(parts: Sequence[tuple[Part, Transform]], config: TrainConfig) -
     """
     readers = [_Reader(part, transform, config) for part, transform in parts]
     frames = [_learnable(part.source, part.held_out, config.policy.model.action_horizon) for part, _ in parts]
+    wanted = np.arange(config.batch_size) if rows is None else rows
 
     def batches() -> Iterator[Batch]:
         for reader, own in zip(readers, frames, strict=True):
             for start in range(0, len(own), config.batch_size):
                 indices = own[start : start + config.batch_size]
                 filling = config.batch_size - len(indices)
-                batch = reader(np.pad(indices, (0, filling), mode="edge"), np.zeros(len(STAGES)))
-                batch.step_mask[len(indices) :] = False
+                batch = reader(np.pad(indices, (0, filling), mode="edge")[wanted], np.zeros(len(STAGES)))
+                batch.step_mask[wanted >= len(indices)] = False
                 yield batch
 
     return batches()

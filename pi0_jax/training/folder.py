@@ -15,7 +15,7 @@ from pi0_jax.training.metrics import FILE, TIMING_FILE
 
 MAY_CHANGE = (
     "run_dir", "resume", "overwrite", "num_steps", "log_every", "validate_every", "save_every", "keep_checkpoints",
-    "mesh", "data.num_threads", "data.num_workers", "data.prefetch", "data.frames", "data.offline",
+    "mesh", "hosts", "data.num_threads", "data.num_workers", "data.prefetch", "data.frames", "data.offline",
 )  # fmt: skip
 """Fields, or groups of them, that a resumed run may set anew: none changes what an update computes."""
 

@@ -8,7 +8,6 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from pi0_jax.batch import Batch
@@ -32,12 +31,14 @@ class Inputs(NamedTuple):
     stats: Stats
     assets: Assets
     loader: Loader
-    """Endless training batches, numpy, uint8 images."""
+    """Endless training batches, numpy, uint8 images; this process's part of them."""
     validation: Callable[[], Iterator[Batch]] | None
-    """Starts one pass over the held-out demonstrations."""
+    """Starts one pass over the held-out demonstrations, this process's part of each batch."""
 
 
-def load_inputs(config: TrainConfig, *, resumed: Assets | None, initial: Assets | None) -> Inputs:
+def load_inputs(
+    config: TrainConfig, *, resumed: Assets | None, initial: Assets | None, rows: np.ndarray | None = None
+) -> Inputs:
     """Opens the demonstrations.
 
     Statistics and tokenizer belong to the weights. A resumed run takes both from its checkpoint. A run that starts
@@ -47,6 +48,7 @@ def load_inputs(config: TrainConfig, *, resumed: Assets | None, initial: Assets 
         config: the experiment.
         resumed: of the checkpoint to resume from.
         initial: of the checkpoint whose weights the run starts from.
+        rows: of each batch, the examples that this process needs (`sharding.local_rows`); None: all.
 
     Raises:
         FileNotFoundError, ValueError: no usable dataset or tokenizer; see `pi0_jax.data`.
@@ -89,10 +91,10 @@ def load_inputs(config: TrainConfig, *, resumed: Assets | None, initial: Assets 
     if held_out:
         for part in held_out:
             _log.info("validation: %s, %d frames", part.source.root, _frames(part, part.held_out))
-        validation = functools.partial(eval_batches, transformed(held_out), config)
+        validation = functools.partial(eval_batches, transformed(held_out), config, rows)
         validation()  # decodes the videos, and fails, now rather than in the middle of the run
     assets = Assets(config.policy, stats_to_json(stats, groups, semantics), tokenizer.model, config)
-    loader = make_loader(transformed(parts), config, jax.process_index(), jax.process_count())
+    loader = make_loader(transformed(parts), config, rows)
     return Inputs(robot, stats, assets, loader, validation)
 
 

@@ -9,11 +9,15 @@ import threading
 
 
 class Interrupted(Exception):
-    """The run was asked to stop and has saved its state. `exit_code` is the shell's 128 + signal: 130 or 143."""
+    """The run was asked to stop and has saved its state.
+
+    `exit_code` is 130 after SIGINT, as shells have it. It is 0 after SIGTERM: a scheduler that takes the machine back
+    sees a job that ended in order.
+    """
 
     def __init__(self, message: str, number: int):
         super().__init__(message)
-        self.exit_code = 128 + number
+        self.exit_code = 0 if number == signal.SIGTERM else 128 + number
 
 
 class StopRequest:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.linen import meta
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -18,10 +19,10 @@ from jaxtyping import Array, PRNGKeyArray
 from pi0_jax import checkpoint, pi0
 from pi0_jax.batch import Batch
 from pi0_jax.checkpoint import CheckpointWriter
-from pi0_jax.config import FlowConfig, TrainConfig
+from pi0_jax.config import FlowConfig, HostsConfig, TrainConfig
 from pi0_jax.data.augment import augment
 from pi0_jax.model.heads import Network, make_network
-from pi0_jax.training import optimizer, sharding
+from pi0_jax.training import hosts, optimizer, sharding
 from pi0_jax.training.folder import delete_run, open_run
 from pi0_jax.training.inputs import Inputs, load_inputs
 from pi0_jax.training.interrupt import Interrupted, StopRequest
@@ -44,7 +45,7 @@ class Program(NamedTuple):
     straightness: Callable[[Any, Batch, PRNGKeyArray], Array] | None
     """Of the flow of given weights on a batch; None for what is no flow."""
     place: Callable[[Batch], Batch]
-    """Puts a batch on the devices."""
+    """Puts a batch on the devices: this process's part of it in, the whole batch out."""
     frozen: tuple[Any, ...]
     """Weights that an update only reads."""
 
@@ -55,6 +56,10 @@ def run(config: TrainConfig) -> Path:
     A run that stops, for whatever reason, and is resumed on the same machine gives the losses of one that never
     stopped, bit for bit.
 
+    Started once on every host (`config.hosts`), it trains over all their devices. Then all processes have to see the
+    same demonstrations and one folder for the run, each reads its own part of every batch, the first one writes what
+    is not part of a checkpoint, and they stop together.
+
     Returns:
         The folder of the last checkpoint.
 
@@ -62,8 +67,17 @@ def run(config: TrainConfig) -> Path:
         ValueError, OSError: something is wrong with the configuration, its data, or the disk; see `open_run`,
             `load_inputs` and `pi0_jax.checkpoint`.
         Diverged: the loss or a norm became NaN or infinite. Nothing is saved from then on.
-        Interrupted: SIGINT or SIGTERM came; the state is saved.
+        Interrupted: SIGINT or SIGTERM came to any process; the state is saved.
+
+    One process of several that fails alone ends without returning: see `hosts.ended_together`.
     """
+    hosts.connect(config.hosts)
+    advice = "Continue with --resume, once all processes are gone."
+    with hosts.ended_together((Diverged, Interrupted), advice):
+        return _run(config)
+
+
+def _run(config: TrainConfig) -> Path:
     for name in ("batch_size", "num_steps", "log_every", "validate_every", "save_every", "keep_checkpoints"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}; it has to be at least 1.")
@@ -79,9 +93,13 @@ def run(config: TrainConfig) -> Path:
     schedule = optimizer.make_schedule(config.optim, config.num_steps)
     run_dir = Path(config.run_dir).expanduser()
     source = open_run(config)
+    hosts.require_same("configuration and newest checkpoint", repr((_shared(config), source)).encode())
     resumed = None if source is None else checkpoint.load_assets(source)
     initial = None if config.init_from is None or source is not None else checkpoint.load_assets(config.init_from)
-    inputs = load_inputs(config, resumed=resumed, initial=initial)
+    rows = sharding.local_rows(batch_placement, config.batch_size)
+    with hosts.first_before_others("demonstrations"):
+        inputs = load_inputs(config, resumed=resumed, initial=initial, rows=rows)
+    hosts.require_same("the demonstrations", repr((inputs.assets.norm_stats, inputs.assets.tokenizer)).encode())
 
     network = make_network(config.policy.model)
     boxed = jax.eval_shape(functools.partial(pi0.init_params, network), jax.random.key(0))
@@ -121,20 +139,26 @@ def run(config: TrainConfig) -> Path:
         compiled_update(dataclasses.replace(config.flow, samples_per_observation=1, mean_draw=True)),
         jax.jit(sharding.keep_batch_divided(mesh, functools.partial(_loss, network, validation_flow))),
         jax.jit(functools.partial(pi0.flow_straightness, network)) if is_flow else None,
-        lambda batch: jax.device_put(batch, batch_placement),
+        functools.partial(sharding.place, placement=batch_placement, batch_size=config.batch_size, rows=rows),
         () if config.reflow_from is None else (checkpoint.restore_params(config.reflow_from, shapes.params),),
     )
-    if config.overwrite:
-        delete_run(run_dir)
+    with hosts.first_before_others("overwrite"):
+        if config.overwrite and hosts.is_first():
+            delete_run(run_dir)
     with CheckpointWriter(run_dir, config.keep_checkpoints) as writer:
         writer.reserve(checkpoint.tree_bytes(shapes))
         if source is None:
             params = _first_params(config, network, shapes.params)
-            state = jax.jit(start, out_shardings=placement)(params)
+            state = jax.jit(start, out_shardings=placement, donate_argnums=0)(params)
         else:
             state = restore(source, shapes)
             inputs.loader.set_state(checkpoint.load_data_state(source))
-        return _train(config, run_dir, state, program, inputs, writer)
+        return _train(config, run_dir, state, program, inputs, writer, hosts.Vote(mesh))
+
+
+def _shared(config: TrainConfig) -> TrainConfig:
+    """What has to be the same for all processes."""
+    return dataclasses.replace(config, hosts=HostsConfig())
 
 
 def _loss(network: Network, flow: FlowConfig, params, batch: Batch, key: PRNGKeyArray, *teacher):
@@ -201,8 +225,9 @@ def validate(program: Program, weights, validation: Callable[[], Iterator[Batch]
     """
     total, count = 0.0, 0
     for number, batch in enumerate(validation()):
-        steps = int(np.sum(batch.step_mask))
-        value, _ = program.evaluate(weights, program.place(batch), jax.random.key(number))
+        placed = program.place(batch)
+        steps = int(jnp.sum(placed.step_mask))
+        value, _ = program.evaluate(weights, placed, jax.random.key(number))
         total += steps * float(value)
         count += steps
     values = {"validation_loss": total / max(count, 1)}
@@ -213,17 +238,19 @@ def validate(program: Program, weights, validation: Callable[[], Iterator[Batch]
 
 
 def _train(
-    config: TrainConfig, run_dir: Path, state: TrainState, program: Program, inputs: Inputs, writer: CheckpointWriter
-) -> Path:
+    config: TrainConfig, run_dir: Path, state: TrainState, program: Program, inputs: Inputs, writer: CheckpointWriter,
+    vote: hosts.Vote,
+) -> Path:  # fmt: skip
     step = int(state.step)
     saved = step
     reporter = Reporter(
         run_dir, start=step, num_steps=config.num_steps, batch_size=config.batch_size, log_every=config.log_every,
-        gauges=getattr(inputs.loader, "gauges", dict),
+        gauges=getattr(inputs.loader, "gauges", dict), write=hosts.is_first(),
     )  # fmt: skip
+    signal = None
     with reporter, StopRequest() as stop:
         try:
-            while step < config.num_steps and stop.number is None:
+            while step < config.num_steps and (signal := vote(stop.number)) is None:
                 update = program.update_mean if step < config.flow.mean_steps else program.update
                 state, metrics = update(state, program.place(next(inputs.loader)), *program.frozen)
                 step += 1
@@ -246,8 +273,8 @@ def _train(
             advice = "Lower --optim.peak-lr, or look at the data of that step."
             raise Diverged(f"{error}. {_kept(run_dir, checkpoint.latest_step(run_dir))} {advice}") from error
         writer.wait()
-    if stop.number is not None and step < config.num_steps:
-        raise Interrupted(f"stopped at step {step}. {_kept(run_dir, step)} Continue with --resume.", stop.number)
+    if signal is not None and step < config.num_steps:
+        raise Interrupted(f"stopped at step {step}. {_kept(run_dir, step)} Continue with --resume.", signal)
     folder = run_dir / "checkpoints" / str(step)
     _log.info("done: %s\nNext, see how the policy does: pi0 report %s", folder, run_dir)
     return folder
@@ -267,7 +294,8 @@ def _describe(mesh, shapes: TrainState, placement: TrainState, boxed, config: Tr
     count = sum(x.size for x in jax.tree.leaves(shapes.params))
     held = sharding.bytes_per_device(shapes, placement)
     kind = mesh.devices.flat[0].device_kind
-    _log.info("devices: %d x %s, mesh data %d x fsdp %d", mesh.size, kind, mesh.shape["data"], mesh.shape["fsdp"])
+    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    _log.info("devices: %d x %s of %d processes, mesh %s", mesh.size, kind, jax.process_count(), axes)
     _log.info("model: %s parameters, %.3f GB of training state a device", f"{count:,}", held / 1e9)
     _log.info("output: %s (checkpoints, %s, TensorBoard events)", config.run_dir, "metrics.jsonl")
     _log.debug("optimizer of each parameter:\n%s", optimizer.describe(boxed))

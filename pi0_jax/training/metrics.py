@@ -54,6 +54,7 @@ class Reporter:
         batch_size: int,
         log_every: int,
         gauges: Callable[[], dict[str, float]] = dict,
+        write: bool = True,
     ):
         """Opens the files of a run.
 
@@ -64,19 +65,23 @@ class Reporter:
             batch_size: samples an update, for the rate.
             log_every: updates between lines on the terminal and points in TensorBoard.
             gauges: what `data.loader.Loader.gauges` measured since it was asked last; asked once an update.
+            write: False for processes that only help: they check the numbers, and write and show nothing.
         """
-        drop_rows_after(run_dir / FILE, start)
-        drop_rows_after(run_dir / TIMING_FILE, start)
-        self._rows = (run_dir / FILE).open("a", buffering=1)
-        self._timing = (run_dir / TIMING_FILE).open("a", buffering=1)
+        rows, timing = (run_dir / name if write else Path(os.devnull) for name in (FILE, TIMING_FILE))
+        if write:
+            drop_rows_after(rows, start)
+            drop_rows_after(timing, start)
+        self._rows = rows.open("a", buffering=1)
+        self._timing = timing.open("a", buffering=1)
         self._gauges, self._asked = gauges, time.perf_counter()
         self._gauged: list[tuple[float, dict[str, float]]] = []
         """Seconds and gauges of the updates since the last line on the terminal."""
         self._first_line = True
-        self._events = EventsWriter(str(run_dir / "events"))
-        if start:  # makes TensorBoard drop later points, of a run that was killed
+        self._events = EventsWriter(str(run_dir / "events")) if write else None
+        if start and self._events is not None:  # makes TensorBoard drop later points, of a run that was killed
             self._events.write_event(Event(step=start + 1, session_log=SessionLog(status=SessionLog.START)))
-        self._bar = tqdm(total=num_steps, initial=start, unit="step", dynamic_ncols=True, disable=None)
+        hidden = None if write else True  # None: where there is no terminal
+        self._bar = tqdm(total=num_steps, initial=start, unit="step", dynamic_ncols=True, disable=hidden)
         self._batch_size, self._log_every = batch_size, log_every
         self._pending: tuple[int, Metrics] | None = None
         self._since: tuple[int, float] | None = None
@@ -90,7 +95,8 @@ class Reporter:
         with contextlib.suppress(OSError):  # every write was flushed, so an error has been raised before
             self._rows.close()
             self._timing.close()
-            self._events.close()
+            if self._events is not None:
+                self._events.close()
 
     def push(self, step: int, metrics: Metrics):
         """Takes the metrics of an update that may still be running, and reports the update before it.
@@ -170,6 +176,8 @@ class Reporter:
             self._rows.write(json.dumps({"step": step} | values) + "\n")
 
     def _plot(self, step: int, values: dict[str, float]):
+        if self._events is None:
+            return
         summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
         with self._explained():
             self._events.write_event(Event(step=step, wall_time=time.time(), summary=summary))

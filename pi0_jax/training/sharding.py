@@ -10,6 +10,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pi0_jax.config import MeshConfig
@@ -21,41 +22,60 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "modulation": None,
     "layers": None,
     "stack": None,
-    "heads": None,
-    "kv_heads": None,
+    "heads": "tensor",
+    "kv_heads": "tensor",
     "head_dim": None,
-    "mlp": None,
+    "mlp": "tensor",
     "lora_rank": None,
-    "vocab": None,
+    "vocab": "tensor",
     "patch": None,
     "action": None,
 }
 """Logical axis to mesh axis; None keeps the axis whole on each device."""
 
+AXES = ("data", "fsdp", "tensor")
+"""Of the mesh, from the slowest connection to the fastest."""
+
+_BATCH: Any = RULES["batch"]
 _log = logging.getLogger(__name__)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """Arranges the devices as data x fsdp.
+    """Arranges the devices as data x fsdp x tensor; with several slices the data axis counts replicas of all of them.
 
     Args:
         config: sizes; one of them may be -1, which takes what remains.
-        devices: to arrange; None: all.
+        devices: to arrange; None: all, of all processes.
 
     Raises:
-        ValueError: the sizes do not multiply to the number of devices.
+        ValueError: the sizes do not multiply to the number of devices, or the devices are in another number of slices.
     """
     devices = jax.devices() if devices is None else devices
-    shape = [config.data, config.fsdp]
-    known = math.prod(n for n in shape if n != -1)
-    if known > 0 and shape.count(-1) == 1 and len(devices) % known == 0:
-        shape[shape.index(-1)] = len(devices) // known
-    if min(shape) < 1 or math.prod(shape) != len(devices):
+    sizes = [getattr(config, name) for name in AXES]
+    known = math.prod(n for n in (*sizes, config.slices) if n != -1)
+    if known > 0 and sizes.count(-1) == 1 and len(devices) % known == 0:
+        sizes[sizes.index(-1)] = len(devices) // known
+    if min(*sizes, config.slices) < 1 or math.prod(sizes) * config.slices != len(devices):
+        named = [f"{config.slices} slices of"] * (config.slices != 1)
+        named += [" x ".join(f"{name} {getattr(config, name)}" for name in AXES)]
         raise ValueError(
-            f"a mesh of data {config.data} x fsdp {config.fsdp} does not fit {len(devices)} devices; "
-            "their product has to be that number, and one of them may be -1 (--mesh.data -1 --mesh.fsdp 1)."
+            f"a mesh of {' '.join(named)} does not fit {len(devices)} devices; their product has to be that "
+            "number, and one of them may be -1 (--mesh.data -1 --mesh.fsdp 1)."
         )
-    return jax.make_mesh(tuple(shape), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices)
+    # Within a slice JAX knows which devices are neighbours.
+    blocks = [jax.make_mesh(tuple(sizes), AXES, devices=some).devices for some in _slices(devices, config.slices)]
+    return Mesh(np.concatenate(blocks), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _slices(devices: Sequence[Any], count: int) -> list[list[Any]]:
+    """The devices by slice: as they say, or else (GPUs, CPUs) equal parts of them in the order of their processes."""
+    indices = [getattr(device, "slice_index", 0) for device in devices]
+    if count > 1 and len(set(indices)) not in (1, count):
+        raise ValueError(f"--mesh.slices is {count}, and the devices are in {len(set(indices))} slices.")
+    if count == 1 or len(set(indices)) == 1:
+        size = len(devices) // count
+        return [list(devices[start : start + size]) for start in range(0, len(devices), size)]
+    return [[d for d, i in zip(devices, indices, strict=True) if i == index] for index in sorted(set(indices))]
 
 
 def shardings(mesh: Mesh, boxed):
@@ -92,18 +112,49 @@ def _spec(mesh: Mesh, path, names: tuple[str | None, ...], shape: tuple[int, ...
 
 
 def batch_sharding(mesh: Mesh, batch_size: int) -> NamedSharding:
-    """Divides the first axis of every array of a batch over all devices.
+    """Divides the first axis of every array of a batch over all devices that do not share their examples.
 
     Raises:
-        ValueError: the batch size is not a multiple of the number of devices.
+        ValueError: the batch size is not a multiple of their number.
     """
-    if batch_size % mesh.size:
-        nearest = max(mesh.size, batch_size // mesh.size * mesh.size)
+    ways = _size(mesh, _BATCH)
+    if batch_size % ways:
+        nearest = max(ways, batch_size // ways * ways)
         raise ValueError(
-            f"batch_size {batch_size} does not divide over {mesh.size} devices; take a multiple of that, "
+            f"batch_size {batch_size} does not divide over {ways} devices; take a multiple of that, "
             f"such as --batch-size {nearest}."
         )
-    return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+    return NamedSharding(mesh, PartitionSpec(_BATCH))
+
+
+def local_rows(placement: NamedSharding, batch_size: int) -> np.ndarray:
+    """Numbers of the examples of a batch that the devices of this process need, ascending."""
+    rows = np.arange(batch_size)
+    parts = placement.addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([rows[part] for part in parts]))
+
+
+def place(batch, placement: NamedSharding, batch_size: int, rows: np.ndarray):
+    """The arrays of a whole batch over all processes, of which each has the examples that its own devices need.
+
+    Args:
+        batch: tree of numpy arrays; their first axis are the examples `rows`.
+        placement: of `batch_sharding`.
+        batch_size: of the whole batch.
+        rows: of `local_rows`.
+    """
+    if placement.is_fully_addressable:
+        return jax.device_put(batch, placement)
+
+    def whole(x):
+        def part(index):
+            start, stop, _ = index[0].indices(batch_size)
+            first = np.searchsorted(rows, start)
+            return x[first : first + stop - start]
+
+        return jax.make_array_from_callback((batch_size, *x.shape[1:]), placement, part)
+
+    return jax.tree.map(whole, batch)
 
 
 def keep_batch_divided(mesh: Mesh, function: Callable) -> Callable:
@@ -111,14 +162,21 @@ def keep_batch_divided(mesh: Mesh, function: Callable) -> Callable:
 
     Left to itself the compiler lets the placement of the weights spread: it gathers the whole batch on each device and
     divides the width of the activations. Held to the batch it gathers weights, a layer at a time, as FSDP means it.
+    What single layers return may be divided along `tensor` besides (heads, feed-forward width), where there is one.
     """
-    placement = NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+    free = PartitionSpec.UNCONSTRAINED
 
-    def constrain(call, args, kwargs, _context):
-        return jax.tree.map(
-            lambda x: jax.lax.with_sharding_constraint(x, placement) if _has_batch(x, mesh) else x,
-            call(*args, **kwargs),
-        )
+    def constrain(call, args, kwargs, context):
+        inner = mesh.shape["tensor"] > 1 and isinstance(context.module, (nn.Dense, nn.DenseGeneral))
+
+        def held(x):
+            if not _has_batch(x, mesh):
+                return x
+            # Arrays with heads have four axes.
+            rest = (free,) * (x.ndim - 1) if inner or (mesh.shape["tensor"] > 1 and x.ndim > 3) else ()
+            return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(_BATCH, *rest)))
+
+        return jax.tree.map(held, call(*args, **kwargs))
 
     @functools.wraps(function)
     def wrapped(*args, **kwargs):
@@ -129,7 +187,7 @@ def keep_batch_divided(mesh: Mesh, function: Callable) -> Callable:
 
 
 def _has_batch(x, mesh: Mesh) -> bool:
-    return isinstance(x, jax.Array) and x.ndim >= 3 and x.shape[0] % mesh.size == 0
+    return isinstance(x, jax.Array) and x.ndim >= 3 and x.shape[0] % _size(mesh, _BATCH) == 0
 
 
 def bytes_per_device(tree, placement) -> int:
