@@ -93,7 +93,7 @@ def _train(args: list[str]) -> int:
     config = load_config(path, TrainConfig)
     if "--sharding" in overrides:
         at = overrides.index("--sharding")
-        preset = load_config(*overrides[at + 1 : at + 2] or [""], MeshConfig)
+        preset = load_config(overrides[at + 1] if at + 1 < len(overrides) else "", MeshConfig)
         config, overrides = dataclasses.replace(config, mesh=preset), overrides[:at] + overrides[at + 2 :]
     example = f"Fields of {path}, which flags set anew: pi0 train {path} --optim.peak-lr 3e-4 --batch-size 64"
     config = tyro.cli(TrainConfig, default=config, args=overrides, prog=f"pi0 train {path}", description=example)
