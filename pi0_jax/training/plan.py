@@ -141,7 +141,8 @@ def make_plan(config: TrainConfig, topology: str | None = None, *, compiled: boo
     held = _held(program, batch)
     work = flops.count(program.update, jax.ShapeDtypeStruct((), np.uint32), program.shapes, batch) / mesh.size
     temporaries, estimated = estimate_temporaries(config, mesh, program), True
-    peak, sent, seconds = sum(held.values()) + temporaries, dict.fromkeys(KINDS, 0.0), 0.0
+    peak, seconds = sum(held.values()) + temporaries, 0.0
+    sent: dict[str, float] = {kind: 0.0 for kind in KINDS}
     if compiled:
         then = time.monotonic()
         used, sent = _compile(program, batch)
@@ -253,7 +254,7 @@ def _compile(program: Program, batch: Batch) -> tuple[float, dict[str, float]]:
         used = re.search(r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm", str(error))
         if used is None:
             raise
-        return float(used[1]) * {"K": 2**10, "M": 2**20, "G": GIB}[used[2]], dict.fromkeys(KINDS, math.nan)
+        return float(used[1]) * {"K": 2**10, "M": 2**20, "G": GIB}[used[2]], {kind: math.nan for kind in KINDS}
     memory = compiled.memory_analysis()
     arguments = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return arguments + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes, traffic(compiled.as_text())
