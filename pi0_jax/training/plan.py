@@ -143,11 +143,12 @@ def make_plan(config: TrainConfig, topology: str | None = None, *, compiled: boo
     temporaries, estimated = estimate_temporaries(config, mesh, program), True
     peak, seconds = sum(held.values()) + temporaries, 0.0
     sent: dict[str, float] = {kind: 0.0 for kind in KINDS}
-    if compiled:
+    on_gpus = name.partition(":")[0] in GPUS
+    if compiled and not (on_gpus and mesh.size == 1):  # one device sends nothing
         then = time.monotonic()
         used, sent = _compile(program, batch)
         seconds = time.monotonic() - then
-        if name.partition(":")[0] not in GPUS:
+        if not on_gpus:
             peak, temporaries, estimated = used, used - sum(held.values()), False
     passed = _passed(config, mesh, program, temporaries)
     return Plan(
