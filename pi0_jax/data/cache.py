@@ -119,9 +119,6 @@ class CachedFrames(Source):
             self._cached[camera] = (target, known["quality"], size)
             self.features[camera] = {**source.features[camera], "shape": (size, size, 3)}
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_opened", "_columns")}
-
     def read(self, name: str, first: int, end: int) -> np.ndarray:
         return self.source.read(name, first, end)
 
@@ -161,7 +158,7 @@ class CachedFrames(Source):
     def _open(self, path: Path) -> Any:
         from array_record.python.array_record_module import ArrayRecordReader
 
-        opened = vars(self).setdefault("_opened", {})
+        opened = self.opened()
         if path not in opened:
             if len(opened) >= SHARDS_OPEN:
                 opened.pop(next(iter(opened))).close()

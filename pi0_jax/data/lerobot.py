@@ -121,10 +121,7 @@ class LeRobotDataset(Source):
         self.report_skipped()
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = dict(self.__dict__)
-        for name in ("_columns", "_reader", "_pictures", "_rows"):
-            kept.pop(name, None)
-        return kept | {"_frames": {}}
+        return {name: value for name, value in super().__getstate__().items() if name != "_rows"} | {"_frames": {}}
 
     def read(self, name: str, first: int, end: int) -> np.ndarray:
         self.check_column(name)
@@ -295,7 +292,7 @@ class LeRobotDataset(Source):
         return [Clip(self.root / name, at, numbers[at]) for name, at in sorted(rows.items())]
 
     def _decode(self, camera: str, rows: np.ndarray) -> np.ndarray:
-        reader = vars(self).setdefault("_reader", FrameReader())
+        reader = self.opened().setdefault("reader", FrameReader())
         flat = rows.ravel()
         episodes = self.episode_of(flat)
         times = self.seconds_of(camera, flat, episodes)
@@ -341,7 +338,7 @@ class LeRobotDataset(Source):
         return out.reshape(*rows.shape, *shape)
 
     def _encoded_picture(self, camera: str, file: str, row: int) -> bytes:
-        groups = vars(self).setdefault("_pictures", {})
+        groups = self.opened().setdefault("pictures", {})
         opened, ends = groups.get((file,)) or groups.setdefault((file,), _open_row_groups(self.root / file))
         group = int(np.searchsorted(ends, row, side="right"))
         key = (file, camera, group)

@@ -90,9 +90,9 @@ def test_decoding_once_and_at_random_give_the_same_frames(dataset):
 def test_a_file_reader_keeps_few_files_open(v21):
     random = LeRobotDataset(v21, decoding="random")
     random.image(0, CAMERAS[0])
-    random._reader._max_open = 2
+    random.opened()["reader"]._max_open = 2
     random.images(CAMERAS[0], np.arange(34))
-    assert len(random._reader._opened) == 2
+    assert len(random.opened()["reader"]._opened) == 2
 
 
 def test_pictures_inside_parquet_are_read_exactly(tmp_path):
