@@ -21,7 +21,6 @@ import multiprocessing
 import os
 import re
 import struct
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +29,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 from tqdm import tqdm
 
+from pi0_jax.data.partial import written
 from pi0_jax.data.source import BadEpisode, Rows, Source, cache_folder
 
 INDEX_VERSION = 1
@@ -342,10 +342,8 @@ def _index_shard(path: Path, form: str, features: str, target: Path) -> None:
         arrays[f"column/{name}"] = np.concatenate(parts) if parts else empty
     if form == "tfrecord":
         arrays |= {f"span/{name}": np.array(parts, np.int64).reshape(-1, 2) for name, parts in spans.items()}
-    partial = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.partial")
-    with partial.open("wb") as file:
+    with written(target) as partial, partial.open("wb") as file:
         np.savez(file, allow_pickle=False, **arrays)
-    partial.rename(target)
 
 
 def _spans(record: bytes, pictures: dict[str, np.ndarray], offset: int) -> dict[str, list[tuple[int, int]]]:

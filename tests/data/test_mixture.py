@@ -211,6 +211,31 @@ def test_what_makes_no_sense_is_refused(config, folders, weights, data, message)
         open_parts(config.data, config.policy)
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        ("other/data/meta/info.json", r"other is no dataset; did you mean \S*other/data\?"),
+        ("other/data/1.0.0/features.json", r"other is no dataset; did you mean \S*other/data\?"),
+        ("meta/info.json", r"other is no dataset; did you mean \S*\?"),
+        ("other/x-train.tfrecord-00000-of-00001", "no features.json and dataset_info.json"),
+        ("other/demo/a.hdf5", r"holds \.hdf5 files \(as robomimic.*Other formats"),
+        ("other/readme", "neither a LeRobot dataset"),
+    ],
+)
+def test_a_folder_that_is_no_dataset_is_explained(config, tmp_path, make, message):
+    (tmp_path / "other").mkdir()
+    (tmp_path / make).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / make).touch()
+    with pytest.raises(FileNotFoundError, match=message):
+        open_parts(DataConfig(str(tmp_path / "other")), config.policy)
+
+
+def test_names_that_a_dataset_lacks_are_to_be_said_in_its_keys(config, folders):
+    datasets = (DatasetConfig(folders[1], keys={"action": "action/xyz"}),)
+    with pytest.raises(ValueError, match=r"has no observation\.state;.*keys=\{'observation\.state': 'observation/"):
+        open_parts(DataConfig(datasets=datasets), config.policy)
+
+
 def sources(root):
     """One of each kind of what is kept open, with limits that make several threads get in each other's way."""
     yield LeRobotDataset(write_v2(root / "video"), decoding="random")
