@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pi0_jax.config import RealTimeConfig
-from pi0_jax.evaluate.rollout import wilson
+from pi0_jax.evaluate.rollout import check_run, wilson
 from pi0_jax.evaluate.suites import Episode, Suite
 from pi0_jax.inference.chunking import Player, Strategy, real_time, receding_horizon, temporal_ensemble
 from pi0_jax.inference.policy import Policy
@@ -113,10 +113,7 @@ def simulate(
     Raises:
         ValueError: the suite is another robot's, or there is nothing to run.
     """
-    if policy.robot.name != suite.robot:
-        raise ValueError(f"this policy is for the robot {policy.robot.name!r}; the environment has {suite.robot!r}.")
-    if num_episodes < 1 or batch_size < 1:
-        raise ValueError(f"{num_episodes} episodes in batches of {batch_size}; both have to be at least 1.")
+    check_run(policy, suite, num_episodes, batch_size)
     batch_size = min(batch_size, num_episodes)
     base = jax.random.key(seed)
 
