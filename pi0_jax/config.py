@@ -262,6 +262,8 @@ class DatasetConfig:
     """The robot's name of a feature → the dataset's; "a + b" puts two side by side."""
     preset: Literal["droid", "droid_velocity", "bridge", "fractal"] | None = None
     """Published RLDS dataset whose keys, rate and instruction are known (`data.rlds.PRESETS`)."""
+    without_episodes: tuple[int, ...] = ()
+    """Episodes of a LeRobot dataset to leave out, by their `episode_index`."""
     split: str = "train"
     """Split of an RLDS dataset."""
     task: str | None = None
