@@ -61,6 +61,8 @@ class Serve:
     """Instruction for clients that send none."""
     seed: int = 0
     """Of the noise. The n-th answer to a client is a function of this, of n and of the observation."""
+    real_time: bool = False
+    """Compile for real-time chunking too: requests may then say what is left of the chunk in execution."""
     batch_sizes: tuple[int, ...] = (1, 2, 4, 8)
     """Requests that are computed together; a program is compiled for each. Others are filled up to the next."""
     window_ms: float = 5.0
@@ -88,7 +90,7 @@ def serve(args: Serve) -> None:
     tls = tls_context(args.tls_certificate, args.tls_key)
     check_address(args.host, token, args.insecure)
     policy = Policy.load(args.run, **({} if args.num_steps is None else {"num_steps": args.num_steps}))
-    served = RobotPolicy(policy, args.batch_sizes, args.prompt, args.seed)
+    served = RobotPolicy(policy, args.batch_sizes, args.prompt, args.seed, args.real_time)
     if args.protocol == "vla-eval":
         _serve_vla_eval(served, args, guarded=token is not None or tls is not None)
         return

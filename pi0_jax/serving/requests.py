@@ -23,6 +23,8 @@ UNUSED = {"aloha": {"cam_low"}}
 """Cameras that openpi's clients send and no policy reads."""
 PREFIXES = ("observation.images.", "observation/images/", "observation/", "images/")
 STATES = ("state", "observation/state", "observation.state")
+REAL_TIME = ("previous", "delay")
+"""What joins an observation whose chunk is to go on from the one in execution."""
 PIECES = ("observation/joint_position", "observation/gripper_position")
 """A state in two parts, DROID's."""
 
@@ -41,6 +43,7 @@ def read_request(request: Any, robot: Robot, prompt: str | None = None) -> dict[
     if not isinstance(request, dict):
         raise ValueError(f"a request came as {type(request).__name__}; expected a map with images, state and prompt.")
     observation = {"images": _images(request, robot), "state": _state(request, robot)}
+    observation |= {key: request[key] for key in REAL_TIME if key in request}
     told = request.get("prompt", prompt)
     if told is not None:
         observation["prompt"] = told.decode("utf-8", "replace") if isinstance(told, bytes) else told
@@ -61,6 +64,20 @@ def read_seed(request: dict[str, Any]) -> tuple[int, ...] | None:
     if len(words) in (1, 2) and all(isinstance(word, int) and 0 <= word < 2**32 for word in words):
         return words
     raise ValueError(f"`seed` came as {str(seed)[:80]}; expected a whole number from 0 to 2³² - 1, or two of them.")
+
+
+def read_executed(request: dict[str, Any]) -> int | None:
+    """How many actions of the session's last chunk were executed, for a chunk that is to go on from the rest.
+
+    Raises:
+        ValueError: it is no such number.
+    """
+    executed = request.get("executed")
+    if executed is None:
+        return None
+    if not isinstance(executed, (int, np.integer)) or executed < 0:
+        raise ValueError(f"`executed` came as {str(executed)[:40]}; expected how many actions of the last chunk were.")
+    return int(executed)
 
 
 def _images(request: dict[str, Any], robot: Robot) -> dict[Any, Any]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from pi0_jax.data.transform import check_observation
 from pi0_jax.inference.policy import Policy
-from pi0_jax.serving.requests import read_request, read_seed
+from pi0_jax.serving.requests import read_executed, read_request, read_seed
 from pi0_jax.serving.session import Session
 
 log = logging.getLogger(__name__)
@@ -56,6 +56,8 @@ class Prepared:
 
     observation: dict[str, Any]
     seed: tuple[int, ...] | None
+    executed: int | None
+    """Actions of the session's last chunk that were executed, where the new chunk is to go on from the rest of it."""
 
 
 class RobotPolicy:
@@ -69,29 +71,44 @@ class RobotPolicy:
         batch_sizes: numbers of requests to compile a program for.
         prompt: instruction for clients that send none.
         seed: of the noise of sessions that do not send their own.
+        real_time: compile programs for chunks that go on from the ones in execution too; without, such requests are
+            refused.
     """
 
     def __init__(
-        self, policy: Policy, batch_sizes: Sequence[int] = (1, 2, 4, 8, 16), prompt: str | None = None, seed: int = 0
+        self,
+        policy: Policy,
+        batch_sizes: Sequence[int] = (1, 2, 4, 8),
+        prompt: str | None = None,
+        seed: int = 0,
+        real_time: bool = False,
     ):
         if not batch_sizes or min(batch_sizes) < 1:
             raise ValueError(f"batch sizes came as {list(batch_sizes)}; expected at least one, of at least 1.")
-        self.policy, self.prompt, self.seed = policy, prompt, seed
+        self.policy, self.prompt, self.seed, self.real_time = policy, prompt, seed, real_time
         self.batch_sizes = tuple(sorted(set(batch_sizes)))
-        self.metadata = describe(policy)
+        self.metadata = describe(policy) | {"real_time": real_time}
 
     def warm_up(self) -> None:
         """Compiles a program for each batch size, and logs how long it took."""
-        example = self.prepare(self.policy.robot.example())
+        example = self.policy.robot.example()
+        previous = np.zeros((self.policy.config.model.action_horizon, len(self.policy.robot.actions)), np.float32)
+        requests = [example, example | {"previous": previous}] if self.real_time else [example]
         for size in self.batch_sizes:
             start = time.perf_counter()
-            self.infer_batch([example] * size, [Session("warm-up") for _ in range(size)])
+            for request in requests:
+                self.infer_batch([self.prepare(request)] * size, [Session("warm-up") for _ in range(size)])
             log.info("batches of %d: ready after %.1f s", size, time.perf_counter() - start)
 
     def prepare(self, request: Any) -> Prepared:
         """The robot's raw observation in a request, checked; errors as of `Served.prepare`."""
         raw = read_request(request, self.policy.robot, self.prompt)
-        return Prepared(check_observation(raw, self.policy.robot), read_seed(request))
+        checked = check_observation(raw, self.policy.robot)
+        observation = raw | {key: checked[key] for key in ("images", "state", "prompt")}
+        prepared = Prepared(observation, read_seed(request), read_executed(request))
+        if not self.real_time and ("previous" in raw or prepared.executed is not None):
+            raise ValueError("`previous` and `executed` need a server with --real-time, which compiles what they take.")
+        return prepared
 
     def infer_batch(self, observations: Sequence[Prepared], sessions: Sequence[Session]) -> list[dict[str, Any]]:
         """Chunks in the robot's units; `infer_ms` is from observations to actions in host memory, for the batch."""
@@ -101,9 +118,18 @@ class RobotPolicy:
         rows = list(range(count)) + [0] * (size - count)
         seeds = [prepared.seed or session for prepared, session in zip(observations, sessions, strict=True)]
         keys = noise_keys([seeds[i] for i in rows], self.seed)
-        chunks = self.policy.infer_batch([observations[i].observation for i in rows], keys)[:count]
+        raw = [self._go_on(prepared, session) for prepared, session in zip(observations, sessions, strict=True)]
+        chunks = self.policy.infer_batch([raw[i] for i in rows], keys)[:count]
+        for session, chunk in zip(sessions, chunks, strict=True):
+            session.memory = chunk
         timing = {"infer_ms": 1000 * (time.perf_counter() - start), "batch_size": count}
         return [{"actions": np.asarray(chunk, np.float32), "policy_timing": timing} for chunk in chunks]
+
+    def _go_on(self, prepared: Prepared, session: Session) -> dict[str, Any]:
+        """The observation, with what is left of the session's last chunk if it is to go on from that."""
+        if prepared.executed is None or session.memory is None:
+            return prepared.observation
+        return prepared.observation | {"previous": session.memory[prepared.executed :]}
 
 
 def noise_keys(seeds: Sequence[tuple[int, ...] | Session], base: int) -> jax.Array:

@@ -187,3 +187,20 @@ def test_the_command_refuses_a_network_without_a_token_before_it_loads_anything(
     assert cli.main(["serve", str(tmp_path / "none"), "--host", "0.0.0.0"]) == 1
     assert "at least 16" in capsys.readouterr().err
     assert os.environ["PI0_TOKEN"] == "short"
+
+
+def test_a_session_goes_on_from_the_chunk_in_execution(policy):
+    with serving(RobotPolicy(policy, (1,), real_time=True)) as server, Client(server.uri) as client:
+        first = client.infer(observation(), seed=1)["actions"]
+        by_server = client.infer(observation(1) | {"executed": 2, "delay": 1}, seed=2)["actions"]
+        by_client = client.infer(observation(1) | {"previous": first[2:], "delay": 1}, seed=2)["actions"]
+        np.testing.assert_array_equal(by_server, by_client)
+        np.testing.assert_array_equal(
+            by_server, policy.infer(observation(1) | {"previous": first[2:], "delay": 1}, seed=2)
+        )
+        assert np.abs(by_server - client.infer(observation(1), seed=2)["actions"]).max() > 1e-4
+        with pytest.raises(ServerError, match="`executed` came as -1"):
+            client.infer(observation() | {"executed": -1})
+    plain = RobotPolicy(policy, (1,))
+    with pytest.raises(ValueError, match="need a server with --real-time"):
+        plain.prepare(observation() | {"executed": 2})
