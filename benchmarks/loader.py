@@ -5,8 +5,8 @@ Run: python benchmarks/loader.py --frames 600 --size 224 --lerobot-python PATH
 It writes an H.264 dataset with a key frame at every second frame, measures PyAV's own ceiling on its first file (single
 frames at random, as a loader needs them, in one thread of one process and of as many as there are cores), and the
 loader's samples per second against it. PATH is the Python of an environment with LeRobot: its DataLoader then reads the
-same folder in turn with ours, with worker processes alone. All are measured in turn `--rounds` times: rates are the best
-of them, shares the medians, each within its round. Statistics are measured too, in frames per second and core.
+same folder in turn with ours, with worker processes alone. All are measured in turn `--rounds` times: rates are the
+best of them, shares the medians, each within its round. Statistics are measured too, in frames per second and core.
 Everything is printed as one JSON object.
 """
 
