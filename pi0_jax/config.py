@@ -384,6 +384,11 @@ class TrainConfig:
     save_every: int = 1000
     keep_checkpoints: int = 2
     """Checkpoints kept, the newest ones."""
+    keep_every: int | None = None
+    """Checkpoints whose step is a multiple of it are kept for good; None: none are."""
+    keep_best: int = 0
+    """Checkpoints kept besides, those with the lowest validation loss; `save_every` has to be a multiple of
+    `validate_every`, so that it is known when one is saved."""
 
 
 @dataclasses.dataclass(frozen=True)
