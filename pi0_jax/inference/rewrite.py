@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -27,7 +28,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array
 
-from pi0_jax import pi0
+from pi0_jax import checkpoint, pi0
 from pi0_jax.config import ExpertConfig, ModelConfig, VisionConfig
 from pi0_jax.model import lora
 from pi0_jax.model.heads import make_network
@@ -63,19 +64,20 @@ class Quantized(NamedTuple):
     """`[*l f]`, float32: one for each output."""
 
 
-def rewrite(config: ModelConfig, read: Read, *, unstacked: bool = False, bits: Bits | None = None) -> Weights:
-    """The rewritten weights of a model with an action expert.
+def can_rewrite(config: ModelConfig) -> bool:
+    """Whether there are rules for this kind of model: those with an action expert that takes a chunk and a time."""
+    return config.head == "expert" and config.prediction in ("velocity", "epsilon", "v")
+
+
+def rewrite(config: ModelConfig, read: Read, *, unstacked: bool = False) -> Weights:
+    """The rewritten weights of a model.
 
     Args:
-        config: of the model.
+        config: of the model, one that `can_rewrite`.
         read: where the weights come from.
         unstacked: lists of layers, for a straight-line program, instead of stacks of them, for a scan.
-        bits: round the layers' matrices to eight bits.
     """
-    network = make_network(config)
-    params = nn.meta.unbox(jax.eval_shape(functools.partial(pi0.init_params, network), jax.random.key(0)))
-    shapes = flatten_dict(params, sep="/")
-    found = rules(config)
+    shapes, found = shapes_of(config), rules(config)
 
     def source_bytes(target: str) -> int:
         return sum(math.prod(shapes[path].shape) for path in found[target].sources)
@@ -87,12 +89,44 @@ def rewrite(config: ModelConfig, read: Read, *, unstacked: bool = False, bits: B
         sources = read({path: jax.ShapeDtypeStruct(shapes[path].shape, dtype) for path in rule.sources})
         array = _made(rule, sources, dtype, 4 * source_bytes(target) > _JIT_ABOVE)
         del sources
-        if bits and target.rpartition("/")[2] in ("qkv", "kv", "o", "gate_up", "up", "down", "project"):
-            array = quantize(array, bits)
         if unstacked and target.startswith(STACKED):
-            array = [jax.tree.map(lambda x: x[i], array) for i in range(_length(target, config))]
+            array = list(array)
         weights[target] = array
     return _by_layer(unflatten_dict(weights, sep="/")) if unstacked else unflatten_dict(weights, sep="/")
+
+
+def from_checkpoint(path: str | Path, config: ModelConfig) -> Read:
+    """Reads from a checkpoint of ours: small arrays at once, large ones when they are asked for.
+
+    Raises:
+        CheckpointError: the weights are not those of such a model.
+    """
+    shapes = shapes_of(config)
+    checkpoint.check_params(path, unflatten_dict(shapes, sep="/"))
+
+    def restored(wanted: dict[str, Any]) -> dict[str, Any]:
+        part = unflatten_dict(wanted, sep="/")
+        return flatten_dict(checkpoint.restore_params(path, part, partial=True), sep="/")
+
+    small = restored({path: x for path, x in shapes.items() if 4 * x.size < _JIT_ABOVE})
+
+    def read(wanted):
+        large = {path: x for path, x in wanted.items() if path not in small}
+        rest = {path: small[path].astype(x.dtype) for path, x in wanted.items() if path in small}
+        return rest | (restored(large) if large else {})
+
+    return read
+
+
+def read_all(config: ModelConfig, read: Read):
+    """A model's parameters as they are, float32."""
+    return unflatten_dict(read(shapes_of(config)), sep="/")
+
+
+def shapes_of(config: ModelConfig) -> dict[str, Any]:
+    """Shapes of a model's parameters by path."""
+    init = functools.partial(pi0.init_params, make_network(config))
+    return flatten_dict(nn.meta.unbox(jax.eval_shape(init, jax.random.key(0))), sep="/")
 
 
 def from_tree(params) -> Read:
@@ -101,18 +135,29 @@ def from_tree(params) -> Read:
     return lambda wanted: {path: flat[path].astype(x.dtype) for path, x in wanted.items()}
 
 
+def quantized(weights: Any, bits: Bits, name: str = "") -> Any:
+    """Rewritten weights with the matrices of all layers in eight bits.
+
+    Args:
+        weights: of `rewrite`.
+        bits: int8, or float8 (e4m3), whose products also round the tokens.
+        name: of these weights within others.
+    """
+    if isinstance(weights, dict):
+        return {key: quantized(value, bits, key) for key, value in weights.items()}
+    if isinstance(weights, list):
+        return [quantized(value, bits, name) for value in weights]
+    return quantize(weights, bits) if name in ("qkv", "kv", "o", "gate_up", "up", "down", "project") else weights
+
+
+@functools.partial(jax.jit, static_argnums=1)
 def quantize(w: Array, bits: Bits) -> Quantized:
     """Rounds a matrix `[*l d f]` to eight bits, each output with the scale that its largest weight needs."""
     dtype, most = (jnp.int8, 127.0) if bits == "int8" else (jnp.float8_e4m3fn, 448.0)
-
-    @jax.jit
-    def rounded(w):
-        w = w.astype(jnp.float32)
-        scale = jnp.maximum(jnp.max(jnp.abs(w), axis=-2), 1e-30) / most
-        values = w / scale[..., None, :]
-        return Quantized((jnp.round(values) if bits == "int8" else values).astype(dtype), scale)
-
-    return rounded(w)
+    w = w.astype(jnp.float32)
+    scale = jnp.maximum(jnp.max(jnp.abs(w), axis=-2), 1e-30) / most
+    values = w / scale[..., None, :]
+    return Quantized((jnp.round(values) if bits == "int8" else values).astype(dtype), scale)
 
 
 def rules(config: ModelConfig) -> dict[str, Rule]:
@@ -138,11 +183,6 @@ def _made(rule: Rule, sources: dict[str, Any], dtype: jnp.dtype, compiled: bool)
         return jax.jit(lambda sources: make(sources, jnp).astype(dtype))(sources)
     kind = ml_dtypes.bfloat16 if dtype == jnp.bfloat16 else dtype
     return jnp.asarray(make({path: np.asarray(x) for path, x in sources.items()}, np).astype(kind))
-
-
-def _length(target: str, config: ModelConfig) -> int:
-    lengths = {"vision/layers/": config.vision.depth, "language/": config.depth - 1, "action/": config.depth}
-    return next(length for beginning, length in lengths.items() if target.startswith(beginning))
 
 
 def _by_layer(weights: Weights) -> Weights:

@@ -54,9 +54,9 @@ def test_denoising_ends_at_the_chunk(policy, observation):
 
 def test_a_second_call_compiles_nothing(policy, observation):
     policy.infer(observation)
-    before = Policy._sample._cache_size()
+    before = policy.compiled
     policy.infer(observation | {"prompt": "reach the red block"}, seed=5)
-    assert Policy._sample._cache_size() == before
+    assert policy.compiled == before
 
 
 def test_steps_and_solver_can_be_chosen_at_loading(checkpoint_folder, observation, policy):
@@ -126,22 +126,18 @@ def test_pi05_writes_the_state_into_the_prompt(tmp_path, observation):
     assert Policy.load(run).infer(observation).shape == (TINY.model.action_horizon, 3)
 
 
-def programs() -> int:
-    return Policy._sample._cache_size()  # pyright: ignore
-
-
 def test_one_program_serves_each_step_count_and_one_more_all_scales_of_guidance(policy, observation):
     keys = jax.random.key(0)[None]
-    before = programs()
+    before = policy.compiled
     chunks = [policy.infer_batch([observation], keys, num_steps=n) for n in (2, 8, 2)]
-    assert programs() == before + 2
+    assert policy.compiled == before + 2
     np.testing.assert_array_equal(chunks[0], chunks[2])
     guided = [policy.infer_batch([observation], keys, num_steps=2, guidance_scale=s) for s in (0.0, 1.5, 3.0)]
-    assert programs() == before + 3
+    assert policy.compiled == before + 3
     assert np.abs(guided[0] - guided[2]).max() > 0
     # Scale 1 is no guidance, and costs none.
     np.testing.assert_array_equal(policy.infer_batch([observation], keys, num_steps=2, guidance_scale=1.0), chunks[0])
-    assert programs() == before + 3
+    assert policy.compiled == before + 3
 
 
 def test_guidance_set_at_loading_is_that_of_the_call(checkpoint_folder, policy, observation):
