@@ -261,6 +261,7 @@ def _dot(x, w):
         return x @ w
     if w.values.dtype == jnp.int8:
         return ((x @ w.values.astype(x.dtype)) * w.scale).astype(x.dtype)
-    scale = jnp.maximum(jnp.max(jnp.abs(x)).astype(jnp.float32), 1e-30) / 448.0
+    # A scale for each token: what else is in the batch changes nothing.
+    scale = jnp.maximum(jnp.max(jnp.abs(x), axis=-1, keepdims=True).astype(jnp.float32), 1e-30) / 448.0
     rounded = (x / scale).astype(w.values.dtype).astype(x.dtype)
     return ((rounded @ w.values.astype(x.dtype)) * (scale * w.scale)).astype(x.dtype)

@@ -177,7 +177,9 @@ class Policy:
         count = len(observations)
         if count == 0 or len(keys) != count or (noise is not None and len(noise) != count):
             given = "" if noise is None else f" and {len(noise)} of noise"
-            raise ValueError(f"{count} observations came with {len(keys)} keys{given}; expected one each, of at least 1.")
+            raise ValueError(
+                f"{count} observations came with {len(keys)} keys{given}; expected one each, of at least 1."
+            )
         if self._batch_sizes and count > self._batch_sizes[-1]:
             most = self._batch_sizes[-1]
             parts = [slice(i, i + most) for i in range(0, count, most)]
@@ -195,34 +197,33 @@ class Policy:
         options = self._options(num_steps, guidance_scale, solver)
         given = None if noise is None else np.asarray(noise, np.float32)[rows]
         prepared = time.perf_counter()
-        weights = self._with_tables(options, previous)
-        keys = keys if size == count else keys[rows]
-        normalised = jax.block_until_ready(
-            self._run(weights, observation, keys, noise=given, previous=previous, **options)
-        )
+        normalised = self._compute(observation, keys if size == count else keys[rows], previous, options, given)
         computed = time.perf_counter()
-        actions = self._raw(np.asarray(normalised), anchors)[:count]
+        actions = self._raw(normalised, anchors)[:count]
         self._timings.append(Timing(prepared - start, computed - prepared, time.perf_counter() - computed))
         return actions
 
-    def warm_up(self, batch_sizes: Sequence[int] = (1,), **how: Any) -> None:
+    def warm_up(self, batch_sizes: Sequence[int] = (1,), *, real_time: bool = False, **how: Any) -> None:
         """Compiles what calls will need, so that none of them waits for a compiler.
 
         Args:
             batch_sizes: from now on, observations come in these numbers to the network: fewer are filled up, more than
                 the largest are divided.
+            real_time: compile for observations with `previous`, too.
             how: arguments of `infer_batch` to compile for.
         """
+        if not batch_sizes or min(batch_sizes) < 1:
+            raise ValueError(f"batch sizes came as {list(batch_sizes)}; expected at least one, of at least 1.")
         example = self.robot.example()
+        rest = {"previous": np.zeros((self.config.model.action_horizon, len(self.robot.actions)), np.float32)}
         self._batch_sizes = tuple(sorted(set(batch_sizes)))
+        options = self._options(**how)
         for size in self._batch_sizes:
             for length in prompt_lengths(self.config.model.prompt_length):
                 start = time.perf_counter()
-                observation, *_ = self._prepare([example] * size, length)
-                options = self._options(**how)
-                keys = jax.random.split(jax.random.key(0), size)
-                weights = self._with_tables(options, None)
-                jax.block_until_ready(self._run(weights, observation, keys, noise=None, previous=None, **options))
+                for raw in (example, example | rest) if real_time else (example,):
+                    observation, _, previous = self._prepare([raw] * size, length)
+                    self._compute(observation, jax.random.split(jax.random.key(0), size), previous, options)
                 _log.info("batch of %d, prompt of %d: %.1f s", size, length, time.perf_counter() - start)
         self._timings.clear()
 
@@ -264,9 +265,9 @@ class Policy:
             )
         observation, *_ = self._prepare([self.robot.example()] * 8)
         keys, options = jax.random.split(jax.random.key(0), 8), self._options(None)
-        before = np.asarray(self._run(self._with_tables(options, None), observation, keys, noise=None, previous=None, **options))
+        before = self._compute(observation, keys, None, options)
         self._weights = quantized(self._weights, bits)
-        after = np.asarray(self._run(self._with_tables(options, None), observation, keys, noise=None, previous=None, **options))
+        after = self._compute(observation, keys, None, options)
         error = {"rms": float(np.sqrt(np.mean((after - before) ** 2))), "largest": float(np.abs(after - before).max())}
         _log.info(
             "weights in %s: normalised actions change by %.2g (root mean square), %.2g at most",
@@ -291,6 +292,11 @@ class Policy:
         weights = self._with_tables(options, None)
         _, points = self._run(weights, observation, keys, noise=None, previous=None, **options, path=True)
         return np.asarray(points), anchors
+
+    def _compute(self, observation, keys, previous, options, noise=None) -> np.ndarray:
+        """Normalised actions, in host memory."""
+        weights = self._with_tables(options, previous)
+        return np.asarray(self._run(weights, observation, keys, noise=noise, previous=previous, **options))
 
     def _with_tables(self, options: dict[str, Any], previous: Previous | None) -> Any:
         """The weights, and what the flow times of an equal Euler grid do, where those are the times."""

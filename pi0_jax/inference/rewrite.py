@@ -162,7 +162,7 @@ def quantize(w: Array, bits: Bits) -> Quantized:
 
 def rules(config: ModelConfig) -> dict[str, Rule]:
     """All arrays of the rewritten weights, by path, and what they are made of."""
-    found = _vision(config.vision)
+    found = _vision(config.vision) if config.cameras else {}
     found |= {"embedding": _copy("embedding")}
     found |= _expert("language", config.language, config, slice(None, -1))
     kv = "backbone/layers/language/attn/kv"
@@ -191,8 +191,10 @@ def _by_layer(weights: Weights) -> Weights:
     def turned(layers: dict[str, list]) -> list[dict[str, Any]]:
         return [dict(zip(layers, values, strict=True)) for values in zip(*layers.values(), strict=True)]
 
-    vision = weights["vision"] | {"layers": turned(weights["vision"]["layers"])}
-    return weights | {"vision": vision, "language": turned(weights["language"]), "action": turned(weights["action"])}
+    found = weights | {name: turned(weights[name]) for name in ("language", "action")}
+    if "vision" in weights:
+        found["vision"] = weights["vision"] | {"layers": turned(weights["vision"]["layers"])}
+    return found
 
 
 def _copy(path: str, shape: Callable[[Any], Any] = lambda x: x, *, exact: bool = False) -> Rule:
@@ -241,13 +243,19 @@ def _vision(config: VisionConfig) -> dict[str, Rule]:
     after_norm("vision/layers/up", f"{layers}/mlp_norm", (f"{layers}/mlp_in",))
     after_norm("vision/project", f"{encoder}/norm", ("image_projector",))
     for target, name in (("o", "out"), ("down", "mlp_out")):
-        found[f"vision/layers/{target}"] = _copy(f"{layers}/{name}/kernel", lambda x: x.reshape(len(x), -1, x.shape[-1]))
+        found[f"vision/layers/{target}"] = _copy(
+            f"{layers}/{name}/kernel", lambda x: x.reshape(len(x), -1, x.shape[-1])
+        )
         found[f"vision/layers/{target}_bias"] = _copy(f"{layers}/{name}/bias", exact=True)
     return found
 
 
 def _rule(
-    paths: tuple[str, ...], make: Callable[[list[Any], Any, Any], Any], name: str, expert: ExpertConfig, norm: str | None
+    paths: tuple[str, ...],
+    make: Callable[[list[Any], Any, Any], Any],
+    name: str,
+    expert: ExpertConfig,
+    norm: str | None,
 ) -> Rule:
     """A rule for weights of an expert: adapters are added first, and `make` gets the weights and 1 + the norm's scale
     (1 without a norm)."""
