@@ -207,7 +207,7 @@ def _layer(c: ModelConfig, w: Weights, x, cached, rotation, mask, modulation=Non
     rotated = turn(qkv[:, :, : n + k], *rotation)
     own = rotated[:, :, n:], qkv[:, :, n + k :]
     seen = own if cached is None else [jnp.concatenate(parts, axis=1) for parts in zip(cached, own, strict=True)]
-    attended = _dot(attend(rotated[:, :, :n], *seen, mask, scale=1).reshape(b, t, n * h), w["o"])
+    attended = _dot(attend(rotated[:, :, :n], seen[0], seen[1], mask, scale=1).reshape(b, t, n * h), w["o"])
     x += attended if gate is None else attended * gate
     normed, gate = _normed(x, None if modulation is None else modulation[1])
     gates, up = jnp.split(_dot(normed, w["gate_up"]), 2, axis=-1)

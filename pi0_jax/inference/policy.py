@@ -224,13 +224,13 @@ class Policy:
                 for raw in (example, example | rest) if real_time else (example,):
                     observation, _, previous = self._prepare([raw] * size, length)
                     self._compute(observation, jax.random.split(jax.random.key(0), size), previous, options)
-                _log.info("batch of %d, prompt of %d: %.1f s", size, length, time.perf_counter() - start)
+                _log.info("batch of %d, prompt of %d: ready after %.1f s", size, length, time.perf_counter() - start)
         self._timings.clear()
 
     @property
     def compiled(self) -> int:
         """Number of programs compiled so far."""
-        return self._run._cache_size()
+        return self._run._cache_size()  # pyright: ignore
 
     def latency(self) -> dict[str, dict[str, float]]:
         """Percentiles (p50, p95, p99) of the last 1000 calls' times, milliseconds, by `Timing`'s parts and in total.

@@ -131,7 +131,7 @@ def shapes_of(config: ModelConfig) -> dict[str, Any]:
 
 def from_tree(params) -> Read:
     """Reads from weights in memory."""
-    flat = flatten_dict(params, sep="/")
+    flat: dict[str, Any] = flatten_dict(params, sep="/")
     return lambda wanted: {path: flat[path].astype(x.dtype) for path, x in wanted.items()}
 
 
