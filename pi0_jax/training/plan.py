@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import math
 import os
 import re
@@ -192,13 +193,21 @@ def _tpus(topology: str) -> list[Any]:
     for key, value in alone.items():
         os.environ.setdefault(key, value)
     chips = [int(n) for n in topology.partition(":")[2].split("x")]
-    few = {"chips_per_host_bounds": [*chips, 1, 1][:3]} if math.prod(chips) < 4 else {}
+    options: dict[str, Any] = {"chips_per_host_bounds": [*chips, 1, 1][:3]} if math.prod(chips) < 4 else {}
+    if topology.startswith("v4:"):  # a device is a chip, as on the hardware, and not a core
+        options["chip_config_name"] = "megacore"
     try:
-        return list(topologies.get_topology_desc(topology, "tpu", **few).devices)
+        return list(topologies.get_topology_desc(topology, "tpu", **options).devices)
     except Exception as error:  # whatever libtpu raises
-        missing = "libtpu" in str(error) and ("not" in str(error) or "open" in str(error))
-        advice = "TPU programs are compiled by libtpu: pip install 'pi0_jax[tpu]'" if missing else "look at its shape"
-        raise ValueError(f"no topology {topology}: {str(error).splitlines()[0]}. {advice}.") from error
+        if importlib.util.find_spec("libtpu") is None:
+            raise ValueError(
+                f"a plan for {topology} is compiled by libtpu, which is not installed: pip install 'pi0_jax[tpu]'. It "
+                "needs no TPU. Plans for GPUs, such as h100:8, need nothing."
+            ) from error
+        raise ValueError(
+            f"no topology {topology}: {str(error).splitlines()[0]} Shapes that exist: 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, "
+            "16x16 of v5e and v6e, and of v4 and v5p three numbers, 2x2x1, 2x2x2, 2x2x4, 2x4x4, 4x4x4 and so on."
+        ) from error
 
 
 def _cpus(count: int) -> list[Any]:
