@@ -26,6 +26,10 @@ BATCH = 1024
 CHIPS = {"v5p:1x1x1": 1, "v5p:2x2x1": 4, "v5p:2x2x4": 16, "v5p:4x4x4": 64, "v5p:4x8x8": 256, "v5p:8x8x16": 1024}
 
 
+FSDP = 64
+"""Devices, at most, that the state is divided over; more are replicas. The image encoder's width, 1152, is 9 * 128."""
+
+
 class Row(NamedTuple):
     model: str
     topology: str
@@ -33,8 +37,12 @@ class Row(NamedTuple):
     trained: str = "full"
 
     @property
+    def devices(self) -> int:
+        return math.prod(int(n) for n in self.topology.partition(":")[2].split("x"))
+
+    @property
     def batch_size(self) -> int:
-        return self.per_device * math.prod(int(n) for n in self.topology.partition(":")[2].split("x"))
+        return self.per_device * self.devices
 
 
 SLICES = [
@@ -52,7 +60,7 @@ def config(row: Row) -> TrainConfig:
     policy = PolicyConfig(model=MODELS[row.model], robot="aloha")
     return TrainConfig(
         policy=policy,
-        mesh=MeshConfig(data=1, fsdp=-1),
+        mesh=MeshConfig(data=-1, fsdp=min(FSDP, row.devices)),
         batch_size=row.batch_size,
     )
 
