@@ -378,7 +378,15 @@ class TrainConfig:
     seed: int = 0
     batch_size: int = 32
     """Observations a step, over all devices."""
+    parts: int = 1
+    """Parts that each device computes its share of a batch in, one after another: so many times fewer activations in
+    memory. Losses and weights are those of one part, within rounding."""
     num_steps: int = 30_000
+    skip_in_row: int = 5
+    """Updates in a row that are skipped, because their loss or gradient is NaN or infinite, before the run stops. They
+    leave weights, average and optimizer as they were. 0: the first one stops it."""
+    skip_in_total: int = 50
+    """The same for all skipped updates of the run."""
     log_every: int = 20
     validate_every: int = 500
     save_every: int = 1000

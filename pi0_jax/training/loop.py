@@ -20,9 +20,10 @@ from pi0_jax.config import HostsConfig, TrainConfig
 from pi0_jax.model.heads import Network
 from pi0_jax.training import hosts, optimizer, sharding
 from pi0_jax.training.folder import delete_run, open_run
+from pi0_jax.training.guard import Diverged
 from pi0_jax.training.inputs import Inputs, load_inputs
 from pi0_jax.training.interrupt import Interrupted, StopRequest
-from pi0_jax.training.metrics import Diverged, Reporter
+from pi0_jax.training.metrics import Reporter
 from pi0_jax.training.program import Program, build
 from pi0_jax.training.state import TrainState, join, split
 
@@ -45,7 +46,8 @@ def run(config: TrainConfig) -> Path:
     Raises:
         ValueError, OSError: something is wrong with the configuration, its data, or the disk; see `open_run`,
             `load_inputs` and `pi0_jax.checkpoint`.
-        Diverged: the loss or a norm became NaN or infinite. Nothing is saved from then on.
+        Diverged: the weights became NaN or infinite, or loss or gradient more often than `config.skip_in_row` and
+            `config.skip_in_total` allow. Nothing is saved from then on.
         Interrupted: SIGINT or SIGTERM came to any process; the state is saved.
 
     One process of several that fails alone ends without returning: see `hosts.ended_together`.
@@ -57,7 +59,7 @@ def run(config: TrainConfig) -> Path:
 
 
 def _run(config: TrainConfig) -> Path:
-    for name in ("batch_size", "num_steps", "log_every", "validate_every", "save_every", "keep_checkpoints"):
+    for name in ("batch_size", "num_steps", "log_every", "validate_every", "save_every", "keep_checkpoints", "parts"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}; it has to be at least 1.")
     if config.augment.square_symmetries and config.policy.model.variant == "pi05":
@@ -73,7 +75,7 @@ def _run(config: TrainConfig) -> Path:
     pi0.check_policy(config.policy)
     _check_objective(config)
     mesh = sharding.make_mesh(config.mesh)
-    batch_placement = sharding.batch_sharding(mesh, config.batch_size)
+    batch_placement = sharding.batch_sharding(mesh, config.batch_size, config.parts)
     optimizer.make_schedule(config.optim, config.num_steps)  # refuses what cannot work, before data are read
     run_dir = Path(config.run_dir).expanduser()
     source = open_run(config)
@@ -120,6 +122,11 @@ def _check_objective(config: TrainConfig) -> None:
         raise ValueError("flow.drop_prompt, drop_images and drop_both exclude one another; their sum is above 1.")
     if not 0 < flow.shortcut_share < 1:
         raise ValueError(f"flow.shortcut_share is {flow.shortcut_share}; it is a share of the batch, between 0 and 1.")
+    if prediction == "average_velocity" and (taught := pi0.taught_examples(config.batch_size, flow)) % config.parts:
+        raise ValueError(
+            f"flow.shortcut_share makes {taught} examples of a batch teach shortcuts, and {config.parts} parts cannot "
+            "have an equal number of them; take --parts that divides it, or another share."
+        )
     if config.init_parts and config.init_from is None:
         raise ValueError(f"init_parts {list(config.init_parts)} are parts of nothing: name a checkpoint, --init-from.")
     if prediction != "velocity" and (config.reflow_from is not None or flow.coupling != "independent"):
@@ -190,7 +197,8 @@ def _train(
     saved = step
     reporter = Reporter(
         run_dir, start=step, num_steps=config.num_steps, batch_size=config.batch_size, log_every=config.log_every,
-        gauges=getattr(inputs.loader, "gauges", dict), write=hosts.is_first(),
+        gauges=getattr(inputs.loader, "gauges", dict), skips=(config.skip_in_row, config.skip_in_total),
+        write=hosts.is_first(),
     )  # fmt: skip
     signal = None
     with reporter, StopRequest() as stop:

@@ -23,6 +23,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[re
 from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 from tqdm import tqdm
 
+from pi0_jax.training.guard import Guard, skipped_before
 from pi0_jax.training.step import Metrics
 
 FILE = "metrics.jsonl"
@@ -34,12 +35,7 @@ _ADVICE = {
     "input_columns": "reading columns",
     "input_transform": "resizing and tokens; keep resized frames (pi0 data cache)",
 }
-_MUST_BE_FINITE = ("loss", "grad_norm", "param_norm")
 _log = logging.getLogger(__name__)
-
-
-class Diverged(FloatingPointError):
-    """A loss or a norm became NaN or infinite; the message names the step and the number."""
 
 
 class Reporter:
@@ -54,6 +50,7 @@ class Reporter:
         batch_size: int,
         log_every: int,
         gauges: Callable[[], dict[str, float]] = dict,
+        skips: tuple[int, int] = (0, 0),
         write: bool = True,
     ):
         """Opens the files of a run.
@@ -65,8 +62,10 @@ class Reporter:
             batch_size: samples an update, for the rate.
             log_every: updates between lines on the terminal and points in TensorBoard.
             gauges: what `data.loader.Loader.gauges` measured since it was asked last; asked once an update.
+            skips: updates in a row, and in all, that may be skipped because they are not finite.
             write: False for processes that only help: they check the numbers, and write and show nothing.
         """
+        self._guard = Guard(*skips, before=skipped_before(run_dir / FILE, start))
         rows, timing = (run_dir / name if write else Path(os.devnull) for name in (FILE, TIMING_FILE))
         if write:
             drop_rows_after(rows, start)
@@ -102,7 +101,7 @@ class Reporter:
         """Takes the metrics of an update that may still be running, and reports the update before it.
 
         Raises:
-            Diverged: that one was not finite.
+            Diverged: that one was not finite, and one too many.
         """
         self.flush()
         self._pending = (step, metrics)
@@ -118,7 +117,7 @@ class Reporter:
         """Waits for the update that was pushed last and reports it.
 
         Raises:
-            Diverged: it was not finite.
+            Diverged: it was not finite, and one too many.
         """
         if self._pending is None:
             return
@@ -127,9 +126,7 @@ class Reporter:
         values = {name: float(value) for name, value in sorted(jax.device_get(metrics).items())}
         self._since = self._since or (step, time.monotonic())  # the first update compiles
         self._write_row(step, values)
-        for name in _MUST_BE_FINITE:
-            if not math.isfinite(values[name]):
-                raise Diverged(f"training diverged: {name} is {values[name]} at step {step}")
+        self._guard.see(step, values)
         if step % self._log_every == 0 or step == self._bar.total:
             self._show(step, values)
         self._bar.update(step - self._bar.n)

@@ -60,7 +60,7 @@ def build(config: TrainConfig, mesh: Mesh, robot: Robot, stats: Stats, rows: np.
     Raises:
         ValueError: the batch does not divide over the devices, or the schedule has no room to decay in.
     """
-    batch_placement = sharding.batch_sharding(mesh, config.batch_size)
+    batch_placement = sharding.batch_sharding(mesh, config.batch_size, config.parts)
     schedule = optimizer.make_schedule(config.optim, config.num_steps)
     network = make_network(config.policy.model)
     boxed = jax.eval_shape(functools.partial(pi0.init_params, network), jax.random.key(0))
@@ -75,13 +75,15 @@ def build(config: TrainConfig, mesh: Mesh, robot: Robot, stats: Stats, rows: np.
     def compiled_update(flow: FlowConfig):
         make = functools.partial(
             make_update,
-            sharding.keep_batch_divided(mesh, functools.partial(_loss, network, flow)),
+            functools.partial(pi0.draw, config.policy.model, flow=flow, reflow=config.reflow_from is not None),
+            sharding.keep_batch_divided(mesh, functools.partial(_error, network, flow, config.parts)),
             functools.partial(
                 augment, config=config.augment, robot=robot, stats=stats, mode=config.policy.normalization
             ),
             transform,
             schedule,
             ema_decay=config.optim.ema_decay,
+            parts=config.parts,
         )
         # The seed is an argument, so that runs which differ in it alone share their compiled programs.
         return jax.jit(
@@ -108,3 +110,7 @@ def build(config: TrainConfig, mesh: Mesh, robot: Robot, stats: Stats, rows: np.
 
 def _loss(network: Network, flow: FlowConfig, params, batch: Batch, key: PRNGKeyArray, *teacher):
     return pi0.loss(network, params, batch, key, flow, *teacher)
+
+
+def _error(network: Network, flow: FlowConfig, parts: int, params, examples: pi0.Examples, total, *teacher):
+    return pi0.error(network, params, examples, total, flow, *teacher, parts=parts)

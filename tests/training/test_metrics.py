@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from pi0_jax.training.metrics import Diverged, Reporter, drop_rows_after
+from pi0_jax.training.guard import Diverged
+from pi0_jax.training.metrics import Reporter, drop_rows_after
 
 
 def metrics(loss: float, **others: float):
