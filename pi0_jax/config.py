@@ -387,6 +387,12 @@ class TrainConfig:
     leave weights, average and optimizer as they were. 0: the first one stops it."""
     skip_in_total: int = 50
     """The same for all skipped updates of the run."""
+    compilation_cache: str | None = "default"
+    """Folder where compiled programs are kept for the next run; default: `compiled` in PI0_CACHE, or in
+    ~/.cache/pi0_jax, unless JAX's own variables say otherwise; None: nowhere."""
+    profile: str | None = None
+    """START:STOP: writes a trace of the updates from START up to, and without, STOP to `profile` in the run's folder.
+    Look at it with xprof."""
     log_every: int = 20
     validate_every: int = 500
     save_every: int = 1000

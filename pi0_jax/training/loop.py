@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.linen import meta
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
 
 from pi0_jax import checkpoint, pi0
 from pi0_jax.batch import Batch
@@ -19,11 +20,13 @@ from pi0_jax.checkpoint import CheckpointWriter
 from pi0_jax.config import HostsConfig, TrainConfig
 from pi0_jax.model.heads import Network
 from pi0_jax.training import hosts, optimizer, sharding
+from pi0_jax.training.compilation import Watch, keep_programs
 from pi0_jax.training.folder import delete_run, open_run
 from pi0_jax.training.guard import Diverged
 from pi0_jax.training.inputs import Inputs, load_inputs
 from pi0_jax.training.interrupt import Interrupted, StopRequest
-from pi0_jax.training.metrics import Reporter
+from pi0_jax.training.metrics import Reporter, seconds_at_peak
+from pi0_jax.training.profiling import Profile
 from pi0_jax.training.program import Program, build
 from pi0_jax.training.state import TrainState, join, split
 
@@ -78,6 +81,8 @@ def _run(config: TrainConfig) -> Path:
     batch_placement = sharding.batch_sharding(mesh, config.batch_size, config.parts)
     optimizer.make_schedule(config.optim, config.num_steps)  # refuses what cannot work, before data are read
     run_dir = Path(config.run_dir).expanduser()
+    Profile(config.profile, run_dir)
+    keep_programs(config.compilation_cache)
     source = open_run(config)
     hosts.require_same("configuration and newest checkpoint", repr((_shared(config), source)).encode())
     resumed = None if source is None else checkpoint.load_assets(source)
@@ -104,7 +109,7 @@ def _run(config: TrainConfig) -> Path:
         else:
             state = restore(source, program.shapes)
             inputs.loader.set_state(checkpoint.load_data_state(source))
-        return _train(config, run_dir, state, program, frozen, inputs, writer, hosts.Vote(mesh))
+        return _train(config, run_dir, state, program, frozen, inputs, writer, mesh)
 
 
 def _shared(config: TrainConfig) -> TrainConfig:
@@ -168,7 +173,7 @@ def restore(folder: Path, shapes: TrainState) -> TrainState:
     return join(checkpoint.restore_params(folder, weights), checkpoint.restore_train_state(folder, rest))
 
 
-def validate(program: Program, weights, validation: Callable[[], Iterator[Batch]]) -> dict[str, float]:
+def validate(program: Program, weights, validation: Callable[[], Iterator[Batch]], watch: Watch) -> dict[str, float]:
     """Measures weights on held-out demonstrations, with the same noise and times whenever it is asked.
 
     Returns:
@@ -179,7 +184,7 @@ def validate(program: Program, weights, validation: Callable[[], Iterator[Batch]
     for number, batch in enumerate(validation()):
         placed = program.place(batch)
         steps = int(jnp.sum(placed.step_mask))
-        value, _ = program.evaluate(weights, placed, jax.random.key(number))
+        value, _ = watch.call("validation", program.evaluate, weights, placed, jax.random.key(number))
         total += steps * float(value)
         count += steps
     values = {"validation_loss": total / max(count, 1)}
@@ -191,28 +196,32 @@ def validate(program: Program, weights, validation: Callable[[], Iterator[Batch]
 
 def _train(
     config: TrainConfig, run_dir: Path, state: TrainState, program: Program, frozen: tuple, inputs: Inputs,
-    writer: CheckpointWriter, vote: hosts.Vote,
+    writer: CheckpointWriter, mesh: Mesh,
 ) -> Path:  # fmt: skip
     step, seed = int(state.step), np.uint32(config.seed)
-    saved = step
+    saved, vote = step, hosts.Vote(mesh)
     reporter = Reporter(
         run_dir, start=step, num_steps=config.num_steps, batch_size=config.batch_size, log_every=config.log_every,
         gauges=getattr(inputs.loader, "gauges", dict), skips=(config.skip_in_row, config.skip_in_total),
-        write=hosts.is_first(),
+        ideal_seconds=seconds_at_peak(config, mesh), write=hosts.is_first(),
     )  # fmt: skip
     signal = None
-    with reporter, StopRequest() as stop:
+    watch, profile = Watch(), Profile(config.profile, run_dir / "profile")
+    with reporter, watch, profile, StopRequest() as stop:
         try:
             while step < config.num_steps and (signal := vote(stop.number)) is None:
-                update = program.update_mean if step < config.flow.mean_steps else program.update
-                state, metrics = update(seed, state, program.place(next(inputs.loader)), *frozen)
+                mean = step < config.flow.mean_steps
+                name, update = ("mean's update", program.update_mean) if mean else ("update", program.update)
+                profile.before(step + 1, state)
+                batch = program.place(next(inputs.loader))
+                state, metrics = watch.call(name, update, seed, state, batch, *frozen)
                 step += 1
                 reporter.push(step, metrics)
                 writer.check()
                 last, measured = step == config.num_steps, {}
                 if inputs.validation is not None and (last or step % config.validate_every == 0):
                     reporter.flush()
-                    measured = validate(program, state.weights, inputs.validation)
+                    measured = validate(program, state.weights, inputs.validation, watch)
                     reporter.write(step, measured)
                 if last or step % config.save_every == 0:
                     reporter.flush()
@@ -227,6 +236,7 @@ def _train(
             advice = "Lower --optim.peak-lr, or look at the data of that step."
             raise Diverged(f"{error}. {_kept(run_dir, checkpoint.latest_step(run_dir))} {advice}") from error
         writer.wait()
+    _log.info("%s", watch.summary())
     if signal is not None and step < config.num_steps:
         raise Interrupted(f"stopped at step {step}. {_kept(run_dir, step)} Continue with --resume.", signal)
     folder = run_dir / "checkpoints" / str(step)

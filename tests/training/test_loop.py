@@ -126,17 +126,13 @@ def test_ctrl_c_finishes_the_step_saves_and_says_so_and_resume_continues(fresh, 
     assert rows(fresh.run_dir) == rows(reference.parents[1])
 
 
-def test_updates_that_are_not_finite_are_skipped_and_then_stop_with_step_number_and_last_good_checkpoint(
-    fresh, monkeypatch
-):
+def test_updates_that_are_not_finite_are_skipped_and_then_stop_with_step_and_last_good_checkpoint(fresh, monkeypatch):
     def load(*args, **kwargs):
         inputs = load_inputs(*args, **kwargs)
         return inputs._replace(loader=Poisoned(inputs.loader, steps=(2, 3)))
 
     monkeypatch.setattr("pi0_jax.training.loop.load_inputs", load)
-    with pytest.raises(
-        Diverged, match=r"at step 3, after 1 .* skipped.* Last checkpoint: .*checkpoints/2\..*--optim\.peak-lr"
-    ):
+    with pytest.raises(Diverged, match=r"step 3, after 1 .* skipped.*checkpoints/2\. Lower --optim\.peak-lr"):
         run(dataclasses.replace(fresh, save_every=1, skip_in_row=1))
     assert [(row["step"], row["skipped"]) for row in rows(fresh.run_dir)] == [(1, 0), (2, 1), (3, 1)]
     for leaf in jax.tree.leaves(checkpoint.restore_params(fresh.run_dir)):
@@ -157,10 +153,14 @@ class Poisoned:
         return self.loader.get_state()
 
 
-def test_a_run_can_start_from_the_weights_and_tokenizer_of_another(fresh, reference):
-    last = run(dataclasses.replace(fresh, init_from=str(reference), num_steps=1))
+def test_a_run_can_start_from_the_weights_and_tokenizer_of_another(fresh, reference, caplog):
+    caplog.set_level("INFO")
+    last = run(dataclasses.replace(fresh, init_from=str(reference), num_steps=2, log_every=1, profile="2:3"))
+    assert list((Path(fresh.run_dir) / "profile").rglob("*.xplane.pb"))
+    assert "programs in" in caplog.text
+    assert "; none twice" in caplog.text
     pairs = zip(*(jax.tree.leaves(checkpoint.restore_params(path)) for path in (last, reference)), strict=True)
-    assert max(float(abs(a - b).max()) for a, b in pairs) < 1e-4  # Adam's first step is 3e-4, and its average a tenth
+    assert max(float(abs(a - b).max()) for a, b in pairs) < 3e-4  # Adam's first steps are 3e-4, and the average a tenth
     assert checkpoint.load_assets(last).tokenizer == checkpoint.load_assets(reference).tokenizer
 
 
