@@ -305,6 +305,10 @@ class DataConfig:
     """Reader threads, in each process."""
     prefetch: int = 8
     """Batches prepared ahead, in each process."""
+    prompt_buckets: tuple[int, ...] = ()
+    """Lengths, ascending, of which a batch's prompts are padded to the first that holds all of them, in place of
+    `prompt_length`. Losses are the same within rounding; each length is a program of its own, compiled when it is met
+    first. Empty: always `prompt_length`."""
     offline: bool = False
     """Never ask the network. Only datasets given as hf://owner/name do so, and are then taken from the hub's cache."""
     tokenizer: str | None = None

@@ -184,7 +184,8 @@ def validate(program: Program, weights, validation: Callable[[], Iterator[Batch]
     for number, batch in enumerate(validation()):
         placed = program.place(batch)
         steps = int(jnp.sum(placed.step_mask))
-        value, _ = watch.call("validation", program.evaluate, weights, placed, jax.random.key(number))
+        name = "validation" + _prompts(config, placed)
+        value, _ = watch.call(name, program.evaluate, weights, placed, jax.random.key(number))
         total += steps * float(value)
         count += steps
     values = {"validation_loss": total / max(count, 1)}
@@ -211,9 +212,10 @@ def _train(
         try:
             while step < config.num_steps and (signal := vote(stop.number)) is None:
                 mean = step < config.flow.mean_steps
-                name, update = ("mean's update", program.update_mean) if mean else ("update", program.update)
                 profile.before(step + 1, state)
                 batch = program.place(next(inputs.loader))
+                name, update = ("mean's update", program.update_mean) if mean else ("update", program.update)
+                name += _prompts(config, batch)
                 state, metrics = watch.call(name, update, seed, state, batch, *frozen)
                 step += 1
                 reporter.push(step, metrics)
@@ -221,7 +223,7 @@ def _train(
                 last, measured = step == config.num_steps, {}
                 if inputs.validation is not None and (last or step % config.validate_every == 0):
                     reporter.flush()
-                    measured = validate(program, state.weights, inputs.validation, watch)
+                    measured = validate(config, program, state.weights, inputs.validation, watch)
                     reporter.write(step, measured)
                 if last or step % config.save_every == 0:
                     reporter.flush()
@@ -247,6 +249,11 @@ def _train(
 def _save(writer: CheckpointWriter, step: int, state: TrainState, inputs: Inputs, loss: float | None = None):
     weights, rest = split(state)
     writer.save(step, weights, inputs.assets, rest, inputs.loader.get_state(), loss)
+
+
+def _prompts(config: TrainConfig, batch: Batch) -> str:
+    """What tells the programs for batches of different prompt lengths apart."""
+    return f" for prompts of {batch.observation.prompt.shape[1]} tokens" if config.data.prompt_buckets else ""
 
 
 def _kept(run_dir: Path, step: int | None) -> str:

@@ -29,6 +29,7 @@ from tqdm import tqdm
 from pi0_jax import flops
 from pi0_jax.config import TrainConfig
 from pi0_jax.training.guard import Guard, skipped_before
+from pi0_jax.training.inputs import trained_model
 from pi0_jax.training.step import Metrics
 
 FILE = "metrics.jsonl"
@@ -208,7 +209,7 @@ def seconds_at_peak(config: TrainConfig, mesh: Mesh) -> float | None:
     if (peak := flops.peak(kind)) is None:
         _log.info("MFU is left out: the peak of a device of kind %r is not known", kind)
         return None
-    model = dataclasses.replace(config.policy.model, remat="none")
+    model = dataclasses.replace(trained_model(config), remat="none")
     return flops.training(model, config.flow) * config.batch_size / (peak * mesh.size)
 
 
