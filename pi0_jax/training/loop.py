@@ -173,7 +173,9 @@ def restore(folder: Path, shapes: TrainState) -> TrainState:
     return join(checkpoint.restore_params(folder, weights), checkpoint.restore_train_state(folder, rest))
 
 
-def validate(program: Program, weights, validation: Callable[[], Iterator[Batch]], watch: Watch) -> dict[str, float]:
+def validate(
+    config: TrainConfig, program: Program, weights, validation: Callable[[], Iterator[Batch]], watch: Watch
+) -> dict[str, float]:
     """Measures weights on held-out demonstrations, with the same noise and times whenever it is asked.
 
     Returns:
