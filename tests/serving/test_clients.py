@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +28,7 @@ from pi0_jax.serving.session import Session
 from pi0_jax.serving.wire import pack, unpack
 from tests.conftest import tiny_config
 from tests.policies import TINY, save_tiny_checkpoint
-from tests.serving.fake import serving
+from tests.serving.fake import command, serving
 
 PYTHON = os.environ.get("PI0_CLIENTS_PYTHON", sys.executable)
 PROGRAMS = Path(__file__).parent / "clients"
@@ -46,9 +45,9 @@ def run_client(program: str, package: str, *arguments: object) -> str:
     """What a program of theirs printed; skips where its package is not installed."""
     if not has(package):
         pytest.skip(f"{package} is not installed in {PYTHON}; set PI0_CLIENTS_PYTHON, see the top of this file")
-    command = [PYTHON, str(PROGRAMS / program), *map(str, arguments)]
+    line = [PYTHON, str(PROGRAMS / program), *map(str, arguments)]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -194,26 +193,15 @@ def test_vla_evals_connection_gets_one_action_after_another_of_batched_chunks(po
         np.testing.assert_allclose(taken, expected, atol=1e-5)
 
 
-def test_the_command_serves_vla_eval_and_ends_on_sigterm(checkpoint_folder):
+def test_the_command_serves_vla_eval_and_ends_on_sigterm(checkpoint_folder, tmp_path):
     anyio = pytest.importorskip("anyio")
     pytest.importorskip("vla_eval", reason="vla-eval is not installed: pip install 'pi0_jax[vla-eval]'")
     from vla_eval.connection import Connection
-
-    command = [sys.executable, "-m", "pi0_jax.cli", "serve", str(checkpoint_folder), "--protocol", "vla-eval"]
-    process = subprocess.Popen(
-        [*command, "--port", "0", "--batch-sizes", "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
 
     async def ask(uri: str) -> np.ndarray:
         async with Connection(uri, max_retries=1) as connection:
             await connection.start_episode({"task": {}})
             return (await connection.act(vla_eval_observation(0)))["actions"]
 
-    try:
-        line = process.stdout.readline()
-        assert line.startswith("ready: ws://127.0.0.1:"), process.stderr.read()
-        assert anyio.run(ask, line.split()[1]).shape == (3,)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
-    finally:
-        process.kill()
+    with command(checkpoint_folder, tmp_path / "log", "--protocol", "vla-eval", "--batch-sizes", "1") as (uri, _):
+        assert anyio.run(ask, uri).shape == (3,)

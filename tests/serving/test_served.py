@@ -6,8 +6,6 @@ import concurrent.futures
 import json
 import os
 import signal
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -20,7 +18,7 @@ from pi0_jax.serving.client import Client, ServerError
 from pi0_jax.serving.requests import read_request, read_seed
 from pi0_jax.serving.served import RobotPolicy, describe_for_roboarena, noise_keys
 from pi0_jax.serving.session import Session
-from tests.serving.fake import serving
+from tests.serving.fake import command, serving
 
 RNG = np.random.default_rng(0)
 IMAGE, WRIST = (RNG.integers(0, 256, (12, 16, 3), np.uint8) for _ in range(2))
@@ -144,6 +142,7 @@ def test_requests_that_are_none_are_refused():
         ([1], "came as list"),
         ({"images": 3, "state": 1}, "`images` came as int"),
         ({"prompt": "x"}, "lacks the state"),
+        ({"images": {}, "state": 1, "prompt": "x" * 20_000}, "20000 characters"),
     ):
         with pytest.raises(ValueError, match=message):
             read_request(request, robot)
@@ -158,21 +157,15 @@ def test_roboarenas_greeting_is_for_droid(policy):
 
 
 def test_the_command_serves_logs_json_and_ends_well_on_sigterm(checkpoint_folder, tmp_path):
-    command = [sys.executable, "-m", "pi0_jax.cli", "serve", str(checkpoint_folder), "--port", "0", "--log", "json"]
-    process = subprocess.Popen(
-        [*command, "--batch-sizes", "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        line = process.stdout.readline()
-        assert line.startswith("ready: ws://127.0.0.1:"), process.stderr.read()
-        with Client(line.split()[1]) as client:
-            assert client.infer(observation())["actions"].shape == (6, 3)
-            process.send_signal(signal.SIGTERM)
-            _, log = process.communicate(timeout=30)
-    finally:
-        process.kill()
-    assert process.returncode == 0
-    messages = [json.loads(line)["message"] for line in log.splitlines() if line.startswith("{")]
+    with (
+        command(checkpoint_folder, tmp_path / "log", "--log", "json", "--batch-sizes", "1") as (uri, process),
+        Client(uri) as client,
+    ):
+        assert client.infer(observation())["actions"].shape == (6, 3)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+    lines = (tmp_path / "log").read_text().splitlines()
+    messages = [json.loads(line)["message"] for line in lines if line.startswith("{")]
     assert any(message.startswith("batches of 1: ready") for message in messages)
     assert messages[-1] == "stopped"
 
