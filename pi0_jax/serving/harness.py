@@ -7,15 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-try:
-    from anyio.to_thread import run_sync
-    from vla_eval.model_servers.base import SessionContext
-    from vla_eval.model_servers.predict import PredictModelServer
-    from vla_eval.specs import GRIPPER_CLOSE_POS, IMAGE_RGB, LANGUAGE, POSITION_DELTA, RAW, ROTATION_AA, DimSpec
-except ImportError as error:
-    raise ImportError("--protocol vla-eval needs the harness: pip install 'pi0_jax[vla-eval]'") from error
-
 import numpy as np
+from anyio.to_thread import run_sync
+from vla_eval.model_servers.base import SessionContext
+from vla_eval.model_servers.predict import PredictModelServer
+from vla_eval.specs import GRIPPER_CLOSE_POS, IMAGE_RGB, LANGUAGE, POSITION_DELTA, RAW, ROTATION_AA, DimSpec
 
 from pi0_jax.serving.served import RobotPolicy
 from pi0_jax.serving.session import Session

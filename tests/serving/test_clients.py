@@ -193,6 +193,22 @@ def test_vla_evals_connection_gets_one_action_after_another_of_batched_chunks(po
         np.testing.assert_allclose(taken, expected, atol=1e-5)
 
 
+def test_vla_eval_gets_no_actions_that_are_not_finite_and_batches_beyond_the_compiled_are_divided(policy):
+    pytest.importorskip("vla_eval", reason="vla-eval is not installed: pip install 'pi0_jax[vla-eval]'")
+    from vla_eval.model_servers.base import SessionContext
+
+    from pi0_jax.serving.harness import Pi0ModelServer
+
+    served = RobotPolicy(policy, (1, 2))
+    server = Pi0ModelServer(served)
+    contexts = [SessionContext(str(i), "episode", "sync") for i in range(5)]
+    prepared = [{"prepared": served.prepare(server._request(vla_eval_observation(i)))} for i in range(5)]
+    assert len(server.predict_batch(prepared, contexts)) == 5
+    served.infer_batch = lambda observations, sessions: [{"actions": np.full((6, 3), np.nan)}] * len(sessions)
+    with pytest.raises(RuntimeError, match="not finite"):
+        server.predict_batch(prepared, contexts)
+
+
 def test_the_command_serves_vla_eval_and_ends_on_sigterm(checkpoint_folder, tmp_path):
     anyio = pytest.importorskip("anyio")
     pytest.importorskip("vla_eval", reason="vla-eval is not installed: pip install 'pi0_jax[vla-eval]'")

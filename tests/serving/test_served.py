@@ -6,11 +6,14 @@ import concurrent.futures
 import json
 import os
 import signal
+import socket
+import sys
 
 import jax
 import numpy as np
 import pytest
 
+from pi0_jax import cli
 from pi0_jax.data.robots import get_robot
 from pi0_jax.data.transform import check_observation
 from pi0_jax.inference.policy import Policy
@@ -171,8 +174,6 @@ def test_the_command_serves_logs_json_and_ends_well_on_sigterm(checkpoint_folder
 
 
 def test_the_command_refuses_a_network_without_a_token_before_it_loads_anything(tmp_path, capsys, monkeypatch):
-    from pi0_jax import cli
-
     monkeypatch.delenv("PI0_TOKEN", raising=False)
     assert cli.main(["serve", str(tmp_path / "none"), "--host", "0.0.0.0"]) == 1
     assert "everybody in the network" in capsys.readouterr().err
@@ -180,6 +181,25 @@ def test_the_command_refuses_a_network_without_a_token_before_it_loads_anything(
     assert cli.main(["serve", str(tmp_path / "none"), "--host", "0.0.0.0"]) == 1
     assert "at least 16" in capsys.readouterr().err
     assert os.environ["PI0_TOKEN"] == "short"
+
+
+def test_the_command_finds_out_before_it_loads_anything_what_it_will_lack(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("PI0_TOKEN", raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert cli.main(["serve", str(tmp_path / "none"), "--port", port]) == 1
+    assert f"port {port}: Address already in use. Choose another --port" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "vla_eval", None)
+    monkeypatch.delitem(sys.modules, "pi0_jax.serving.harness", raising=False)
+    for name in [name for name in sys.modules if name.startswith("vla_eval.")]:
+        monkeypatch.delitem(sys.modules, name)
+    assert cli.main(["serve", str(tmp_path / "none"), "--port", "0", "--protocol", "vla-eval"]) == 1
+    assert "pip install 'pi0_jax[vla-eval]'" in capsys.readouterr().err
+    assert cli.main(["serve", str(tmp_path / "none"), "--port", "0"]) == 1
+    assert "no checkpoint at" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["serve", "--help"])
+    assert "pi0 serve runs/tabletop --host 0.0.0.0 --token-file" in capsys.readouterr().out
 
 
 def test_a_session_goes_on_from_the_chunk_in_execution(policy):
