@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -61,6 +61,8 @@ class Serve:
     """Instruction for clients that send none."""
     seed: int = 0
     """Of the noise. The n-th answer to a client is a function of this, of n and of the observation."""
+    bits: Literal["int8", "fp8"] | None = None
+    """Round the weights to eight bits; what that changes is logged. fp8 is quick on GPUs that multiply float8."""
     real_time: bool = False
     """Compile for real-time chunking too: requests may then say what is left of the chunk in execution."""
     batch_sizes: tuple[int, ...] = (1, 2, 4, 8)
@@ -91,14 +93,15 @@ def serve(args: Serve) -> None:
     check_free(args.host, args.port)
     if args.protocol == "vla-eval":
         _check_vla_eval(guarded=token is not None or tls is not None)
-    policy = Policy.load(args.run, **({} if args.num_steps is None else {"num_steps": args.num_steps}))
+    logs.set_up(args.log)
+    changes: dict[str, Any] = {} if args.num_steps is None else {"num_steps": args.num_steps}
+    policy = Policy.load(args.run, bits=args.bits, **changes)
     served = RobotPolicy(policy, args.batch_sizes, args.prompt, args.seed, args.real_time)
     if args.protocol == "vla-eval":
         _serve_vla_eval(served, args)
         return
     if args.protocol == "roboarena":
         served.metadata = describe_for_roboarena(policy)
-    logs.set_up(args.log)
     if token is not None and tls is None and args.host != "127.0.0.1":
         log.warning("the token crosses the network in clear text; --tls-certificate and --tls-key encrypt it")
     settings = Settings(

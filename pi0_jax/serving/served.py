@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import time
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -17,7 +16,6 @@ from pi0_jax.inference.policy import Policy
 from pi0_jax.serving.requests import read_executed, read_request, read_seed
 from pi0_jax.serving.session import Session
 
-log = logging.getLogger(__name__)
 RESET_POSE = {"aloha": [0.0, -1.5, 1.5, 0.0, 0.0, 0.0]}
 """Where openpi's client moves a robot's arms before an episode, radians; openpi's metadata say so too."""
 
@@ -90,15 +88,10 @@ class RobotPolicy:
         self.metadata = describe(policy) | {"real_time": real_time}
 
     def warm_up(self) -> None:
-        """Compiles a program for each batch size, and logs how long it took."""
-        example = self.policy.robot.example()
-        previous = np.zeros((self.policy.config.model.action_horizon, len(self.policy.robot.actions)), np.float32)
-        requests = [example, example | {"previous": previous}] if self.real_time else [example]
+        """Compiles programs for each batch size and length of prompts."""
+        self.policy.warm_up(self.batch_sizes, real_time=self.real_time)
         for size in self.batch_sizes:
-            start = time.perf_counter()
-            for request in requests:
-                self.infer_batch([self.prepare(request)] * size, [Session("warm-up") for _ in range(size)])
-            log.info("batches of %d: ready after %.1f s", size, time.perf_counter() - start)
+            noise_keys([(0,)] * size, self.seed)
 
     def prepare(self, request: Any) -> Prepared:
         """The robot's raw observation in a request, checked; errors as of `Served.prepare`."""

@@ -169,7 +169,7 @@ def test_the_command_serves_logs_json_and_ends_well_on_sigterm(checkpoint_folder
         assert process.wait(30) == 0
     lines = (tmp_path / "log").read_text().splitlines()
     messages = [json.loads(line)["message"] for line in lines if line.startswith("{")]
-    assert any(message.startswith("batches of 1: ready") for message in messages)
+    assert any(message.startswith("batch of 1, prompt of 24: ready after") for message in messages)
     assert messages[-1] == "stopped"
 
 
