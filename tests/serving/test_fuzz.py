@@ -33,7 +33,7 @@ def connections(uri: str) -> float:
 
 def test_frames_that_no_client_should_send_harm_nobody(checkpoint_folder, tmp_path):
     model = TINY.model
-    flags = ("--real-time", "--batch-sizes", "1", "4", "--log", "json")
+    flags = ("--real-time", "--batch-sizes", "2", "--log", "json")
     with command(checkpoint_folder, tmp_path / "log", *flags) as (uri, process):
         start, before, files = time.perf_counter(), memory(process), len(os.listdir(f"/proc/{process.pid}/fd"))
         counts = asyncio.run(drive(uri, FRAMES // 2, model.action_horizon, 3))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import itertools
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from pi0_jax import cli
 from pi0_jax.data.robots import get_robot
 from pi0_jax.data.transform import check_observation
 from pi0_jax.inference.policy import Policy
+from pi0_jax.serving import logs
 from pi0_jax.serving.client import Client, ServerError
 from pi0_jax.serving.requests import read_request, read_seed
 from pi0_jax.serving.served import RobotPolicy, describe_for_roboarena, noise_keys
@@ -64,6 +66,24 @@ def test_batched_answers_of_sessions_are_those_of_a_client_alone(server):
     for n, chunks in enumerate(together):
         np.testing.assert_allclose(chunks, drive(n), atol=1e-5)
     assert np.abs(together[0][0] - together[1][0]).max() > 1e-3
+
+
+def test_once_it_is_ready_nothing_compiles(checkpoint_folder):
+    compiled = []
+    served = RobotPolicy(Policy.load(checkpoint_folder), (2,), real_time=True)
+    served.warm_up()
+    jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: compiled.append(name))
+    try:
+        sessions = [Session("a"), Session("b")]
+        changes = [{}, {"executed": 2}, {"seed": 3}, {"previous": np.zeros((2, 3)), "delay": 1}]
+        changes.append({"prompt": "push the blue ball onto the yellow circle"})
+        prepared = [served.prepare(observation(i) | change) for i, change in enumerate(changes)]
+        for first, second in itertools.product(prepared, prepared):
+            served.infer_batch([first, second], sessions)
+            served.infer_batch([first], sessions[:1])
+    finally:
+        jax.monitoring.clear_event_listeners()
+    assert not [name for name in compiled if "compile" in name]
 
 
 def test_other_requests_of_a_session_get_other_noise():
@@ -185,6 +205,7 @@ def test_the_command_refuses_a_network_without_a_token_before_it_loads_anything(
 
 def test_the_command_finds_out_before_it_loads_anything_what_it_will_lack(tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("PI0_TOKEN", raising=False)
+    monkeypatch.setattr(logs, "set_up", lambda form: None)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert cli.main(["serve", str(tmp_path / "none"), "--port", port]) == 1
