@@ -49,6 +49,11 @@ FORMAT_VERSION = 1
 
 _log = logging.getLogger(__name__)
 _CONVERTER = cattrs.Converter(forbid_extra_keys=True)
+# Orbax lets each replica of an array write a part of it, and compiles a program for every such part: for small arrays
+# that takes far longer than the writing.
+ocp.type_handlers.register_type_handler(
+    jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20), override=True
+)
 _structure_model = _CONVERTER.get_structure_hook(ModelConfig)
 
 
