@@ -201,8 +201,11 @@ class CheckpointWriter:
 
     def check(self):
         """Raises OSError if a save in the background has failed; costs nothing otherwise."""
-        # Not `check_for_errors`: that takes an error away from the thread that would then delete older checkpoints.
-        if not self._manager.is_saving_in_progress():
+        if jax.process_index():
+            with self._explained():
+                self._manager.check_for_errors()
+        # That would take the error away from the thread which then, on the first process, deletes older checkpoints.
+        elif not self._manager.is_saving_in_progress():
             self.wait()
 
     def wait(self):

@@ -237,7 +237,8 @@ def test_a_failed_save_surfaces_at_the_next_call_and_harms_nothing(tmp_path):
         try:
             writer.save(2, big, ASSETS)
             with pytest.raises(OSError, match=r"could not save.*1 is complete"):
-                writer.wait()
+                while True:
+                    writer.check()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["1"]
