@@ -15,6 +15,7 @@ from typing import Any
 
 import ray  # pyright: ignore[reportMissingImports]
 from ray import serve  # pyright: ignore[reportMissingImports]
+from ray.exceptions import RayActorError  # pyright: ignore[reportMissingImports]
 
 from pi0_jax import checkpoint
 from pi0_jax.data.robots import get_robot
@@ -84,7 +85,7 @@ class Fleet:
         """As `Served.infer_batch`, of a replica that is free; another one if it dies of it."""
         try:
             answers = self._handle.infer_batch.remote(observations, sessions).result()
-        except ray.exceptions.RayActorError as error:
+        except RayActorError as error:
             log.warning("a replica died (%s); another one takes its batch", error)
             answers = self._handle.infer_batch.remote(observations, sessions).result()
         for session, answer in zip(sessions, answers, strict=True):
