@@ -65,7 +65,7 @@ class Fleet:
         self.config, self.parallel, self.batch_sizes = config, replicas, check_batch_sizes(options["batch_sizes"])
         self.metadata = describe(config, options.get("real_time", False))
         # A cluster of our own is for this machine alone, as Ray's ports know no token.
-        own = {} if "RAY_ADDRESS" in os.environ else {"_node_ip_address": "127.0.0.1"}
+        own: dict[str, Any] = {} if "RAY_ADDRESS" in os.environ else {"_node_ip_address": "127.0.0.1"}
         ray.init(include_dashboard=False, log_to_driver=False, ignore_reinit_error=True, **own)
         serve.start(http_options={"location": "NoServer"})  # the way in is our own server
         deployment = serve.deployment(
