@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from pi0_jax.config import ExpertConfig, ModelConfig
+from pi0_jax.convert.agree import Framework
 from pi0_jax.convert.describe import describe, differences, text
 from pi0_jax.convert.formats import Choices, open_checkpoint
 from pi0_jax.convert.run import convert as run
@@ -45,9 +46,12 @@ class Convert:
     """Width of its feed-forward."""
     verify: bool = True
     """Read the result back and compare every tensor."""
-    verify_with: Literal["ours", "lerobot"] | None = None
-    """Also run source and result on the same observation and noise and compare their actions: in our network, or
-    LeRobot's folders in LeRobot, if it is installed."""
+    edited: bool = False
+    """The source's weights were changed on purpose since the conversion that wrote them: do not hold them against the
+    hashes in its conversion.json."""
+    verify_with: Framework | None = None
+    """Also run source and result on the same observation and noise and compare their actions: in our network, or the
+    folders of LeRobot, or of openpi's PyTorch, in that framework itself, if it is installed."""
     tolerance: float = 1e-4
     """Largest difference of the actions; beyond it the first layer that differs is named, and the exit code is 1."""
     overwrite: bool = False
@@ -98,6 +102,7 @@ def convert(arguments: Convert) -> None:
         merge_lora=arguments.merge_lora,
         model=ModelConfig(action=ExpertConfig(arguments.action_width, arguments.action_mlp)),
         verify=arguments.verify,
+        edited=arguments.edited,
         verify_with=arguments.verify_with,
         tolerance=arguments.tolerance,
         overwrite=arguments.overwrite,
@@ -109,8 +114,9 @@ def convert(arguments: Convert) -> None:
     if (actions := record["actions"]) is not None:
         if not actions["agree"]:
             raise Differ(f"{arguments.target} is written, but {disagreement(actions)}.")
-        by = "our network" if actions["framework"] == "ours" else "LeRobot"
-        print(f"{actions['steps']}-step actions in {by} differ by at most {actions['largest_difference']:.3g}")
+        by = {"ours": "our network", "lerobot": "LeRobot and ours", "openpi-torch": "openpi's PyTorch and ours"}
+        where, largest = by[actions["framework"]], actions["largest_difference"]
+        print(f"{actions['steps']}-step actions in {where} differ by at most {largest:.3g}")
 
 
 def inspect(arguments: Inspect) -> None:

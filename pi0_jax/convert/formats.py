@@ -14,11 +14,13 @@ error that asks for it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -30,8 +32,10 @@ from pi0_jax.convert import lerobot, openpi, remote, torch
 from pi0_jax.convert.leaves import Sizes, is_velocity_expert, leaves, model_of, sizes
 from pi0_jax.convert.table import Rule, bind, from_ours, infer_sizes, to_ours
 from pi0_jax.convert.tensors import (
+    Index,
     Tensor,
     Tensors,
+    entry_by_entry,
     open_npz,
     open_orbax,
     open_safetensors,
@@ -97,9 +101,11 @@ class Weights(NamedTuple):
     tokenizer: bytes | None = None
     train: TrainConfig | None = None
     step: int | None = None
-    dropped: tuple[str, ...] = ()
+    dropped: Mapping[str, Tensor] = MappingProxyType({})
     """The source's tensors that are not needed, such as the action expert's unused head."""
     warnings: tuple[str, ...] = ()
+    names: Mapping[str, str] = MappingProxyType({})
+    """Our path to what the source calls its tensors, `*` for the layers, where it calls them otherwise."""
 
 
 def detect(path: Path) -> tuple[Format, Path]:
@@ -174,7 +180,7 @@ def finite(name: str, tensor: Tensor) -> Tensor:
     if tensor.dtype.kind not in "fV":
         raise ValueError(f"tensor {name} has dtype {tensor.dtype}; weights are floating-point numbers.")
 
-    def read(i: int | None) -> np.ndarray:
+    def read(i: Index) -> np.ndarray:
         array = tensor.read(i)
         flat = np.asarray(array).reshape(-1)
         for start in range(0, flat.size, 2**22):
@@ -207,11 +213,11 @@ def _open_openpi(folder: Path, choices: Choices) -> Weights:
     tensors = _checked(open_orbax(folder / "params" if (folder / "params").is_dir() else folder))
     guess = openpi.variant_of(tensors)
     policy = _policy(folder, choices, guess, horizon=None, default=None)
-    model, ours, rest = _claim(openpi.rules, tensors, policy.model, {}, "$^")
+    model, claimed = _claim(openpi.rules, tensors, policy.model, {}, {})
     if any(getattr(model, e).lora_attn_rank for e in ("language", "action")) and not _remembered(folder, guess.variant):
         model = _with_lora_scale(model, choices, folder)
     step = int(folder.name) if folder.name.isdecimal() else None
-    return _finish(folder, choices, Weights("openpi", folder, policy, ours, step=step, dropped=rest), model)
+    return _finish(folder, choices, Weights("openpi", folder, policy, step=step, **claimed), model)
 
 
 def _open_openpi_torch(folder: Path, choices: Choices) -> Weights:
@@ -219,8 +225,8 @@ def _open_openpi_torch(folder: Path, choices: Choices) -> Weights:
     config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
     policy = _policy(folder, choices, torch.variant_of(tensors), horizon=config.get("action_horizon"), default=None)
     known = _known_heads(folder, choices, policy.model, tensors, config)
-    model, ours, rest = _claim(torch.rules, tensors, policy.model, known, torch.SPARE)
-    return _finish(folder, choices, Weights("openpi-torch", folder, policy, ours, dropped=rest), model)
+    model, claimed = _claim(torch.rules, tensors, policy.model, known, torch.SPARE)
+    return _finish(folder, choices, Weights("openpi-torch", folder, policy, **claimed), model)
 
 
 def _open_lerobot(folder: Path, choices: Choices) -> Weights:
@@ -235,14 +241,14 @@ def _open_lerobot(folder: Path, choices: Choices) -> Weights:
         )
     policy = _policy(folder, choices, guess, horizon=config.horizon, default=config)
     known = _known_heads(folder, choices, policy.model, tensors, config.raw)
-    model, ours, rest = _claim(torch.rules, tensors, policy.model, known, torch.SPARE)
+    model, claimed = _claim(torch.rules, tensors, policy.model, known, torch.SPARE)
     if config.image_size != model.vision.image_size:
         raise ValueError(
             f"{folder / 'config.json'} resizes images to {config.image_size} px, and the position embedding is for "
             f"{model.vision.image_size} px."
         )
     stats = lerobot.read_stats(folder)
-    weights = Weights("lerobot", folder, policy, ours, stats, dropped=rest, warnings=config.warnings)
+    weights = Weights("lerobot", folder, policy, norm_stats=stats, warnings=config.warnings, **claimed)
     return _finish(folder, choices, weights, model)
 
 
@@ -260,8 +266,8 @@ def _open_big_vision(path: Path, choices: Choices) -> Weights:
         raise ValueError(f"{path} has no `llm/` and `img/` parameters of a PaliGemma; it has {sorted(tensors)[:6]} …")
     tensors = _checked({f"PaliGemma/{name}": tensor for name, tensor in _stack_blocks(tensors).items()})
     policy = PolicyConfig(model=dataclasses.replace(openpi.variant_of(tensors), cameras=_CAMERAS["pi0"]), robot="none")
-    model, ours, rest = _claim(openpi.rules, tensors, policy.model, {}, "$^")
-    return _finish(file.parent, choices, Weights("big_vision", file, policy, ours, dropped=rest), model)
+    model, claimed = _claim(openpi.rules, tensors, policy.model, {}, {})
+    return _finish(file.parent, choices, Weights("big_vision", file, policy, **claimed), model)
 
 
 _OPEN: dict[str, Callable[[Path, Choices], Weights]] = {
@@ -279,15 +285,7 @@ def _check_shapes(folder: Path, tensors: Tensors, model: ModelConfig) -> None:
     Raises:
         ValueError: tensors that are missing, of no use or of another shape; all of them are listed.
     """
-    import flax.linen as nn
-    import jax
-
-    from pi0_jax.model.heads import make_network
-    from pi0_jax.pi0 import init_params
-
-    shapes = jax.eval_shape(lambda key: nn.meta.unbox(init_params(make_network(model), key)), jax.random.key(0))
-    flat: dict[str, Any] = dict(flatten_dict(shapes, sep="/"))
-    wanted = {path: leaf.shape for path, leaf in flat.items()}
+    wanted = _shapes(model)
     problems = [f"missing: {path}" for path in wanted if path not in tensors]
     problems += [f"of no use: {path}" for path in tensors if path not in wanted]
     problems += [
@@ -299,19 +297,41 @@ def _check_shapes(folder: Path, tensors: Tensors, model: ModelConfig) -> None:
         raise ValueError(f"the tensors of {folder} do not make its model:\n  " + "\n  ".join(problems[:40]))
 
 
+@functools.lru_cache
+def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of the network's own parameters, by path."""
+    import flax.linen as nn
+    import jax
+
+    from pi0_jax.model.heads import make_network
+    from pi0_jax.pi0 import init_params
+
+    shapes = jax.eval_shape(lambda key: nn.meta.unbox(init_params(make_network(model), key)), jax.random.key(0))
+    flat: dict[str, Any] = dict(flatten_dict(shapes, sep="/"))
+    return {path: leaf.shape for path, leaf in flat.items()}
+
+
 def _checked(tensors: Tensors) -> Tensors:
     return {name: finite(name, tensor) for name, tensor in tensors.items()}
 
 
 def _claim(
-    rules: Callable[[str], tuple[Rule, ...]], tensors: Tensors, guess: ModelConfig, known: Sizes, spare: str
-) -> tuple[ModelConfig, Tensors, tuple[str, ...]]:
-    """The model that the tensors make, its leaves, and the tensors that are left over."""
+    rules: Callable[[str], tuple[Rule, ...]],
+    tensors: Tensors,
+    guess: ModelConfig,
+    known: Sizes,
+    spare: Mapping[str, str],
+) -> tuple[ModelConfig, dict[str, Any]]:
+    """The model that the tensors make, and the fields of `Weights` that say which tensor is which."""
     table = rules(guess.variant)
     model = model_of(infer_sizes(table, tensors, known), guess)
     letters, wanted = sizes(model), leaves(model)
     chosen, rest = bind(table, wanted, tensors, letters, spare)
-    return model, to_ours(chosen, wanted, tensors, letters), tuple(rest)
+    return model, {
+        "tensors": to_ours(chosen, wanted, tensors, letters),
+        "dropped": {name: tensors[name] for name in rest},
+        "names": {path: re.sub(r"\{\w\}", "*", " and ".join(rule.names)) for path, rule in chosen.items()},
+    }
 
 
 def _finish(folder: Path, choices: Choices, weights: Weights, model: ModelConfig) -> Weights:
@@ -441,10 +461,7 @@ def _stack_blocks(tensors: Tensors) -> Tensors:
 
 
 def _stack(layers: list[Tensor]) -> Tensor:
-    def read(i: int | None) -> np.ndarray:
-        return np.stack([layer.read(None) for layer in layers]) if i is None else layers[i].read(None)
-
-    return Tensor((len(layers), *layers[0].shape), layers[0].dtype, read, stacked=True)
+    return entry_by_entry((len(layers), *layers[0].shape), layers[0].dtype, lambda i: layers[i].read(None))
 
 
 # --------------------------------------------------------------------------------------------------------------- write
@@ -524,8 +541,9 @@ def _write_openpi_stats(weights: Weights, folder: Path, asset_id: str) -> None:
 
 
 def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> Tensor:
-    def read(i: int | None) -> np.ndarray:
-        return np.zeros(shape if i is None else shape[1:], dtype)
+    def read(i: Index) -> np.ndarray:
+        zeros = np.zeros(shape, dtype)  # takes no memory until it is looked at
+        return zeros if i is None else zeros[i]
 
     return Tensor(shape, dtype, read, stacked=True)
 

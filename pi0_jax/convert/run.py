@@ -11,7 +11,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from pi0_jax.config import ModelConfig
 from pi0_jax.convert import agree, change
 from pi0_jax.convert.formats import RECORD, Choices, Format, Weights, open_checkpoint, parameters, write_checkpoint
 from pi0_jax.convert.remote import is_remote
-from pi0_jax.convert.tensors import Tensor, Tensors, pieces, rows_per_piece
+from pi0_jax.convert.tensors import Tensor, pieces, rows_per_piece
 
 _log = logging.getLogger(__name__)
 
@@ -37,7 +37,8 @@ def convert(
     merge_lora: bool = False,
     model: ModelConfig = ModelConfig(),  # noqa: B008 - frozen
     verify: bool = True,
-    verify_with: Literal["ours", "lerobot"] | None = None,
+    edited: bool = False,
+    verify_with: agree.Framework | None = None,
     tolerance: float = 1e-4,
     overwrite: bool = False,
     offline: bool = False,
@@ -52,9 +53,12 @@ def convert(
         dtype: of all tensors; None keeps each one's.
         merge_lora: add adapters to their weights.
         model: action expert, action dimension, horizon and prompt length for a backbone without action expert.
-        verify: read the target back through the inverse table and compare every tensor, bit for bit.
+        verify: read the target back through the inverse table and compare every tensor, bit for bit; and compare a
+            source that a conversion of ours wrote with the hashes in its `conversion.json`.
+        edited: the source's weights were changed on purpose since the conversion that wrote them: do not compare them
+            with those hashes.
         verify_with: also run source and result on the same random observation and noise, and compare the actions
-            (`agree.agreement`): in our network, or LeRobot's folders in LeRobot.
+            (`agree.agreement`): in our network, or the folders of another framework in that framework.
         tolerance: largest difference of actions that counts as agreement. More than that is recorded with the first
             layer that differs, and a warning; the target is written all the same.
         overwrite: replace the target if it is there.
@@ -66,7 +70,8 @@ def convert(
     Raises:
         FileNotFoundError: no source.
         FileExistsError: the target is there.
-        ValueError: the source is damaged or incomplete, has to be told something, or does not fit the format.
+        ValueError: the source is damaged, incomplete or not what its `conversion.json` says, has to be told something,
+            or does not fit the format.
     """
     started = time.monotonic()
     target = Path(target).expanduser().absolute()
@@ -93,10 +98,21 @@ def convert(
             record["source"]["url"] = str(source)
         _write_record(temporary, record)
         if verify:
-            record["verified"] = _verify(weights, temporary, to)
-            record["weights_sha256"] = record["verified"].pop("sha256")
+            found = _verify(weights, temporary)
             unchanged = weights.tensors == opened.tensors
-            record["source"]["sha256"] = record["weights_sha256"] if unchanged else digest(opened.tensors)
+            before = found if unchanged else {path: digest(path, tensor) for path, tensor in opened.tensors.items()}
+            if not edited:
+                _check_recorded(opened, before)
+            for tensor in opened.dropped.values():
+                for _ in pieces(tensor, rows_per_piece(tensor)):
+                    pass  # reading finds numbers that are not finite
+            record["verified"] = {
+                "tensors": len(found),
+                "parameters": parameters(weights.tensors),
+                "largest_difference": 0.0,
+            }
+            record["source"]["sha256"], record["weights_sha256"] = digest_of_all(before), digest_of_all(found)
+            record["leaves_sha256"] = found
         if verify_with is not None:
             record["actions"] = agree.agreement(opened, open_checkpoint(temporary), verify_with, tolerance)
             if not record["actions"]["agree"]:
@@ -120,14 +136,21 @@ def disagreement(actions: dict[str, Any]) -> str:
     )
 
 
-def digest(tensors: Tensors) -> str:
-    """SHA-256 of weights in our layout: the same for the same weights, whatever the format they are stored in."""
-    found = hashlib.sha256()
-    for path in sorted(tensors):
-        found.update(_head(path, tensors[path]))
-        for _, piece in pieces(tensors[path], rows_per_piece(tensors[path])):
-            found.update(_bytes(piece).data)
+def digest(path: str, tensor: Tensor) -> str:
+    """SHA-256 of one of our leaves: its path, dtype, shape and numbers."""
+    found = hashlib.sha256(_head(path, tensor))
+    for _, piece in pieces(tensor, rows_per_piece(tensor)):
+        found.update(_bytes(piece).data)
     return found.hexdigest()
+
+
+def digest_of_all(leaves: Mapping[str, str]) -> str:
+    """SHA-256 of weights in our layout: the same for the same weights, whatever the format they are stored in.
+
+    Args:
+        leaves: path to `digest`.
+    """
+    return hashlib.sha256("".join(f"{path} {leaves[path]}\n" for path in sorted(leaves)).encode()).hexdigest()
 
 
 def compare(a: Tensor, b: Tensor) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -167,8 +190,8 @@ def _changed(
     return weights, notes
 
 
-def _verify(weights: Weights, folder: Path, to: Format) -> dict[str, Any]:
-    """Reads the written checkpoint back and compares it with what was to be written.
+def _verify(weights: Weights, folder: Path) -> dict[str, str]:
+    """Reads the written checkpoint back and compares it with what was to be written; returns the leaves' hashes.
 
     Raises:
         ValueError: a tensor, the statistics or the configuration differ: our bug, or the disk's.
@@ -178,18 +201,39 @@ def _verify(weights: Weights, folder: Path, to: Format) -> dict[str, Any]:
         raise ValueError(f"verification failed: wrote {weights.policy.model}, read back {written.policy.model}")
     if written.norm_stats != weights.norm_stats or written.tokenizer != weights.tokenizer:
         raise ValueError("verification failed: statistics or tokenizer read back differently.")
-    found = hashlib.sha256()
-    for path in sorted(weights.tensors):
-        ours, theirs = weights.tensors[path], written.tensors[path]
+    digests = {}
+    for path, ours in weights.tensors.items():
+        theirs = written.tensors[path]
         if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
             raise ValueError(f"verification failed at {path}: {ours.dtype}{ours.shape}, {theirs.dtype}{theirs.shape}")
-        found.update(_head(path, ours))
+        found = hashlib.sha256(_head(path, ours))
         for x, y in compare(ours, theirs):
-            if not np.array_equal(_bytes(x), _bytes(y)):
+            if not np.array_equal(_bits(x), _bits(y)):
                 raise ValueError(f"verification failed at {path}: it was read back with other bits.")
             found.update(_bytes(x).data)
-    result = {"tensors": len(weights.tensors), "parameters": parameters(weights.tensors), "largest_difference": 0.0}
-    return result | {"sha256": found.hexdigest()}
+        digests[path] = found.hexdigest()
+    return digests
+
+
+def _check_recorded(weights: Weights, found: Mapping[str, str]) -> None:
+    """Compares the hashes of leaves with those that a conversion of ours wrote beside the weights, if one did.
+
+    Raises:
+        ValueError: leaves that were changed since; all of them are named.
+    """
+    path = weights.path / RECORD
+    recorded = json.loads(path.read_text()).get("leaves_sha256") if path.is_file() else None
+    changed = (
+        [leaf for leaf in sorted({*recorded, *found}) if recorded.get(leaf) != found.get(leaf)] if recorded else []
+    )
+    if not changed:
+        return
+    shown = [leaf + (f" ({weights.names[leaf]})" if leaf in weights.names else "") for leaf in changed[:40]]
+    some = "\n  ".join(shown) + (f"\n  and {len(changed) - 40} more" if len(changed) > 40 else "")
+    raise ValueError(
+        f"{len(changed)} of {len(found)} leaves are not what {path} says was written here. If they were changed on "
+        f"purpose, by training in this folder for instance, go on with --edited; else the folder is damaged:\n  {some}"
+    )
 
 
 def _record(opened: Weights, weights: Weights, to: Format, notes: list[str]) -> dict[str, Any]:
@@ -199,6 +243,7 @@ def _record(opened: Weights, weights: Weights, to: Format, notes: list[str]) -> 
         "source": {"format": opened.format, "name": opened.path.name, "step": opened.step, "sha256": None},
         "format": to,
         "weights_sha256": None,
+        "leaves_sha256": None,
         "verified": None,
         "actions": None,
         "parameters": parameters(weights.tensors),
@@ -234,3 +279,7 @@ def _head(path: str, tensor: Tensor) -> bytes:
 
 def _bytes(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def _bits(array: np.ndarray) -> np.ndarray:
+    return array.view(f"u{array.dtype.itemsize}")

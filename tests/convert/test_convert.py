@@ -37,9 +37,9 @@ def test_there_and_back_is_the_same_bit_for_bit(saved, tmp_path, name, dtype, to
     back = convert(tmp_path / "out", tmp_path / "back", "pi0")
     assert record["weights_sha256"] == back["weights_sha256"] == record["source"]["sha256"]
     assert differences(open_checkpoint(source), open_checkpoint(tmp_path / "back")) == []
-    assert read_all(open_checkpoint(tmp_path / "back").tensors).keys() == tiny_weights(name).tensors.keys()
-    for path, array in read_all(tiny_weights(name, DTYPES[dtype]).tensors).items():
-        assert array.tobytes() == open_checkpoint(tmp_path / "back").tensors[path].read(None).tobytes()
+    found = read_all(open_checkpoint(tmp_path / "back").tensors)
+    expected = read_all(tiny_weights(name, DTYPES[dtype]).tensors)
+    assert {path: array.tobytes() for path, array in found.items()} == {p: a.tobytes() for p, a in expected.items()}
 
 
 def source_of(kind, name, folder):
@@ -60,45 +60,7 @@ def source_of(kind, name, folder):
     return tensors, rewrite
 
 
-def open_and_read(folder):
-    return read_all(open_checkpoint(folder, CHOICES).tensors)
-
-
 CHOICES = Choices(horizon=6, vision_heads=2, num_heads=4, num_kv_heads=1, lora_scale=2.0)
-
-
-@pytest.mark.parametrize(
-    ("kind", "name"), [("openpi", "pi05"), ("openpi", "pi0_lora"), ("openpi-torch", "pi0"), ("lerobot", "pi05")]
-)
-def test_any_one_tensor_deleted_renamed_transposed_or_filled_with_nan_is_named(tmp_path, kind, name):
-    """Every tensor once, in one of the four ways in turn, so that all pairs are met over the tensors of a kind.
-
-    A square matrix that is transposed looks like any other matrix, in this and in every converter: those are left out.
-    Tensors that may be absent (the tied embedding, the unused head) are left out too.
-    """
-    tensors, rewrite = source_of(kind, name, tmp_path / "x")
-    spare = ("lm_head.weight", "embed_tokens.weight")
-    damages = 0
-    for number, (victim, array) in enumerate(tensors.items()):
-        if victim.endswith(spare):
-            continue
-        ways = ["delete", "rename", "nan"] + (["transpose"] if array.T.shape != array.shape else [])
-        way = ways[number % len(ways)]
-        changed = dict(tensors)
-        if way == "transpose":
-            changed[victim] = np.ascontiguousarray(array.T)
-        elif way == "nan":
-            changed[victim] = array.copy()
-            changed[victim].flat[array.size // 2] = np.nan
-        else:
-            del changed[victim]
-            if way == "rename":
-                changed[victim + "_"] = array
-        rewrite(changed)
-        with pytest.raises(ValueError, match=victim.removeprefix("model.")):
-            open_and_read(tmp_path / "x")
-        damages += 1
-    assert damages > 45
 
 
 def test_failed_conversions_leave_nothing_behind(tmp_path):
