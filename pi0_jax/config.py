@@ -105,6 +105,10 @@ class ModelConfig:
     """Tokens the prompt is padded or cut to (the π0.5 release: 200)."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Activations. Parameters, statistics of norms, softmax, RoPE and time embedding are float32 regardless."""
+    max_delay: int = 0
+    """Training-time real-time chunking (arXiv 2512.05964): the network learns to go on from a prefix of up to so many
+    clean actions, whose number is drawn uniformly from 0 to this for each draw. 0: no such training. Velocity networks
+    with an action expert only."""
     compact: CompactConfig = CompactConfig()
     bins: BinConfig = BinConfig()
     remat: Literal["full", "gate_up", "matmuls", "none"] = "full"
@@ -115,6 +119,20 @@ class ModelConfig:
 
 PI0 = ModelConfig()
 PI05 = ModelConfig(variant="pi05", prompt_length=200)
+
+
+@dataclasses.dataclass(frozen=True)
+class RealTimeConfig:
+    """How a chunk is made to go on where the previous one leads, for policies that act while they compute."""
+
+    method: Literal["guidance", "identity", "trained"] = "guidance"
+    """guidance: real-time chunking as in arXiv 2506.07339, by the vector-Jacobian product through the network.
+    identity: LeRobot's variant without that product. trained: the network was trained for it (`ModelConfig.max_delay`),
+    and goes on from the actions that are certain without any guidance."""
+    schedule: Literal["exp", "linear", "ones", "zeros"] = "exp"
+    """Weights of the previous actions that are not certain (`flow.guidance.prefix_weights`). LeRobot: linear."""
+    max_guidance: float = 5.0
+    """Bound of the guidance. LeRobot: 10."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +161,8 @@ class PolicyConfig:
     """What the unguided half is not told."""
     execute_steps: int = 4
     """Actions of each chunk that are executed before the policy is asked again."""
+    real_time: RealTimeConfig = RealTimeConfig()
+    """Used where a chunk is asked for with what is left of the previous one."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ The baselines that flow matching is compared with, diffusion and discretised act
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, Literal, cast
 
@@ -15,13 +16,20 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from pi0_jax import baselines
 from pi0_jax.batch import Batch, Observation
-from pi0_jax.config import FlowConfig, ModelConfig, PolicyConfig
+from pi0_jax.config import FlowConfig, ModelConfig, PolicyConfig, RealTimeConfig
 from pi0_jax.flow import diffusion
 from pi0_jax.flow.coupling import couple
 from pi0_jax.flow.grid import warped_grid
-from pi0_jax.flow.guidance import classifier_free
+from pi0_jax.flow.guidance import (
+    Previous,
+    classifier_free,
+    continue_prefix,
+    identity_real_time_chunking,
+    is_prefix,
+    real_time_chunking,
+)
 from pi0_jax.flow.loss import flow_loss
-from pi0_jax.flow.path import interpolate
+from pi0_jax.flow.path import Velocity, interpolate
 from pi0_jax.flow.shortcut import sample_spans, taught_span, two_steps
 from pi0_jax.flow.solvers import TABLEAUS, Solver, check_solver, integrate
 from pi0_jax.flow.straightness import straightness
@@ -72,7 +80,7 @@ def loss(
     config = network.config
     # The first two keys came first: runs of older versions draw the same noise.
     noise_key, time_key = jax.random.split(key)
-    drop_key, couple_key, span_key = (jax.random.fold_in(key, i) for i in (2, 3, 4))
+    drop_key, couple_key, span_key, delay_key = (jax.random.fold_in(key, i) for i in (2, 3, 4, 5))
     observation = scale_images(batch.observation)
     if flow.drop_prompt or flow.drop_images or flow.drop_both:
         observation = drop_conditions(observation, drop_key, flow)
@@ -94,6 +102,7 @@ def loss(
         noise, time = noise.at[:, 0].set(0.0), time.at[:, 0].set(1.0)
 
     predict: Any = functools.partial(network.apply, {"params": params})
+    counted = batch.step_mask[:, None] if flow.mask_padded_steps else None
     actions = jnp.broadcast_to(jax.lax.stop_gradient(actions)[:, None], noise.shape)
     if config.prediction in ("epsilon", "v"):
         x, target = diffusion.diffuse(actions, noise, time, config.prediction)
@@ -108,12 +117,17 @@ def loss(
         target = target.at[:taught].set(two_steps(functools.partial(predict, first), x[:taught], times, spans))
         predicted = predict(observation, x, time, span)
     else:
+        if config.max_delay:
+            delay = jax.random.randint(delay_key, time.shape, 0, config.max_delay + 1)
+            prefix = is_prefix(delay, horizon)
+            time = jnp.where(prefix, 0.0, time[..., None])
+            counted = ~prefix if counted is None else counted & ~prefix
         x, target = interpolate(actions, noise, time)
         predicted = predict(observation, x, time)
     value = flow_loss(
         predicted,
         target,
-        batch.step_mask[:, None] if flow.mask_padded_steps else None,
+        counted,
         batch.dim_mask[:, None] if flow.mask_padded_dims else None,
     )
     return value, {"loss": value}
@@ -133,6 +147,8 @@ def sample_actions(
     clip: float = 3.0,
     keys: PRNGKeyArray | None = None,
     path: bool = False,
+    previous: Previous | None = None,
+    real_time: RealTimeConfig | None = None,
 ):
     """Turns noise into action chunks.
 
@@ -150,16 +166,23 @@ def sample_actions(
         clip: largest absolute value that a diffusion's guess at the actions keeps on the way; flows have no use for it.
         keys: one a chunk, for the noise that `ddpm` adds on the way.
         path: also return the points on the way, `[num_steps + 1, b, ah, ad]`.
+        previous: what is left of the chunks that are being executed, for the new ones to go on from.
+        real_time: how they do; its `max_guidance` may be traced. None: guidance, as `RealTimeConfig` has it.
 
     Returns:
         Normalised, padded actions `[b ah ad]`, float32 (and the path).
 
     Raises:
-        ValueError: a solver, grid or guidance that does not suit what the network predicts; ddpm without keys.
+        ValueError: a solver, grid, guidance or previous chunk that does not suit the network; ddpm without keys.
     """
     prediction = network.config.prediction
     guided = not (isinstance(guidance_scale, float | int) and guidance_scale == 1)
     check_sampling(prediction, solver, num_steps, grid_power, guided)
+    real_time = real_time or RealTimeConfig()
+    if previous is not None:
+        check_real_time(network.config, real_time)
+        # Guidance has a backward pass, in which there is nothing to save memory for.
+        network = network.clone(config=dataclasses.replace(network.config, remat="none"))
     if solver == "ddpm" and keys is None and prediction in ("epsilon", "v"):
         raise ValueError("ddpm adds noise on the way: give `keys`, one a chunk; ddim needs none.")
     apply: Any = functools.partial(network.apply, {"params": params})
@@ -174,7 +197,7 @@ def sample_actions(
     span = (taught_span(num_steps),) if prediction == "average_velocity" else ()
 
     def velocity(x, time) -> Any:
-        rest = (jnp.broadcast_to(jnp.float32(value), x.shape[:1]) for value in (time, *span))
+        rest = (jnp.broadcast_to(jnp.float32(value), x.shape[: jnp.ndim(value) or 1]) for value in (time, *span))
         return apply(prefix, x, *rest, method="velocity")
 
     steered = classifier_free(velocity, guidance_scale) if guided else velocity
@@ -182,8 +205,20 @@ def sample_actions(
         return diffusion.denoise(
             steered, noise, num_steps, prediction, keys=keys if solver == "ddpm" else None, clip=clip, path=path
         )
+    if previous is not None:
+        steered, noise = continued(steered, noise, previous, real_time)
     steps = num_steps if grid_power == 1 else warped_grid(num_steps, grid_power)
     return integrate(steered, noise, steps, cast(Solver, solver), path=path)
+
+
+def continued(
+    velocity: Velocity, noise: Float[Array, "b ah ad"], previous: Previous, real_time: RealTimeConfig
+) -> tuple[Velocity, Float[Array, "b ah ad"]]:
+    """A velocity, and noise, whose samples go on from the previous chunks."""
+    if real_time.method == "trained":
+        return continue_prefix(velocity, previous, noise)
+    pull = real_time_chunking if real_time.method == "guidance" else identity_real_time_chunking
+    return pull(velocity, previous, real_time.schedule, real_time.max_guidance), noise
 
 
 def flow_straightness(
@@ -206,11 +241,41 @@ def sampling_options(config: PolicyConfig) -> dict[str, Any]:
 def check_policy(config: PolicyConfig) -> None:
     """Raises ValueError for settings that do not go together."""
     guided = config.guidance_scale != 1
+    check_max_delay(config.model)
+    if config.real_time != RealTimeConfig():
+        check_real_time(config.model, config.real_time)
     check_sampling(config.model.prediction, config.solver, config.num_steps, config.grid_power, guided)
     if config.model.prediction in baselines.BINS and config.normalization != "quantile":
         raise ValueError(
             f"prediction {config.model.prediction!r} has its bins between the 1st and the 99th percentile, which takes "
             f"quantile normalisation; it is {config.normalization!r} (--policy.normalization quantile)."
+        )
+
+
+def check_max_delay(model: ModelConfig) -> None:
+    """Raises ValueError for training-time real-time chunking that cannot be."""
+    if not 0 <= model.max_delay < model.action_horizon:
+        raise ValueError(
+            f"max_delay is {model.max_delay}; of a chunk of {model.action_horizon} actions at most "
+            f"{model.action_horizon - 1} can be given, and 0 means none."
+        )
+    if model.max_delay and (model.prediction, model.head) != ("velocity", "expert"):
+        raise ValueError(
+            f"max_delay is {model.max_delay}, which takes a velocity network with an action expert, where each action "
+            f"has its own time; this one has the head {model.head!r} and predicts {model.prediction}."
+        )
+
+
+def check_real_time(model: ModelConfig, real_time: RealTimeConfig) -> None:
+    """Raises ValueError for a network that cannot go on from a previous chunk in this way."""
+    if model.prediction != "velocity":
+        raise ValueError(f"real-time chunking steers a velocity; this network predicts {model.prediction}.")
+    if real_time.method not in ("guidance", "identity", "trained"):
+        raise ValueError(f"unknown real_time.method {real_time.method!r}; choose guidance, identity or trained.")
+    if real_time.method == "trained" and not model.max_delay:
+        raise ValueError(
+            "real_time.method is 'trained', but this network was not trained to go on from clean actions. Train or "
+            "fine-tune it with --policy.model.max-delay, or choose guidance."
         )
 
 

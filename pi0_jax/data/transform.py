@@ -238,11 +238,14 @@ def check_observation(raw: dict[str, Any], robot: Robot) -> Sample:
     """Checks a raw observation that a user or a robot sent, and brings it into form.
 
     Args:
-        raw: `images` by camera, uint8 or float in [0, 1], `[h, w, 3]` RGB; `state` `[d]`; `prompt`, a string.
+        raw: `images` by camera, uint8 or float in [0, 1], `[h, w, 3]` RGB; `state` `[d]`; `prompt`, a string. For a
+            chunk that goes on from the one in execution also `previous`, what is left of that, `[n, d]` in the robot's
+            units; and `delay`, how many of these will be executed before the new chunk can be.
         robot: whose it should be.
 
     Returns:
-        The same with uint8 images (floats as openpi converts them, 255 times and cut) and a float32 state.
+        The same with uint8 images (floats as openpi converts them, 255 times and cut) and a float32 state. `previous`
+        is called `actions`, which is what the transforms know them as.
 
     Raises:
         ValueError: something is missing, unknown, or of wrong shape, type or value.
@@ -267,11 +270,30 @@ def check_observation(raw: dict[str, Any], robot: Robot) -> Sample:
     prompt = prompt.item() if isinstance(prompt, np.ndarray) and prompt.ndim == 0 else prompt
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(f"`prompt` came as {prompt!r}; expected the instruction, a string that is not empty.")
-    return {
+    sample = {
         "images": {camera: _check_image(images[camera], camera) for camera in cameras},
         "state": _check_state(raw["state"], robot),
         "prompt": prompt,
     }
+    return sample | _check_previous(raw, robot)
+
+
+def _check_previous(raw: dict[str, Any], robot: Robot) -> Sample:
+    if raw.get("previous") is None:
+        return {}
+    try:
+        actions, delay = np.asarray(raw["previous"], np.float32), int(raw.get("delay", 0))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`previous` or `delay` is no number: {error}.") from error
+    if actions.ndim != 2 or actions.shape[1] != len(robot.actions):
+        raise ValueError(
+            f"`previous` has shape {actions.shape}; expected (steps, {len(robot.actions)}): {', '.join(robot.actions)}."
+        )
+    if not np.isfinite(actions).all():
+        raise ValueError("`previous` is NaN or infinite in places; send what is left of the last chunk as it came.")
+    if delay < 0:
+        raise ValueError(f"`delay` is {delay}; expected the number of `previous` actions that will be executed.")
+    return {"actions": actions, "delay": delay} if len(actions) else {}
 
 
 def _check_image(image: Any, camera: str) -> UInt8[np.ndarray, "h w 3"]:

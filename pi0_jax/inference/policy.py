@@ -10,6 +10,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, PRNGKeyArray
 
@@ -18,7 +19,8 @@ from pi0_jax.config import PolicyConfig
 from pi0_jax.data.normalize import Stats, semantics_from_json, stats_from_json
 from pi0_jax.data.robots import Robot, get_robot
 from pi0_jax.data.tokenizer import Tokenizer
-from pi0_jax.data.transform import check_observation, make_transform, to_observation
+from pi0_jax.data.transform import Sample, check_observation, make_transform, to_observation
+from pi0_jax.flow.guidance import Previous
 from pi0_jax.model.heads import make_network
 
 
@@ -76,7 +78,9 @@ class Policy:
 
         Args:
             observation: `images` by camera (`[h, w, 3]` RGB, uint8 or float in [0, 1]), `state` `[d]` in the robot's
-                units, and `prompt`, a string.
+                units, and `prompt`, a string. With `previous`, what is left of the chunk in execution (`[n, d]`, the
+                robot's units), and `delay`, how many of these will be executed before the new chunk is there, that one
+                goes on from them, by `config.real_time`.
             seed: of the noise that becomes the actions.
 
         Raises:
@@ -93,8 +97,8 @@ class Policy:
     ) -> Float[np.ndarray, "b ah d"]:
         """Chunks of actions for many observations in one call of the network.
 
-        One program is compiled for each batch size and number of steps, at its first use, and one more for guidance of
-        whatever scale.
+        One program is compiled for each batch size and number of steps, at its first use; one more for guidance of
+        whatever scale, and one more for observations with `previous`, however much that is.
 
         Args:
             observations: as in `infer`.
@@ -102,14 +106,15 @@ class Policy:
             num_steps: solver steps; None: the config's.
             guidance_scale: of classifier-free guidance; None: the config's.
         """
-        observation, anchors = self._prepare(observations)
-        actions = self._sample(self._params, observation, keys, **self._options(num_steps, guidance_scale))
+        observation, anchors, previous = self._prepare(observations)
+        options = self._options(num_steps, guidance_scale)
+        actions = self._sample(self._params, observation, keys, previous=previous, **options)
         return self._raw(np.asarray(actions), anchors)
 
     def denoise(self, observation: dict[str, Any], seed: int = 0, num_steps: int | None = None) -> np.ndarray:
         """The points that noise passes on its way to a chunk, in the robot's units, `[num_steps + 1, ah, d]`."""
         keys = jax.random.key(seed)[None]
-        prepared, anchors = self._prepare([observation])
+        prepared, anchors, _ = self._prepare([observation])
         _, points = self._sample(self._params, prepared, keys, **self._options(num_steps), path=True)
         return self._raw(np.asarray(points)[:, 0], anchors)
 
@@ -119,7 +124,7 @@ class Policy:
         """The points on the way of many chunks, as `flow.straightness` wants them: in the model's own units, at equally
         spaced times whatever the config's grid."""
         options = self._options(num_steps) | {"grid_power": 1.0}
-        prepared, _ = self._prepare(observations)
+        prepared, *_ = self._prepare(observations)
         _, points = self._sample(self._params, prepared, keys, **options, path=True)
         return np.asarray(points)
 
@@ -131,10 +136,27 @@ class Policy:
         return options | {"guidance_scale": None if scale == 1 else scale}
 
     def _prepare(self, observations: Sequence[dict[str, Any]]):
-        """The model's observations, and the states that relative actions refer to, if there are such."""
+        """The model's observations; the states that relative actions refer to, if there are such; and what is left of
+        the chunks in execution, if anything is."""
         samples = [self._transform.forward(check_observation(raw, self.robot)) for raw in observations]
         anchors = {key: np.stack([sample[key] for sample in samples]) for key in ("anchor",) if key in samples[0]}
-        return jax.tree.map(lambda *leaves: np.stack(leaves), *map(to_observation, samples)), anchors
+        stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *map(to_observation, samples))
+        return stacked, anchors, self._previous(samples)
+
+    def _previous(self, samples: Sequence[Sample]) -> Previous | None:
+        """The transforms made `actions` of what is left of a chunk, relative to the new state where they are relative.
+
+        A trained network cannot be told of more certain actions than it learned with: only so many are."""
+        if not any("actions" in sample for sample in samples):
+            return None
+        model, trained = self.config.model, self.config.real_time.method == "trained"
+        actions = np.zeros((len(samples), model.action_horizon, model.action_dim), np.float32)
+        delay, end = np.zeros((2, len(samples)), np.int32)
+        for i, sample in enumerate(samples):
+            left = sample.get("actions", actions[0, :0])[: model.action_horizon]
+            actions[i, : len(left)], end[i] = left, len(left)
+            delay[i] = min(sample.get("delay", 0), len(left), model.max_delay if trained else len(left))
+        return Previous(*map(jnp.asarray, (actions, delay, end)))
 
     def _raw(self, actions: np.ndarray, anchors: dict[str, np.ndarray]) -> np.ndarray:
         return self._transform.inverse({"actions": actions} | anchors)["actions"].astype(np.float32)
@@ -148,4 +170,7 @@ class Policy:
         shape = (self.config.model.action_horizon, self.config.model.action_dim)
         noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
         scale = 1.0 if guidance_scale is None else guidance_scale
-        return pi0.sample_actions(self._network, params, observation, noise, guidance_scale=scale, keys=keys, **options)
+        return pi0.sample_actions(
+            self._network, params, observation, noise, guidance_scale=scale, keys=keys,
+            real_time=self.config.real_time, **options,
+        )  # fmt: skip

@@ -3,51 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.linen import meta
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jaxtyping import Array, PRNGKeyArray
 
 from pi0_jax import checkpoint, pi0
 from pi0_jax.batch import Batch
 from pi0_jax.checkpoint import CheckpointWriter
-from pi0_jax.config import FlowConfig, HostsConfig, TrainConfig
-from pi0_jax.data.augment import augment
-from pi0_jax.model.heads import Network, make_network
+from pi0_jax.config import HostsConfig, TrainConfig
+from pi0_jax.model.heads import Network
 from pi0_jax.training import hosts, optimizer, sharding
 from pi0_jax.training.folder import delete_run, open_run
 from pi0_jax.training.inputs import Inputs, load_inputs
 from pi0_jax.training.interrupt import Interrupted, StopRequest
 from pi0_jax.training.metrics import Diverged, Reporter
-from pi0_jax.training.state import TrainState, create, join, split
-from pi0_jax.training.step import Metrics, make_update
+from pi0_jax.training.program import Program, build
+from pi0_jax.training.state import TrainState, join, split
 
 _log = logging.getLogger(__name__)
-
-
-class Program(NamedTuple):
-    """The compiled parts of a run."""
-
-    update: Callable[..., tuple[TrainState, Metrics]]
-    """Of state, batch and `frozen`; donates the state that it is given."""
-    update_mean: Callable[..., tuple[TrainState, Metrics]]
-    """The same for the first `flow.mean_steps` updates."""
-    evaluate: Callable[[Any, Batch, PRNGKeyArray], tuple[Array, Metrics]]
-    """Loss of given weights on a batch, with the noise and times of a key."""
-    straightness: Callable[[Any, Batch, PRNGKeyArray], Array] | None
-    """Of the flow of given weights on a batch; None for what is no flow."""
-    place: Callable[[Batch], Batch]
-    """Puts a batch on the devices: this process's part of it in, the whole batch out."""
-    frozen: tuple[Any, ...]
-    """Weights that an update only reads."""
 
 
 def run(config: TrainConfig) -> Path:
@@ -90,7 +69,7 @@ def _run(config: TrainConfig) -> Path:
     _check_objective(config)
     mesh = sharding.make_mesh(config.mesh)
     batch_placement = sharding.batch_sharding(mesh, config.batch_size)
-    schedule = optimizer.make_schedule(config.optim, config.num_steps)
+    optimizer.make_schedule(config.optim, config.num_steps)  # refuses what cannot work, before data are read
     run_dir = Path(config.run_dir).expanduser()
     source = open_run(config)
     hosts.require_same("configuration and newest checkpoint", repr((_shared(config), source)).encode())
@@ -101,68 +80,27 @@ def _run(config: TrainConfig) -> Path:
         inputs = load_inputs(config, resumed=resumed, initial=initial, rows=rows)
     hosts.require_same("the demonstrations", repr((inputs.assets.norm_stats, inputs.assets.tokenizer)).encode())
 
-    network = make_network(config.policy.model)
-    boxed = jax.eval_shape(functools.partial(pi0.init_params, network), jax.random.key(0))
-    transform = optimizer.make_optimizer(config.optim, schedule, boxed)
-    start = functools.partial(create, optimizer=transform, ema=config.optim.ema_decay is not None)
-    boxed_state = jax.eval_shape(start, boxed)
-    placement = sharding.shardings(mesh, boxed_state)
-    shapes = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), meta.unbox(boxed_state), placement
-    )
-    _describe(mesh, shapes, placement, boxed, config)
-
-    def compiled_update(flow: FlowConfig):
-        make = functools.partial(
-            make_update,
-            sharding.keep_batch_divided(mesh, functools.partial(_loss, network, flow)),
-            functools.partial(
-                augment, config=config.augment, robot=inputs.robot, stats=inputs.stats, mode=config.policy.normalization
-            ),
-            transform,
-            schedule,
-            ema_decay=config.optim.ema_decay,
-        )
-        # The seed is an argument, so that runs which differ in it alone share their compiled programs.
-        update = jax.jit(
-            lambda seed, state, *rest: make(seed=seed)(state, *rest), donate_argnums=1, out_shardings=(placement, None)
-        )
-        return functools.partial(update, np.uint32(config.seed))
-
-    # Whatever training does, validation counts the steps inside episodes alone, which also drops the last batch's fill.
-    validation_flow = dataclasses.replace(
-        config.flow, mask_padded_steps=True, coupling="independent", drop_prompt=0.0, drop_images=0.0, drop_both=0.0
-    )
-    is_flow = config.policy.model.prediction in ("velocity", "average_velocity")
-    program = Program(
-        compiled_update(config.flow),
-        compiled_update(dataclasses.replace(config.flow, samples_per_observation=1, mean_draw=True)),
-        jax.jit(sharding.keep_batch_divided(mesh, functools.partial(_loss, network, validation_flow))),
-        jax.jit(functools.partial(pi0.flow_straightness, network)) if is_flow else None,
-        functools.partial(sharding.place, placement=batch_placement, batch_size=config.batch_size, rows=rows),
-        () if config.reflow_from is None else (checkpoint.restore_params(config.reflow_from, shapes.params),),
+    program = build(config, mesh, inputs.robot, inputs.stats, rows)
+    _describe(mesh, program, config)
+    frozen = (
+        () if config.reflow_from is None else (checkpoint.restore_params(config.reflow_from, program.shapes.params),)
     )
     with hosts.first_before_others("overwrite"):
         if config.overwrite and hosts.is_first():
             delete_run(run_dir)
     with CheckpointWriter(run_dir, config.keep_checkpoints) as writer:
-        writer.reserve(checkpoint.tree_bytes(shapes))
+        writer.reserve(checkpoint.tree_bytes(program.shapes))
         if source is None:
-            params = _first_params(config, network, shapes.params)
-            state = jax.jit(start, out_shardings=placement, donate_argnums=0)(params)
+            state = program.start(_first_params(config, program.network, program.shapes.params))
         else:
-            state = restore(source, shapes)
+            state = restore(source, program.shapes)
             inputs.loader.set_state(checkpoint.load_data_state(source))
-        return _train(config, run_dir, state, program, inputs, writer, hosts.Vote(mesh))
+        return _train(config, run_dir, state, program, frozen, inputs, writer, hosts.Vote(mesh))
 
 
 def _shared(config: TrainConfig) -> TrainConfig:
     """What has to be the same for all processes."""
     return dataclasses.replace(config, hosts=HostsConfig())
-
-
-def _loss(network: Network, flow: FlowConfig, params, batch: Batch, key: PRNGKeyArray, *teacher):
-    return pi0.loss(network, params, batch, key, flow, *teacher)
 
 
 def _check_objective(config: TrainConfig) -> None:
@@ -238,10 +176,10 @@ def validate(program: Program, weights, validation: Callable[[], Iterator[Batch]
 
 
 def _train(
-    config: TrainConfig, run_dir: Path, state: TrainState, program: Program, inputs: Inputs, writer: CheckpointWriter,
-    vote: hosts.Vote,
+    config: TrainConfig, run_dir: Path, state: TrainState, program: Program, frozen: tuple, inputs: Inputs,
+    writer: CheckpointWriter, vote: hosts.Vote,
 ) -> Path:  # fmt: skip
-    step = int(state.step)
+    step, seed = int(state.step), np.uint32(config.seed)
     saved = step
     reporter = Reporter(
         run_dir, start=step, num_steps=config.num_steps, batch_size=config.batch_size, log_every=config.log_every,
@@ -252,7 +190,7 @@ def _train(
         try:
             while step < config.num_steps and (signal := vote(stop.number)) is None:
                 update = program.update_mean if step < config.flow.mean_steps else program.update
-                state, metrics = update(state, program.place(next(inputs.loader)), *program.frozen)
+                state, metrics = update(seed, state, program.place(next(inputs.loader)), *frozen)
                 step += 1
                 reporter.push(step, metrics)
                 writer.check()
@@ -289,13 +227,13 @@ def _kept(run_dir: Path, step: int | None) -> str:
     return "No checkpoint was saved." if step is None else f"Last checkpoint: {run_dir / 'checkpoints' / str(step)}."
 
 
-def _describe(mesh, shapes: TrainState, placement: TrainState, boxed, config: TrainConfig):
+def _describe(mesh, program: Program, config: TrainConfig):
     """Logs what a user wants to know before waiting."""
-    count = sum(x.size for x in jax.tree.leaves(shapes.params))
-    held = sharding.bytes_per_device(shapes, placement)
+    count = sum(x.size for x in jax.tree.leaves(program.shapes.params))
+    held = sharding.bytes_per_device(program.shapes, jax.tree.map(lambda x: x.sharding, program.shapes))
     kind = mesh.devices.flat[0].device_kind
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     _log.info("devices: %d x %s of %d processes, mesh %s", mesh.size, kind, jax.process_count(), axes)
     _log.info("model: %s parameters, %.3f GB of training state a device", f"{count:,}", held / 1e9)
     _log.info("output: %s (checkpoints, %s, TensorBoard events)", config.run_dir, "metrics.jsonl")
-    _log.debug("optimizer of each parameter:\n%s", optimizer.describe(boxed))
+    _log.debug("optimizer of each parameter:\n%s", optimizer.describe(program.boxed))

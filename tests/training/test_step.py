@@ -91,14 +91,14 @@ def test_all_parts_of_the_state_are_divided_alike():
         if jax.tree_util.keystr(path).endswith("['action']['attn']['q']")
     }
     assert len(specs) == 3  # weights, momentum, moving average
-    assert set(specs.values()) == {jax.P(None, "fsdp", None, None)}
+    assert set(specs.values()) == {jax.P(None, "fsdp", "tensor", None)}
 
 
 def test_an_axis_that_does_not_divide_stays_whole(caplog):
     caplog.set_level("INFO")
     tree = {"w": nn.LogicallyPartitioned(jnp.zeros((6, 8)), ("embed", "mlp")), "plain": jnp.zeros(3)}
     placed = sharding.shardings(sharding.make_mesh(MeshConfig(data=2, fsdp=4)), tree)
-    assert placed["w"].spec == jax.P(None, None)
+    assert placed["w"].spec == jax.P(None, "tensor")
     assert placed["plain"].spec == jax.P(None)
     assert "embed of 6 stays whole" in caplog.text
 

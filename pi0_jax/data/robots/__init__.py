@@ -71,6 +71,9 @@ class Robot:
     """One of `SEMANTICS` for each action; empty: all absolute."""
     adapt: Adapter | None = None
     """Conversion to the units of the weights; None: they are the robot's."""
+    changes: tuple[str, ...] = ()
+    """Actions that are a change or a velocity, by name: the robot holds still at 0 of them, and where it is at the
+    last of the others."""
 
     def example(self) -> dict[str, Any]:
         """A valid raw observation, all zeros."""
@@ -79,6 +82,10 @@ class Robot:
             "state": np.zeros(len(self.state), np.float32),
             "prompt": "do nothing",
         }
+
+    def still(self, last: np.ndarray) -> np.ndarray:
+        """The action that holds the robot where the action `last` brought it."""
+        return np.where([name in self.changes for name in self.actions], 0.0, last).astype(np.float32)
 
 
 def get_robot(name: str) -> Robot:
@@ -129,6 +136,8 @@ def check_robot(robot: Robot) -> Robot:
     for key, names in (("state", robot.state), ("actions", robot.actions), ("cameras", robot.cameras.values())):
         if len(set(names)) != len(tuple(names)):
             raise ValueError(f"{robot.name} has names twice among its {key}: {list(names)}.")
+    if unknown := sorted(set(robot.changes) - set(robot.actions)):
+        raise ValueError(f"{robot.name} has no actions {unknown} that could be changes; it has {list(robot.actions)}.")
     return robot
 
 

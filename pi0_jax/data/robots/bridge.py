@@ -16,4 +16,5 @@ BRIDGE = Robot(
     fps=5,
     image_size=(256, 256),
     semantics=(*["absolute"] * 6, "gripper"),
+    changes=("dx", "dy", "dz", "droll", "dpitch", "dyaw"),
 )

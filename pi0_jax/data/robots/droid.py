@@ -23,5 +23,5 @@ DROID = Robot(
     semantics=(*["relative"] * 7, "gripper"),
 )
 DROID_VELOCITY = dataclasses.replace(  # actions: velocities in DROID's units of [-1, 1]; the gripper's position
-    DROID, name="droid_velocity", semantics=(*["absolute"] * 7, "gripper")
+    DROID, name="droid_velocity", semantics=(*["absolute"] * 7, "gripper"), changes=JOINTS
 )

@@ -17,4 +17,5 @@ FRACTAL = Robot(
     fps=3,
     image_size=(256, 320),
     semantics=("absolute",) * 7,
+    changes=("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper_closing"),
 )

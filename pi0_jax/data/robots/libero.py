@@ -17,4 +17,5 @@ LIBERO = Robot(
     fps=None,  # openpi's conversion says 10; the simulator runs at 20
     image_size=(256, 256),
     semantics=(*["absolute"] * 6, "gripper"),
+    changes=("dx", "dy", "dz", "droll", "dpitch", "dyaw"),
 )

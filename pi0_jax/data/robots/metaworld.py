@@ -16,4 +16,5 @@ METAWORLD = Robot(
     fps=80,
     image_size=(480, 480),
     semantics=(*["absolute"] * 3, "gripper"),
+    changes=("dx", "dy", "dz"),
 )

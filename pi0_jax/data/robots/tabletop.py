@@ -11,5 +11,6 @@ TABLETOP = Robot(
     actions=("dx", "dy", "dz"),  # change of the commanded position, metres
     fps=5,
     image_size=(48, 48),
+    changes=("dx", "dy", "dz"),
     planar=Planar(state=((0, 1), (3, 4)), actions=((0, 1),)),
 )
