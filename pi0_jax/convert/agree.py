@@ -75,8 +75,8 @@ def agreement(source: Weights, result: Weights, framework: Framework, tolerance:
     """
     before, after = source.policy.model, result.policy.model
     inputs = example(before)
-    a = _run(source, inputs, framework)
-    b = _run(result, widened(inputs, before, after), framework)
+    a = run(source, inputs, framework)
+    b = run(result, widened(inputs, before, after), framework)
     difference = float(np.max(np.abs(a.actions - b.actions[..., : before.action_dim])))
     agree = bool(difference <= tolerance)  # not so where it is nan
     return {
@@ -205,7 +205,8 @@ def _foreign(framework: Framework):
     return {"lerobot": lerobot_policy, "openpi-torch": openpi_policy}[framework]
 
 
-def _run(weights: Weights, inputs: Inputs, framework: Framework) -> Trace:
+def run(weights: Weights, inputs: Inputs, framework: Framework) -> Trace:
+    """Runs a checkpoint in a framework, if it is of its format; else in our network, with the framework's flow times."""
     model = weights.policy.model
     if framework == weights.format:
         actions, found = _foreign(framework).run(weights.path, model, inputs, STEPS)
