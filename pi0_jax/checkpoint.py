@@ -6,9 +6,12 @@
         train_state/   what only training needs: step, live weights (with a moving average), optimizer state
         data_state/    iterator.json: how far the data iterator got
         assets/        config.json, norm_stats.json, tokenizer.model: plain files for people and programs
+        metrics/       the validation loss, where the best checkpoints are kept
+        digests.json   size and CRC-32 of every file above
 
 Running a policy takes `params` and `assets` and nothing from the repository. Orbax (v0 API) writes a step under a
-temporary name, in a background thread, and renames it when it is complete: a folder with a step's name is whole.
+temporary name, in a background thread, and renames it when it is complete: a folder with a step's name was whole when
+it was written, and `verify` says whether it still is.
 """
 
 from __future__ import annotations
@@ -17,11 +20,15 @@ import contextlib
 import dataclasses
 import errno
 import gc
+import itertools
 import json
+import logging
+import math
 import os
 import re
 import shutil
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,13 +38,16 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint import checkpoint_managers as policy
 from orbax.checkpoint.checkpoint_args import register_with_handler
 
 from pi0_jax.config import ModelConfig, PolicyConfig, TrainConfig
 
+DIGESTS = "digests.json"
 FORMAT_VERSION = 1
 """Of the folder's layout and of config.json; raised when old readers would misread new checkpoints."""
 
+_log = logging.getLogger(__name__)
 _CONVERTER = cattrs.Converter(forbid_extra_keys=True)
 _structure_model = _CONVERTER.get_structure_hook(ModelConfig)
 
@@ -88,12 +98,14 @@ class _WriteFiles(ocp.args.CheckpointArgs):
 class CheckpointWriter:
     """Saves checkpoints of one run in the background; errors of a save surface at the next call of any method."""
 
-    def __init__(self, run_dir: str | Path, keep: int):
+    def __init__(self, run_dir: str | Path, keep: int, *, keep_every: int | None = None, keep_best: int = 0):
         """Opens `<run_dir>/checkpoints` and removes what a killed run left half-written there.
 
         Args:
             run_dir: the run's folder; made if missing.
             keep: number of newest checkpoints to keep; older ones go once a newer one is complete.
+            keep_every: those whose step is a multiple of it stay too; None: none.
+            keep_best: and so many of those with the lowest validation loss.
 
         Raises:
             ValueError: `keep` below 1.
@@ -103,12 +115,22 @@ class CheckpointWriter:
             raise ValueError(f"keep_checkpoints is {keep}; a run keeps at least 1 checkpoint.")
         self.folder = Path(run_dir).expanduser().absolute() / "checkpoints"
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._keep = keep
+        self._keep, self._keep_every, self._keep_best = keep, keep_every, keep_best
         self._remove_unfinished()
+        policies: list[Any] = [policy.LatestN(keep)]
+        policies += [policy.EveryNSteps(keep_every)] if keep_every else []
+        if keep_best:
+            best = policy.BestN(
+                get_metric_fn=_validation_loss, reverse=True, n=keep_best, keep_checkpoints_without_metrics=False
+            )
+            policies.append(best)
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
+            preservation_policy=policy.AnyPreservationPolicy(policies),
+            best_fn=_validation_loss if keep_best else None,
             save_root_metadata=False,
-            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+            async_options=ocp.AsyncOptions(
+                create_directories_asynchronously=False, post_finalization_callback=self._write_digests
+            ),
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
@@ -119,17 +141,26 @@ class CheckpointWriter:
         with self._explained():
             self._manager.close()
 
-    def reserve(self, nbytes: int):
-        """Checks, before training starts, that the disk holds all checkpoints that the run will keep.
+    def reserve(self, state, num_steps: int = 0):
+        """Checks, before training starts, that disk and memory suffice for all checkpoints of the run.
 
-        The newest is written before the oldest goes, so one more than `keep` has to fit.
+        The newest is written before the oldest goes, so one more than those that are kept has to fit.
+
+        Args:
+            state: tree of arrays, or `jax.ShapeDtypeStruct`s with shardings, of all that is saved.
+            num_steps: at the end of the run.
 
         Raises:
-            OSError: too little free space.
+            OSError: too little free space, or memory.
         """
-        _require_space(self.folder, max(1, self._keep + 1 - len(_steps(self.folder))) * nbytes)
+        kept = self._keep + self._keep_best + (num_steps // self._keep_every if self._keep_every else 0)
+        _require_space(self.folder, max(1, kept + 1 - len(_steps(self.folder))) * tree_bytes(state))
+        _require_memory(state)
 
-    def save(self, step: int, params, assets: Assets, train_state=None, data_state: dict[str, Any] | None = None):
+    def save(
+        self, step: int, params, assets: Assets, train_state=None, data_state: dict[str, Any] | None = None,
+        validation_loss: float | None = None,
+    ):  # fmt: skip
         """Starts to save a step, and returns once the arrays are safe from changes (donation included).
 
         Args:
@@ -138,6 +169,7 @@ class CheckpointWriter:
             assets: the policy's plain files.
             train_state: any PyTree that `restore_train_state` shall give back; None for weights only.
             data_state: JSON state of the data iterator.
+            validation_loss: by which the best checkpoints are kept; None: it was not measured at this step.
 
         Raises:
             OSError: this save, or the one before it, cannot be written; complete checkpoints stay as they are.
@@ -150,7 +182,9 @@ class CheckpointWriter:
         with self._explained():
             self._manager.wait_until_finished()
             _require_space(self.folder, tree_bytes((params, train_state)))
-            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+            _require_memory((params, train_state))
+            metrics = None if validation_loss is None else {"validation_loss": validation_loss}
+            self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
 
     def check(self):
         """Raises OSError if a save in the background has failed; costs nothing otherwise."""
@@ -176,11 +210,58 @@ class CheckpointWriter:
             reason = os.strerror(number) if code else error
             raise OSError(number, f"could not save a checkpoint under {self.folder}: {reason}; {kept}") from error
 
+    def _unfinished(self) -> list[Path]:
+        return list(self.folder.glob("*.orbax-checkpoint-tmp*"))
+
     def _remove_unfinished(self):
         if jax.process_index():  # of several processes the first one's job
             return
-        for path in self.folder.glob("*.orbax-checkpoint-tmp*"):
+        for path in self._unfinished():
+            _log.info("removing %s, a save that never finished", path)
             shutil.rmtree(path, ignore_errors=True)
+
+    def _write_digests(self):
+        """Notes what the files of a save are, in the background, when all are written and before it gets its name."""
+        if jax.process_index():
+            return
+        for folder in self._unfinished():
+            # Beside these folders Orbax still writes notes of its own, which nothing here reads.
+            files = sorted(path for path in folder.glob("*/**/*") if path.is_file())
+            content = {str(path.relative_to(folder)): list(_digest(path)) for path in files}
+            (folder / DIGESTS).write_bytes(_to_json(content))
+
+
+def verify(step: str | Path, part: tuple[int, int] = (0, 1)) -> None:
+    """Reads the files of a checkpoint and compares them with what was written.
+
+    Args:
+        step: a step folder.
+        part: (i, n) reads the i-th of n parts of the files, so that n processes share the work.
+
+    Raises:
+        CheckpointError: a file is missing or has changed; the message names it, and the checkpoint before this one.
+            One that was written before there were digests is only looked at for what has to be there.
+    """
+    folder = Path(step)
+    if not (folder / "assets" / "config.json").is_file() or not (folder / "params").is_dir():
+        raise CheckpointError(_diagnosis(folder))
+    if not (folder / DIGESTS).exists():
+        return
+    index, count = part
+    for name, (size, digest) in list(_read_json(folder / DIGESTS).items())[index::count]:
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{folder} is damaged: {path} is missing. {_before(folder)}")
+        if path.stat().st_size != size or _digest(path) != (size, digest):
+            raise CheckpointError(f"{folder} is damaged: {path} is not what was written. {_before(folder)}")
+
+
+def set_aside(step: str | Path) -> Path:
+    """Renames a damaged step folder, so that nothing takes it for a checkpoint, and returns its new path."""
+    folder = Path(step)
+    names = (folder.with_name(f"{folder.name}.damaged{number or ''}") for number in itertools.count())
+    target = next(path for path in names if not path.exists())
+    return folder.rename(target)
 
 
 def restore_params(
@@ -332,6 +413,11 @@ def resolve(path: str | Path) -> Path:
     raise CheckpointError(_diagnosis(path))
 
 
+def steps(run_dir: str | Path) -> list[int]:
+    """Numbers of the complete checkpoints of a run folder, ascending."""
+    return _steps(Path(run_dir).expanduser() / "checkpoints")
+
+
 def tree_bytes(tree) -> int:
     """Bytes of all arrays (or `ShapeDtypeStruct`s) of a tree, over all devices, each counted once."""
     return sum(x.size * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
@@ -352,6 +438,58 @@ def _require_space(folder: Path, nbytes: int):
             f"the disk of {folder} has {free / 1e9:.2f} GB free and the run's checkpoints need {nbytes / 1e9:.2f} GB. "
             "Free some, choose another --run-dir, or lower --keep-checkpoints",
         )
+
+
+def _require_memory(tree):
+    """Raises OSError where this host has no room for the copy that a save in the background makes of its arrays."""
+    needed, available = _staged_bytes(tree), available_memory()
+    if available is not None and available < needed:
+        raise OSError(
+            errno.ENOMEM,
+            f"this host has {available / 1e9:.2f} GB of memory available, and a save in the background needs a copy of "
+            f"{needed / 1e9:.2f} GB. Free some, or divide the state over more hosts (--mesh.fsdp)",
+        )
+
+
+def _staged_bytes(tree) -> int:
+    """Bytes of the parts of a tree that the devices of this process have, each part once."""
+    total = 0
+    for x in jax.tree.leaves(tree):
+        sharding, size = getattr(x, "sharding", None), jnp.dtype(x.dtype).itemsize
+        if sharding is None:
+            total += x.size * size
+        else:
+            parts = {str(index) for index in sharding.addressable_devices_indices_map(x.shape).values()}
+            total += len(parts) * math.prod(sharding.shard_shape(x.shape)) * size
+    return total
+
+
+def available_memory() -> int | None:
+    """Bytes of memory that this host, or the container, can still give; None where the system does not say."""
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        found = int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+    group = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):  # no limit, or no cgroup of version 2
+        cached = int(re.findall(r"^inactive_file (\d+)", (group / "memory.stat").read_text(), re.MULTILINE)[0])
+        used = int((group / "memory.current").read_text()) - cached
+        found = min(found, int((group / "memory.max").read_text()) - used)
+    return found
+
+
+def _validation_loss(metrics: dict[str, float]) -> float:
+    return metrics["validation_loss"]
+
+
+def _digest(path: Path) -> tuple[int, int]:
+    """Size and CRC-32 of a file."""
+    size = crc = 0
+    with path.open("rb") as file:
+        while block := file.read(2**22):
+            size, crc = size + len(block), zlib.crc32(block, crc)
+    return size, crc
 
 
 def _asset_files(assets: Assets) -> dict[str, bytes]:

@@ -29,6 +29,10 @@ COMMANDS = {
     "infer": ("evaluate", "run a policy on an observation or in a simulator: pi0 infer runs/tabletop --env tabletop"),
     "evaluate": ("evaluate", "run a policy in closed loop: pi0 evaluate runs/tabletop --episodes 200 --seed 1"),
     "report": ("evaluate", "evaluate a run in closed loop and write its report: pi0 report runs/tabletop"),
+    "plan": (
+        "training",
+        "say what training takes on devices that need not be there: pi0 plan configs/mine.py --topology h100:8",
+    ),
     "reflow": ("training", "straighten a policy's flow, for fewer steps: pi0 reflow runs/tabletop runs/straight"),
     "compare": ("study", "train and compare kinds of policies: pi0 compare configs/compare_tabletop.py"),
     "record": ("evaluate", "record demonstrations in the tabletop simulator: pi0 record data/tabletop"),
@@ -43,6 +47,12 @@ COMMANDS = {
 """Command to the room whose `commands` module has it, and what it does."""
 USAGE = "usage: pi0 COMMAND ...\n\n" + "\n".join(f"  {name:8} {text}" for name, (_, text) in COMMANDS.items())
 USAGE += "\n\npi0 COMMAND --help says more."
+
+PLAN_HELP = """\
+Compiles the update of `pi0 train` with the same CONFIG and flags, and prints for each device: bytes, work, traffic, a
+bound of the time; and where it does not fit, the nearest flags that do. Nothing is allocated, and no demonstrations are
+read. NAME:SHAPE is a TPU slice (v4, v5e, v5p, v6e; needs libtpu, extra tpu) or GPUs (h100:8, h200, a100, l40s,
+rtx4090), there or not; left out, it means the devices of this machine."""
 
 
 def main(args: list[str] | None = None) -> int:
@@ -65,6 +75,8 @@ def main(args: list[str] | None = None) -> int:
     try:
         if command == "train":
             return _train(rest)
+        if command == "plan":
+            return _plan(rest)
         if command == "data":
             return _data(rest)
         commands = importlib.import_module(f"pi0_jax.{COMMANDS[command][0]}.commands")
@@ -89,14 +101,7 @@ def _train(args: list[str]) -> int:
         text += "CONFIG is a Python file that defines `config`; pi0 train CONFIG --help lists its fields.\n"
         print(text + "FILE is one whose `config` is a `MeshConfig`, as those in configs/sharding/ have.")
         return 0 if args[:1] in (["-h"], ["--help"]) else 2
-    path, *overrides = args
-    config = load_config(path, TrainConfig)
-    if "--sharding" in overrides:
-        at = overrides.index("--sharding")
-        preset = load_config(overrides[at + 1] if at + 1 < len(overrides) else "", MeshConfig)
-        config, overrides = dataclasses.replace(config, mesh=preset), overrides[:at] + overrides[at + 2 :]
-    example = f"Fields of {path}, which flags set anew: pi0 train {path} --optim.peak-lr 3e-4 --batch-size 64"
-    config = tyro.cli(TrainConfig, default=config, args=overrides, prog=f"pi0 train {path}", description=example)
+    config = _experiment(args, "train")
     from pi0_jax.training.interrupt import Interrupted
     from pi0_jax.training.loop import run
 
@@ -107,6 +112,42 @@ def _train(args: list[str]) -> int:
         message = str(error).removesuffix("Continue with --resume.")
         error.args = (f"{message}Continue with: pi0 train {shlex.join([*flags, '--resume'])}",)
         raise
+    return 0
+
+
+def _experiment(args: list[str], command: str) -> TrainConfig:
+    """What `CONFIG [--sharding FILE] [--FIELD VALUE ...]` means."""
+    path, *overrides = args
+    config = load_config(path, TrainConfig)
+    if (preset := _take(overrides, "--sharding")) is not None:
+        config = dataclasses.replace(config, mesh=load_config(preset, MeshConfig))
+    example = f"Fields of {path}, which flags set anew: pi0 {command} {path} --optim.peak-lr 3e-4 --batch-size 64"
+    return tyro.cli(TrainConfig, default=config, args=overrides, prog=f"pi0 {command} {path}", description=example)
+
+
+def _take(args: list[str], flag: str) -> str | None:
+    """Takes a flag and its value out of `args`; None where it is not there."""
+    if flag not in args:
+        return None
+    at = args.index(flag)
+    value = args[at + 1] if at + 1 < len(args) else ""
+    del args[at : at + 2]
+    return value
+
+
+def _plan(args: list[str]) -> int:
+    """`pi0 plan CONFIG`: what the updates of a run take."""
+    if not args or args[0].startswith("-"):
+        text = "usage: pi0 plan CONFIG [--topology NAME:SHAPE] [--sharding FILE] [--FIELD VALUE ...]\n\n"
+        text += "  pi0 plan configs/mine.py --topology v5e:4x4 --sharding configs/sharding/fsdp.py\n\n"
+        text += PLAN_HELP
+        print(text)
+        return 0 if args[:1] in (["-h"], ["--help"]) else 2
+    args = list(args)
+    topology = _take(args, "--topology")
+    from pi0_jax.training.commands import plan
+
+    plan(_experiment(args, "plan"), topology)
     return 0
 
 

@@ -262,6 +262,8 @@ class DatasetConfig:
     """The robot's name of a feature → the dataset's; "a + b" puts two side by side."""
     preset: Literal["droid", "droid_velocity", "bridge", "fractal"] | None = None
     """Published RLDS dataset whose keys, rate and instruction are known (`data.rlds.PRESETS`)."""
+    without_episodes: tuple[int, ...] = ()
+    """Episodes of a LeRobot dataset to leave out, by their `episode_index`."""
     split: str = "train"
     """Split of an RLDS dataset."""
     task: str | None = None
@@ -382,6 +384,11 @@ class TrainConfig:
     save_every: int = 1000
     keep_checkpoints: int = 2
     """Checkpoints kept, the newest ones."""
+    keep_every: int | None = None
+    """Checkpoints whose step is a multiple of it are kept for good; None: none are."""
+    keep_best: int = 0
+    """Checkpoints kept besides, those with the lowest validation loss; `save_every` has to be a multiple of
+    `validate_every`, so that it is known when one is saved."""
 
 
 @dataclasses.dataclass(frozen=True)

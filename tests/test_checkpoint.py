@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import shutil
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import jax
@@ -142,6 +144,67 @@ def test_a_tree_that_does_not_fit_is_refused_with_all_differences(run):
     assert "layer/w (30, 40) for (30, 41)" in message
 
 
+def test_newest_best_and_regular_checkpoints_stay(tmp_path):
+    losses = {2: 0.5, 4: 0.1, 6: 0.3, 8: None, 10: 0.4, 12: 0.2, 14: 0.6}
+    for some in ((2, 4, 6), (8, 10, 12, 14)):  # what is best is known after a resume too
+        with CheckpointWriter(tmp_path, keep=1, keep_every=6, keep_best=2) as writer:
+            for step in some:
+                writer.save(step, weights(step), ASSETS, validation_loss=losses[step])
+                writer.wait()
+    assert checkpoint.steps(tmp_path) == [4, 6, 12, 14]
+    assert_same(checkpoint.restore_params(tmp_path / "checkpoints" / "4"), weights(4))
+
+
+def test_every_file_that_changed_is_found_and_named(run, copy):
+    step = copy / "checkpoints" / "30"
+    checkpoint.verify(step)
+    names = json.loads((step / "digests.json").read_text())
+    files = [path for path in step.glob("*/**/*") if path.is_file()]
+    assert {str(path.relative_to(step)) for path in files} == names.keys()
+    for path in files:
+        content = path.read_bytes()
+        if not content:
+            continue
+        middle = len(content) // 2
+        path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+        found = [number for number in range(3) if damage(step, (number, 3))]
+        assert len(found) == 1  # of three processes that share the work one sees it
+        assert str(path) in damage(step)
+        assert str(step.parent / "20") in damage(step)
+        path.write_bytes(content)
+    path.unlink()
+    assert "is missing" in damage(step)
+
+
+def damage(step, part=(0, 1)) -> str:
+    """What `verify` finds."""
+    try:
+        checkpoint.verify(step, part)
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+def test_older_checkpoints_without_digests_are_taken_as_they_are(copy):
+    step = copy / "checkpoints" / "30"
+    (step / "digests.json").unlink()
+    checkpoint.verify(step)
+    shutil.rmtree(step / "params")
+    with pytest.raises(CheckpointError, match="params is missing"):
+        checkpoint.verify(step)
+
+
+def test_what_is_set_aside_is_no_checkpoint_any_more(copy):
+    folder = copy / "checkpoints"
+    for name in ("30.damaged", "30.damaged1"):
+        assert checkpoint.set_aside(folder / "30") == folder / name
+        assert checkpoint.steps(copy) == [20]
+        with CheckpointWriter(copy, keep=2) as writer:
+            writer.save(30, weights(30), ASSETS)
+        assert checkpoint.steps(copy) == [20, 30]
+        assert (folder / name).is_dir()
+
+
 @pytest.mark.parametrize("damage", ["delete", "truncate"])
 def test_a_damaged_file_is_either_harmless_or_named_with_the_checkpoint_before_it(run, copy, damage):
     step = copy / "checkpoints" / "30"
@@ -182,11 +245,43 @@ def test_a_failed_save_surfaces_at_the_next_call_and_harms_nothing(tmp_path):
     assert_same(checkpoint.restore_params(tmp_path), weights(3))
 
 
-def test_too_little_disk_is_noticed_before_anything_is_written(tmp_path):
+def test_too_little_disk_is_noticed_before_anything_is_written(tmp_path, monkeypatch):
     with CheckpointWriter(tmp_path, keep=2) as writer:
-        writer.reserve(1000)
+        writer.reserve(weights(), num_steps=100)
         with pytest.raises(OSError, match=r"GB free.*--keep-checkpoints"):
-            writer.reserve(10**18)
+            writer.reserve(jax.ShapeDtypeStruct((10**15,), jnp.float32))
+        room = shutil.disk_usage(tmp_path).free
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10 * checkpoint.tree_bytes(weights())))
+        writer.reserve(weights(), num_steps=100)
+    with CheckpointWriter(tmp_path, keep=2, keep_every=10, keep_best=1) as writer:
+        writer.reserve(weights(), num_steps=60)  # 2 newest, 1 best, 6 for good, and the one that is being written
+        with pytest.raises(OSError, match="GB free"):
+            writer.reserve(weights(), num_steps=70)
+    assert room > 0
+
+
+def test_too_little_memory_for_the_copy_of_a_save_is_noticed_before_it_is_made(tmp_path, monkeypatch):
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    divided, whole = (jax.NamedSharding(mesh, spec) for spec in (jax.P("x"), jax.P()))
+    # All devices are this process's: a divided array is copied once, and so is one of which each device has a replica.
+    state = [jax.ShapeDtypeStruct((1000, 8), jnp.float32, sharding=place) for place in (divided, whole)]
+    state.append(np.zeros(1000, np.float32))
+    assert checkpoint._staged_bytes(state) == 32_000 + 32_000 + 4_000
+    with CheckpointWriter(tmp_path, keep=1) as writer:
+        monkeypatch.setattr(checkpoint, "available_memory", lambda: 68_000)
+        writer.reserve(state)
+        writer.save(1, weights(), ASSETS)
+        writer.wait()
+        monkeypatch.setattr(checkpoint, "available_memory", lambda: 1_000)
+        for attempt in (lambda: writer.reserve(state), lambda: writer.save(2, weights(), ASSETS)):
+            with pytest.raises(OSError, match=r"memory available, and a save .* needs a copy of"):
+                attempt()
+    assert checkpoint.steps(tmp_path) == [1]
+
+
+def test_memory_that_the_system_says_is_available_is_read():
+    available = checkpoint.available_memory()
+    assert available is None or 2**26 < available < 2**50
 
 
 def test_an_output_folder_that_cannot_be_made_is_an_os_error(tmp_path):

@@ -73,6 +73,9 @@ def test_a_mistyped_command_is_refused_with_a_suggestion(capsys):
     assert "Did you mean 'train'?" in capsys.readouterr().err
 
 
+CONFIG = "from pi0_jax.config import DataConfig, TrainConfig\nconfig = TrainConfig(data="
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -80,6 +83,9 @@ def test_a_mistyped_command_is_refused_with_a_suggestion(capsys):
         ("config = 3\n", "of type int"),
         ("\n\nconfig = undefined\n", "line 3 of .*NameError"),
         ("config = (\n", "SyntaxError"),
+        (CONFIG + "DataConfig(frames='randm'))", r"config\.data\.frames is 'randm' \(did you mean 'random'\?\)"),
+        (CONFIG + "DataConfig(datasets=('here',)))", r"datasets\[0\] is 'here'; expected DatasetConfig"),
+        (CONFIG + "None)", r"config\.data is None; expected DataConfig"),
     ],
 )
 def test_a_file_that_is_no_config_is_refused_with_the_reason(configs, text, message):

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import re
 import shlex
+import time
+import types
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 import tyro
 
 from pi0_jax import pi0
 from pi0_jax.config import TrainConfig
+from pi0_jax.data.robots import get_robot
 from pi0_jax.experiment import load_config
+from pi0_jax.inference.policy import Policy
 from pi0_jax.training import loop
 
 ROOT = Path(__file__).parents[1]
 FLOW = (ROOT / "docs" / "flow.md").read_text()
-COMMANDS = [line.strip() for line in re.findall(r"^    (pi0 train (?:.*\\\n)*.*)$", FLOW, re.MULTILINE)]
+SERVING = (ROOT / "docs" / "serving.md").read_text()
+COMMANDS = [line.strip() for line in re.findall(r"^    (pi0 train (?:.*\\\n)*.*)$", f"{FLOW}\n{SERVING}", re.MULTILINE)]
 
 
 def test_the_blocks_of_the_page_on_flow_run_one_after_another():
@@ -32,8 +38,31 @@ def test_the_blocks_of_the_page_on_flow_run_one_after_another():
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_the_flags_of_the_page_on_flow_make_configs_that_go_together(command):
+def test_the_flags_of_the_pages_on_flow_and_serving_make_configs_that_go_together(command):
     _, _, path, *flags = shlex.split(command.replace("\\\n", " "))
     config = tyro.cli(TrainConfig, default=load_config(ROOT / path, TrainConfig), args=flags)
     pi0.check_policy(config.policy)
     loop._check_objective(config)
+
+
+def test_the_robot_loop_of_the_page_on_serving_sends_actions(checkpoint_folder, monkeypatch):
+    load = Policy.load
+    monkeypatch.setattr(Policy, "load", lambda path, **changes: load(checkpoint_folder, **changes))
+    monkeypatch.setattr(time, "sleep", lambda seconds: wait_for_answers(namespace))
+    sent = []
+    robot = types.SimpleNamespace(observe=get_robot("tabletop").example, send=sent.append, done=lambda: len(sent) >= 3)
+    namespace: dict = {"robot": robot}
+    found = re.search(r"^```python\n(.*?Executor\(.*?)^```", SERVING, re.MULTILINE | re.DOTALL)
+    assert found is not None
+    exec(compile(found.group(1), "docs/serving.md", "exec"), namespace)
+    tally = namespace["executor"].tally
+    assert tally.steps >= 4
+    assert tally.failures == 0
+    assert np.isfinite(sent).all()
+
+
+def wait_for_answers(namespace: dict) -> None:
+    """In place of the time between two control steps."""
+    answer = namespace["executor"]._answer
+    if answer is not None:
+        answer.exception(timeout=60)

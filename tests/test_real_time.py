@@ -12,6 +12,9 @@ import pytest
 from pi0_jax.batch import Batch
 from pi0_jax.config import FlowConfig, PolicyConfig, RealTimeConfig
 from pi0_jax.flow.guidance import Previous
+from pi0_jax.flow.loss import flow_loss
+from pi0_jax.flow.path import interpolate
+from pi0_jax.flow.time import sample_time
 from pi0_jax.model.heads import make_network
 from pi0_jax.pi0 import check_policy, loss, sample_actions
 from tests.conftest import tiny_config
@@ -139,6 +142,23 @@ def test_draws_without_delay_give_the_plain_loss(setting):
     assert values[0][0] == pytest.approx(values[0][1], rel=1e-5)
     assert zero[0] is not keys[0]
     assert values[1][0] != pytest.approx(values[1][1], rel=1e-3)
+
+
+def test_without_delays_the_loss_is_the_plain_formula_bit_for_bit(setting):
+    network = make_network(dataclasses.replace(setting.network.config, max_delay=0))
+
+    @jax.jit
+    def formula(params, batch, key):
+        noise_key, time_key = jax.random.split(key)
+        noise = jax.random.normal(noise_key, (3, 1, 6, 5))
+        time = sample_time(time_key, (3, 1))
+        x, target = interpolate(jnp.broadcast_to(batch.actions[:, None], noise.shape), noise, time)
+        predicted = network.apply({"params": params}, batch.observation, x, time)
+        return flow_loss(predicted, target, batch.step_mask[:, None])
+
+    key = jax.random.key(3)
+    value, _ = jax.jit(functools.partial(loss, network, flow=FlowConfig()))(setting.params, setting.batch, key)
+    assert float(value) == float(formula(setting.params, setting.batch, key))
 
 
 @pytest.mark.parametrize(

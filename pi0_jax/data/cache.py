@@ -18,7 +18,7 @@ import json
 import logging
 import multiprocessing
 import os
-import uuid
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ import PIL.Image
 from jaxtyping import Int, UInt8
 from tqdm import tqdm
 
+from pi0_jax.data.partial import written
 from pi0_jax.data.source import BadEpisode, Rows, Source
 from pi0_jax.data.transform import resize_with_pad
 from pi0_jax.data.video import decode_picture
@@ -56,7 +57,8 @@ def build_cache(
         Bytes that the cache of these cameras has.
 
     Raises:
-        ValueError, FileNotFoundError: a frame cannot be read; the message names the file and the episode.
+        ValueError, FileNotFoundError: a frame cannot be read; the message names the file and the episode. Or there is
+            no room.
     """
     if quality is not None and not 1 <= quality <= 100:
         raise ValueError(f"the quality of JPEG is {quality}; expected 1 to 100, or none for the pixels as they are.")
@@ -78,6 +80,12 @@ def build_cache(
                 end = min(start + FRAMES_PER_SHARD, source.num_frames)
                 work.append((_write_shard, source, camera, start, end, size, quality, _shard(target, number)))
     count = sum(end - start for _, _, _, start, end, *_ in work)
+    needed, free = 3 * size**2 * count, shutil.disk_usage(folder).free
+    if quality is None and needed > free:
+        raise ValueError(
+            f"caching {count} frames takes {needed / 1e9:.1f} GB; {folder} has {free / 1e9:.1f} GB left. With "
+            "--jpeg 95 it takes about a tenth."
+        )
     with tqdm(total=count, desc=f"caching {source.root.name}", unit="frame", disable=not work) as bar:
         for done in _each(work, workers or os.cpu_count() or 1):
             bar.update(done)
@@ -119,9 +127,6 @@ class CachedFrames(Source):
             self._cached[camera] = (target, known["quality"], size)
             self.features[camera] = {**source.features[camera], "shape": (size, size, 3)}
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_opened", "_columns")}
-
     def read(self, name: str, first: int, end: int) -> np.ndarray:
         return self.source.read(name, first, end)
 
@@ -161,7 +166,7 @@ class CachedFrames(Source):
     def _open(self, path: Path) -> Any:
         from array_record.python.array_record_module import ArrayRecordReader
 
-        opened = vars(self).setdefault("_opened", {})
+        opened = self.opened()
         if path not in opened:
             if len(opened) >= SHARDS_OPEN:
                 opened.pop(next(iter(opened))).close()
@@ -174,17 +179,16 @@ def _write_shard(
 ) -> int:
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    partial = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
+    with written(target) as partial:
         writer = ArrayRecordWriter(str(partial), "group_size:1,uncompressed")
-        for first in range(start, end, DECODED_AT_ONCE):
-            rows = np.arange(first, min(first + DECODED_AT_ONCE, end))
-            for image in resize_with_pad(source.images(camera, rows), size):
-                writer.write(image.tobytes() if quality is None else _jpeg(image, quality))
-        writer.close()
-        partial.rename(target)
-    finally:
-        partial.unlink(missing_ok=True)
+        try:
+            for first in range(start, end, DECODED_AT_ONCE):
+                rows = np.arange(first, min(first + DECODED_AT_ONCE, end))
+                for image in resize_with_pad(source.images(camera, rows), size):
+                    writer.write(image.tobytes() if quality is None else _jpeg(image, quality))
+            writer.close()
+        except RuntimeError as error:  # of ArrayRecord, which has no other
+            raise OSError(f"{target} cannot be written: {error}") from error
     return end - start
 
 
@@ -248,6 +252,5 @@ def _read_manifest(target: Path) -> dict[str, Any] | None:
 
 
 def _write(path: Path, content: bytes) -> None:
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
-    partial.write_bytes(content)
-    partial.rename(path)
+    with written(path) as partial:
+        partial.write_bytes(content)

@@ -10,7 +10,6 @@ from pi0_jax.data.lerobot import LeRobotDataset
 from pi0_jax.data.mixture import Part
 from pi0_jax.data.normalize import RANGE_SHARE, Stats
 from pi0_jax.data.source import ACTION, STATE, Renamed, Source
-from pi0_jax.data.video import FrameReader
 
 NEARLY_CONSTANT = 1e-6
 """Range, in the robot's units, below which a dimension is constant."""
@@ -25,7 +24,7 @@ def check_part(
     """Problems of a dataset, each a sentence; empty if there is none.
 
     Args:
-        part: the dataset.
+        part: the dataset, opened without the episodes that cannot be read, which are among the problems.
         policy: of the model.
         stats: what normalises it.
         outside: largest share of values beyond `BEYOND` times the range of the quantiles.
@@ -35,7 +34,7 @@ def check_part(
         ValueError, FileNotFoundError: a column cannot be read at all, or holds what is not finite.
     """
     source, robot = part.source, part.robot
-    found = []
+    found = [f"{name}: {reason}" for name, reason in source.skipped.items()]
     for key, feature, names in (("state", STATE, robot.state), ("actions", ACTION, robot.actions)):
         values = source.columns(feature)
         if values.shape[1:] != (len(names),):
@@ -53,7 +52,6 @@ def check_part(
     found += [f"camera {key!r} is missing; it has {list(source.cameras)}" for key in set(cameras) - set(source.cameras)]
     if isinstance(inner, LeRobotDataset):
         found += _check_timestamps(inner)
-        found += _check_frames(inner)
     if decode:
         found += _decode_all(source, [key for key in cameras if key in source.cameras])
     return found
@@ -124,22 +122,6 @@ def _check_timestamps(dataset: LeRobotDataset) -> list[str]:
         return []
     names = [dataset.episodes[e] for e in np.unique(episode[off])]
     return [f"{off.sum()} timestamps are off {dataset.fps} frames a second, in {', '.join(names[:SHOWN])}"]
-
-
-def _check_frames(dataset: LeRobotDataset) -> list[str]:
-    """Episodes whose videos lack frames."""
-    found, reader = [], FrameReader()
-    for camera in dataset.cameras:
-        if dataset.features[camera]["dtype"] != "video":
-            continue
-        seconds = dataset.seconds(camera)
-        for episode in range(dataset.num_episodes):
-            path, _ = dataset.video_of(camera, episode)
-            try:
-                reader.locate(path, seconds[slice(*dataset.episode_range(episode))], 0.5 / dataset.fps)
-            except (ValueError, OSError) as error:
-                found.append(f"{camera}, {dataset.episodes[episode]}: {error}")
-    return found
 
 
 def _decode_all(source: Source, cameras: list[str]) -> list[str]:

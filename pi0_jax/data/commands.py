@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from pi0_jax.data.mixture import Part, open_parts, open_source
 from pi0_jax.data.normalize import save_json, stats_to_json
 from pi0_jax.data.robots import get_robot, semantics_of
 from pi0_jax.data.show import show
+from pi0_jax.data.source import Source
 from pi0_jax.data.stats import compute_group_stats
 
 Path_ = Annotated[Path, tyro.conf.Positional]
@@ -29,6 +31,7 @@ Config = Annotated[Path, tyro.conf.Positional]
 class Stats:
     """Computes the statistics that normalise states and actions, from columns alone: no picture is read.
 
+    Those of the episodes to train on, where the config holds some out.
     Example: pi0 data stats configs/mine.py --output norm_stats.json
     """
 
@@ -46,10 +49,10 @@ class Stats:
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """Looks for what spoils training, and fails with its name: values that are not finite, dimensions that hardly vary,
-    quantiles that leave too much outside, wrong timestamps, missing frames, tasks without text.
+    """Looks for what spoils training, and fails with its name.
 
-    Example: pi0 data check configs/mine.py
+    Episodes that cannot be read, values that are not finite, dimensions that hardly vary, quantiles that leave too much
+    outside, wrong timestamps, missing frames, tasks without text. Example: pi0 data check configs/mine.py
     """
 
     config: Config
@@ -135,7 +138,7 @@ def stats(args: Stats, config: TrainConfig) -> None:
     Raises:
         FileNotFoundError, ValueError, OSError: what the user gave cannot be used; the message says how to go on.
     """
-    parts = _parts(config, args.skip_bad_episodes)
+    parts = _parts(config, args.skip_bad_episodes, config.data.validation_share)
     groups = compute_group_stats(parts, config.policy, workers=args.workers or os.cpu_count() or 1, ray=args.ray)
     semantics = {part.robot.name: semantics_of(part.robot, config.policy.action_semantics) for part in parts}
     own = groups.get(get_robot(config.policy.robot).name, next(iter(groups.values())))
@@ -153,7 +156,12 @@ def stats(args: Stats, config: TrainConfig) -> None:
 
 def check(args: Check, config: TrainConfig) -> None:
     """Runs `pi0 data check`; raises ValueError with all that was found."""
-    parts = _parts(config, False)
+    log = logging.getLogger(Source.__module__)
+    log.setLevel(logging.ERROR)  # what was skipped is among what was found
+    try:
+        parts = _parts(config, True)
+    finally:
+        log.setLevel(logging.NOTSET)
     groups = compute_group_stats(parts, config.policy, workers=os.cpu_count() or 1)
     found = [
         f"{part.source.root}: {problem}"
@@ -161,7 +169,7 @@ def check(args: Check, config: TrainConfig) -> None:
         for problem in check_part(part, config.policy, groups[part.stats], outside=args.outside, decode=args.decode)
     ]
     if found:
-        raise ValueError(f"{len(found)} problems:\n  " + "\n  ".join(found))
+        raise ValueError(f"{len(found)} problem{'s' * (len(found) > 1)}:\n  " + "\n  ".join(found))
     frames = sum(part.source.num_frames for part in parts)
     print(f"no problem in {len(parts)} datasets, {sum(p.source.num_episodes for p in parts)} episodes, {frames} frames")
 
@@ -220,7 +228,7 @@ ROBOT = Robot(
     image_size={tuple(shape[:2])!r},
     # One for each action: "absolute", "gripper" (absolute too), "relative" to the state of the same index (joint
     # targets are best learnt so), or "angle" (relative, radians that wrap).
-    semantics={("absolute",) * len(action)!r},
+    semantics={tuple("gripper" if "gripper" in name.lower() else "absolute" for name in action)!r},
 )
 ''')
     print(f"wrote {args.output}; look through it, and set policy.robot to its path")
@@ -235,9 +243,9 @@ def _names(features: dict[str, Any], key: str) -> tuple[str, ...]:
     return tuple(map(str, names)) if names and len(names) == width else tuple(f"{key}_{i}" for i in range(width))
 
 
-def _parts(config: TrainConfig, skip: bool) -> list[Part]:
+def _parts(config: TrainConfig, skip: bool, validation_share: float = 0.0) -> list[Part]:
     data = dataclasses.replace(
-        config.data, cache=None, validation_share=0.0, frames="random",
+        config.data, cache=None, validation_share=validation_share, frames="random",
         skip_bad_episodes=skip or config.data.skip_bad_episodes,
     )  # fmt: skip
     return open_parts(data, config.policy)

@@ -11,7 +11,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from pi0_jax.data.lerobot_writer import (
     merge_stats,
     write_tasks,
 )
+from pi0_jax.data.partial import written
 from pi0_jax.data.source import Source
 
 EPISODES_PER_PIECE = 16
@@ -68,9 +68,10 @@ def convert(
     description = {"source": str(source.root.resolve()), "episodes": source.episodes, "crf": crf,
                    "piece": episodes_per_piece, "features": repr(_features(source))}  # fmt: skip
     known = pieces / "of.json"
-    if known.exists() and json.loads(known.read_text()) != description:
+    if not any(path.is_dir() and path.name.isdigit() for path in pieces.iterdir()):
+        known.write_text(json.dumps(description))
+    elif json.loads(known.read_text()) != description:
         raise ValueError(f"{pieces} holds pieces of another conversion. Remove it, or choose another folder.")
-    known.write_text(json.dumps(description))
     count = -(-source.num_episodes // episodes_per_piece)
     folders = [pieces / f"{number:06d}" for number in range(count)]
     work = []
@@ -129,8 +130,7 @@ def _each(work: list[tuple], workers: int) -> Iterator[int]:
 
 def _merge(folders: list[Path], output: Path) -> None:
     """One dataset of several, one after another; videos are linked, so that nothing is lost if it stops."""
-    partial = output.absolute().parent / f".{output.name}.{uuid.uuid4().hex[:8]}.partial"
-    try:
+    with written(output.absolute()) as partial:
         infos = [json.loads((folder / "meta/info.json").read_text()) for folder in folders]
         cameras = [name for name, feature in infos[0]["features"].items() if feature["dtype"] == "video"]
         tasks: dict[str, int] = {}
@@ -190,9 +190,6 @@ def _merge(folders: list[Path], output: Path) -> None:
             "splits": {"train": f"0:{len(rows)}"},
         }
         (partial / "meta/info.json").write_text(json.dumps(info, indent=4, ensure_ascii=False))
-        partial.rename(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _task_index(row: dict[str, Any]) -> int:

@@ -23,14 +23,14 @@ import functools
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Int, UInt8
+from jaxtyping import Bool, Int, UInt8
 
 from pi0_jax.data.lerobot_writer import BOOKKEEPING, LeRobotWriter
 from pi0_jax.data.source import ACTION, STATE, VALID, BadEpisode, Rows, Source, cache_folder
@@ -69,10 +69,11 @@ class LeRobotDataset(Source):
             decoded when they are asked for.
         skip_bad_episodes: leave out episodes whose rows or video frames are missing or cannot be read, and log them,
             instead of raising at their first use. It looks into every file when the dataset is opened.
+        without: numbers of episodes to leave out as well.
 
     Raises:
         FileNotFoundError: the folder, or a file that it should hold, is missing.
-        ValueError: another version of the format, or a damaged file; or no episode is left.
+        ValueError: another version of the format, or a damaged file; no episode is left, or there is none of a number.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class LeRobotDataset(Source):
         *,
         decoding: Decoding = "once",
         skip_bad_episodes: bool = False,
+        without: Sequence[int] = (),
     ):
         self.root = Path(root)
         self.decoding: Decoding = decoding
@@ -97,18 +99,17 @@ class LeRobotDataset(Source):
         read = self._read_episodes if self.version == "v3.0" else self._read_episodes_v2
         self.tasks = _read_tasks(self.root, self.version)
         everything = list(read())
-        self.skipped = {}
+        if unknown := sorted(set(without) - {episode.number for episode in everything}):
+            raise ValueError(f"{self.root} has no episodes {unknown} to leave out; it has {len(everything)} in all.")
         self._all = everything
-        self._table = everything
-        if skip_bad_episodes:
-            bad = self._find_bad()
-            self._table = [episode for episode in everything if episode.number not in bad]
-            self.skipped = {f"episode {number}": reason for number, reason in sorted(bad.items())}
-            if not self._table:
-                raise ValueError(
-                    f"{self.root} has no episode that can be read; the first of {len(bad)}: {next(iter(bad.values()))}"
-                )
-            vars(self).pop("_rows", None)
+        bad = self._find_bad() if skip_bad_episodes else {}
+        self.skipped = {f"episode {number}": reason for number, reason in sorted(bad.items()) if number not in without}
+        left_out = {*bad, *without}
+        self._table = [episode for episode in everything if episode.number not in left_out]
+        if not self._table:
+            first = f"; the first of {len(bad)}: {next(iter(bad.values()))}" if bad else ""
+            raise ValueError(f"{self.root} has no episode that can be read{first}")
+        vars(self).pop("_rows", None)
         self.episodes = [f"episode {episode.number}" for episode in self._table]
         self.ends = np.cumsum([episode.length for episode in self._table])
         self._frames: dict[str, np.ndarray] = {}
@@ -121,10 +122,7 @@ class LeRobotDataset(Source):
         self.report_skipped()
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = dict(self.__dict__)
-        for name in ("_columns", "_reader", "_pictures", "_rows"):
-            kept.pop(name, None)
-        return kept | {"_frames": {}}
+        return {name: value for name, value in super().__getstate__().items() if name != "_rows"} | {"_frames": {}}
 
     def read(self, name: str, first: int, end: int) -> np.ndarray:
         self.check_column(name)
@@ -199,11 +197,7 @@ class LeRobotDataset(Source):
 
         def part(file: str) -> np.ndarray:
             index, _ = self._rows_of(file)
-            values = _read_column(self.root / file, name, width)
-            if len(values) != len(index):
-                raise ValueError(f"{self.root / file} has {len(index)} episode indices and {len(values)} {name!r}.")
-            keep = np.isin(index, numbers[file])
-            return values if keep.all() else values[keep]
+            return _read_column(self.root / file, name, width, np.isin(index, numbers[file]))
 
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
             return np.concatenate(list(pool.map(part, files)))
@@ -295,7 +289,7 @@ class LeRobotDataset(Source):
         return [Clip(self.root / name, at, numbers[at]) for name, at in sorted(rows.items())]
 
     def _decode(self, camera: str, rows: np.ndarray) -> np.ndarray:
-        reader = vars(self).setdefault("_reader", FrameReader())
+        reader = self.opened().setdefault("reader", FrameReader())
         flat = rows.ravel()
         episodes = self.episode_of(flat)
         times = self.seconds_of(camera, flat, episodes)
@@ -341,7 +335,7 @@ class LeRobotDataset(Source):
         return out.reshape(*rows.shape, *shape)
 
     def _encoded_picture(self, camera: str, file: str, row: int) -> bytes:
-        groups = vars(self).setdefault("_pictures", {})
+        groups = self.opened().setdefault("pictures", {})
         opened, ends = groups.get((file,)) or groups.setdefault((file,), _open_row_groups(self.root / file))
         group = int(np.searchsorted(ends, row, side="right"))
         key = (file, camera, group)
@@ -362,18 +356,26 @@ class LeRobotDataset(Source):
         """The error with the episodes that it concerns."""
         names = [self.episodes[e] for e in np.unique(self.episode_of(np.asarray(error.rows))).tolist()]
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        return BadEpisode(f"{error} This concerns {', '.join(names[:5])}{more} of {self.root}.")
+        return BadEpisode(
+            f"{error} This concerns {', '.join(names[:5])}{more} of {self.root}; `without_episodes` of a DatasetConfig "
+            "leaves episodes out."
+        )
 
     def _find_bad(self) -> dict[int, str]:
-        """Episodes that cannot be read, and why: rows that are missing, and frames that their videos do not hold."""
+        """Episodes that cannot be read, and why: those of files with rows or values that are missing, and those with
+        frames that their videos do not hold."""
         bad: dict[int, str] = {}
         usable = {}
+        numeric = [name for name in self.features if name not in self.cameras and name not in BOOKKEEPING]
         for file, episodes in self._by_file.items():
             try:
                 self._rows_of(file)
                 usable[file] = _read_column(self.root / file, "timestamp", (1,))[:, 0]
+                for name in numeric:
+                    bad |= self._find_uneven(file, name)
             except (ValueError, OSError) as error:
                 bad |= {episode.number: str(error) for episode in episodes}
+                usable.pop(file, None)
         by_video: dict[str, list[tuple[_Episode, np.ndarray]]] = {}
         for file, timestamps in usable.items():
             _, starts = self._rows_of(file)
@@ -395,6 +397,17 @@ class LeRobotDataset(Source):
             for found in pool.map(look, by_video):
                 bad |= found
         return bad
+
+    def _find_uneven(self, file: str, name: str) -> dict[int, str]:
+        """Episodes of a file with rows of another length than the column's."""
+        bad: dict[int, str] = {}
+        index, _ = self._rows_of(file)
+        while True:
+            try:
+                _read_column(self.root / file, name, self.features[name]["shape"], ~np.isin(index, list(bad)))
+                return bad
+            except _Uneven as error:
+                bad[error.episode] = str(error)
 
 
 def find_dataset(path: str, offline: bool = False) -> Path:
@@ -484,30 +497,47 @@ def _read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
         raise ValueError(f"{path} cannot be read as parquet ({error}). Copy the dataset again.") from error
 
 
-def _read_column(path: Path, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """One column of a parquet file, `[n, *shape]`; text as an array of objects."""
+def _read_column(
+    path: Path, name: str, shape: tuple[int, ...], keep: Bool[np.ndarray, "n"] | None = None
+) -> np.ndarray:
+    """One column of a parquet file, or those rows of it, `[n, *shape]`; text as an array of objects."""
     table = _read_table(path, [name])
     if name not in table.column_names:
         raise ValueError(f"{path} has no column {name!r}, which meta/info.json or the LeRobot format promises.")
     column = table[name].combine_chunks()
+    if keep is not None and not keep.all():
+        column = column.filter(pa.array(keep))
     flat = column
     while pa.types.is_list(flat.type) or pa.types.is_fixed_size_list(flat.type):
         flat = flat.flatten()
     values = flat.to_numpy(zero_copy_only=False)
     if values.size != len(column) * math.prod(shape):
-        raise BadEpisode(
-            f"{path}: column {name!r} has {values.size} values in {len(column)} rows of shape {shape}"
-            f"{_uneven_rows(path, column, math.prod(shape))}."
-        )
+        message = f"{path}: column {name!r} has {values.size} values in {len(column)} rows of shape {shape}"
+        raise _uneven(path, column, shape, keep, message)
     return values.reshape(len(column), *shape)
 
 
-def _uneven_rows(path: Path, column: pa.Array, width: int) -> str:
-    """The first episode with a row of another length, for a message."""
-    if not pa.types.is_list(column.type):
-        return ""
-    lengths = np.array([0 if row is None else len(row) for row in column.to_pylist()])
-    if not (wrong := np.flatnonzero(lengths != width)).size:
-        return ""
-    index = _read_table(path, ["episode_index"])["episode_index"].to_numpy()
-    return f"; row {wrong[0]}, in episode {index[wrong[0]]}, has {lengths[wrong[0]]}"
+class _Uneven(BadEpisode):
+    """A row of another length than the others, and the number of its episode."""
+
+    def __init__(self, message: str, episode: int):
+        super().__init__(message)
+        self.episode = episode
+
+
+def _uneven(
+    path: Path, column: pa.Array, shape: tuple[int, ...], keep: Bool[np.ndarray, "n"] | None, message: str
+) -> BadEpisode:
+    """The error for a column with too few or too many values, with the first row to blame if there is one."""
+    if not (pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type)):
+        return BadEpisode(f"{message}.")
+    lengths = (
+        np.diff(column.offsets.to_numpy())
+        if pa.types.is_list(column.type)
+        else np.array([len(row or ()) for row in column.to_pylist()])
+    )
+    if not (wrong := np.flatnonzero(lengths != math.prod(shape[:1]))).size:
+        return BadEpisode(f"{message}.")
+    row = int(wrong[0] if keep is None else np.flatnonzero(keep)[wrong[0]])
+    episode = int(_read_table(path, ["episode_index"])["episode_index"].to_numpy()[row])
+    return _Uneven(f"{message}; row {row}, in episode {episode}, has {lengths[wrong[0]]}.", episode)

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import shutil
-import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -19,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Int, UInt8
 
+from pi0_jax.data.partial import partial_path
 from pi0_jax.data.video import KEY_FRAME_EVERY, PRESET, VideoWriter
 
 VERSION = "v3.0"
@@ -121,7 +121,7 @@ class LeRobotWriter:
                 "video.extra_options": {},
                 "is_depth_map": False,
             }
-        self._partial = self.root.absolute().parent / f".{self.root.name}.{uuid.uuid4().hex[:8]}.partial"
+        self._partial = partial_path(self.root.absolute())
         self._partial.mkdir(parents=True)
         numeric = {name: feature for name, feature in self._features.items() if name not in self._cameras}
         schema = _schema(numeric)

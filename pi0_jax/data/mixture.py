@@ -7,6 +7,7 @@ on anywhere in it.
 
 from __future__ import annotations
 
+import difflib
 import functools
 import logging
 from collections.abc import Callable, Sequence
@@ -21,10 +22,23 @@ from pi0_jax.data.cache import CachedFrames
 from pi0_jax.data.lerobot import LeRobotDataset, find_dataset
 from pi0_jax.data.rlds import PRESETS, RldsDataset
 from pi0_jax.data.robots import Robot, get_robot
-from pi0_jax.data.source import Renamed, Source
+from pi0_jax.data.source import ACTION, STATE, Renamed, Source, close_to
 
 BLOCK = 2**16
 """Samples after which the datasets have had exactly their shares. Shares are multiples of one in so many."""
+
+RLDS_FILES = ("features.json", "*/features.json")
+FOREIGN = {
+    ".hdf5": "as robomimic, LIBERO and ALOHA have them",
+    ".h5": "as robomimic, LIBERO and ALOHA have them",
+    ".zarr": "as diffusion policy has them",
+    ".bag": "ROS",
+    ".db3": "ROS 2",
+    ".mcap": "ROS 2",
+    ".npz": "NumPy",
+    ".pkl": "pickles",
+}
+"""Formats that demonstrations come in too."""
 
 _log = logging.getLogger(__name__)
 
@@ -86,9 +100,15 @@ def open_source(dataset: DatasetConfig, data: DataConfig, robot: Robot) -> Sourc
     Raises:
         FileNotFoundError, ValueError: see `LeRobotDataset` and `RldsDataset`; or neither is in the folder.
     """
-    root = find_dataset(dataset.path, data.offline)
+    if dataset.preset is not None and dataset.preset not in PRESETS:
+        raise ValueError(f"there is no preset {dataset.preset!r}{close_to(dataset.preset, PRESETS)}; {list(PRESETS)}.")
     preset = PRESETS[dataset.preset] if dataset.preset is not None else None
-    if preset is not None or any(root.glob("features.json")) or any(root.glob("*/features.json")):
+    root = find_dataset(dataset.path, data.offline)
+    if root.exists() and not any(any(root.glob(name)) for name in ("meta/info.json", *RLDS_FILES)):
+        raise FileNotFoundError(_no_dataset(root))
+    if preset is not None or any(any(root.glob(name)) for name in RLDS_FILES):
+        if dataset.without_episodes:
+            raise ValueError(f"{root} is an RLDS dataset, whose episodes have no numbers for `without_episodes`.")
         fps = dataset.fps or (preset.fps if preset else robot.fps)
         if fps is None:
             raise ValueError(
@@ -104,11 +124,37 @@ def open_source(dataset: DatasetConfig, data: DataConfig, robot: Robot) -> Sourc
             skip_bad_episodes=data.skip_bad_episodes,
         )
     else:
-        source = LeRobotDataset(root, decoding=data.frames, skip_bad_episodes=data.skip_bad_episodes)
+        source = LeRobotDataset(
+            root, decoding=data.frames, skip_bad_episodes=data.skip_bad_episodes, without=dataset.without_episodes
+        )
     keys = (preset.keys if preset else {}) | dataset.keys
     if keys:
         source = Renamed(source, keys)
+    if missing := [name for name in (STATE, ACTION) if name not in source.features]:
+        close = difflib.get_close_matches(missing[0], [name for name in source.features if name not in source.cameras])
+        raise ValueError(
+            f"{root} has no {' and no '.join(missing)}; it has {list(source.features)}. Say where they are in the "
+            f"dataset's `keys`, such as keys={{{missing[0]!r}: {(close or ['its name'])[0]!r}}}."
+        )
     return source
+
+
+def _no_dataset(root: Path) -> str:
+    """Why a path is no dataset, and what may be meant."""
+    if root.is_file():
+        return f"{root} is a file; expected the folder of a LeRobot or RLDS dataset (docs/data.md)."
+    inside = [path.parent.parent for name in ("*/meta/info.json", "*/*/features.json") for path in root.glob(name)]
+    if inside or (inside := [path for path in root.parents if (path / "meta/info.json").is_file()]):
+        return f"{root} is no dataset; did you mean {' or '.join(str(path) for path in inside[:3])}?"
+    suffixes = {path.suffix.split("-")[0] for path in root.glob("*")} | {path.suffix for path in root.glob("*/*")}
+    if ".tfrecord" in suffixes:
+        return f"{root} has tfrecord files, and no features.json and dataset_info.json, which say what is in them."
+    if foreign := sorted(suffixes & set(FOREIGN)):
+        return (
+            f"{root} holds {', '.join(foreign)} files ({FOREIGN[foreign[0]]}), which are not read as they are. "
+            "Write them as a LeRobot dataset once: docs/data.md, Other formats."
+        )
+    return f"{root} is neither a LeRobot dataset, which has meta/info.json, nor an RLDS one, which has features.json."
 
 
 class Stream:

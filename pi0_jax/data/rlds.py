@@ -21,7 +21,6 @@ import multiprocessing
 import os
 import re
 import struct
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +29,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 from tqdm import tqdm
 
+from pi0_jax.data.partial import written
 from pi0_jax.data.source import BadEpisode, Rows, Source, cache_folder
 
 INDEX_VERSION = 1
@@ -157,10 +157,7 @@ class RldsDataset(Source):
         self.report_skipped()
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = dict(self.__dict__)
-        for name in ("_columns", "_opened", "_parsed", "_steps"):
-            kept.pop(name, None)
-        return kept
+        return {name: value for name, value in super().__getstate__().items() if name != "_steps"}
 
     def read(self, name: str, first: int, end: int) -> np.ndarray:
         self.check_column(name)
@@ -198,17 +195,12 @@ class RldsDataset(Source):
     def _picture(self, camera: str, shard: int, step: int) -> np.ndarray:
         index, path = self._index[shard], self._paths[shard]
         episode = int(np.searchsorted(index["ends"], step, side="right"))
-        opened = vars(self).setdefault("_opened", {})
         if "_steps" not in self.__dict__:
             self._steps = _step_features(self._json)
         try:
             if self.format == "tfrecord":
-                if path not in opened:
-                    if len(opened) >= SHARDS_OPEN:
-                        os.close(opened.pop(next(iter(opened))))
-                    opened[path] = os.open(path, os.O_RDONLY)
                 offset, length = index[f"span/{camera}"][step].tolist()
-                encoded = os.pread(opened[path], length, offset)
+                encoded = os.pread(self._open(path).fileno(), length, offset)
             else:
                 begin = int(index["ends"][episode - 1]) if episode else 0
                 encoded = self._parsed_episode(path, int(index["records"][episode]))[camera][step - begin]
@@ -219,18 +211,21 @@ class RldsDataset(Source):
             ) from error
 
     def _parsed_episode(self, path: Path, number: int) -> dict[str, np.ndarray]:
-        kept = vars(self).setdefault("_parsed", {})
+        kept = self.opened().setdefault("episodes", {})
         if (path, number) not in kept:
             if len(kept) >= EPISODES_KEPT:
                 kept.pop(next(iter(kept)))
-            opened = vars(self).setdefault("_opened", {})
-            if path not in opened:
-                if len(opened) >= SHARDS_OPEN:
-                    opened.pop(next(iter(opened))).close()
-                opened[path] = _open_array_record(path)
-            flat = _flat(_parser(json.dumps(self._json)).parse_example(opened[path].read([number])[0])["steps"])
+            flat = _flat(_parser(json.dumps(self._json)).parse_example(self._open(path).read([number])[0])["steps"])
             kept[path, number] = {camera: np.atleast_1d(flat[camera]) for camera in self.cameras}
         return kept[path, number]
+
+    def _open(self, path: Path) -> Any:
+        kept = self.opened().setdefault("shards", {})
+        if path not in kept:
+            if len(kept) >= SHARDS_OPEN:
+                kept.pop(next(iter(kept))).close()
+            kept[path] = path.open("rb", buffering=0) if self.format == "tfrecord" else _open_array_record(path)
+        return kept[path]
 
     def _shard_of(self, rows: np.ndarray) -> np.ndarray:
         return np.searchsorted(self._starts, rows, side="right") - 1
@@ -347,10 +342,8 @@ def _index_shard(path: Path, form: str, features: str, target: Path) -> None:
         arrays[f"column/{name}"] = np.concatenate(parts) if parts else empty
     if form == "tfrecord":
         arrays |= {f"span/{name}": np.array(parts, np.int64).reshape(-1, 2) for name, parts in spans.items()}
-    partial = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.partial")
-    with partial.open("wb") as file:
+    with written(target) as partial, partial.open("wb") as file:
         np.savez(file, allow_pickle=False, **arrays)
-    partial.rename(target)
 
 
 def _spans(record: bytes, pictures: dict[str, np.ndarray], offset: int) -> dict[str, list[tuple[int, int]]]:

@@ -12,6 +12,7 @@ import numpy as np
 import PIL.Image
 
 from pi0_jax.data.mixture import Part
+from pi0_jax.data.partial import written
 from pi0_jax.data.source import ACTION, STATE, Source
 from pi0_jax.data.transform import resize_with_pad
 
@@ -38,7 +39,8 @@ def show(parts: Sequence[Part], output: Path, episodes: int, rerun: Path | None 
     body = "".join(_section(part, episodes) for part in parts)
     style = "body{font:14px sans-serif;margin:2em;max-width:1200px}img{max-width:100%}td,th{padding:2px 8px}"
     page = f"<!doctype html><meta charset=utf-8><title>{html.escape(output.stem)}</title><style>{style}</style>{body}"
-    output.write_text(page, encoding="utf-8")
+    with written(output) as partial:
+        partial.write_text(page, encoding="utf-8")
     if rerun is not None:
         _log_to_rerun(parts, episodes, rerun)
 
@@ -83,7 +85,8 @@ def _sheet(source: Source, first: int, end: int) -> str:
     strips = [np.concatenate(list(resize_with_pad(source.images(c, rows), THUMBNAIL)), 1) for c in source.cameras]
     buffer = io.BytesIO()
     PIL.Image.fromarray(np.concatenate(strips)).save(buffer, "jpeg", quality=85)
-    return _embedded(buffer.getvalue(), "jpeg", f"cameras {', '.join(source.cameras)}")
+    cameras = ", ".join(source.cameras)
+    return f"<p>Rows: {html.escape(cameras)}</p>{_embedded(buffer.getvalue(), 'jpeg', cameras)}"
 
 
 def _histograms(values: np.ndarray, names: Sequence[str]) -> str:
@@ -101,6 +104,7 @@ def _histograms(values: np.ndarray, names: Sequence[str]) -> str:
             axes[i].axvline(quantile, color="tab:red", linewidth=0.8)
         axes[i].set_title(names[i] if i < len(names) else str(i), fontsize=9)
         axes[i].tick_params(labelsize=7)
+        axes[i].locator_params(axis="x", nbins=5)
         axes[i].set_yticks([])
     return _figure(figure, "histograms; lines are the 1 % and 99 % quantiles")
 
@@ -109,7 +113,8 @@ def _curves(part: Part, first: int, end: int) -> str:
     from matplotlib.figure import Figure
 
     source, seconds = part.source, np.arange(end - first) / part.source.fps
-    figure = Figure(figsize=(11, 4), layout="constrained")
+    lines = -(-max(len(part.robot.state), len(part.robot.actions)) // 3)
+    figure = Figure(figsize=(11, 4 + 0.15 * lines), layout="constrained")
     axes = figure.subplots(1, 2)
     for axis, key, feature, names in (
         (axes[0], "state", STATE, part.robot.state),
@@ -119,7 +124,7 @@ def _curves(part: Part, first: int, end: int) -> str:
         for i in range(values.shape[1]):
             axis.plot(seconds, values[:, i], linewidth=1, label=names[i] if i < len(names) else str(i))
         axis.set(xlabel="seconds", title=key)
-        axis.legend(fontsize=6, ncols=2, frameon=False)
+        axis.legend(fontsize=7, ncols=3, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12))
     return _figure(figure, "state and action")
 
 

@@ -12,6 +12,7 @@ import hashlib
 import logging
 import os
 import tempfile
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,15 @@ Rows = Int[np.ndarray, "*b"]
 
 
 class BadEpisode(ValueError):
-    """An episode that cannot be read. The message names the file and the episode."""
+    """An episode that cannot be read. The message names the file and the episode, and is for the user, from whichever
+    process it comes."""
+
+    exit_code = 1
 
 
 class Source(abc.ABC):
-    """Episodes of demonstrations. Instances can be pickled: what is open or cached is opened again elsewhere."""
+    """Episodes of demonstrations, which several threads may read at once. Instances can be pickled: what is open or
+    kept in memory is opened and read again elsewhere."""
 
     root: Path
     """Folder of the dataset."""
@@ -49,6 +54,13 @@ class Source(abc.ABC):
     """For each episode the frame after its last."""
     skipped: dict[str, str]
     """Episodes that were left out because they cannot be read: their name, and why."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_columns", "_local")}
+
+    def opened(self) -> dict[Any, Any]:
+        """What this thread has open: decoders and readers of files must not be shared between threads."""
+        return vars(self).setdefault("_local", threading.local()).__dict__
 
     @property
     def cameras(self) -> tuple[str, ...]:

@@ -10,7 +10,6 @@ import hashlib
 import io
 import math
 import shutil
-import uuid
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +22,8 @@ from av.video.frame import PictureType, VideoFrame
 from av.video.reformatter import VideoReformatter
 from jaxtyping import Float, Int, UInt8
 from tqdm import tqdm
+
+from pi0_jax.data.partial import written
 
 KEY_FRAME_EVERY = 2
 PRESET = "veryfast"
@@ -129,16 +130,12 @@ def decode_once(
                 f"decoding {name!r} takes {needed / 1e9:.1f} GB; {folder} has {free / 1e9:.1f} GB left. "
                 "Pass a `cache` folder with more room."
             )
-        partial = folder / f"{target.name}.{uuid.uuid4().hex[:8]}.partial"
-        try:
+        with written(target) as partial:
             array = np.lib.format.open_memmap(partial, "w+", np.uint8, shape)
             with tqdm(total=shape[0], desc=f"decoding {name}", unit="frame") as progress:
                 for clip in clips:
                     _decode(clip, fps, array, progress)
             array.flush()
-            partial.rename(target)
-        finally:
-            partial.unlink(missing_ok=True)
         for stale in folder.glob(f"{prefix}-*.npy"):
             if stale != target:
                 stale.unlink(missing_ok=True)
@@ -164,6 +161,7 @@ def _decode(clip: Clip, fps: float, out: np.ndarray, progress: tqdm) -> None:
             for frame in container.decode(stream):
                 last = round(frame.time * fps)
                 if rows := wanted.pop(last, None):
+                    _check_whole(frame)
                     image = reformatter.reformat(frame, format="rgb24", threads=threads).to_ndarray()
                     if image.shape != out.shape[1:]:
                         raise VideoError(
@@ -324,10 +322,17 @@ class _OpenVideo:
                     continue
                 self._next = number + 1
                 if frame.pts == wanted:
+                    _check_whole(frame)
                     return self._reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
                 break
             self._next = -1  # the seek went too far: once more from the beginning
         raise IndexError(f"frame {number} does not come out of the decoder")
+
+
+def _check_whole(frame: VideoFrame) -> None:
+    """Raises IndexError where the decoder filled in what it could not decode."""
+    if frame.is_corrupt:
+        raise IndexError("the frame is damaged")
 
 
 def _list_frames(path: Path) -> _Index:

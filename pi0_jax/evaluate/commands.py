@@ -7,12 +7,13 @@ import os
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
 import tyro
 
+from pi0_jax.evaluate.latency import STRATEGIES, Latency, describe, simulate, summary
 from pi0_jax.evaluate.report import encode_mp4, write_report
 from pi0_jax.evaluate.rollout import roll_out, table
 from pi0_jax.evaluate.suites import get_suite
@@ -66,6 +67,15 @@ class Infer:
     """In the simulator: name another object than the one that is scored, to see whether the policy listens."""
     batch_size: int = 64
     """Episodes side by side in the simulator."""
+    strategy: Literal["synchronous", "asynchronous", "ensemble", "guidance", "identity", "trained"] | None = None
+    """In the simulator: how to act while the policy computes, in simulated time; the last three are real-time chunking.
+    By default the simulator waits, and nothing is late."""
+    latency: float = 0.0
+    """With --strategy: milliseconds from an observation to its chunk."""
+    jitter: float = 0.0
+    """Milliseconds by which that is more or less."""
+    drop: float = 0.0
+    """Share of the answers that are lost, and asked for again after a second."""
     output: Path | None = None
     """Folder for what is saved; <run>/infer by default."""
 
@@ -77,6 +87,8 @@ class Evaluate(Infer):
     Example:
 
         pi0 evaluate runs/tabletop --episodes 200 --seed 1 --num-steps 10
+
+        pi0 evaluate runs/tabletop --strategy guidance --latency 300 --jitter 100
     """
 
     env: str | None = "tabletop"
@@ -130,13 +142,20 @@ def infer(args: Infer) -> None:
     if args.observation is not None and not args.observation.is_file():
         load_observation(args.observation)  # fails before the weights are read
     settings = ("num_steps", "solver", "grid_power", "guidance_scale", "execute_steps")
-    changes = {name: value for name in settings if (value := getattr(args, name)) is not None}
+    changes: dict[str, Any] = {name: value for name in settings if (value := getattr(args, name)) is not None}
+    if args.strategy is None and (args.latency or args.jitter or args.drop):
+        raise ValueError("--latency, --jitter and --drop need a --strategy, which says what the robot does meanwhile.")
+    if args.strategy is not None and (real_time := STRATEGIES[args.strategy][1]) is not None:
+        changes["real_time"] = real_time
     policy = Policy.load(args.run, **changes)
     if args.write_example is not None:
         save_observation(args.write_example, policy.robot.example())
         print(f"wrote {args.write_example}; fill it in and run: python infer.py {args.run} --observation ...")
         return
     output = _folder(args.output or _run_folder(args.run) / "infer")
+    if suite is not None and args.strategy is not None:
+        _act_in_time(suite, policy, args)
+        return
     if suite is not None:
         _infer_in(suite, policy, args, output)
         return
@@ -179,6 +198,23 @@ def _infer_in(suite, policy: Policy, args: Infer, output: Path) -> None:
     if failed:
         print("failures:", ", ".join(f"{task} {count}" for task, count in failed.most_common()))
     print(f"device {jax.devices()[0].device_kind}; video of {len(film)} episodes: {video}")
+
+
+def _act_in_time(suite, policy: Policy, args: Infer) -> None:
+    assert args.strategy is not None
+    latency = Latency(args.latency, args.jitter, args.drop)
+    strategy = STRATEGIES[args.strategy][0](policy.config.execute_steps)
+    traces = simulate(
+        policy,
+        suite,
+        strategy,
+        latency,
+        args.episodes,
+        args.seed,
+        batch_size=args.batch_size,
+        progress="simulated time",
+    )
+    print(describe(args.strategy, latency, summary(traces, suite.fps)))
 
 
 def _held(pictures: tuple[np.ndarray, ...], fps: int) -> list[np.ndarray]:

@@ -88,10 +88,7 @@ def roll_out(
     Raises:
         ValueError: the suite is another robot's, or there is nothing to run.
     """
-    if policy.robot.name != suite.robot:
-        raise ValueError(f"this policy is for the robot {policy.robot.name!r}; the environment has {suite.robot!r}.")
-    if num_episodes < 1 or batch_size < 1:
-        raise ValueError(f"{num_episodes} episodes in batches of {batch_size}; both have to be at least 1.")
+    check_run(policy, suite, num_episodes, batch_size)
     batch_size = min(batch_size, num_episodes)
     base = jax.random.key(seed)
     outcomes: dict[int, Outcome] = {}
@@ -125,6 +122,14 @@ def roll_out(
                         episode = suite.start(following, seed, distract=distract)
                         slots[place] = _Slot(following, episode, following in film)
     return Rollout(tuple(outcomes[i] for i in range(num_episodes)), batch_size, tuple(seconds))
+
+
+def check_run(policy: Policy, suite: Suite, num_episodes: int, batch_size: int) -> None:
+    """Raises ValueError where the suite is another robot's, or there is nothing to run."""
+    if policy.robot.name != suite.robot:
+        raise ValueError(f"this policy is for the robot {policy.robot.name!r}; the environment has {suite.robot!r}.")
+    if num_episodes < 1 or batch_size < 1:
+        raise ValueError(f"{num_episodes} episodes in batches of {batch_size}; both have to be at least 1.")
 
 
 class _Slot:

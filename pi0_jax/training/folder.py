@@ -9,13 +9,17 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from pi0_jax import checkpoint
 from pi0_jax.config import TrainConfig
+from pi0_jax.training import hosts
 from pi0_jax.training.metrics import FILE, TIMING_FILE
 
 MAY_CHANGE = (
     "run_dir", "resume", "overwrite", "num_steps", "log_every", "validate_every", "save_every", "keep_checkpoints",
-    "mesh", "hosts", "data.num_threads", "data.num_workers", "data.prefetch", "data.frames", "data.offline",
+    "keep_every", "keep_best", "mesh", "hosts", "data.num_threads", "data.num_workers", "data.prefetch", "data.frames",
+    "data.offline",
 )  # fmt: skip
 """Fields, or groups of them, that a resumed run may set anew: none changes what an update computes."""
 
@@ -24,6 +28,8 @@ _log = logging.getLogger(__name__)
 
 def open_run(config: TrainConfig) -> Path | None:
     """Checks the folder of a run, makes it, and decides where the run starts. Deletes nothing: see `delete_run`.
+
+    Checkpoints that are damaged are named, set aside and passed over. With several processes all of them call this.
 
     Args:
         config: `run_dir`, `resume`, `overwrite`; a resumed run compares all other fields with the checkpoint's.
@@ -51,13 +57,32 @@ def open_run(config: TrainConfig) -> Path | None:
     _require_writable(run_dir)
     if not config.resume:
         return None
-    step = checkpoint.latest_step(run_dir)
+    step = _newest_whole(run_dir)
     if step is None:
         _log.info("%s has no complete checkpoint yet: starting from step 0", run_dir)
         return None
     folder = run_dir / "checkpoints" / str(step)
     _require_same(config, checkpoint.load_assets(folder).train, folder)
     return folder
+
+
+def _newest_whole(run_dir: Path) -> int | None:
+    """The newest checkpoint whose files are what was written, each process having read its share of them."""
+    for step in reversed(checkpoint.steps(run_dir)):
+        folder = run_dir / "checkpoints" / str(step)
+        problem = None
+        try:
+            checkpoint.verify(folder, (jax.process_index(), jax.process_count()))
+        except checkpoint.CheckpointError as error:
+            problem = error
+        if hosts.all_say(problem is None):
+            return step
+        if problem is not None:
+            _log.warning("%s It is skipped.", problem)
+        with hosts.first_before_others("damaged checkpoint"):
+            if hosts.is_first():
+                _log.warning("%s is damaged; now called %s", folder, checkpoint.set_aside(folder))
+    return None
 
 
 def differences(a: Any, b: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:

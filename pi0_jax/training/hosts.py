@@ -121,6 +121,13 @@ def require_same(what: str, content: bytes) -> None:
         raise ValueError(f"{what} of processes {others} differ from those of process 0; they have to be the same.")
 
 
+def all_say(yes: bool) -> bool:
+    """Whether all processes say yes; every process asks."""
+    if jax.process_count() == 1:
+        return yes
+    return bool(np.all(multihost_utils.process_allgather(np.uint32(yes))))
+
+
 class Vote:
     """Lets all processes stop at the same step when any of them is asked to.
 

@@ -65,6 +65,11 @@ def _run(config: TrainConfig) -> Path:
             "augment.square_symmetries turns the state, but π0.5 reads it from the prompt, where it would stay as it "
             "was. Turn the symmetries off, or train pi0."
         )
+    if config.keep_best and config.save_every % config.validate_every:
+        raise ValueError(
+            f"keep_best needs the validation loss at every save: make save_every {config.save_every} a multiple of "
+            f"validate_every {config.validate_every}."
+        )
     pi0.check_policy(config.policy)
     _check_objective(config)
     mesh = sharding.make_mesh(config.mesh)
@@ -88,8 +93,10 @@ def _run(config: TrainConfig) -> Path:
     with hosts.first_before_others("overwrite"):
         if config.overwrite and hosts.is_first():
             delete_run(run_dir)
-    with CheckpointWriter(run_dir, config.keep_checkpoints) as writer:
-        writer.reserve(checkpoint.tree_bytes(program.shapes))
+    with CheckpointWriter(
+        run_dir, config.keep_checkpoints, keep_every=config.keep_every, keep_best=config.keep_best
+    ) as writer:
+        writer.reserve(program.shapes, config.num_steps)
         if source is None:
             state = program.start(_first_params(config, program.network, program.shapes.params))
         else:
@@ -194,13 +201,14 @@ def _train(
                 step += 1
                 reporter.push(step, metrics)
                 writer.check()
-                last = step == config.num_steps
+                last, measured = step == config.num_steps, {}
                 if inputs.validation is not None and (last or step % config.validate_every == 0):
                     reporter.flush()
-                    reporter.write(step, validate(program, state.weights, inputs.validation))
+                    measured = validate(program, state.weights, inputs.validation)
+                    reporter.write(step, measured)
                 if last or step % config.save_every == 0:
                     reporter.flush()
-                    _save(writer, step, state, inputs)
+                    _save(writer, step, state, inputs, measured.get("validation_loss"))
                     saved = step
             if saved != step:
                 reporter.flush()
@@ -218,9 +226,9 @@ def _train(
     return folder
 
 
-def _save(writer: CheckpointWriter, step: int, state: TrainState, inputs: Inputs):
+def _save(writer: CheckpointWriter, step: int, state: TrainState, inputs: Inputs, loss: float | None = None):
     weights, rest = split(state)
-    writer.save(step, weights, inputs.assets, rest, inputs.loader.get_state())
+    writer.save(step, weights, inputs.assets, rest, inputs.loader.get_state(), loss)
 
 
 def _kept(run_dir: Path, step: int | None) -> str:

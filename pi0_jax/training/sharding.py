@@ -111,13 +111,18 @@ def _spec(mesh: Mesh, path, names: tuple[str | None, ...], shape: tuple[int, ...
     return PartitionSpec(*axes)
 
 
+def batch_ways(mesh: Mesh) -> int:
+    """Number of parts that a batch is divided into."""
+    return _size(mesh, _BATCH)
+
+
 def batch_sharding(mesh: Mesh, batch_size: int) -> NamedSharding:
     """Divides the first axis of every array of a batch over all devices that do not share their examples.
 
     Raises:
         ValueError: the batch size is not a multiple of their number.
     """
-    ways = _size(mesh, _BATCH)
+    ways = batch_ways(mesh)
     if batch_size % ways:
         nearest = max(ways, batch_size // ways * ways)
         raise ValueError(

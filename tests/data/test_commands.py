@@ -1,7 +1,9 @@
 """`pi0 data`: statistics without pictures, problems by name, a page, a cache, conversion that goes on, a robot file."""
 
+import errno
 import json
 import shutil
+import subprocess
 import sys
 import types
 
@@ -15,6 +17,7 @@ from pi0_jax.data.check import _check_outside, _check_ranges
 from pi0_jax.data.convert import convert
 from pi0_jax.data.lerobot import LeRobotDataset, LeRobotWriter
 from pi0_jax.data.normalize import _finish, compute_stats, load_stats, semantics_from_json
+from pi0_jax.data.partial import partial_path, written
 from pi0_jax.data.robots import get_robot
 from pi0_jax.data.show import _log_to_rerun
 from pi0_jax.data.sketch import summarise
@@ -131,15 +134,27 @@ def test_the_check_finds_missing_frames_and_tasks_without_text(copy, run):
     tasks = pq.read_table(copy / "meta/tasks.parquet").to_pylist()
     import pyarrow as pa
 
-    tasks[2]["task"] = " "
+    tasks[0]["task"] = " "
     pq.write_table(pa.Table.from_pylist(tasks), copy / "meta/tasks.parquet")
     short = write(copy.parent / "short", [0, 1])
     name = f"videos/{CAMERAS[0]}/chunk-000/file-000.mp4"
     shutil.copy(short / name, copy / name)
     code, _, err = run("check", copy)
     assert code == 1
-    assert "tasks [2] have no text; they are those of episode 3" in err
-    assert f"{CAMERAS[0]}, episode 2" in err
+    assert "tasks [0] have no text; they are those of episode 0" in err
+    assert "episode 2: " in err
+
+
+def test_the_check_lists_all_episodes_that_cannot_be_read(tmp_path, run):
+    root = write_v2(tmp_path / "data")
+    (root / "data/chunk-000/episode_000001.parquet").unlink()
+    video = root / f"videos/chunk-001/{CAMERAS[1]}/episode_000003.mp4"
+    video.write_bytes(video.read_bytes()[:200])
+    code, _, err = run("check", root)
+    assert code == 1
+    assert "episode 1: " in err
+    assert "episode 3: " in err
+    assert err.count("episode_000003.mp4") == 1
 
 
 def test_the_page_holds_pictures_histograms_and_curves(dataset, run, tmp_path):
@@ -217,6 +232,39 @@ def test_a_stopped_cache_goes_on_and_a_changed_video_makes_it_invalid(copy, tmp_
     build_cache(again, tmp_path / "cache", [CAMERAS[0]], 48, workers=1)
     cached = CachedFrames(again, tmp_path / "cache", [CAMERAS[0]], 48)
     np.testing.assert_array_equal(cached.image(33, CAMERAS[0]), again.image(33, CAMERAS[0]))
+
+
+def test_what_a_killed_process_left_is_removed_and_what_a_live_one_writes_is_not(tmp_path):
+    kill = "import os, sys\nfrom pathlib import Path\nfrom pi0_jax.data.partial import partial_path\n"
+    kill += "path = partial_path(Path(sys.argv[1]))\n(path / 'a').mkdir(parents=True)\nos.kill(os.getpid(), 9)"
+    for name in ("data", "data.other"):
+        subprocess.run([sys.executable, "-c", kill, str(tmp_path / name)], check=False)
+    alive = partial_path(tmp_path / "data")
+    alive.touch()
+    assert len(list(tmp_path.iterdir())) == 2  # of "data" only the live one, and what was left of the other
+    with written(tmp_path / "data") as partial:
+        partial.write_text("whole")
+    assert alive.exists()
+    assert (tmp_path / "data").read_text() == "whole"
+    with pytest.raises(OSError, match=r"No space left.*data'") as raised, written(tmp_path / "data"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert raised.value.filename == str(tmp_path / "data")
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_cache_that_does_not_fit_is_not_begun(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: types.SimpleNamespace(free=1000))
+    with pytest.raises(ValueError, match=r"caching 34 frames takes 0\.0 GB.*--jpeg 95"):
+        build_cache(dataset, tmp_path, [CAMERAS[0]], 32)
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_damage_ends_the_cache_command_with_its_message(copy, run, workers):
+    for video in copy.glob("videos/*/*/*.mp4"):
+        video.write_bytes(video.read_bytes()[:2000])
+    code, _, err = run("cache", copy, "--workers", workers)
+    assert code == 1
+    assert "file-000.mp4 cannot be decoded" in err
 
 
 def test_damage_in_a_cache_is_an_error(dataset, tmp_path):

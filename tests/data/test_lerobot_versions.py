@@ -4,6 +4,7 @@ import pickle
 import shutil
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -90,9 +91,9 @@ def test_decoding_once_and_at_random_give_the_same_frames(dataset):
 def test_a_file_reader_keeps_few_files_open(v21):
     random = LeRobotDataset(v21, decoding="random")
     random.image(0, CAMERAS[0])
-    random._reader._max_open = 2
+    random.opened()["reader"]._max_open = 2
     random.images(CAMERAS[0], np.arange(34))
-    assert len(random._reader._opened) == 2
+    assert len(random.opened()["reader"]._opened) == 2
 
 
 def test_pictures_inside_parquet_are_read_exactly(tmp_path):
@@ -156,12 +157,11 @@ def shorten(path):
     pq.write_table(table.slice(0, len(table) - 1), path)
 
 
-def widen_one_row(path):
+def widen_rows(path, numbers):
     table = pq.read_table(path)
     rows = table["action"].to_pylist()
-    rows[2] = [*rows[2], 0.0]
-    import pyarrow as pa
-
+    for number in numbers:
+        rows[number] = [*rows[number], 0.0]
     pq.write_table(table.set_column(table.column_names.index("action"), "action", pa.array(rows)), path)
 
 
@@ -197,9 +197,42 @@ def test_damage_names_file_and_episode_and_can_be_skipped(v21, tmp_path, kind, d
 
 def test_a_row_of_another_length_names_its_episode(v21, tmp_path):
     root = shutil.copytree(v21, tmp_path / "data")
-    widen_one_row(root / DATA)
+    widen_rows(root / DATA, (2,))
     with pytest.raises(BadEpisode, match=r"episode_000002.parquet: column 'action'.*row 2, in episode 2, has 4"):
         LeRobotDataset(root).columns("action")
+
+
+def test_of_a_file_with_rows_of_other_lengths_only_their_episodes_are_skipped(tmp_path):
+    root = write(tmp_path / "data")
+    widen_rows(root / "data/chunk-000/file-000.parquet", (3, 10, 33))  # of episodes 0, 1 and 4
+    rest = LeRobotDataset(root, decoding="random", skip_bad_episodes=True)
+    assert list(rest.skipped) == ["episode 0", "episode 1", "episode 4"]
+    assert all("column 'action'" in reason for reason in rest.skipped.values())
+    np.testing.assert_array_equal(rest.columns("action"), np.concatenate([episode(n)["action"] for n in (2, 3)]))
+    truth = np.concatenate([episode(n)[CAMERAS[0]] for n in (2, 3)])
+    assert own_frame_is_nearest(rest.images(CAMERAS[0], np.arange(13)), truth)
+
+
+def test_a_frame_that_the_decoder_had_to_fill_in_is_an_error(v21, tmp_path):
+    root = shutil.copytree(v21, tmp_path / "data")
+    path = root / VIDEO
+    content = bytearray(path.read_bytes())
+    start = content.index(b"mdat") + len(content) // 2
+    content[start : start + 300] = np.random.default_rng(0).bytes(300)
+    path.write_bytes(content)
+    for decoding in ("once", "random"):
+        with pytest.raises(BadEpisode, match=r"episode_000002\.mp4 cannot be decoded.*episode 2.*without_episodes"):
+            LeRobotDataset(root, decoding=decoding).images(CAMERAS[0], np.arange(34))
+
+
+def test_episodes_are_left_out_by_their_numbers(v21, tmp_path):
+    rest = LeRobotDataset(v21, decoding="random", without=(0, 3))
+    assert rest.episodes == ["episode 1", "episode 2", "episode 4"]
+    np.testing.assert_array_equal(rest.columns("action"), np.concatenate([episode(n)["action"] for n in (1, 2, 4)]))
+    truth = np.concatenate([episode(n)[CAMERAS[0]] for n in (1, 2, 4)])
+    assert own_frame_is_nearest(rest.images(CAMERAS[0], np.arange(24)), truth)
+    with pytest.raises(ValueError, match=r"no episodes \[7\] to leave out; it has 5"):
+        LeRobotDataset(v21, without=(0, 7))
 
 
 def test_in_a_shared_file_only_the_episodes_without_frames_are_skipped(tmp_path):

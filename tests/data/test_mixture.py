@@ -1,5 +1,6 @@
 """Mixtures: shares, one order for everybody, own statistics, held-out episodes without leaks, workers and resuming."""
 
+import concurrent.futures
 import dataclasses
 import itertools
 
@@ -8,15 +9,17 @@ import numpy as np
 import pytest
 
 from pi0_jax.config import DataConfig, DatasetConfig
+from pi0_jax.data.cache import CachedFrames, build_cache
 from pi0_jax.data.lerobot import LeRobotDataset
 from pi0_jax.data.loader import eval_batches, make_loader
 from pi0_jax.data.mixture import BLOCK, FrameOrder, Stream, apportion, open_parts
 from pi0_jax.data.normalize import compute_stats
+from pi0_jax.data.rlds import RldsDataset
 from pi0_jax.data.stats import compute_group_stats
 from pi0_jax.data.tokenizer import Tokenizer
 from pi0_jax.data.transform import make_transform
 from tests.data.conftest import LENGTHS, write
-from tests.data.formats import RLDS_KEYS, write_rlds
+from tests.data.formats import RLDS_KEYS, write_rlds, write_v2
 
 
 def stream(sizes, weights, seed=0):
@@ -206,3 +209,54 @@ def test_what_makes_no_sense_is_refused(config, folders, weights, data, message)
     config = mixed(config, folders, weights, **data)
     with pytest.raises(ValueError, match=message):
         open_parts(config.data, config.policy)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        ("other/data/meta/info.json", r"other is no dataset; did you mean \S*other/data\?"),
+        ("other/data/1.0.0/features.json", r"other is no dataset; did you mean \S*other/data\?"),
+        ("meta/info.json", r"other is no dataset; did you mean \S*\?"),
+        ("other/x-train.tfrecord-00000-of-00001", "no features.json and dataset_info.json"),
+        ("other/demo/a.hdf5", r"holds \.hdf5 files \(as robomimic.*Other formats"),
+        ("other/readme", "neither a LeRobot dataset"),
+    ],
+)
+def test_a_folder_that_is_no_dataset_is_explained(config, tmp_path, make, message):
+    (tmp_path / "other").mkdir()
+    (tmp_path / make).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / make).touch()
+    with pytest.raises(FileNotFoundError, match=message):
+        open_parts(DataConfig(str(tmp_path / "other")), config.policy)
+
+
+def test_names_that_a_dataset_lacks_are_to_be_said_in_its_keys(config, folders):
+    datasets = (DatasetConfig(folders[1], keys={"action": "action/xyz"}),)
+    with pytest.raises(ValueError, match=r"has no observation\.state;.*keys=\{'observation\.state': 'observation/"):
+        open_parts(DataConfig(datasets=datasets), config.policy)
+
+
+def sources(root):
+    """One of each kind of what is kept open, with limits that make several threads get in each other's way."""
+    yield LeRobotDataset(write_v2(root / "video"), decoding="random")
+    yield LeRobotDataset(write_v2(root / "pictures", pictures=True))
+    for form in ("tfrecord", "array_record"):
+        yield RldsDataset(write_rlds(root / form, form, shards=5), 5)
+    recorded = LeRobotDataset(write(root / "cached"), decoding="random")
+    build_cache(recorded, root / "cache", ["observation.images.top"], 32, workers=1)
+    yield CachedFrames(recorded, root / "cache", ["observation.images.top"], 32)
+
+
+def test_several_threads_get_the_frames_that_one_gets(tmp_path, monkeypatch):
+    for name in ("rlds.SHARDS_OPEN", "rlds.EPISODES_KEPT", "lerobot.ROW_GROUPS_KEPT", "cache.SHARDS_OPEN"):
+        monkeypatch.setattr(f"pi0_jax.data.{name}", 1)
+    monkeypatch.setattr("pi0_jax.data.cache.FRAMES_PER_SHARD", 10)
+    orders = [np.random.default_rng(seed).permutation(34)[:8] for seed in range(40)]
+    for source in sources(tmp_path):
+        camera = source.cameras[0]
+        expected = [source.images(camera, rows) for rows in orders]
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            for alone, together in zip(
+                expected, pool.map(lambda rows: source.images(camera, rows), orders), strict=True
+            ):
+                np.testing.assert_array_equal(alone, together)

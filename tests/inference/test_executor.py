@@ -55,6 +55,10 @@ class Bench:
         if finish and self.pool.jobs:
             self.pool.finish()
 
+    def steps_all(self, count):
+        for _ in range(count):
+            self.step(finish=True)
+
 
 def test_nothing_is_sent_before_the_first_chunk_and_then_one_action_a_step():
     bench = Bench(open_loop(6))
@@ -116,10 +120,8 @@ def test_bad_chunks_are_never_executed_and_too_many_in_a_row_stop_it(answer, rea
     assert len(bench.sent) == sent + 4
     assert np.isfinite(bench.sent).all()
     bench.answer = lambda seen: answer
-    bench.step(finish=True)
-    bench.step(finish=True)
     with pytest.raises(Stopped, match=f"2 questions in a row failed, the last with: .*{reason}"):
-        bench.step()
+        bench.steps_all(20)
     with pytest.raises(Stopped, match="make another one"):
         bench.step()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 
 import jax.numpy as jnp
 import pytest
@@ -51,6 +52,19 @@ def test_overwrite_deletes_the_run_and_nothing_else(trained, tmp_path):
 
 def test_resume_takes_the_newest_checkpoint(trained, tmp_path):
     assert open_run(changed(trained, resume=True)) == tmp_path / "run" / "checkpoints" / "20"
+
+
+def test_resume_passes_over_a_damaged_checkpoint_and_says_which(trained, tmp_path, caplog):
+    folder = tmp_path / "run" / "checkpoints"
+    (shard,) = (path for path in (folder / "20" / "params" / "d").iterdir())
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    assert open_run(changed(trained, resume=True)) == folder / "10"
+    assert f"{shard} is not what was written" in caplog.text
+    assert sorted(path.name for path in folder.iterdir()) == ["10", "20.damaged"]
+    shutil.rmtree(folder / "10" / "params")
+    assert open_run(changed(trained, resume=True)) is None
 
 
 def test_resume_without_a_run_says_so(config):

@@ -1,0 +1,114 @@
+"""Success and seams on the tabletop where the policy's answers are late, for every way to act while it computes.
+
+Run: python benchmarks/acting_in_time.py runs/tabletop --trained runs/tabletop-delays
+
+Time is simulated, so the figures do not depend on the machine. It writes acting_in_time.json, a table and a plot; cells
+that the JSON has already are not run again.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from pi0_jax.evaluate.latency import STRATEGIES, Latency, simulate, summary
+from pi0_jax.evaluate.suites import get_suite
+from pi0_jax.inference.policy import Policy
+
+CONDITIONS = {
+    "0 ms": Latency(),
+    "100 ms": Latency(100),
+    "300 ms": Latency(300),
+    "600 ms": Latency(600),
+    "300 ± 200 ms": Latency(300, jitter=200),
+    "300 ± 200 ms, 10 % lost": Latency(300, jitter=200, drop=0.1, timeout=600),
+}
+UNITS = 1000
+"""Of a metre: tables are in millimetres."""
+
+
+def measure(run: Path, trained: Path | None, episodes: int, execute_steps: int, seed: int, path: Path) -> dict:
+    """Figures by strategy and condition, written to `path` as they come."""
+    cells: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else {}
+    suite = get_suite("tabletop")
+    for name, (make, real_time) in STRATEGIES.items():
+        source = trained if name == "trained" else run
+        todo = [condition for condition in CONDITIONS if condition not in cells.get(name, {})]
+        if source is None or not todo:
+            continue
+        policy = Policy.load(source, **({} if real_time is None else {"real_time": real_time}))
+        for condition in tqdm(todo, desc=name):
+            traces = simulate(policy, suite, make(execute_steps), CONDITIONS[condition], episodes, seed)
+            cells.setdefault(name, {})[condition] = summary(traces, suite.fps)
+            path.write_text(json.dumps(cells, indent=1))
+    return cells
+
+
+def table(cells: dict) -> str:
+    """Markdown, a row a strategy and condition."""
+    lines = [
+        "| | answers after | delay, steps | success | seconds | held, steps | seam, mm | inside, mm | break, mm |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, row in cells.items():
+        for condition, f in row.items():
+            success = f"{f['success']:.1%} [{100 * f['low']:.1f}, {100 * f['high']:.1f}]"
+            sizes = [f"{UNITS * f[key]:.1f}".replace("nan", "–") for key in ("seam", "inside", "break")]
+            if name == "synchronous":
+                sizes[-1] = "–"  # it stands still between chunks
+            numbers = [f"{f['delay']:.1f}", success, f"{f['seconds']:.2f}", f"{f['held']:.1f}", *sizes]
+            lines.append(" | ".join(["", name, condition, *numbers, ""]).strip().replace("  ", " "))
+    return "\n".join(lines)
+
+
+def plot(cells: dict, path: Path) -> None:
+    """Success, time and breaks over the latency, for the steady ones."""
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    steady = {name: latency.typical for name, latency in CONDITIONS.items() if not latency.jitter}
+    panels = (("success", 100, "success, %"), ("seconds", 1, "seconds to success"), ("break", UNITS, "break, mm"))
+    for axes, (key, scale, label) in zip(figure.subplots(1, 3), panels, strict=True):
+        for number, (name, row) in enumerate(cells.items()):
+            if name == "synchronous" and key == "break":
+                continue
+            values = [scale * row[condition][key] for condition in steady]
+            axes.plot(list(steady.values()), values, f"C{number}o-", label=name)
+        axes.set_xlabel("latency, ms (5 actions a second)")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylim(90, 100.5)
+    figure.axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def main(
+    run: Annotated[Path, tyro.conf.Positional],
+    trained: Path | None = None,
+    episodes: int = 600,
+    execute_steps: int = 4,
+    seed: int = 0,
+    output: Path = Path("runs/acting_in_time"),
+) -> None:
+    """Measures, and prints the table.
+
+    Args:
+        run: a tabletop run.
+        trained: the same, fine-tuned with --policy.model.max-delay; None leaves that way out.
+        episodes: episodes a cell.
+        execute_steps: actions of a chunk after which the policy is asked for the next.
+        seed: of layouts, noise and latencies.
+        output: folder for the JSON, the table and the plot.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    cells = measure(run, trained, episodes, execute_steps, seed, output / "acting_in_time.json")
+    (output / "acting_in_time.md").write_text(table(cells) + "\n")
+    plot(cells, output / "acting_in_time.png")
+    print(table(cells))
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
