@@ -4,9 +4,9 @@
     openpi-env/bin/python benchmarks/foreign_actions.py openpi-torch
 
 It runs where `pi0 convert --verify-with` does (docs/checkpoints.md says how to make the environments), and by the same
-code. Weights are normal with several standard deviations; an initialiser's is about 0.2 at this size. Each line gives the
-largest difference over two seeds: `plain` where each implementation keeps to its own flow times, and `same_times` where
-ours takes the other's, as `--verify-with` does.
+code. Weights are normal with several standard deviations; an initialiser's is about 0.2 at this size. Each line gives
+the largest difference over two seeds: `plain` where each implementation keeps to its own flow times, and `same_times`
+where ours takes the other's, as `--verify-with` does.
 """
 
 from __future__ import annotations

@@ -206,7 +206,7 @@ def _foreign(framework: Framework):
 
 
 def run(weights: Weights, inputs: Inputs, framework: Framework) -> Trace:
-    """Runs a checkpoint in a framework, if it is of its format; else in our network, with the framework's flow times."""
+    """Runs a checkpoint in a framework, if it is of its format; else in our network, at the framework's flow times."""
     model = weights.policy.model
     if framework == weights.format:
         actions, found = _foreign(framework).run(weights.path, model, inputs, STEPS)
