@@ -26,9 +26,10 @@ import ml_dtypes
 import numpy as np
 
 from pi0_jax.config import PI0, PolicyConfig
-from pi0_jax.convert.formats import Weights, foreign_tensors
+from pi0_jax.convert.formats import Weights
 from pi0_jax.convert.leaves import leaves, shape_of, sizes
 from pi0_jax.convert.tensors import Tensor, write_orbax
+from pi0_jax.convert.write import foreign_tensors
 
 
 def main() -> None:

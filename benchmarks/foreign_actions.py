@@ -20,9 +20,10 @@ import numpy as np
 
 from pi0_jax.config import ExpertConfig, ModelConfig, PolicyConfig, VisionConfig
 from pi0_jax.convert import agree
-from pi0_jax.convert.formats import Weights, write_checkpoint
+from pi0_jax.convert.formats import Weights
 from pi0_jax.convert.leaves import leaves, shape_of, sizes
 from pi0_jax.convert.tensors import in_memory
+from pi0_jax.convert.write import write_checkpoint
 
 MODEL = ModelConfig(
     vision=VisionConfig(width=16, depth=2, mlp_dim=32, num_heads=2, image_size=16, patch_size=8),

@@ -16,7 +16,8 @@ from flax.traverse_util import unflatten_dict
 
 from pi0_jax.batch import Observation
 from pi0_jax.config import ModelConfig
-from pi0_jax.convert.formats import Format, Weights
+from pi0_jax.convert.files import Format
+from pi0_jax.convert.formats import Weights
 from pi0_jax.model.heads import Network, make_network
 from pi0_jax.model.siglip import Block
 from pi0_jax.model.velocity import Prefix, VelocityNetwork

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
+import glob
 import hashlib
 import importlib.metadata
-import json
 import logging
 import os
 import platform
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -20,9 +23,11 @@ import numpy as np
 from pi0_jax import checkpoint
 from pi0_jax.config import ModelConfig
 from pi0_jax.convert import agree, change
-from pi0_jax.convert.formats import RECORD, Choices, Format, Weights, open_checkpoint, parameters, write_checkpoint
+from pi0_jax.convert.files import RECORD, Format, detect, read_json, write_json
+from pi0_jax.convert.formats import Choices, Weights, open_checkpoint, parameters
 from pi0_jax.convert.remote import is_remote
 from pi0_jax.convert.tensors import Tensor, pieces, rows_per_piece
+from pi0_jax.convert.write import lost, write_checkpoint
 
 _log = logging.getLogger(__name__)
 
@@ -69,60 +74,40 @@ def convert(
 
     Raises:
         FileNotFoundError: no source.
-        FileExistsError: the target is there.
+        FileExistsError: the target is there; or it shall be replaced, and is no checkpoint.
+        OSError: the disk is full; nothing is left behind.
         ValueError: the source is damaged, incomplete or not what its `conversion.json` says, has to be told something,
             or does not fit the format.
     """
     started = time.monotonic()
     target = Path(target).expanduser().absolute()
-    if target.exists() and not overwrite:
-        raise FileExistsError(f"{target} is there already; choose another target, or replace it with --overwrite.")
+    _check_target(target, overwrite)
     opened = open_checkpoint(source, choices, offline)
     weights, notes = _changed(opened, choices, dtype, merge_lora, model)
-    notes = [*opened.warnings, *notes]
+    notes = [*opened.warnings, *notes, *lost(weights, to)]
     if verify_with is not None:
         agree.check_comparable(opened, weights, to, verify_with)
-    if opened.tokenizer is not None and to == "lerobot":
-        notes.append(
-            "LeRobot names its tokenizer and does not read files: tokenizer.model lies beside the weights unused"
-        )
     for note in notes:
         _log.warning("%s", note)
+    record = _record(opened, weights, to, notes)
+    if is_remote(source):
+        record["source"]["url"] = str(source)
 
-    temporary = target.with_name(f".{target.name}.converting-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = _temporary(target)
     try:
-        write_checkpoint(weights, temporary, to, choices.asset_id)
-        record = _record(opened, weights, to, notes)
-        if is_remote(source):
-            record["source"]["url"] = str(source)
-        _write_record(temporary, record)
-        if verify:
-            found = _verify(weights, temporary)
-            unchanged = weights.tensors == opened.tensors
-            before = found if unchanged else {path: digest(path, tensor) for path, tensor in opened.tensors.items()}
-            if not edited:
-                _check_recorded(opened, before)
-            for tensor in opened.dropped.values():
-                for _ in pieces(tensor, rows_per_piece(tensor)):
-                    pass  # reading finds numbers that are not finite
-            record["verified"] = {
-                "tensors": len(found),
-                "parameters": parameters(weights.tensors),
-                "largest_difference": 0.0,
-            }
-            record["source"]["sha256"], record["weights_sha256"] = digest_of_all(before), digest_of_all(found)
-            record["leaves_sha256"] = found
-        if verify_with is not None:
-            record["actions"] = agree.agreement(opened, open_checkpoint(temporary), verify_with, tolerance)
-            if not record["actions"]["agree"]:
-                notes.append(disagreement(record["actions"]))
-                _log.warning("%s", notes[-1])
-        record["seconds"] = round(time.monotonic() - started, 1)
-        _write_record(temporary, record)
-        if target.exists():
-            _remove(target)
-        temporary.rename(target)
+        with _full_disk_explained(target, weights):
+            write_checkpoint(weights, temporary, to, choices.asset_id)
+            write_json(temporary / RECORD, record)
+            if verify:
+                _verify(opened, weights, temporary, edited, record)
+            if verify_with is not None:
+                record["actions"] = agree.agreement(opened, open_checkpoint(temporary), verify_with, tolerance)
+                if not record["actions"]["agree"]:
+                    notes.append(disagreement(record["actions"]))
+                    _log.warning("%s", notes[-1])
+            record["seconds"] = round(time.monotonic() - started, 1)
+            write_json(temporary / RECORD, record)
+        _put_in_place(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return record
@@ -190,7 +175,98 @@ def _changed(
     return weights, notes
 
 
-def _verify(weights: Weights, folder: Path) -> dict[str, str]:
+def _check_target(target: Path, overwrite: bool) -> None:
+    """Raises FileExistsError where something is there that is not to be replaced."""
+    if not target.exists():
+        return
+    if not overwrite:
+        raise FileExistsError(f"{target} is there already; choose another target, or replace it with --overwrite.")
+    if target.is_dir() and not any(target.iterdir()):
+        return
+    try:
+        replaceable = target.is_dir() and detect(target)[1] == target
+    except (ValueError, OSError):
+        replaceable = False
+    if not replaceable:
+        raise FileExistsError(
+            f"--overwrite replaces a checkpoint's folder, and {target} is something else, or holds more than one. "
+            "It is left as it is; choose another target."
+        )
+
+
+def _temporary(target: Path) -> Path:
+    """A name beside the target, for what is not whole yet; what killed conversions of this machine left is removed."""
+    start = f".{target.name}.converting-{platform.node()}-"
+    for left in target.parent.glob(f"{glob.escape(start)}*"):
+        process, _, replaced = left.name.removeprefix(start).partition("-")
+        if process.isdecimal() and not _is_running(int(process)) and (target.exists() or not replaced):
+            shutil.rmtree(left, ignore_errors=True)
+    return target.with_name(f"{start}{os.getpid()}")
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _put_in_place(temporary: Path, target: Path) -> None:
+    """Renames, so that under the target's name there is the old folder or the whole new one."""
+    old = temporary.with_name(f"{temporary.name}-replaced")
+    if target.exists():
+        target.rename(old)
+    temporary.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _full_disk_explained(target: Path, weights: Weights) -> Iterator[None]:
+    """Says how much is needed where there is no room, in whichever way the library that writes says so."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        number = int(code[1]) if code else getattr(error, "errno", None)
+        if number not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        needed = sum(tensor.nbytes for tensor in weights.tensors.values())
+        raise OSError(
+            number,
+            f"could not write {target}: {os.strerror(number)}. It takes up to {needed / 1e9:.3g} GB; nothing of it was "
+            "left there.",
+        ) from error
+
+
+def _verify(opened: Weights, weights: Weights, folder: Path, edited: bool, record: dict[str, Any]) -> None:
+    """Checks the source and what was written, all of both, and puts what was found into the record.
+
+    Raises:
+        ValueError: the source is damaged, or the target was read back differently.
+    """
+    if opened.format == "pi0" and not edited:
+        checkpoint.verify(opened.path, only=("params", "assets"))
+    found = _read_back(weights, folder)
+    unchanged = weights.tensors == opened.tensors
+    before = found if unchanged else {path: digest(path, tensor) for path, tensor in opened.tensors.items()}
+    if not edited:
+        _check_recorded(opened, before)
+    for tensor in opened.dropped.values():
+        for _ in pieces(tensor, rows_per_piece(tensor)):
+            pass  # reading finds numbers that are not finite
+    record["verified"] = {
+        "tensors": len(found),
+        "parameters": parameters(weights.tensors),
+        "largest_difference": 0.0,
+    }
+    record["source"]["sha256"], record["weights_sha256"] = digest_of_all(before), digest_of_all(found)
+    record["leaves_sha256"] = found
+
+
+def _read_back(weights: Weights, folder: Path) -> dict[str, str]:
     """Reads the written checkpoint back and compares it with what was to be written; returns the leaves' hashes.
 
     Raises:
@@ -222,7 +298,7 @@ def _check_recorded(weights: Weights, found: Mapping[str, str]) -> None:
         ValueError: leaves that were changed since; all of them are named.
     """
     path = weights.path / RECORD
-    recorded = json.loads(path.read_text()).get("leaves_sha256") if path.is_file() else None
+    recorded = read_json(path).get("leaves_sha256") if path.is_file() else None
     changed = (
         [leaf for leaf in sorted({*recorded, *found}) if recorded.get(leaf) != found.get(leaf)] if recorded else []
     )
@@ -260,17 +336,6 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _write_record(folder: Path, record: dict[str, Any]) -> None:
-    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
 
 
 def _head(path: str, tensor: Tensor) -> bytes:

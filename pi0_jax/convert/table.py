@@ -168,6 +168,8 @@ def bind(
         elif tensors[name].shape != (want := shape_of(spare[name], sizes)):
             problems.append(f"{name} has shape {tensors[name].shape}; it is not needed, and {want} is what it would be")
     if problems:
+        if len(problems) > 40:
+            problems = list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", problem) for problem in problems))
         shown = "\n  ".join(problems[:40])
         more = f"\n  and {len(problems) - 40} more" if len(problems) > 40 else ""
         raise ValueError(f"these tensors do not make the model that most of them are of:\n  {shown}{more}")

@@ -22,6 +22,8 @@ from typing import Any, NamedTuple, cast
 import ml_dtypes
 import numpy as np
 
+from pi0_jax.convert.files import read_json, write_json
+
 PIECE_BYTES = 2**26
 """Size of a storage chunk, and of a piece of a tensor, where entries of the first axis are smaller than that."""
 
@@ -242,10 +244,8 @@ def open_orbax(folder: Path) -> Tensors:
         ValueError: an item without a `params` tree, or an array that `_METADATA` names and the store lacks.
     """
     if not (folder / "_METADATA").is_file():
-        raise FileNotFoundError(
-            f"{folder} is not an openpi checkpoint: it has no _METADATA. Name the folder `params`, or the one it is in."
-        )
-    metadata = json.loads((folder / "_METADATA").read_text())
+        raise FileNotFoundError(f"{folder} is no whole checkpoint: it has no _METADATA.")
+    metadata = read_json(folder / "_METADATA")
     paths = []
     for entry in metadata["tree_metadata"].values():
         if entry["value_metadata"].get("value_type") not in ("None", "Dict", "List", "Tuple"):
@@ -464,7 +464,7 @@ def write_orbax(folder: Path, tensors: Mapping[str, Tensor], whole: bool = False
         }
     batch.commit_async().result()
     now = time.time_ns()
-    _write_json(
+    write_json(
         folder / "_METADATA",
         {
             "tree_metadata": tree,
@@ -475,7 +475,7 @@ def write_orbax(folder: Path, tensors: Mapping[str, Tensor], whole: bool = False
         },
     )
     handler = "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler"
-    _write_json(
+    write_json(
         folder / "_CHECKPOINT_METADATA",
         {
             "item_handlers": handler,
@@ -486,7 +486,3 @@ def write_orbax(folder: Path, tensors: Mapping[str, Tensor], whole: bool = False
             "custom_metadata": {},
         },
     )
-
-
-def _write_json(path: Path, content: Any):
-    path.write_text(json.dumps(content))

@@ -9,9 +9,10 @@ import pytest
 
 from pi0_jax import cli
 from pi0_jax.convert import agree, lerobot_policy, openpi_policy
-from pi0_jax.convert.formats import Choices, open_checkpoint, write_checkpoint
+from pi0_jax.convert.formats import Choices, open_checkpoint
 from pi0_jax.convert.run import convert
 from pi0_jax.convert.tensors import in_memory
+from pi0_jax.convert.write import write_checkpoint
 from tests.convert.common import save_tiny, tiny_weights, tiny_weights_of_head
 
 FRAMEWORKS = {

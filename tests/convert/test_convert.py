@@ -1,5 +1,6 @@
 """There and back through every format, bit for bit; and every damaged tensor stops a conversion by name."""
 
+import dataclasses
 import json
 import shutil
 
@@ -9,9 +10,10 @@ import pytest
 
 from pi0_jax import checkpoint
 from pi0_jax.convert.describe import describe, differences, text
-from pi0_jax.convert.formats import Choices, foreign_tensors, open_checkpoint, write_checkpoint
+from pi0_jax.convert.formats import Choices, open_checkpoint
 from pi0_jax.convert.run import convert
 from pi0_jax.convert.tensors import in_memory, open_orbax, open_safetensors, read_all, write_orbax, write_safetensors
+from pi0_jax.convert.write import foreign_tensors, write_checkpoint
 from tests.convert.common import DTYPES, MODELS, STATS, save_tiny, tiny_model, tiny_weights
 
 FORMATS = ("openpi", "openpi-torch", "lerobot")
@@ -102,6 +104,52 @@ def test_a_lerobot_folder_of_the_wrong_type_is_refused(tmp_path):
     path.write_text(path.read_text().replace('"pi05"', '"pi0"'))
     with pytest.raises(ValueError, match=r"says 'pi0'.*are of a 'pi05'"):
         open_checkpoint(tmp_path / "x", CHOICES)
+
+
+def test_settings_of_lerobot_are_read_and_those_that_we_lack_refused(tmp_path):
+    write_checkpoint(tiny_weights("pi05"), tmp_path / "x", "lerobot")
+    path = tmp_path / "x" / "config.json"
+    config = json.loads(path.read_text())
+    config["input_features"]["observation.images.empty_camera_0"] = {"type": "VISUAL", "shape": [3, 16, 16]}
+    path.write_text(json.dumps(config | {"rtc_training_max_delay": 3, "empty_cameras": 1}))
+    model = open_checkpoint(tmp_path / "x", CHOICES).policy.model
+    assert model.max_delay == 3
+    assert model.cameras == tiny_model("pi05").cameras  # an empty camera is always masked: none at all
+    for changed in ({"use_visual_memory": True}, {"use_proprioceptive_memory": True}, {"min_period": 1e-3}):
+        path.write_text(json.dumps(config | changed))
+        with pytest.raises(ValueError, match=next(iter(changed))):
+            open_checkpoint(tmp_path / "x", CHOICES)
+    path.write_text(json.dumps(config | {"input_features": {}}))
+    found = open_checkpoint(tmp_path / "x", CHOICES)
+    assert len(found.policy.model.cameras) == 3
+    assert "names no cameras" in found.warnings[0]
+    path.unlink()
+    with pytest.raises(ValueError, match=r"LeRobot's names.*config\.json"):
+        open_checkpoint(tmp_path / "x", CHOICES)
+
+
+def test_what_other_formats_have_no_place_for_is_said_and_remembered(tmp_path, caplog):
+    weights = tiny_weights("pi05")
+    model = dataclasses.replace(weights.policy.model, max_delay=2)
+    policy = dataclasses.replace(weights.policy, model=model, guidance_scale=1.5)
+    write_checkpoint(weights._replace(policy=policy), tmp_path / "x", "pi0")
+    convert(tmp_path / "x", tmp_path / "lerobot", "lerobot")
+    assert '"rtc_training_max_delay": 2' in caplog.text
+    assert "guidance_scale 1.5" in caplog.text
+    assert "rtc_training_max_delay" not in (tmp_path / "lerobot/config.json").read_text()  # 0.6.1 would not load it
+    assert open_checkpoint(tmp_path / "lerobot").policy == policy
+
+
+def test_a_config_that_was_changed_in_lerobot_wins_over_the_record(saved, tmp_path):
+    convert(saved["pi05", "float32"], tmp_path / "x", "lerobot")
+    path = tmp_path / "x" / "config.json"
+    config = json.loads(path.read_text())
+    changed = {"n_action_steps": 2, "num_inference_steps": 5, "tokenizer_max_length": 9, "rtc_training_max_delay": 1}
+    path.write_text(json.dumps(config | changed))
+    policy = open_checkpoint(tmp_path / "x").policy
+    assert (policy.execute_steps, policy.num_steps) == (2, 5)
+    assert (policy.model.prompt_length, policy.model.max_delay) == (9, 1)
+    assert policy.robot == "arm"
 
 
 @pytest.mark.parametrize("keep", ["lm_head", "embed_tokens", "both"])
