@@ -121,7 +121,8 @@ class Side:
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def __call__(self, **command: Any) -> dict[str, Any]:
-        assert self._process.stdin is not None and self._process.stdout is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(command) + "\n")
         self._process.stdin.flush()
         line = self._process.stdout.readline()
@@ -160,7 +161,7 @@ def measure(args: Args, variant: str, cameras: int, folder: Path) -> dict[str, A
         sides["ours"] = stack.enter_context(side([sys.executable, __file__, *sys.argv[1:], "--worker"]))
         row["ours"] = sides["ours"](build=build | {"cameras": cameras})
         seconds: dict[str, list[float]] = {name: [] for name in sides}
-        for name, it in sides.items():
+        for it in sides.values():
             it(run=2)
         for n in range(args.rounds):
             for name in list(sides)[:: 1 if n % 2 else -1]:
@@ -251,7 +252,8 @@ def work(args: Args) -> None:
 
 def line_of(row: dict[str, Any]) -> str:
     """A row of the printed table."""
-    text = f"{row['variant']:5} {row['cameras']} cameras, {row['prompt_tokens']:3} tokens   ours {row['ours']['p50_ms']:8.1f} ms"
+    text = f"{row['variant']:5} {row['cameras']} cameras, {row['prompt_tokens']:3} tokens"
+    text += f"   ours {row['ours']['p50_ms']:8.1f} ms"
     if "openpi" not in row:
         return text
     ratio = row["openpi / ours"]

@@ -2,8 +2,9 @@
 
     PYTHON openpi_jax.py CHECKOUT < commands
 
-CHECKOUT is a folder with openpi's sources; PYTHON needs jax, flax, orbax-checkpoint, einops, augmax, jaxtyping and beartype in openpi's
-versions, nothing else: what its JAX models import but do not use is left empty. Commands and answers are JSON:
+CHECKOUT is a folder with openpi's sources; PYTHON needs jax, flax, orbax-checkpoint, einops, augmax, jaxtyping and
+beartype in openpi's versions, nothing else: what its JAX models import but do not use is left empty. Commands and
+answers are JSON:
 
     {"build": {"variant", "sizes", "inputs", "num_steps", "weights"}}  →  {"compile_seconds"}, with a first call
     {"run": 5}                                                         →  {"seconds": [of each call]}
@@ -26,7 +27,14 @@ from unittest import mock
 def import_openpi(checkout: str) -> types.SimpleNamespace:
     """openpi's modules, without torch and safetensors where these are not installed."""
     sys.path[:0] = [f"{checkout}/src", f"{checkout}/packages/openpi-client/src"]
-    for name in ("torch", "torch.nn", "torch.nn.functional", "safetensors", "safetensors.torch", "openpi.models_pytorch"):
+    for name in (
+        "torch",
+        "torch.nn",
+        "torch.nn.functional",
+        "safetensors",
+        "safetensors.torch",
+        "openpi.models_pytorch",
+    ):
         try:
             if name.startswith("openpi"):
                 raise ImportError
@@ -54,7 +62,9 @@ def create(openpi: types.SimpleNamespace, variant: str, sizes: dict[str, Any] | 
         return config.create(jax.random.key(0))
     experts = {
         "gemma_2b": openpi.gemma.Config(width=sizes["width"], mlp_dim=sizes["mlp_dim"], **sizes["both"]),
-        "gemma_300m": openpi.gemma.Config(width=sizes["action_width"], mlp_dim=sizes["action_mlp_dim"], **sizes["both"]),
+        "gemma_300m": openpi.gemma.Config(
+            width=sizes["action_width"], mlp_dim=sizes["action_mlp_dim"], **sizes["both"]
+        ),
     }
     image_encoder = openpi.siglip.Module
     # For good: the modules look the sizes up again at every call.
