@@ -21,9 +21,7 @@ from pi0_jax.config import PI0, PI05, MeshConfig, PolicyConfig, TrainConfig
 MODELS = {"π0": PI0, "π0.5": PI05}
 PER_DEVICE = {"v5e": 4, "v5p": 16, "v6e": 8, "h100": 32}
 """Examples a device."""
-BATCH = 1024
-"""Of the rows of a batch that stays the same."""
-CHIPS = {"v5p:1x1x1": 1, "v5p:2x2x1": 4, "v5p:2x2x4": 16, "v5p:4x4x4": 64, "v5p:4x8x8": 256, "v5p:8x8x16": 1024}
+CHIPS = ("v5p:1x1x1", "v5p:2x2x1", "v5p:2x2x4", "v5p:4x4x4", "v5p:4x8x8", "v5p:8x8x16")
 
 
 FSDP = 64
@@ -52,8 +50,7 @@ SLICES = [
 ]
 ALONE = [Row(model, "h100:1", 8, trained) for trained in ("full",) for model in MODELS]
 GROWTH = [Row("π0", topology, PER_DEVICE["v5p"]) for topology in CHIPS]
-SAME_BATCH = [Row("π0", topology, BATCH // chips) for topology, chips in CHIPS.items() if chips >= 16]
-ROWS = list(dict.fromkeys([*SLICES, *ALONE, *GROWTH, *SAME_BATCH]))
+ROWS = list(dict.fromkeys([*SLICES, *ALONE, *GROWTH]))
 
 
 def config(row: Row) -> TrainConfig:
@@ -115,7 +112,7 @@ def main() -> None:
         command = [sys.executable, __file__, str(options.path), "--row", str(number)]
         rows.append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1]))
         options.path.write_text(json.dumps(rows, indent=1))
-    for title, wanted in (("slices", SLICES + ALONE), ("growth", GROWTH), ("the same batch", SAME_BATCH)):
+    for title, wanted in (("slices", SLICES + ALONE), ("growth", GROWTH)):
         print(f"\n{title}\n")
         print(table([r for w in wanted for r in rows if w == Row(*(r[name] for name in Row._fields))]))
 
