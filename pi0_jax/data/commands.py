@@ -6,7 +6,7 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -170,8 +170,8 @@ def check(args: Check, config: TrainConfig) -> None:
     ]
     if found:
         raise ValueError(f"{len(found)} problem{'s' * (len(found) > 1)}:\n  " + "\n  ".join(found))
-    frames = sum(part.source.num_frames for part in parts)
-    print(f"no problem in {len(parts)} datasets, {sum(p.source.num_episodes for p in parts)} episodes, {frames} frames")
+    episodes, frames = (sum(getattr(part.source, name) for part in parts) for name in ("num_episodes", "num_frames"))
+    print(f"no problem in {len(parts)} dataset{'s' * (len(parts) > 1)}, {episodes} episodes, {frames} frames")
 
 
 def show_(args: Show, config: TrainConfig) -> None:
@@ -211,8 +211,7 @@ def robot_(args: Robot, _: None) -> None:
         raise FileExistsError(f"{args.output} exists. Choose another file with --output.")
     dataset = LeRobotDataset(args.path, decoding="random")
     state, action = (_names(dataset.features, key) for key in ("observation.state", "action"))
-    slots = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
-    cameras = {camera: slots[i] if i < len(slots) else f"camera_{i}_rgb" for i, camera in enumerate(dataset.cameras)}
+    cameras = _model_cameras(dataset.cameras)
     shape = dataset.features[dataset.cameras[0]]["shape"] if dataset.cameras else (224, 224, 3)
     args.output.write_text(f'''"""{args.path.name}: say here what robot it is, and in which units."""
 
@@ -232,6 +231,22 @@ ROBOT = Robot(
 )
 ''')
     print(f"wrote {args.output}; look through it, and set policy.robot to its path")
+
+
+def _model_cameras(cameras: Sequence[str]) -> dict[str, str]:
+    """The model's name for each camera: those on a hand to the released weights' wrists, what is left where room is."""
+    free = ["base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb"]
+    found = {}
+    for camera in cameras:
+        on_hand = any(word in camera.lower() for word in ("wrist", "hand", "gripper"))
+        fitting = free[0] if not on_hand else free[2] if "right" in camera.lower() else free[1]
+        if fitting not in found.values():
+            found[camera] = fitting
+    free = [name for name in free if name not in found.values()]
+    for number, camera in enumerate(cameras):
+        if camera not in found:
+            found[camera] = free.pop(0) if free else f"camera_{number}_rgb"
+    return {camera: found[camera] for camera in cameras}
 
 
 def _names(features: dict[str, Any], key: str) -> tuple[str, ...]:
