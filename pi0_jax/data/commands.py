@@ -78,6 +78,8 @@ class Show:
     """Episodes to draw."""
     rerun: Path | None = None
     """Also log them to this Rerun recording, .rrd (pip install pi0_jax[viz])."""
+    skip_bad_episodes: bool = False
+    """Leave out episodes that cannot be read, and say which."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +98,8 @@ class Cache:
     """Quality of JPEG, 1 to 100; by default pixels are kept as they are."""
     workers: int | None = None
     """Processes; one a core by default."""
+    skip_bad_episodes: bool = False
+    """Leave out episodes that cannot be read, and say which."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +110,7 @@ class Convert:
     """
 
     config: Config
-    """Python file that sets `config`; its first dataset is converted."""
+    """Python file that sets `config`; one of its datasets is converted."""
     output: Path_
     """Folder to create."""
     dataset: int = 0
@@ -176,7 +180,7 @@ def check(args: Check, config: TrainConfig) -> None:
 
 def show_(args: Show, config: TrainConfig) -> None:
     """Runs `pi0 data show`; errors as of `stats`."""
-    parts = _parts(config, False)
+    parts = _parts(config, args.skip_bad_episodes)
     show(parts, args.output, args.episodes, args.rerun)
     print(f"wrote {args.output}")
 
@@ -185,7 +189,7 @@ def cache(args: Cache, config: TrainConfig) -> None:
     """Runs `pi0 data cache`; errors as of `stats`."""
     size = config.policy.model.vision.image_size
     total = frames = 0
-    for part in _parts(config, config.data.skip_bad_episodes):
+    for part in _parts(config, args.skip_bad_episodes):
         cameras = [key for key, name in part.robot.cameras.items() if name in config.policy.model.cameras]
         total += build_cache(part.source, args.output, cameras, size, args.jpeg, args.workers)
         frames += part.source.num_frames * len(cameras)
@@ -196,7 +200,10 @@ def cache(args: Cache, config: TrainConfig) -> None:
 def convert_(args: Convert, config: TrainConfig) -> None:
     """Runs `pi0 data convert`; errors as of `stats`."""
     data = dataclasses.replace(config.data, frames="random", cache=None, skip_bad_episodes=args.skip_bad_episodes)
-    dataset = (data.datasets or (DatasetConfig(data.path),))[args.dataset]
+    datasets = data.datasets or (DatasetConfig(data.path),)
+    if not 0 <= args.dataset < len(datasets):
+        raise ValueError(f"--dataset is {args.dataset}; the config has {len(datasets)}, counted from 0.")
+    dataset = datasets[args.dataset]
     robot = get_robot(dataset.robot or config.policy.robot)
     source = open_source(dataset, data, robot)
     convert(source, args.output, robot.name, crf=args.crf, workers=args.workers)

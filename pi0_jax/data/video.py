@@ -349,7 +349,7 @@ def _list_frames(path: Path) -> _Index:
             raise IndexError("it holds no video")
         stream = container.streams.video[0]
         if stream.codec_context is None:
-            raise IndexError("its codec is not known to this FFmpeg")
+            raise IndexError("its codec is not known to this FFmpeg: another version of PyAV may know it")
         for packet in container.demux(stream):
             if packet.pts is None or packet.is_corrupt:
                 continue

@@ -268,6 +268,18 @@ def test_damage_ends_the_cache_command_with_its_message(copy, run, workers):
     assert "file-000.mp4 cannot be decoded" in err
 
 
+def test_the_page_and_the_cache_leave_out_what_cannot_be_read_and_say_so(run, tmp_path, caplog):
+    root = write_v2(tmp_path / "v2")
+    video = root / f"videos/chunk-000/{CAMERAS[0]}/episode_000001.mp4"
+    video.write_bytes(video.read_bytes()[:2000])
+    for subcommand, *arguments in (("show", "--episodes", "1"), ("cache", "--workers", "1")):
+        caplog.clear()
+        code, _, err = run(subcommand, root, "--skip-bad-episodes", *arguments)
+        assert code == 0, err
+        assert "skipped 1 of 5 episodes" in caplog.text
+        assert f"episode 1: {video} cannot be decoded" in caplog.text
+
+
 def test_damage_in_a_cache_is_an_error(dataset, tmp_path):
     build_cache(dataset, tmp_path, [CAMERAS[0]], 48, workers=1)
     (shard,) = tmp_path.glob("*/*.array_record")
