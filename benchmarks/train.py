@@ -175,8 +175,10 @@ def measure(case: Case, rounds: int, sides: dict[str, Side]) -> dict[str, Any]:
     row |= {name: side.receive() for name, side in sides.items()}
     if any("error" in row[name] for name in sides):
         return row
-    for side in sides.values():
-        side.ask({"step": True})  # the first one touches its memory for the first time
+    for name, side in sides.items():
+        row[name] |= {key: value for key, value in side.ask({"step": True}).items() if key == "error"}
+    if any("error" in row[name] for name in sides):
+        return row
     steps: dict[str, list[dict]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, side in sides.items():
@@ -192,7 +194,8 @@ class Side:
 
     def __init__(self, command: list[str]):
         # openpi's checks of types at run time refuse newer optax; they cost nothing in a compiled update.
-        environment = os.environ | {"JAXTYPING_DISABLE": "1"}
+        # Two processes have to share a card.
+        environment = os.environ | {"JAXTYPING_DISABLE": "1", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
 
