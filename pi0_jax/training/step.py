@@ -10,6 +10,7 @@ import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from pi0_jax.batch import Batch
+from pi0_jax.training.rounding import average
 from pi0_jax.training.state import TrainState
 
 Loss = Callable[..., tuple[Float[Array, ""], dict[str, Array]]]
@@ -54,12 +55,12 @@ def make_update(
         params = optax.apply_updates(state.params, change)
         ema = state.ema
         if ema is not None and ema_decay is not None:
-            ema = optax.incremental_update(params, ema, 1.0 - ema_decay)
+            ema = average(ema, params, ema_decay, jax.random.fold_in(loss_key, 6))
         metrics = metrics | {
             "grad_norm": optax.tree.norm(gradient),
             "param_norm": optax.tree.norm(params),
             "learning_rate": jnp.asarray(schedule(state.step)),
         }
-        return TrainState(state.step + 1, params, opt_state, ema), metrics
+        return state._replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
 
     return update
