@@ -1,17 +1,19 @@
-"""How fast batches come: from video and from the cache, with 1, 2 and 4 worker processes and 1 to 3 cameras.
+"""How fast batches come: from video and from the cache, with worker processes or threads alone, and 1 to 3 cameras.
 
 Run: python benchmarks/loader.py --frames 600 --size 224 --lerobot-python PATH
 
 It writes an H.264 dataset with a key frame at every second frame, measures PyAV's own ceiling on its first file (single
 frames at random, as a loader needs them, in one thread of one process and of as many as there are cores), and the
 loader's samples per second against it. PATH is the Python of an environment with LeRobot: its DataLoader then reads the
-same folder in turn with ours. All are measured in turn `--rounds` times, and the best of each counts. Statistics are
-measured too, in frames per second and core. Everything is printed as one JSON object.
+same folder in turn with ours, with worker processes alone. All are measured in turn `--rounds` times: rates are the
+best of them, shares the medians, each within its round. Statistics are measured too, in frames per second and core.
+Everything is printed as one JSON object.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import multiprocessing
@@ -20,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import av
@@ -52,6 +55,8 @@ class Args:
     """Side of the images, pixels."""
     cameras: tuple[int, ...] = (1, 2, 3)
     workers: tuple[int, ...] = (1, 2, 4)
+    threads: tuple[int, ...] = (1, 2)
+    """Threads of the training process, without worker processes."""
     batch_size: int = 32
     batches: int = 24
     """Batches timed, after the first ones of every worker."""
@@ -107,7 +112,7 @@ def ceiling_together(path: Path, frames: int, processes: int) -> float:
         return sum(pool.starmap(ceiling, [(path, frames)] * processes, chunksize=1))
 
 
-def config_for(root: Path, args: Args, cameras: int, cache: Path | None, workers: int) -> TrainConfig:
+def config_for(root: Path, args: Args, cameras: int, cache: Path | None, workers: int, threads: int = 1) -> TrainConfig:
     model = ModelConfig(
         vision=VisionConfig(image_size=args.size),
         cameras=tuple(f"c{i}" for i in range(cameras)),
@@ -115,8 +120,8 @@ def config_for(root: Path, args: Args, cameras: int, cache: Path | None, workers
         action_horizon=HORIZON,
     )
     data = DataConfig(
-        str(root), frames="random", cache=None if cache is None else str(cache), num_workers=workers, num_threads=1,
-        prefetch=2,
+        str(root), frames="random", cache=None if cache is None else str(cache), num_workers=workers,
+        num_threads=threads, prefetch=2 * threads,
     )  # fmt: skip
     return TrainConfig(policy=PolicyConfig(model=model, robot=str(root.parent / "robot.py")), data=data,
                        batch_size=args.batch_size)  # fmt: skip
@@ -140,10 +145,10 @@ def samples_per_second(iterator, batch_size: int, warm: int, count: int) -> floa
     return count * batch_size / (time.perf_counter() - begin)
 
 
-def ours(root: Path, args: Args, cameras: int, cache: Path | None, workers: int) -> float:
-    loader = loader_for(config_for(root, args, cameras, cache, workers))
+def ours(root: Path, args: Args, cameras: int, cache: Path | None, workers: int, threads: int) -> float:
+    loader = loader_for(config_for(root, args, cameras, cache, workers, threads))
     try:
-        return samples_per_second(loader, args.batch_size, 4 * workers, args.batches)
+        return samples_per_second(loader, args.batch_size, 4 * max(workers, threads), args.batches)
     finally:
         loader.close()
 
@@ -227,13 +232,19 @@ def memory_growth(root: Path, args: Args, cache: Path) -> dict[str, float]:
     return dict(zip(("early", "end"), marks, strict=True))
 
 
-def best(measures: dict, rounds: int) -> dict[str, float]:
-    """The best of `rounds` calls of each, in turn."""
-    found = {name: [] for name in measures}
-    for _ in range(rounds):
-        for name, measure in measures.items():
-            found[name].append(measure())
-    return {name: max(values) for name, values in found.items()}
+def compare(measures: dict[str, Callable[[], float]], shares: dict[str, tuple[str, str, float]], rounds: int) -> dict:
+    """The best of `rounds` calls of each measure, in turn, and the median of each share.
+
+    Args:
+        measures: what gives a rate.
+        shares: a measure, the one that it is compared to, and a factor of the first over the second.
+        rounds: calls of each.
+    """
+    found = [{name: measure() for name, measure in measures.items()} for _ in range(rounds)]
+    row = {name: round(max(one[name] for one in found), 1) for name in measures}
+    for name, (over, under, factor) in shares.items():
+        row[name] = round(float(np.median([factor * one[over] / one[under] for one in found])), 2)
+    return row
 
 
 def main(args: Args) -> None:
@@ -253,26 +264,25 @@ def main(args: Args) -> None:
             source = LeRobotDataset(root, decoding="random")
             nbytes = build_cache(source, cache, list(names), args.size, workers=1)
             row: dict = {"cache_bytes_a_frame": nbytes // (args.frames * cameras)}
-            for workers in args.workers:
-                measures = {
-                    "pyav": lambda: ceiling(video, args.frames),
-                    "pyav_together": lambda: ceiling_together(video, args.frames, min(workers, cores)),
-                    "video": lambda: ours(root, args, cameras, None, workers),
-                    "cache": lambda: ours(root, args, cameras, cache, workers),
+            for workers, threads in [(count, 1) for count in args.workers] + [(0, count) for count in args.threads]:
+                used = min(workers or threads, cores)
+                measures: dict[str, Callable[[], float]] = {
+                    "pyav": functools.partial(ceiling, video, args.frames),
+                    "pyav_together": functools.partial(ceiling_together, video, args.frames, used),
+                    "video": functools.partial(ours, root, args, cameras, None, workers, threads),
+                    "cache": functools.partial(ours, root, args, cameras, cache, workers, threads),
                 }
-                if lerobot is not None:
-                    measures["lerobot"] = lambda: lerobot.samples_per_second(root, args, workers)
-                rates = best(measures, args.rounds)
                 shares = {
-                    "video_over_pyav_times_workers": rates["video"] * cameras / (rates["pyav"] * min(workers, cores)),
-                    "video_over_pyav_together": rates["video"] * cameras / rates["pyav_together"],
-                    "cache_over_video": rates["cache"] / rates["video"],
+                    "video_over_pyav_times_workers": ("video", "pyav", cameras / used),
+                    "video_over_pyav_together": ("video", "pyav_together", cameras),
+                    "cache_over_video": ("cache", "video", 1.0),
                 }
-                if lerobot is not None:
-                    shares |= {f"{kind}_over_lerobot": rates[kind] / rates["lerobot"] for kind in ("video", "cache")}
-                row[f"{workers} workers"] = {name: round(rate, 1) for name, rate in rates.items()}
-                row[f"{workers} workers"] |= {name: round(share, 2) for name, share in shares.items()}
-                print(cameras, "cameras", workers, "workers", row[f"{workers} workers"], file=sys.stderr)
+                if lerobot is not None and workers:
+                    measures["lerobot"] = functools.partial(lerobot.samples_per_second, root, args, workers)
+                    shares |= {f"{kind}_over_lerobot": (kind, "lerobot", 1.0) for kind in ("video", "cache")}
+                name = f"{workers} workers" if workers else f"{threads} threads"
+                row[name] = compare(measures, shares, args.rounds)
+                print(cameras, "cameras", name, row[name], file=sys.stderr)
             figures[f"{cameras} cameras"] = row
             if args.memory_batches and cameras == args.cameras[0]:
                 figures["resident_mb"] = memory_growth(root, args, cache)

@@ -49,6 +49,11 @@ FORMAT_VERSION = 1
 
 _log = logging.getLogger(__name__)
 _CONVERTER = cattrs.Converter(forbid_extra_keys=True)
+# Orbax lets each replica of an array write a part of it, and compiles a program for every such part: for small arrays
+# that takes far longer than the writing.
+ocp.type_handlers.register_type_handler(
+    jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20), override=True
+)
 _structure_model = _CONVERTER.get_structure_hook(ModelConfig)
 
 
@@ -312,6 +317,12 @@ def param_names(path: str | Path) -> frozenset[str]:
     return frozenset(_name(path) for path, _ in jax.tree.leaves_with_path(stored))
 
 
+def check_params(path: str | Path, like) -> None:
+    """Raises what `restore_params` would raise for weights unlike `like`, without reading them."""
+    folder = resolve(path) / "params"
+    _require_alike(folder, _stored_tree(folder), {"params": like}, partial=False)
+
+
 def restore_train_state(path: str | Path, like):
     """Reads what `CheckpointWriter.save` was given as `train_state`.
 
@@ -538,6 +549,19 @@ def _stored_tree(folder: Path) -> dict[str, Any]:
 
 def _restore(folder: Path, stored, like, *, partial: bool = False):
     """Reads a tree, or the part of it that `like` has, into the shardings of `like`; or says how the stored differs."""
+    _require_alike(folder, stored, like, partial)
+    arguments = jax.tree.map(
+        lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding, dtype=x.dtype, global_shape=x.shape), like
+    )
+    with _damage_explained(folder):
+        return ocp.PyTreeCheckpointHandler().restore(
+            epath.Path(folder),
+            args=ocp.args.PyTreeRestore(item=like, restore_args=arguments, partial_restore=partial),
+        )
+
+
+def _require_alike(folder: Path, stored, like, partial: bool):
+    """Raises CheckpointError where a stored tree lacks something, has too much, or has another shape."""
     have, want = ({_name(path): x.shape for path, x in jax.tree.leaves_with_path(tree)} for tree in (stored, like))
     problems = {
         "missing": [name for name in want if name not in have],
@@ -547,14 +571,6 @@ def _restore(folder: Path, stored, like, *, partial: bool = False):
     if any(problems.values()):
         lines = [f"  {kind} ({len(names)}): {_shortened(names)}" for kind, names in problems.items() if names]
         raise CheckpointError(f"{folder} does not fit this model:\n" + "\n".join(lines))
-    arguments = jax.tree.map(
-        lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding, dtype=x.dtype, global_shape=x.shape), like
-    )
-    with _damage_explained(folder):
-        return ocp.PyTreeCheckpointHandler().restore(
-            epath.Path(folder),
-            args=ocp.args.PyTreeRestore(item=like, restore_args=arguments, partial_restore=partial),
-        )
 
 
 def _name(path) -> str:

@@ -149,6 +149,7 @@ def sample_actions(
     path: bool = False,
     previous: Previous | None = None,
     real_time: RealTimeConfig | None = None,
+    unroll: bool = False,
 ):
     """Turns noise into action chunks.
 
@@ -168,6 +169,7 @@ def sample_actions(
         path: also return the points on the way, `[num_steps + 1, b, ah, ad]`.
         previous: what is left of the chunks that are being executed, for the new ones to go on from.
         real_time: how they do; its `max_guidance` may be traced. None: guidance, as `RealTimeConfig` has it.
+        unroll: a flow's steps as a straight-line program instead of a loop.
 
     Returns:
         Normalised, padded actions `[b ah ad]`, float32 (and the path).
@@ -208,7 +210,7 @@ def sample_actions(
     if previous is not None:
         steered, noise = continued(steered, noise, previous, real_time)
     steps = num_steps if grid_power == 1 else warped_grid(num_steps, grid_power)
-    return integrate(steered, noise, steps, cast(Solver, solver), path=path)
+    return integrate(steered, noise, steps, cast(Solver, solver), path=path, unroll=unroll)
 
 
 def continued(

@@ -52,9 +52,9 @@ def test_the_robot_loop_of_the_page_on_serving_sends_actions(checkpoint_folder, 
     sent = []
     robot = types.SimpleNamespace(observe=get_robot("tabletop").example, send=sent.append, done=lambda: len(sent) >= 3)
     namespace: dict = {"robot": robot}
-    found = re.search(r"^```python\n(.*?Executor\(.*?)^```", SERVING, re.MULTILINE | re.DOTALL)
-    assert found is not None
-    exec(compile(found.group(1), "docs/serving.md", "exec"), namespace)
+    blocks = re.findall(r"^```python\n(.*?)^```", SERVING, re.MULTILINE | re.DOTALL)
+    (robot_loop,) = (block for block in blocks if "with Executor(" in block)
+    exec(compile(robot_loop, "docs/serving.md", "exec"), namespace)
     tally = namespace["executor"].tally
     assert tally.steps >= 4
     assert tally.failures == 0

@@ -23,9 +23,10 @@ MAY_IMPORT = {
     "checkpoint": {"config"},
     "training": {"config", "batch", "data", "model", "pi0", "checkpoint", "flops"},
     "inference": {"config", "batch", "data", "model", "flow", "pi0", "checkpoint"},
+    "serving": {"config", "data", "inference", "checkpoint"},
     "convert": {"config", "batch", "model", "pi0", "checkpoint"},
     "envs": {"data"},
-    "evaluate": {"config", "data", "inference", "checkpoint", "envs"},
+    "evaluate": {"config", "data", "inference", "checkpoint", "envs", "serving"},
     "study": {"config", "experiment", "data", "flow", "training", "inference", "evaluate", "checkpoint", "envs"},
     "cli": {"config", "experiment", "data", "training", "evaluate", "study"},
 }

@@ -28,6 +28,8 @@ from pi0_jax.data.source import ACTION, STATE, VALID, Source
 from pi0_jax.data.transform import Transform, to_observation
 
 Indices = Int[np.ndarray, "b"]
+_SHARED = grain.experimental.DatasetOptions(min_shm_size=2**18)
+"""A block of shared memory for each small array costs more than copying it."""
 STAGES = ("columns", "pictures", "transform")
 """What preparing a batch consists of: numbers and chunks; reading and decoding pictures; resizing and tokens."""
 
@@ -95,7 +97,7 @@ class Loader:
             if not flags.FLAGS.is_parsed():  # Grain's processes read a flag, and ours is no absl program
                 flags.FLAGS.mark_as_parsed()
             options = grain.MultiprocessingOptions(self._workers, max(1, self._prefetch // 2))
-            ahead = ahead.mp_prefetch(options)
+            ahead = grain.experimental.WithOptionsIterDataset(ahead, _SHARED).mp_prefetch(options)
         return iter(ahead)
 
 

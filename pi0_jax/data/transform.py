@@ -188,9 +188,12 @@ def select_images(cameras: tuple[str, ...], size: int) -> Transform:
 
     def forward(sample: Sample) -> Sample:
         batch = np.shape(sample["state"])[:-1]
-        absent = np.zeros((*batch, size, size, 3), np.uint8)
-        images = {c: resize_with_pad(sample["images"][c], size) if c in sample["images"] else absent for c in cameras}
-        masks = {c: np.full(batch, c in sample["images"]) for c in cameras}
+        present = sample["images"]
+        images = {
+            c: resize_with_pad(present[c], size) if c in present else np.zeros((*batch, size, size, 3), np.uint8)
+            for c in cameras
+        }
+        masks = {c: np.full(batch, c in present) for c in cameras}
         return sample | {"images": images, "image_masks": masks}
 
     return Transform(forward, _same)
@@ -201,8 +204,9 @@ def pad(action_dim: int, robot: Robot) -> Transform:
     own = {"state": len(robot.state), "actions": len(robot.actions)}
 
     def fill(x: np.ndarray) -> np.ndarray:
-        missing = [(0, 0)] * (np.ndim(x) - 1) + [(0, action_dim - np.shape(x)[-1])]
-        return np.pad(np.asarray(x, np.float32), missing)
+        out = np.zeros((*np.shape(x)[:-1], action_dim), np.float32)
+        out[..., : np.shape(x)[-1]] = x
+        return out
 
     return Transform(
         lambda sample: sample | {key: fill(sample[key]) for key in own if key in sample},

@@ -12,7 +12,7 @@ import math
 import shutil
 from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
@@ -309,7 +309,7 @@ class _OpenVideo:
         self._container.close()
 
     def frame(self, index: _Index, number: int) -> UInt8[np.ndarray, "h w 3"]:
-        """The frame of that number, RGB."""
+        """The frame of that number, RGB, a view of the decoder's memory."""
         wanted = int(index.times[number])
         key = int(np.searchsorted(index.keys, wanted, side="right")) - 1
         first = int(np.searchsorted(index.times, index.keys[key])) if key >= 0 else 0
@@ -323,10 +323,17 @@ class _OpenVideo:
                 self._next = number + 1
                 if frame.pts == wanted:
                     _check_whole(frame)
-                    return self._reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+                    return _pixels(self._reformatter.reformat(frame, format="rgb24", threads=1))
                 break
             self._next = -1  # the seek went too far: once more from the beginning
         raise IndexError(f"frame {number} does not come out of the decoder")
+
+
+def _pixels(frame: VideoFrame) -> UInt8[np.ndarray, "h w 3"]:
+    """A view of an RGB frame; `to_ndarray` copies it."""
+    plane: Any = frame.planes[0]
+    lines = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
+    return lines[: frame.height, : 3 * frame.width].reshape(frame.height, frame.width, 3)
 
 
 def _check_whole(frame: VideoFrame) -> None:

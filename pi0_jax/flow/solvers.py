@@ -43,6 +43,7 @@ def integrate(
     solver: Solver = "euler",
     *,
     path: bool = False,
+    unroll: bool = False,
 ):
     """Carries `noise` from t = 1 to t = 0.
 
@@ -56,6 +57,7 @@ def integrate(
             velocity is evaluated `len(weights)` times in each step.
         solver: name of the tableau.
         path: also return every point on the way.
+        unroll: a straight-line program instead of a loop.
 
     Returns:
         The point at t = 0; with `path`, that and the `[num_steps + 1, *b, ah, ad]` points from t = 1 to t = 0.
@@ -79,7 +81,7 @@ def integrate(
         return (x, time + dt), x if path else None
 
     steps = jnp.full(length, -1.0 / length, jnp.float32) if uniform else jnp.diff(jnp.asarray(num_steps, jnp.float32))
-    (x, _), points = jax.lax.scan(step, (noise, jnp.float32(1.0)), steps)
+    (x, _), points = jax.lax.scan(step, (noise, jnp.float32(1.0)), steps, unroll=unroll)
     return x if points is None else (x, jnp.concatenate([noise[None], jnp.asarray(points)]))
 
 

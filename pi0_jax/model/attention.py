@@ -18,8 +18,12 @@ def rope_angles(positions: Int[Array, "b t"], head_dim: int, base: float = 10_00
 
 def rotate(x: Float[Array, "b t n h"], angles: Float[Array, "b t 1 h/2"]) -> Float[Array, "b t n h"]:
     """Rotates the first half of each head against the second (not interleaved pairs), in float32; keeps the dtype."""
+    return turn(x, jnp.sin(angles), jnp.cos(angles))
+
+
+def turn(x: Float[Array, "b t n h"], sin: Float[Array, "b t 1 h/2"], cos: Float[Array, "b t 1 h/2"]):
+    """`rotate`, by angles whose sine and cosine are known."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    sin, cos = jnp.sin(angles), jnp.cos(angles)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
@@ -28,18 +32,21 @@ def attend(
     key: Float[Array, "b s k h"],
     value: Float[Array, "b s k h"],
     mask: Bool[Array, "b t s"] | None = None,
+    scale: float | None = None,
 ) -> Float[Array, "b t n h"]:
     """Grouped-query attention. Logits and softmax are float32, whatever the dtype of the inputs.
 
     Args:
-        query: n heads, a multiple of the k key/value heads; scaled here by h^-1/2.
+        query: n heads, a multiple of the k key/value heads.
         key, value: k heads, each serving n / k query heads.
         mask: True where a query may look; None lets every query see every key.
+        scale: of the queries; None: h^-1/2.
     """
     b, t, n, h = query.shape
     k = key.shape[2]
     # The queries that share a key head become rows of one matrix product.
-    grouped = (query * h**-0.5).reshape(b, t, k, n // k, h).transpose(0, 2, 3, 1, 4).reshape(b, k, -1, h)
+    query = query if scale == 1 else query * (h**-0.5 if scale is None else scale)
+    grouped = query.reshape(b, t, k, n // k, h).transpose(0, 2, 3, 1, 4).reshape(b, k, -1, h)
     logits = jnp.einsum("BKTH,BSKH->BKTS", grouped, key, preferred_element_type=jnp.float32)
     if mask is not None:
         logits = jnp.where(jnp.tile(mask, (1, n // k, 1))[:, None], logits, MASKED)

@@ -66,14 +66,15 @@ def apply(name: str, x: Float[Array, "..."], w: Float[Array, "..."], pair: Pair 
     return checkpoint_name(result, name)
 
 
-def merge(name: str, w: np.ndarray, a: np.ndarray, b: np.ndarray, scale: float) -> np.ndarray:
+def merge(name: str, w: Any, a: Any, b: Any, scale: float, xp: Any = np) -> Any:
     """The weight that does what a weight and its adapters do, computed in float32 and rounded to the dtype of w.
 
     Args:
         name: of the weight, as in `EINSUMS`.
         w, a, b: the weight and its pair, of one layer.
         scale: `ExpertConfig.lora_scale`; not used for feed-forward weights.
+        xp: what the arrays are of, numpy or jax.numpy.
     """
-    product = np.einsum(EINSUMS[name][3], a.astype(np.float32), b.astype(np.float32), optimize=True)
+    product = xp.einsum(EINSUMS[name][3], a.astype(np.float32), b.astype(np.float32), optimize=True)
     factor = np.float32(scale if name.startswith("attn/") else 1.0)
     return (w.astype(np.float32) + factor * product).astype(w.dtype)

@@ -80,6 +80,10 @@ def load_inputs(
             part.source.root, len(part.training), _frames(part, part.training), len(part.source.tasks),
         )  # fmt: skip
     held_out = [part for part in parts if len(part.held_out)]
+    if config.data.validation_share > 0 and not held_out:
+        _log.warning(
+            "no episode is held out: data.validation_share %g of so few gave none", config.data.validation_share
+        )
     if config.data.validation_path is not None:
         part = open_part(
             DatasetConfig(config.data.validation_path),

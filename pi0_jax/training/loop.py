@@ -198,7 +198,9 @@ def _train(
     if signal is not None and step < config.num_steps:
         raise Interrupted(f"stopped at step {step}. {_kept(run_dir, step)} Continue with --resume.", signal)
     folder = run_dir / "checkpoints" / str(step)
-    _log.info("done: %s\nNext, see how the policy does: pi0 report %s", folder, run_dir)
+    simulated = inputs.robot.name == "tabletop"
+    command = f"pi0 report {run_dir}" if simulated else f"pi0 infer {run_dir} --write-example observation.npz"
+    _log.info("done: %s\nNext, see how the policy does: %s", folder, command)
     return folder
 
 

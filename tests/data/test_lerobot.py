@@ -1,7 +1,9 @@
 """LeRobot v3.0: what is written can be read, equals lerobot's own layout, and damage is reported."""
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -145,6 +147,18 @@ def test_reads_lerobots_own_av1_video_in_step(fixtures, tmp_path):
     jumps = np.abs(np.diff(frames, axis=0)).mean((1, 2, 3))
     starts = np.array([dataset.episode_range(number)[0] for number in range(1, 5)])
     assert set(np.argsort(jumps)[-4:] + 1) == set(starts)
+
+
+def test_the_documentation_writes_a_dataset_from_other_formats(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[2] / "docs/data.md").read_text()
+    (code,) = (block for block in re.findall(r"^```python\n(.*?)^```", page, re.M | re.S) if "LeRobotWriter" in block)
+    actions = np.random.default_rng(0).normal(size=(3, 7)).astype(np.float32)
+    images = np.zeros((3, 240, 320, 3), np.uint8)
+    exec(code, {"demonstrations": [(images, actions, actions, "reach"), (images, actions, actions, "push")]})
+    made = LeRobotDataset("data/mine")
+    assert (made.num_frames, made.fps, made.tasks) == (6, 20, ["reach", "push"])
+    np.testing.assert_array_equal(made.columns("action"), np.tile(actions, (2, 1)))
 
 
 def test_video_is_decoded_once(copy, monkeypatch):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pi0_jax.data.normalize import stats_to_json
-from pi0_jax.inference.policy import Policy
+from pi0_jax.inference.policy import Policy, prompt_lengths
 from tests.policies import STATS, TINY, save_tiny_checkpoint
 
 
@@ -54,9 +54,9 @@ def test_denoising_ends_at_the_chunk(policy, observation):
 
 def test_a_second_call_compiles_nothing(policy, observation):
     policy.infer(observation)
-    before = Policy._sample._cache_size()
+    before = policy.compiled
     policy.infer(observation | {"prompt": "reach the red block"}, seed=5)
-    assert Policy._sample._cache_size() == before
+    assert policy.compiled == before
 
 
 def test_steps_and_solver_can_be_chosen_at_loading(checkpoint_folder, observation, policy):
@@ -126,22 +126,18 @@ def test_pi05_writes_the_state_into_the_prompt(tmp_path, observation):
     assert Policy.load(run).infer(observation).shape == (TINY.model.action_horizon, 3)
 
 
-def programs() -> int:
-    return Policy._sample._cache_size()  # pyright: ignore
-
-
 def test_one_program_serves_each_step_count_and_one_more_all_scales_of_guidance(policy, observation):
     keys = jax.random.key(0)[None]
-    before = programs()
+    before = policy.compiled
     chunks = [policy.infer_batch([observation], keys, num_steps=n) for n in (2, 8, 2)]
-    assert programs() == before + 2
+    assert policy.compiled == before + 2
     np.testing.assert_array_equal(chunks[0], chunks[2])
     guided = [policy.infer_batch([observation], keys, num_steps=2, guidance_scale=s) for s in (0.0, 1.5, 3.0)]
-    assert programs() == before + 3
+    assert policy.compiled == before + 3
     assert np.abs(guided[0] - guided[2]).max() > 0
     # Scale 1 is no guidance, and costs none.
     np.testing.assert_array_equal(policy.infer_batch([observation], keys, num_steps=2, guidance_scale=1.0), chunks[0])
-    assert programs() == before + 3
+    assert policy.compiled == before + 3
 
 
 def test_guidance_set_at_loading_is_that_of_the_call(checkpoint_folder, policy, observation):
@@ -179,3 +175,63 @@ def test_a_policy_of_any_prediction_acts(tmp_path, observation, prediction, solv
     assert (np.abs(chunk - loaded.infer(observation, seed=1)).max() > 0) == (prediction != "bins")
     with pytest.raises(ValueError, match=r"sampled by|quantile"):
         Policy.load(tmp_path, solver="rk4", normalization="zscore")
+
+
+def test_after_warm_up_nothing_is_compiled_whatever_comes(checkpoint_folder, policy, observation):
+    warm = Policy.load(checkpoint_folder)
+    warm.warm_up([1, 3], real_time=True)
+    before = warm.compiled
+    assert before == 2 * 2  # batch sizes; with and without `previous`
+    keys = jax.random.split(jax.random.key(0), 5)
+    long = observation | {"prompt": "push the blue ball onto the yellow circle"}
+    short = observation | {"prompt": "reach"}
+    for count in range(1, 6):
+        observations = [long, short, observation, short, long][:count]
+        got = warm.infer_batch(observations, keys[:count])
+        np.testing.assert_allclose(got, policy.infer_batch(observations, keys[:count]), atol=1e-5)
+    warm.infer(observation | {"previous": np.zeros((2, 3), np.float32), "delay": 1})
+    assert warm.compiled == before
+    assert set(warm.latency()) == {"transform", "device", "reply", "total"}
+    assert 0 < warm.latency()["total"]["p50"] <= warm.latency()["total"]["p95"] <= warm.latency()["total"]["p99"]
+    with pytest.raises(ValueError, match="expected at least one"):
+        warm.warm_up([])
+
+
+def test_rewritten_weights_and_straight_lines_change_no_action(checkpoint_folder, policy, observation):
+    plain = Policy.load(checkpoint_folder, rewritten=False).infer(observation)
+    np.testing.assert_allclose(policy.infer(observation), plain, atol=1e-5)
+    np.testing.assert_allclose(Policy.load(checkpoint_folder, straight=True).infer(observation), plain, atol=1e-5)
+
+
+def test_prompts_are_padded_to_the_shortest_length_that_holds_them(tmp_path, observation):
+    model = dataclasses.replace(TINY.model, prompt_length=200)
+    loaded = Policy.load(save_tiny_checkpoint(tmp_path, policy=dataclasses.replace(TINY, model=model)))
+    assert [prompt_lengths(n) for n in (24, 48, 200)] == [(24,), (32, 48), (32, 64, 128, 200)]
+    chunks = [loaded.infer(observation | {"prompt": "reach " * n}) for n in (1, 40)]
+    assert loaded.compiled == 2
+    whole = Policy.load(tmp_path, rewritten=False)
+    for chunk, n in zip(chunks, (1, 40), strict=True):
+        np.testing.assert_allclose(chunk, whole.infer(observation | {"prompt": "reach " * n}), atol=1e-5)
+
+
+def test_noise_and_solver_may_be_given(policy, observation):
+    noise = np.random.default_rng(0).normal(size=(2, TINY.model.action_horizon, TINY.model.action_dim))
+    chunk = policy.infer(observation, noise=noise[0])
+    np.testing.assert_array_equal(chunk, policy.infer(observation, seed=1, noise=noise[0]))
+    assert np.abs(chunk - policy.infer(observation, noise=noise[1])).max() > 0
+    exact = policy.infer(observation, noise=noise[0], num_steps=64)
+    heun = policy.infer(observation, noise=noise[0], num_steps=8, solver="heun")
+    euler = policy.infer(observation, noise=noise[0], num_steps=8)
+    assert np.abs(heun - exact).max() < np.abs(euler - exact).max()
+    with pytest.raises(ValueError, match="2 of noise"):
+        policy.infer_batch([observation], jax.random.key(0)[None], noise=noise)
+
+
+def test_eight_bits_say_what_they_change(checkpoint_folder, policy, observation, caplog):
+    caplog.set_level("INFO")
+    small = Policy.load(checkpoint_folder, bits="int8")
+    assert "weights in int8: normalised actions change by" in caplog.text
+    change = np.abs(small.infer(observation) - policy.infer(observation)).max()
+    assert 0 < change < 0.01
+    with pytest.raises(ValueError, match="rewritten weights"):
+        Policy.load(checkpoint_folder, rewritten=False, bits="int8")

@@ -62,10 +62,10 @@ def test_a_batch_may_hold_both_kinds_and_one_program_serves_every_rest_and_delay
     for i in (0, 2):
         np.testing.assert_allclose(chunks[i], policy.infer_batch([observation], keys[i : i + 1])[0], atol=1e-6)
     np.testing.assert_allclose(chunks[1], policy.infer_batch(told[1:2], keys[1:2])[0], atol=1e-6)
-    before = Policy._sample._cache_size()  # pyright: ignore
+    before = policy.compiled
     for rest, delay in ((LEFT[:1], 0), (LEFT, 3), (np.repeat(LEFT, 3, axis=0), 9)):
         policy.infer(observation | {"previous": rest, "delay": delay})
-    assert Policy._sample._cache_size() == before  # pyright: ignore
+    assert policy.compiled == before
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pi0_jax.checkpoint import steps
 from pi0_jax.config import HostsConfig, MeshConfig
 from pi0_jax.training import hosts, sharding
 from tests.data.conftest import write
@@ -190,8 +191,14 @@ def assert_ended(codes: list[int], texts: list[str], seconds: float, actor: int)
     assert "Continue with --resume" in texts[1 - actor]
 
 
-def test_when_one_process_is_killed_the_other_one_ends_with_advice_in_bounded_time(config, tmp_path):
-    assert_ended(*pair(config, tmp_path / "run", at=4, action="SIGKILL"), actor=1)
+def test_when_one_process_is_killed_the_other_one_ends_in_bounded_time_and_one_alone_goes_on(
+    config, reference, tmp_path
+):
+    every = ("--save-every", "4")
+    assert_ended(*pair(config, tmp_path / "run", *every, at=10, action="SIGKILL"), actor=1)
+    assert steps(tmp_path / "run")[0] == 4
+    done(start(config, tmp_path / "run", *every, "--resume"))
+    assert_same_losses(tmp_path / "run", reference, STEPS)
 
 
 @pytest.mark.parametrize(("actor", "action"), [(0, "SIGKILL"), (1, "SIGSTOP"), (1, "fail")])

@@ -1,0 +1,96 @@
+"""Who may connect: addresses, tokens and certificates."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hmac
+import ipaddress
+import os
+import ssl
+from pathlib import Path
+
+TOKEN_VARIABLE = "PI0_TOKEN"
+MIN_TOKEN = 16
+"""Characters of a token, at least."""
+
+
+def is_loopback(host: str | None) -> bool:
+    """Whether an address, or `localhost`, can be reached from this machine alone."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host or "").is_loopback
+    except ValueError:
+        return False
+
+
+def read_token(path: Path | None) -> str | None:
+    """The token in a file, or in the environment variable PI0_TOKEN; None where there is neither.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is too short to be a secret, or cannot be sent in a header.
+    """
+    if path is not None and not path.is_file():
+        raise FileNotFoundError(f"there is no token file {path}. Make one: openssl rand -hex 32 > {path}")
+    token = path.read_text() if path is not None else os.environ.get(TOKEN_VARIABLE)
+    if token is None:
+        return None
+    token = token.strip()
+    if len(token) < MIN_TOKEN or not token.isascii() or not token.isprintable():
+        raise ValueError(
+            f"the token has {len(token)} characters; expected at least {MIN_TOKEN} printable ASCII ones. "
+            "Make one: openssl rand -hex 32"
+        )
+    return token
+
+
+def check_address(host: str, token: str | None, insecure: bool) -> None:
+    """Refuses to serve a network without a token.
+
+    Raises:
+        ValueError: others can reach `host`, there is no token, and `insecure` was not asked for.
+    """
+    if not is_loopback(host) and token is None and not insecure:
+        raise ValueError(
+            f"on {host} everybody in the network could drive this policy and see its cameras. Set a token "
+            f"(--token-file FILE, or {TOKEN_VARIABLE}), keep to --host 127.0.0.1, or say --insecure."
+        )
+
+
+def tls_context(certificate: Path | None, key: Path | None) -> ssl.SSLContext | None:
+    """For a server with these PEM files; None where there is no certificate.
+
+    Raises:
+        ValueError: one without the other, or files that are no certificate and its key.
+        FileNotFoundError: a file is missing.
+    """
+    if certificate is None and key is None:
+        return None
+    if certificate is None or key is None:
+        raise ValueError("TLS needs both --tls-certificate and --tls-key.")
+    for path in (certificate, key):
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no file {path}.")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.load_cert_chain(certificate, key)
+    except ssl.SSLError as error:
+        raise ValueError(f"{certificate} and {key} are no certificate and its key ({error}).") from error
+    return context
+
+
+def is_authorized(header: str | None, token: str) -> bool:
+    """Whether an Authorization header carries the token: `Api-Key TOKEN`, or `Basic` with it as the password, which is
+    what a browser sends. The time taken does not tell how much of it was right."""
+    kind, _, given = (header or "").partition(" ")
+    if kind.lower() == "basic":
+        try:
+            given = base64.b64decode(given, validate=True).decode("utf-8", "replace").partition(":")[2]
+        except (binascii.Error, ValueError):
+            given = ""
+    elif kind.lower() != "api-key":
+        given = ""
+    return hmac.compare_digest(given.strip().encode("utf-8", "replace"), token.encode())

@@ -1,0 +1,149 @@
+"""A client of the policy server that needs numpy, msgpack and websockets only; it loads no JAX.
+
+    with Client("ws://localhost:8000") as client:
+        chunk = client.infer({"images": {...}, "state": ..., "prompt": "..."})["actions"]
+
+Any client of openpi's works as well; this one adds a deadline, what the error was, and noise that can be chosen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ssl
+from collections.abc import Sequence
+from typing import Any
+
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import ClientConnection, connect
+
+from pi0_jax.serving.wire import pack, unpack
+
+
+class ServerError(RuntimeError):
+    """The server refused a request or could not answer it; its message says why.
+
+    Attributes:
+        again: whether the server was only too busy, so that the same request may work a moment later.
+    """
+
+    def __init__(self, message: str, again: bool = False):
+        super().__init__(message)
+        self.again = again
+
+
+class Client:
+    """A connection to a policy server, and with it a session: the policy's memory of one robot.
+
+    After an error the server closes the connection; the next call opens another one, with a fresh session. One thread
+    at a time may use a client.
+
+    Args:
+        uri: `ws://host:port`, or `wss://` for TLS.
+        token: what the server was started with, if it asks for one.
+        timeout: seconds to wait for a connection or an answer.
+        tls: context for `wss`; None: the system's certificates.
+
+    Raises:
+        OSError: there is no server, or it ended the connection.
+        ServerError: the server turned the connection down.
+    """
+
+    def __init__(
+        self,
+        uri: str = "ws://localhost:8000",
+        token: str | None = None,
+        *,
+        timeout: float = 30.0,
+        tls: ssl.SSLContext | None = None,
+    ):
+        self._uri, self._token, self._timeout, self._tls = uri, token, timeout, tls
+        self._connection: ClientConnection | None = None
+        self._open = contextlib.ExitStack()
+        self.metadata: dict[str, Any] = {}
+        self._connect()
+
+    def infer(self, observation: dict[str, Any], seed: int | Sequence[int] | None = None) -> dict[str, Any]:
+        """Asks for a chunk of actions.
+
+        Args:
+            observation: what the policy takes; `metadata` says which cameras and states.
+            seed: of the noise that becomes the actions, or the two words of a JAX key's data. None: the server's, other
+                noise for each request of the session.
+
+        Returns:
+            `actions` `[ah, d]` in the robot's units, `policy_timing` and `server_timing` in milliseconds.
+
+        Raises:
+            ServerError: the server refused; the message says why.
+            TimeoutError: no answer in time.
+            OSError: the connection was lost.
+        """
+        if seed is not None:
+            observation = observation | {"seed": seed if isinstance(seed, int) else [int(n) for n in seed]}
+        return unpack(self._ask(pack(observation)))
+
+    def reset(self) -> None:
+        """Makes the server forget this session, as before a new episode; errors as of `infer`."""
+        self._ask(pack({"endpoint": "reset"}), "reset successful")
+
+    def close(self) -> None:
+        """Ends the session."""
+        self._connection = None
+        self._open.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def _connect(self) -> ClientConnection:
+        headers = {"Authorization": f"Api-Key {self._token}"} if self._token else None
+        try:
+            opening = connect(
+                self._uri,
+                compression=None,
+                max_size=None,
+                open_timeout=self._timeout,
+                additional_headers=headers,
+                ssl=self._tls,
+            )
+            connection = self._open.enter_context(opening)
+            self.metadata = unpack(_bytes(connection.recv(self._timeout)))
+        except InvalidStatus as error:
+            body = error.response.body.decode("utf-8", "replace") if error.response.body else ""
+            again = error.response.status_code == 503
+            raise ServerError(f"{self._uri} answers {error.response.status_code}: {body.strip()}", again) from None
+        except ConnectionClosed as error:
+            raise ConnectionError(f"{self._uri} closed the connection at once: {error}") from error
+        self._connection = connection
+        return connection
+
+    def _ask(self, frame: bytes, expected: str | None = None) -> bytes:
+        connection = self._connection or self._connect()
+        try:
+            connection.send(frame)
+            answer = connection.recv(self._timeout)
+            if isinstance(answer, bytes) or answer == expected:
+                return _bytes(answer)
+            again = self._close_code(connection) == 1013
+        except ConnectionClosed as error:
+            self.close()
+            raise ConnectionError(f"{self._uri} closed the connection: {error}") from error
+        except TimeoutError:
+            self.close()  # a late answer must not be taken for that to the next request
+            raise TimeoutError(f"{self._uri} gave no answer within {self._timeout:g} s.") from None
+        self.close()
+        raise ServerError(answer, again)
+
+    def _close_code(self, connection: ClientConnection) -> int | None:
+        """The code with which the server closes after an error."""
+        try:
+            connection.recv(self._timeout)
+        except ConnectionClosed as error:
+            return error.rcvd.code if error.rcvd else None
+        return None
+
+
+def _bytes(answer: bytes | str) -> bytes:
+    return answer.encode() if isinstance(answer, str) else answer

@@ -1,0 +1,112 @@
+"""From what clients send to a policy's raw observation.
+
+Ours is `images` by camera, `state` and `prompt`. openpi's clients name things by robot: keys with slashes in a flat
+map, states in pieces, channels first. All of these are understood; what is not needed is left alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from pi0_jax.data.robots import Robot
+
+_DROID = {
+    "exterior_image_1_left": "base_0_rgb",
+    "exterior_image_0_left": "base_0_rgb",  # RoboArena counts from 0
+    "wrist_image_left": "left_wrist_0_rgb",
+}
+ALIASES = {"droid": _DROID, "droid_velocity": _DROID, "libero": {"wrist_image": "left_wrist_0_rgb"}}
+"""For robots by name, what openpi's clients call a camera, where it is not the last part of the feature's name."""
+UNUSED = {"aloha": {"cam_low"}}
+"""Cameras that openpi's clients send and no policy reads."""
+PREFIXES = ("observation.images.", "observation/images/", "observation/", "images/")
+STATES = ("state", "observation/state", "observation.state")
+REAL_TIME = ("previous", "delay")
+"""What joins an observation whose chunk is to go on from the one in execution."""
+PIECES = ("observation/joint_position", "observation/gripper_position")
+"""A state in two parts, DROID's."""
+
+
+def read_request(request: Any, robot: Robot, prompt: str | None = None) -> dict[str, Any]:
+    """The raw observation in a request, as `data.transform.check_observation` wants it; that is still to be called.
+
+    Args:
+        request: a decoded frame.
+        robot: whose it should be.
+        prompt: instruction for requests without one.
+
+    Raises:
+        ValueError: not a map, or it has no images or no state.
+    """
+    if not isinstance(request, dict):
+        raise ValueError(f"a request came as {type(request).__name__}; expected a map with images, state and prompt.")
+    observation = {"images": _images(request, robot), "state": _state(request, robot)}
+    observation |= {key: request[key] for key in REAL_TIME if key in request}
+    told = request.get("prompt", prompt)
+    if told is not None:
+        observation["prompt"] = told.decode("utf-8", "replace") if isinstance(told, bytes) else told
+    return observation
+
+
+def read_seed(request: dict[str, Any]) -> tuple[int, ...] | None:
+    """The noise that a request asks for: a seed, or the two words of a JAX key's data.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    seed = request.get("seed")
+    if seed is None:
+        return None
+    seed = seed.tolist() if isinstance(seed, (np.ndarray, np.generic)) else seed
+    words = tuple(seed) if isinstance(seed, list) else (seed,)
+    if len(words) in (1, 2) and all(isinstance(word, int) and 0 <= word < 2**32 for word in words):
+        return words
+    raise ValueError(f"`seed` came as {str(seed)[:80]}; expected a whole number from 0 to 2³² - 1, or two of them.")
+
+
+def read_executed(request: dict[str, Any]) -> int | None:
+    """How many actions of the session's last chunk were executed, for a chunk that is to go on from the rest.
+
+    Raises:
+        ValueError: it is no such number.
+    """
+    executed = request.get("executed")
+    if executed is None:
+        return None
+    if not isinstance(executed, (int, np.integer)) or executed < 0:
+        raise ValueError(f"`executed` came as {str(executed)[:40]}; expected how many actions of the last chunk were.")
+    return int(executed)
+
+
+def _images(request: dict[str, Any], robot: Robot) -> dict[Any, Any]:
+    names = {feature.rpartition(".")[2]: camera for feature, camera in robot.cameras.items()}
+    names |= ALIASES.get(robot.name, {}) | {camera: camera for camera in robot.cameras.values()}
+    nested = request.get("images")
+    if nested is not None and not isinstance(nested, dict):
+        raise ValueError(f"`images` came as {type(nested).__name__}; expected a map by camera.")
+    found = {str(name): image for name, image in (nested or {}).items()}
+    for key, image in request.items():
+        short = next((key.removeprefix(p) for p in PREFIXES if isinstance(key, str) and key.startswith(p)), "")
+        if short in names:
+            found[short] = image
+    unused = UNUSED.get(robot.name, set())
+    return {names.get(name, name): _channels_last(image) for name, image in found.items() if name not in unused}
+
+
+def _channels_last(image: Any) -> Any:
+    image = np.asarray(image)
+    return np.moveaxis(image, 0, -1) if image.ndim == 3 and image.shape[0] == 3 and image.shape[2] != 3 else image
+
+
+def _state(request: dict[str, Any], robot: Robot) -> Any:
+    for key in STATES:
+        if key in request:
+            return request[key]
+    if all(key in request for key in PIECES):
+        return np.concatenate([np.atleast_1d(np.asarray(request[key], np.float32)) for key in PIECES])
+    raise ValueError(
+        f"a request lacks the state; it has {sorted(map(str, request))[:20]}. Send `state` (or `observation/state`): "
+        f"{', '.join(robot.state)}."
+    )

@@ -1,0 +1,76 @@
+"""A policy that needs no network and no JAX, and a server in a thread: what the tests of serving stand on."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from pi0_jax.serving.server import PolicyServer, Settings
+
+
+class FakePolicy:
+    """Its chunk is a function of the state and of how many requests the session has had."""
+
+    batch_sizes = (1, 2, 4, 8)
+
+    def __init__(self, seconds: float = 0.0):
+        self.metadata = {"robot": "fake", "actions": ["a", "b"]}
+        self.seconds = seconds
+        self.batches: list[int] = []
+        self.warm = False
+
+    def warm_up(self) -> None:
+        self.warm = True
+
+    def prepare(self, request: Any) -> dict[str, Any]:
+        if not isinstance(request, dict) or "state" not in request:
+            raise ValueError("the observation lacks ['state'].")
+        state = np.asarray(request["state"], np.float32)
+        if state.shape != (2,) or not np.isfinite(state).all():
+            raise ValueError(f"`state` has shape {state.shape}; expected (2,), finite.")
+        return request | {"state": state}
+
+    def infer_batch(self, observations, sessions):
+        assert self.warm
+        self.batches.append(len(observations))
+        time.sleep(self.seconds)
+        if any(observation.get("crash") for observation in observations):
+            raise RuntimeError("secret detail")
+        pairs = zip(observations, sessions, strict=True)
+        return [self.answer(o["state"], session.answered, o.get("nan", False)) for o, session in pairs]
+
+    def answer(self, state, answered: int, nan: bool = False) -> dict[str, Any]:
+        """What a client should get."""
+        actions = np.outer(np.arange(1, 4, dtype=np.float32), state) + answered
+        if nan:
+            actions[1, 1] = np.nan
+        return {"actions": actions.astype(np.float32), "policy_timing": {"infer_ms": 1000 * self.seconds}}
+
+
+@contextlib.contextmanager
+def serving(policy: Any, **settings: Any) -> Iterator[PolicyServer]:
+    """A server in a thread of its own. Its loop is `server.loop`; `call` runs a coroutine there."""
+    server = PolicyServer(policy, Settings(**{"port": 0, "drain": 2.0} | settings))
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+
+    def call(coroutine, timeout: float = 30.0):
+        return asyncio.run_coroutine_threadsafe(coroutine, loop).result(timeout)
+
+    server.call = call  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        call(server.start())
+        yield server
+    finally:
+        if server._listener is not None:
+            call(server.stop())
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(10)
+        loop.close()
