@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,32 +15,28 @@ from pi0_jax import checkpoint, pi0
 from pi0_jax.config import PI0, DataConfig, MeshConfig, ModelConfig, OptimConfig, PolicyConfig, TrainConfig, TuneConfig
 from pi0_jax.inference.policy import Policy
 from pi0_jax.model.heads import make_network
-from pi0_jax.training import rounding
+from pi0_jax.training import plan as planning
+from pi0_jax.training import rounding, sharding
 from pi0_jax.training.loop import run
+from pi0_jax.training.start import first_weights
 from pi0_jax.training.tune import divide, flat, frozen_names, table, unite, with_adapters
-from tests.conftest import tiny_config
 from tests.data.conftest import write
+from tests.policies import TINY
 
-MODEL = tiny_config("pi0", cameras=("top",), action_dim=8, vocab_size=512, prompt_length=16)
+MODEL = TINY.model
 LORA = TuneConfig("lora", lora_ranks=(2, 4))
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory) -> TrainConfig:
-    folder = tmp_path_factory.mktemp("tune")
+def config(tmp_path_factory, checkpoint_folder) -> TrainConfig:
     return TrainConfig(
-        policy=PolicyConfig(model=MODEL),
-        optim=OptimConfig(peak_lr=1e-2, warmup_steps=1, ema_decay=0.5),
-        data=DataConfig(str(write(folder / "data"))),
-        run_dir=str(folder / "first"),
+        policy=TINY,
+        optim=OptimConfig(peak_lr=1e-2, warmup_steps=1, decay_steps=4, ema_decay=0.5),
+        data=DataConfig(str(write(tmp_path_factory.mktemp("tune") / "data"))),
+        init_from=str(checkpoint_folder),
         batch_size=8,
         num_steps=2,
     )
-
-
-@pytest.fixture(scope="module")
-def pretrained(config) -> Path:
-    return run(config)
 
 
 def weights_of(model: ModelConfig):
@@ -131,59 +126,56 @@ def same_bits(a, b) -> bool:
     return a.dtype == b.dtype and np.array_equal(np.asarray(a).view(np.uint8), np.asarray(b).view(np.uint8))
 
 
-def test_frozen_weights_are_the_checkpoints_rounded_once_under_fsdp_and_after_resume(
-    config, pretrained, tmp_path, monkeypatch
-):
+def test_frozen_weights_are_the_checkpoints_rounded_once_under_fsdp_and_after_resume(config, tmp_path, monkeypatch):
     monkeypatch.setattr(rounding, "SMALLEST", 512)
-    before = {name: np.asarray(x) for name, x in flat(checkpoint.restore_params(pretrained)).items()}
-    lora = dataclasses.replace(
-        config,
-        tune=LORA,
-        run_dir=str(tmp_path / "run"),
-        init_from=str(pretrained),
-        mesh=MeshConfig(data=1, fsdp=-1),
-        optim=dataclasses.replace(config.optim, decay_steps=4, name="adamw_8bit"),
-    )
-    frozen = frozen_of(MODEL, LORA)
-    for last in (
-        run(lora),
-        run(dataclasses.replace(lora, resume=True, num_steps=3, mesh=MeshConfig(data=-1))),
-    ):
+    before = {name: np.asarray(x) for name, x in flat(checkpoint.restore_params(config.init_from)).items()}
+    optim = dataclasses.replace(config.optim, name="adamw_8bit")
+    mesh = MeshConfig(data=1, fsdp=-1)
+    lora = dataclasses.replace(config, tune=LORA, optim=optim, mesh=mesh, run_dir=str(tmp_path / "run"))
+    frozen = frozen_of(TINY.model, LORA)
+    for last in (run(lora), run(dataclasses.replace(lora, resume=True, num_steps=3, mesh=MeshConfig(data=-1)))):
         after = flat(checkpoint.restore_params(last))
         assert frozen < set(after)
         for name in frozen:
             assert same_bits(after[name], before[name].astype(jnp.bfloat16)), name
-        assert all(
-            not np.array_equal(after[name], before[name].astype(jnp.bfloat16)) for name in before.keys() - frozen
-        )
-        assert all(np.any(np.asarray(x, np.float32)) for name, x in after.items() if name.endswith("_lora_b"))
+        for name in before.keys() - frozen:
+            assert after[name].dtype == jnp.float32
+            assert not np.array_equal(after[name], before[name].astype(jnp.bfloat16)), name
+        assert all(np.any(x) for name, x in after.items() if name.endswith("_lora_b"))
     policy = Policy.load(last)
-    observation = {
-        "images": {name: np.zeros((48, 48, 3), np.uint8) for name in ("top", "tool")},
-        "state": np.zeros(6),
-        "prompt": "reach the puck",
-    }
-    assert np.isfinite(policy.infer(observation)).all()
+    images = {name: np.zeros((48, 48, 3), np.uint8) for name in ("top", "tool")}
+    assert np.isfinite(policy.infer({"images": images, "state": np.zeros(6), "prompt": "reach the puck"})).all()
 
 
-def test_adapters_start_without_effect(config, pretrained, tmp_path):
-    lora = dataclasses.replace(
-        config,
-        tune=LORA,
-        run_dir=str(tmp_path),
-        init_from=str(pretrained),
-        num_steps=1,
-        optim=OptimConfig(warmup_steps=0, peak_lr=0.0, end_lr=0.0, weight_decay=0.0),
-    )
-    after = flat(checkpoint.restore_params(run(lora)))
-    assert all(np.any(x) != name.endswith("_b") for name, x in after.items() if "_lora_" in name)
-    without = {name: x for name, x in after.items() if "_lora_" not in name}
-    assert without.keys() == flat(checkpoint.restore_params(pretrained)).keys()
+def test_a_state_has_no_optimizer_state_and_no_average_of_what_is_frozen(config):
+    for tune in (TuneConfig("expert"), LORA):
+        program, _ = planning._program(
+            dataclasses.replace(config, tune=tune), sharding.make_mesh(MeshConfig(1), jax.devices()[:1])
+        )
+        state = program.shapes
+        trained, frozen = flat(state.params).keys(), flat(state.frozen).keys()
+        assert not trained & frozen
+        assert flat(state.ema).keys() == trained
+        mu = state.opt_state[1][0].mu
+        assert flat(mu).keys() == trained
+        assert {x.dtype for x in flat(state.frozen).values()} == {jnp.dtype("bfloat16")}
 
 
-def test_random_weights_are_not_frozen(config, pretrained, tmp_path):
-    fresh = dataclasses.replace(config, tune=TuneConfig("expert"), run_dir=str(tmp_path))
-    with pytest.raises(ValueError, match=r"would stay random, such as backbone.*--init-from"):
-        run(fresh)
+def test_adapters_start_without_effect_on_weights_that_have_none(config):
+    lora = with_adapters(dataclasses.replace(config, tune=LORA))
+    program, _ = planning._program(lora, sharding.make_mesh(MeshConfig(1), jax.devices()[:1]))
+    weights = flat(first_weights(lora, program.network, program.shapes))
+    adapters = {name: x for name, x in weights.items() if "_lora_" in name}
+    assert len(adapters) == 20
+    assert all(np.any(x) != name.endswith("_b") for name, x in adapters.items())
+    before = flat(checkpoint.restore_params(config.init_from))
+    assert weights.keys() - adapters.keys() == before.keys()
+    assert all(same_bits(weights[name], x.astype(weights[name].dtype)) for name, x in before.items())
+
+
+def test_random_weights_are_not_frozen(config, tmp_path):
+    fresh = dataclasses.replace(config, tune=TuneConfig("vision_frozen"), run_dir=str(tmp_path))
+    with pytest.raises(ValueError, match=r"would stay random, such as image_encoder.*--init-from"):
+        run(dataclasses.replace(fresh, init_from=None))
     with pytest.raises(ValueError, match="would stay random"):
-        run(dataclasses.replace(fresh, init_from=str(pretrained), init_parts=("backbone/layers/language",)))
+        run(dataclasses.replace(fresh, init_parts=("backbone",)))
