@@ -45,7 +45,7 @@ $(VENV)/sim: pyproject.toml | $(BIN)/python
 	touch $@
 
 $(VENV)/dev: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[sim,rlds,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[sim,rlds,vla-eval,dev]'
 	touch $@ $(VENV)/sim
 
 $(BIN)/python:

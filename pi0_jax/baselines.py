@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pi0_jax.batch import Batch, Observation
-from pi0_jax.config import FlowConfig
+from pi0_jax.config import FlowConfig, ModelConfig
 from pi0_jax.flow import bins
 from pi0_jax.model.bins import BinNetwork
 from pi0_jax.model.heads import Network
@@ -23,7 +23,9 @@ def to_bins(network: Network, actions: Float[Array, "b ah ad"]) -> Int[Array, "b
     return bins.to_bins(actions[..., : network.dims], network.config.bins.count)
 
 
-def bins_loss(network: Network, params, observation: Observation, batch: Batch, flow: FlowConfig) -> Float[Array, ""]:
+def bins_loss(
+    network: Network, params, observation: Observation, batch: Batch, flow: FlowConfig, total: Int[Array, ""]
+) -> Float[Array, ""]:
     """Cross-entropy of the demonstrated bins, over the steps and dimensions that exist.
 
     Args:
@@ -31,13 +33,18 @@ def bins_loss(network: Network, params, observation: Observation, batch: Batch, 
         observation: images in [-1, 1].
         batch: quantile-normalised actions, and masks.
         flow: whether steps after the episode's end count.
+        total: bins that count in the whole batch.
     """
     target = to_bins(network, batch.actions)
     logits: Any = network.apply({"params": params}, observation, target)
-    counted = jnp.broadcast_to(batch.dim_mask[:, None, : target.shape[-1]], target.shape)
-    if flow.mask_padded_steps:
-        counted &= batch.step_mask[..., None]
-    return bins.bin_loss(logits, target, counted)
+    return bins.bin_loss(logits, target, counted_bins(network.config, batch, flow), total)
+
+
+def counted_bins(config: ModelConfig, batch: Batch, flow: FlowConfig) -> Bool[Array, "b ah d"]:
+    """Which bins of a batch count."""
+    dim_mask = batch.dim_mask[:, None, : config.bins.dims or config.action_dim]
+    counted = jnp.broadcast_to(dim_mask, (*batch.actions.shape[:2], dim_mask.shape[-1]))
+    return counted & batch.step_mask[..., None] if flow.mask_padded_steps else counted
 
 
 def decode_bins(network: Network, params, observation: Observation) -> Float[Array, "b ah ad"]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import inspect
 import logging
 import os
 import re
@@ -81,7 +82,8 @@ def main(args: list[str] | None = None) -> int:
         if command == "data":
             return _data(rest)
         commands = importlib.import_module(f"pi0_jax.{COMMANDS[command][0]}.commands")
-        arguments = tyro.cli(getattr(commands, command.capitalize()), args=rest, prog=f"pi0 {command}")
+        kind = getattr(commands, command.capitalize())
+        arguments = tyro.cli(kind, args=rest, prog=f"pi0 {command}", description=_help(kind))
         getattr(commands, command)(arguments)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
@@ -92,6 +94,11 @@ def main(args: list[str] | None = None) -> int:
         print(f"\npi0 {command}: {re.sub(r'^.Errno -?[0-9]+. ', '', str(error))}", file=sys.stderr)
         return getattr(error, "exit_code", 1)
     return 0
+
+
+def _help(kind: type) -> str:
+    """What a command's dataclass says of itself, examples included, which tyro leaves out by itself."""
+    return (inspect.getdoc(kind) or "").replace("\n\n    ", "\n    ")
 
 
 def _train(args: list[str]) -> int:
@@ -169,7 +176,7 @@ def _data(args: list[str]) -> int:
         print(hint + text, file=sys.stderr)
         return 2
     kind, function = SUBCOMMANDS[args[0]]
-    arguments = tyro.cli(kind, args=args[1:], prog=f"pi0 data {args[0]}")
+    arguments = tyro.cli(kind, args=args[1:], prog=f"pi0 data {args[0]}", description=_help(kind))
     function(arguments, load_config(arguments.config, TrainConfig) if hasattr(arguments, "config") else None)
     return 0
 

@@ -337,6 +337,10 @@ class DataConfig:
     """Reader threads, in each process."""
     prefetch: int = 8
     """Batches prepared ahead, in each process."""
+    prompt_buckets: tuple[int, ...] = ()
+    """Lengths, ascending, of which a batch's prompts are padded to the first that holds all of them, in place of
+    `prompt_length`. Losses are the same within rounding; each length is a program of its own, compiled when it is met
+    first. Empty: always `prompt_length`."""
     offline: bool = False
     """Never ask the network. Only datasets given as hf://owner/name do so, and are then taken from the hub's cache."""
     tokenizer: str | None = None
@@ -411,7 +415,21 @@ class TrainConfig:
     seed: int = 0
     batch_size: int = 32
     """Observations a step, over all devices."""
+    parts: int = 1
+    """Parts that each device computes its share of a batch in, one after another: so many times fewer activations in
+    memory. Losses and weights are those of one part, within rounding."""
     num_steps: int = 30_000
+    skip_in_row: int = 5
+    """Updates in a row that are skipped, because their loss or gradient is NaN or infinite, before the run stops. They
+    leave weights, average and optimizer as they were. 0: the first one stops it."""
+    skip_in_total: int = 50
+    """The same for all skipped updates of the run."""
+    compilation_cache: str | None = "default"
+    """Folder where compiled programs are kept for the next run; default: `compiled` in PI0_CACHE, or in
+    ~/.cache/pi0_jax, unless JAX's own variables say otherwise; None: nowhere."""
+    profile: str | None = None
+    """START:STOP: writes a trace of the updates from START up to, and without, STOP to `profile` in the run's folder.
+    Look at it with xprof."""
     log_every: int = 20
     validate_every: int = 500
     save_every: int = 1000

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from pi0_jax import baselines
 from pi0_jax.batch import Batch, Observation
@@ -28,7 +28,7 @@ from pi0_jax.flow.guidance import (
     is_prefix,
     real_time_chunking,
 )
-from pi0_jax.flow.loss import flow_loss
+from pi0_jax.flow.loss import counted_entries, flow_loss
 from pi0_jax.flow.path import Velocity, interpolate
 from pi0_jax.flow.shortcut import sample_spans, taught_span, two_steps
 from pi0_jax.flow.solvers import TABLEAUS, Solver, check_solver, integrate
@@ -61,6 +61,23 @@ def example_inputs(config: ModelConfig, batch_size: int) -> tuple[Observation, A
     return observation, jnp.zeros((batch_size, config.action_horizon, config.action_dim)), jnp.zeros(batch_size)
 
 
+class Examples(NamedTuple):
+    """Examples, and what was drawn at random for them. The first axis of every array counts examples.
+
+    All that depends on the whole batch has been decided, so the loss of a part of them is its part of the loss.
+    """
+
+    batch: Batch
+    drop: Float[Array, "b"]
+    """In [0, 1): decides what of the observation is dropped."""
+    noise: Float[Array, "b s ah ad"]
+    time: Float[Array, "b s"]
+    span: Float[Array, "b s"]
+    """Of the average velocity; 0 where the velocity itself is learned."""
+    delay: Int[Array, "b s"]
+    """Actions that are given clean (`ModelConfig.max_delay`)."""
+
+
 def loss(
     network: Network, params, batch: Batch, key: PRNGKeyArray, flow: FlowConfig, teacher=None
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
@@ -77,60 +94,91 @@ def loss(
     Returns:
         The scalar loss of what the network predicts, and metrics: `loss` again.
     """
-    config = network.config
+    examples, total = draw(network.config, batch, key, flow, reflow=teacher is not None)
+    value = error(network, params, examples, total, flow, teacher)
+    return value, {"loss": value}
+
+
+def draw(
+    config: ModelConfig, batch: Batch, key: PRNGKeyArray, flow: FlowConfig, *, reflow: bool = False
+) -> tuple[Examples, Int[Array, ""]]:
+    """The random half of `loss`: what it draws for a whole batch, and how many entries of it count."""
     # The first two keys came first: runs of older versions draw the same noise.
     noise_key, time_key = jax.random.split(key)
     drop_key, couple_key, span_key, delay_key = (jax.random.fold_in(key, i) for i in (2, 3, 4, 5))
-    observation = scale_images(batch.observation)
-    if flow.drop_prompt or flow.drop_images or flow.drop_both:
-        observation = drop_conditions(observation, drop_key, flow)
-    if config.prediction in baselines.BINS:
-        value = baselines.bins_loss(network, params, observation, batch, flow)
-        return value, {"loss": value}
-
     b, horizon, dim = batch.actions.shape
+    drop = jax.random.uniform(drop_key, (b,))
     noise = jax.random.normal(noise_key, (b, flow.samples_per_observation, horizon, dim))
     time = sample_time(time_key, noise.shape[:2], flow.time, flow.beta_alpha)
-    actions: Any = batch.actions
-    if teacher is not None:
+    span, delay = jnp.zeros_like(time), jax.random.randint(delay_key, time.shape, 0, config.max_delay + 1)
+    if reflow:
         # One pair an observation, at several times: making it costs a whole sampling.
         noise = jnp.broadcast_to(noise[:, :1], noise.shape)
-        actions: Any = sample_actions(network, teacher, batch.observation, noise[:, 0], num_steps=flow.reflow_steps)
     elif flow.coupling != "independent":
-        noise = coupled_noise(noise, actions, observation, couple_key, flow)
+        observation = drop_conditions(scale_images(batch.observation), drop, flow)
+        noise = coupled_noise(noise, batch.actions, observation, couple_key, flow)
     if flow.mean_draw:
         noise, time = noise.at[:, 0].set(0.0), time.at[:, 0].set(1.0)
+    if config.prediction == "average_velocity":
+        # The first examples learn to make one step of two; the others the velocity itself, at span 0.
+        taught = taught_examples(b, flow)
+        times, spans = sample_spans(span_key, (taught, noise.shape[1]))
+        time, span = time.at[:taught].set(times), span.at[:taught].set(spans)
+    examples = Examples(batch, drop, noise, time, span, delay)
+    if config.prediction in baselines.BINS:
+        return examples, jnp.sum(baselines.counted_bins(config, batch, flow))
+    return examples, jnp.sum(counted_entries(noise.shape, *_masks(config, examples, flow)))
 
-    predict: Any = functools.partial(network.apply, {"params": params})
-    counted = batch.step_mask[:, None] if flow.mask_padded_steps else None
+
+def error(
+    network: Network, params, examples: Examples, total: Int[Array, ""], flow: FlowConfig, teacher=None, parts: int = 1
+) -> Float[Array, ""]:
+    """The other half of `loss`: a part's share of it. The shares of all parts add up to the loss of the batch.
+
+    Args:
+        examples, total: of `draw`; every `parts`-th example of them.
+        parts: how many parts there are.
+    """
+    config, batch = network.config, examples.batch
+    observation = drop_conditions(scale_images(batch.observation), examples.drop, flow)
+    if config.prediction in baselines.BINS:
+        return baselines.bins_loss(network, params, observation, batch, flow, total)
+    noise, time = examples.noise, examples.time
+    actions: Any = batch.actions
+    if teacher is not None:
+        actions: Any = sample_actions(network, teacher, batch.observation, noise[:, 0], num_steps=flow.reflow_steps)
     actions = jnp.broadcast_to(jax.lax.stop_gradient(actions)[:, None], noise.shape)
+    predict: Any = functools.partial(network.apply, {"params": params})
     if config.prediction in ("epsilon", "v"):
         x, target = diffusion.diffuse(actions, noise, time, config.prediction)
         predicted = predict(observation, x, time)
     elif config.prediction == "average_velocity":
-        # The first examples learn to make one step of two; the others the velocity itself, at span 0.
-        taught = max(1, round(flow.shortcut_share * b))
-        times, spans = sample_spans(span_key, (taught, noise.shape[1]))
-        time, span = time.at[:taught].set(times), jnp.zeros_like(time).at[:taught].set(spans)
         x, target = interpolate(actions, noise, time)
-        first = jax.tree.map(lambda leaf: leaf[:taught], observation)
-        target = target.at[:taught].set(two_steps(functools.partial(predict, first), x[:taught], times, spans))
-        predicted = predict(observation, x, time, span)
+        taught = taught_examples(len(noise) * parts, flow) // parts
+        first, *start = jax.tree.map(lambda leaf: leaf[:taught], (observation, x, time, examples.span))
+        target = target.at[:taught].set(two_steps(functools.partial(predict, first), *start))
+        predicted = predict(observation, x, time, examples.span)
     else:
         if config.max_delay:
-            delay = jax.random.randint(delay_key, time.shape, 0, config.max_delay + 1)
-            prefix = is_prefix(delay, horizon)
-            time = jnp.where(prefix, 0.0, time[..., None])
-            counted = ~prefix if counted is None else counted & ~prefix
+            time = jnp.where(is_prefix(examples.delay, noise.shape[2]), 0.0, time[..., None])
         x, target = interpolate(actions, noise, time)
         predicted = predict(observation, x, time)
-    value = flow_loss(
-        predicted,
-        target,
-        counted,
-        batch.dim_mask[:, None] if flow.mask_padded_dims else None,
-    )
-    return value, {"loss": value}
+    return flow_loss(predicted, target, *_masks(config, examples, flow), total=total)
+
+
+def taught_examples(batch_size: int, flow: FlowConfig) -> int:
+    """How many examples of a batch, the first ones, teach a shortcut model to make one step of two."""
+    return max(1, round(flow.shortcut_share * batch_size))
+
+
+def _masks(config: ModelConfig, examples: Examples, flow: FlowConfig):
+    """Which steps and which dimensions count, as `flow_loss` takes them."""
+    batch = examples.batch
+    steps = batch.step_mask[:, None] if flow.mask_padded_steps else None
+    if config.max_delay and config.prediction == "velocity":
+        given = is_prefix(examples.delay, batch.actions.shape[1])
+        steps = ~given if steps is None else steps & ~given
+    return steps, batch.dim_mask[:, None] if flow.mask_padded_dims else None
 
 
 def sample_actions(
@@ -311,10 +359,17 @@ def without(observation: Observation, what: Condition, where: Bool[Array, "b"] |
     return observation
 
 
-def drop_conditions(observation: Observation, key: PRNGKeyArray, flow: FlowConfig) -> Observation:
-    """Masks prompt, images or both of random examples, each with its own probability (`FlowConfig.drop_…`)."""
+def drop_conditions(observation: Observation, draw: Float[Array, "b"], flow: FlowConfig) -> Observation:
+    """Masks prompt, images or both of some examples, each with its own probability (`FlowConfig.drop_…`).
+
+    Args:
+        observation: to be masked.
+        draw: of each example, uniform in [0, 1).
+        flow: the probabilities.
+    """
+    if not (flow.drop_prompt or flow.drop_images or flow.drop_both):
+        return observation
     shares = jnp.cumsum(jnp.array([flow.drop_prompt, flow.drop_images, flow.drop_both]))
-    draw = jax.random.uniform(key, (len(observation.state),))
     kinds: tuple[Condition, ...] = ("prompt", "images", "both")
     low = 0.0
     for what, high in zip(kinds, shares, strict=True):

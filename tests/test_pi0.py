@@ -150,7 +150,9 @@ def test_conditions_are_dropped_as_often_as_said_and_never_two_kinds_at_once():
         tiny_config(vision=dataclasses.replace(tiny_config().vision, image_size=8)), 4000
     )
     flow = FlowConfig(drop_prompt=0.1, drop_images=0.2, drop_both=0.3)
-    dropped = jax.jit(functools.partial(drop_conditions, flow=flow))(observation, jax.random.key(0))
+    dropped = jax.jit(functools.partial(drop_conditions, flow=flow))(
+        observation, jax.random.uniform(jax.random.key(0), (4000,))
+    )
     prompt = ~np.asarray(dropped.prompt_mask)
     images = ~np.stack(list(dropped.image_masks.values()), axis=1)
     for mask in (prompt, images):

@@ -115,8 +115,9 @@ def make_loader(parts: Sequence[tuple[Part, Transform]], config: TrainConfig, ro
         rows: of each batch, the examples that this process needs; None: all.
 
     Raises:
-        ValueError: a dataset is not its robot's, or there is nothing to learn.
+        ValueError: a dataset is not its robot's, or there is nothing to learn; prompt buckets that are none.
     """
+    _check_buckets(config)
     readers = [_Reader(part, transform, config) for part, transform in parts]
     frames = [_learnable(part.source, part.training, config.policy.model.action_horizon) for part, _ in parts]
     orders = []
@@ -126,28 +127,56 @@ def make_loader(parts: Sequence[tuple[Part, Transform]], config: TrainConfig, ro
     given = [part.weight for part, _ in parts]
     weights = None if None in given else [weight for weight in given if weight is not None]
     stream = Stream(orders, [len(own) for own in frames], weights, config.seed)
-    prepare = _Prepare(readers, stream, config.batch_size, np.arange(config.batch_size) if rows is None else rows)
-    data = config.data
+    data, wanted = config.data, np.arange(config.batch_size) if rows is None else rows
+    prepare = _Prepare(readers, stream, config.batch_size, wanted, data.prompt_buckets)
     return Loader(prepare, data.num_workers, data.num_threads, data.prefetch)
 
 
 class _Prepare:
     """From the number of a batch to this process's part of it, and the seconds of each stage."""
 
-    def __init__(self, readers: list[_Reader], stream: Stream, batch_size: int, rows: Indices):
+    def __init__(self, readers: list[_Reader], stream: Stream, batch_size: int, rows: Indices, buckets: Sequence[int]):
         self._readers, self._stream, self._batch_size, self._rows = readers, stream, batch_size, rows
+        self._buckets = buckets
 
     def __call__(self, number: int) -> tuple[Batch, np.ndarray]:
         members, frames = self._stream(number * self._batch_size + self._rows)
         seconds = np.zeros(len(STAGES))
+        batch = self._batch(members, frames, seconds)
+        if not self._buckets:
+            return batch, seconds
+        if len(self._rows) < self._batch_size:  # the longest prompt may be another process's
+            members, frames = self._stream(number * self._batch_size + np.arange(self._batch_size))
+            lengths = [self._readers[m].prompt_lengths(frames[members == m]).max() for m in np.unique(members)]
+        else:
+            lengths = batch.observation.prompt_mask.sum(1)
+        return shorten_prompts(batch, max(lengths), self._buckets), seconds
+
+    def _batch(self, members: Indices, frames: Indices, seconds: np.ndarray) -> Batch:
         batches, places = [], []
         for member in np.unique(members).tolist():
             places.append(np.flatnonzero(members == member))
             batches.append(self._readers[member](frames[places[-1]], seconds))
         if len(batches) == 1:
-            return batches[0], seconds
+            return batches[0]
         back = np.argsort(np.concatenate(places))
-        return jax.tree.map(lambda *leaves: np.concatenate(leaves)[back], *batches), seconds
+        return jax.tree.map(lambda *leaves: np.concatenate(leaves)[back], *batches)
+
+
+def shorten_prompts(batch: Batch, longest: int, buckets: Sequence[int]) -> Batch:
+    """The batch with prompts of the first length of `buckets` that holds `longest` tokens; unchanged if none does."""
+    length = next((bucket for bucket in buckets if bucket >= longest), None)
+    prompt, mask = batch.observation.prompt[:, :length], batch.observation.prompt_mask[:, :length]
+    return batch._replace(observation=batch.observation._replace(prompt=prompt, prompt_mask=mask))
+
+
+def _check_buckets(config: TrainConfig) -> None:
+    buckets, most = config.data.prompt_buckets, config.policy.model.prompt_length
+    if list(buckets) != sorted(set(buckets)) or not all(0 < bucket <= most for bucket in buckets):
+        raise ValueError(
+            f"data.prompt_buckets is {list(buckets)}; expected ascending lengths from 1 to the model's prompt_length, "
+            f"{most}, which is used where a prompt is longer than all of them."
+        )
 
 
 def eval_batches(
@@ -171,6 +200,8 @@ def eval_batches(
                 filling = config.batch_size - len(indices)
                 batch = reader(np.pad(indices, (0, filling), mode="edge")[wanted], np.zeros(len(STAGES)))
                 batch.step_mask[wanted >= len(indices)] = False
+                if buckets := config.data.prompt_buckets:
+                    batch = shorten_prompts(batch, reader.prompt_lengths(indices).max(), buckets)
                 yield batch
 
     return batches()
@@ -201,6 +232,12 @@ class _Reader:
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_tasks"}
+
+    def prompt_lengths(self, rows: Indices) -> Indices:
+        """Tokens of the prompt of each row."""
+        sample = {"images": {}, "state": self._source.columns(STATE)[rows]}
+        prompts = self._tasks[self._source.task_index[rows]]
+        return self._transform.forward(sample | {"prompt": prompts})["prompt_mask"].sum(-1)
 
     def __call__(self, rows: Indices, seconds: np.ndarray) -> Batch:
         """The batch of `rows`; adds the time that each stage took to `seconds`."""

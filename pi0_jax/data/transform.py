@@ -287,7 +287,7 @@ def _check_previous(raw: dict[str, Any], robot: Robot) -> Sample:
         return {}
     try:
         actions, delay = np.asarray(raw["previous"], np.float32), int(raw.get("delay", 0))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"`previous` or `delay` is no number: {error}.") from error
     if actions.ndim != 2 or actions.shape[1] != len(robot.actions):
         raise ValueError(

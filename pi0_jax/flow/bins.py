@@ -21,8 +21,11 @@ def from_bins(bins: Int[Array, "*b"], count: int) -> Float[Array, "*b"]:
 
 
 def bin_loss(
-    logits: Float[Array, "*b ah ad k"], bins: Int[Array, "*b ah ad"], counted: Bool[Array, "*b ah ad"]
+    logits: Float[Array, "*b ah ad k"],
+    bins: Int[Array, "*b ah ad"],
+    counted: Bool[Array, "*b ah ad"],
+    total: Int[Array, ""] | None = None,
 ) -> Float[Array, ""]:
-    """Mean cross-entropy over what counts, nats; 0 where nothing does."""
+    """Mean cross-entropy over what counts, nats; 0 where nothing does. `total` divides the sum, where it is given."""
     entropy = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), bins)
-    return jnp.sum(jnp.where(counted, entropy, 0.0)) / jnp.maximum(jnp.sum(counted), 1)
+    return jnp.sum(jnp.where(counted, entropy, 0.0)) / jnp.maximum(jnp.sum(counted) if total is None else total, 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 
 def squared_error(predicted: Float[Array, "*b ah ad"], target: Float[Array, "*b ah ad"]) -> Float[Array, "*b ah"]:
@@ -16,6 +16,7 @@ def flow_loss(
     target: Float[Array, "*b ah ad"],
     step_mask: Bool[Array, "*#b ah"] | None = None,
     dim_mask: Bool[Array, "*#b ad"] | None = None,
+    total: Int[Array, ""] | None = None,
 ) -> Float[Array, ""]:
     """Mean squared error over the steps and dimensions that count (equation 1 of the π0 paper, arXiv 2410.24164).
 
@@ -32,11 +33,19 @@ def flow_loss(
     Returns:
         A scalar, float32; 0 where nothing counts.
     """
-    counted = jnp.ones(predicted.shape, bool)
+    counted = counted_entries(predicted.shape, step_mask, dim_mask)
+    # Masked before squaring: whatever padding holds, infinities too, reaches neither the value nor the gradient.
+    error = jnp.where(counted, predicted.astype(jnp.float32) - target.astype(jnp.float32), 0.0)
+    return jnp.sum(jnp.square(error)) / jnp.maximum(jnp.sum(counted) if total is None else total, 1)
+
+
+def counted_entries(
+    shape: tuple[int, ...], step_mask: Bool[Array, "*#b ah"] | None, dim_mask: Bool[Array, "*#b ad"] | None
+) -> Bool[Array, "*b ah ad"]:
+    """Which entries of chunks of this shape count; arguments as those of `flow_loss`."""
+    counted = jnp.ones(shape, bool)
     if step_mask is not None:
         counted &= step_mask[..., None]
     if dim_mask is not None:
         counted &= dim_mask[..., None, :]
-    # Masked before squaring: whatever padding holds, infinities too, reaches neither the value nor the gradient.
-    error = jnp.where(counted, predicted.astype(jnp.float32) - target.astype(jnp.float32), 0.0)
-    return jnp.sum(jnp.square(error)) / jnp.maximum(jnp.sum(counted), 1)
+    return counted

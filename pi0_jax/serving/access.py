@@ -7,6 +7,7 @@ import binascii
 import hmac
 import ipaddress
 import os
+import socket
 import ssl
 from pathlib import Path
 
@@ -57,6 +58,24 @@ def check_address(host: str, token: str | None, insecure: bool) -> None:
             f"on {host} everybody in the network could drive this policy and see its cameras. Set a token "
             f"(--token-file FILE, or {TOKEN_VARIABLE}), keep to --host 127.0.0.1, or say --insecure."
         )
+
+
+def check_free(host: str, port: int) -> None:
+    """Finds out whether an address can be listened at, before minutes go into compiling.
+
+    Raises:
+        OSError: it cannot.
+    """
+    try:
+        for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address)
+    except OSError as error:
+        raise OSError(
+            f"cannot listen at {host}, port {port}: {error.strerror}. Choose another --port (0: any that is free), or "
+            "another --host."
+        ) from error
 
 
 def tls_context(certificate: Path | None, key: Path | None) -> ssl.SSLContext | None:

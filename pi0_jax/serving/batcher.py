@@ -163,7 +163,6 @@ class Batcher:
         shall not be the others'."""
         loop = asyncio.get_running_loop()
         start = time.perf_counter()
-        self.computing = len(batch)
         try:
             answers = await loop.run_in_executor(self._thread, self._call, batch)
         except Exception as error:
@@ -175,8 +174,6 @@ class Batcher:
                 if not item.answer.done():
                     await self._compute([item])
             return
-        finally:
-            self.computing = 0
         seconds = time.perf_counter() - start
         self._metrics.saw_batch(len(batch), seconds, [start - item.since for item in batch])
         for item, answer in zip(batch, answers, strict=True):
@@ -185,7 +182,11 @@ class Batcher:
 
     def _call(self, batch: list[_Waiting]) -> list[dict[str, Any] | NotFinite]:
         """In the thread: the policy's answers, checked."""
-        answers = self._policy.infer_batch([item.observation for item in batch], [item.session for item in batch])
+        self.computing = len(batch)
+        try:
+            answers = self._policy.infer_batch([item.observation for item in batch], [item.session for item in batch])
+        finally:  # not in the event loop, where a cancelled task would forget what the thread still does
+            self.computing = 0
         if len(answers) != len(batch):
             raise RuntimeError(f"the policy gave {len(answers)} answers to {len(batch)} observations.")
         return [answer if np.isfinite(answer["actions"]).all() else _not_finite(answer) for answer in answers]

@@ -15,7 +15,7 @@ import tyro
 
 from pi0_jax.inference.policy import Policy
 from pi0_jax.serving import logs
-from pi0_jax.serving.access import check_address, read_token, tls_context
+from pi0_jax.serving.access import check_address, check_free, read_token, tls_context
 from pi0_jax.serving.served import RobotPolicy, describe_for_roboarena
 from pi0_jax.serving.server import PolicyServer, Settings
 from pi0_jax.serving.wire import Limits
@@ -86,17 +86,19 @@ def serve(args: Serve) -> None:
 
     Raises:
         FileNotFoundError, ValueError, OSError: what the user gave cannot be used; the message says how to go on.
-        ImportError: the protocol's package is not installed.
     """
     token = read_token(args.token_file)
     tls = tls_context(args.tls_certificate, args.tls_key)
     check_address(args.host, token, args.insecure)
+    check_free(args.host, args.port)
+    if args.protocol == "vla-eval":
+        _check_vla_eval(guarded=token is not None or tls is not None)
     logs.set_up(args.log)
     changes: dict[str, Any] = {} if args.num_steps is None else {"num_steps": args.num_steps}
     policy = Policy.load(args.run, bits=args.bits, **changes)
     served = RobotPolicy(policy, args.batch_sizes, args.prompt, args.seed, args.real_time)
     if args.protocol == "vla-eval":
-        _serve_vla_eval(served, args, guarded=token is not None or tls is not None)
+        _serve_vla_eval(served, args)
         return
     if args.protocol == "roboarena":
         served.metadata = describe_for_roboarena(policy)
@@ -134,9 +136,16 @@ async def run_until_signal(server: PolicyServer) -> None:
         os._exit(1)
 
 
-def _serve_vla_eval(served: RobotPolicy, args: Serve, guarded: bool) -> None:
+def _check_vla_eval(guarded: bool) -> None:
     if guarded:
         raise ValueError("vla-eval's protocol knows no token and no TLS. Use --host 127.0.0.1 and a tunnel (ssh -L).")
+    try:
+        import pi0_jax.serving.harness  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"--protocol vla-eval needs the harness: pip install 'pi0_jax[vla-eval]' ({error})") from error
+
+
+def _serve_vla_eval(served: RobotPolicy, args: Serve) -> None:
     import anyio
     from vla_eval.model_servers.serve import serve_async
 

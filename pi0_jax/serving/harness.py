@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-try:
-    from vla_eval.model_servers.base import SessionContext
-    from vla_eval.model_servers.predict import PredictModelServer
-    from vla_eval.specs import GRIPPER_CLOSE_POS, IMAGE_RGB, LANGUAGE, POSITION_DELTA, RAW, ROTATION_AA, DimSpec
-except ImportError as error:
-    raise ImportError("--protocol vla-eval needs the harness: pip install 'pi0_jax[vla-eval]'") from error
+import numpy as np
+from anyio.to_thread import run_sync
+from vla_eval.model_servers.base import SessionContext
+from vla_eval.model_servers.predict import PredictModelServer
+from vla_eval.specs import GRIPPER_CLOSE_POS, IMAGE_RGB, LANGUAGE, POSITION_DELTA, RAW, ROTATION_AA, DimSpec
 
 from pi0_jax.serving.served import RobotPolicy
 from pi0_jax.serving.session import Session
@@ -53,16 +52,30 @@ class Pi0ModelServer(PredictModelServer):
     def get_observation_params(self) -> dict[str, Any]:
         return {"send_wrist_image": len(self._served.policy.robot.cameras) > 1, "send_state": True}
 
-    def predict_batch(self, obs_batch: list[dict[str, Any]], ctx_batch: list[SessionContext]) -> list[dict[str, Any]]:
-        """Chunks for observations of several sessions.
+    async def on_observation(self, obs: dict[str, Any], ctx: SessionContext) -> None:
+        """Checks an observation before it joins a batch, so that its fault is not the others'.
 
         Raises:
-            ValueError: an observation is not this robot's.
+            ValueError: it is not this robot's; the harness tells its client so.
         """
+        prepared = await run_sync(self._served.prepare, self._request(obs))
+        await super().on_observation({"prepared": prepared}, ctx)
+
+    def predict_batch(self, obs_batch: list[dict[str, Any]], ctx_batch: list[SessionContext]) -> list[dict[str, Any]]:
+        """Chunks for checked observations of several sessions.
+
+        Raises:
+            RuntimeError: actions were not finite; none of them is sent.
+        """
+        most = self._served.batch_sizes[-1]  # the harness's page for settings lets anybody ask for more
+        if len(obs_batch) > most:
+            rest = self.predict_batch(obs_batch[most:], ctx_batch[most:])
+            return self.predict_batch(obs_batch[:most], ctx_batch[:most]) + rest
         sessions = [self._sessions.setdefault(ctx.session_id, Session(ctx.session_id)) for ctx in ctx_batch]
-        prepared = [self._served.prepare(self._request(observation)) for observation in obs_batch]
-        answers = self._served.infer_batch(prepared, sessions)
-        for session in sessions:
+        answers = self._served.infer_batch([observation["prepared"] for observation in obs_batch], sessions)
+        for session, answer in zip(sessions, answers, strict=True):
+            if not np.isfinite(answer["actions"]).all():
+                raise RuntimeError("the policy's actions were not finite. They are not sent; hold still.")
             session.answered += 1
         return [{"actions": answer["actions"]} for answer in answers]
 

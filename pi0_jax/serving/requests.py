@@ -25,6 +25,8 @@ PREFIXES = ("observation.images.", "observation/images/", "observation/", "image
 STATES = ("state", "observation/state", "observation.state")
 REAL_TIME = ("previous", "delay")
 """What joins an observation whose chunk is to go on from the one in execution."""
+MAX_PROMPT = 10_000
+"""Characters; a model reads some hundred, and a longer one would only take time."""
 PIECES = ("observation/joint_position", "observation/gripper_position")
 """A state in two parts, DROID's."""
 
@@ -45,6 +47,8 @@ def read_request(request: Any, robot: Robot, prompt: str | None = None) -> dict[
     observation = {"images": _images(request, robot), "state": _state(request, robot)}
     observation |= {key: request[key] for key in REAL_TIME if key in request}
     told = request.get("prompt", prompt)
+    if isinstance(told, (str, bytes)) and len(told) > MAX_PROMPT:
+        raise ValueError(f"`prompt` has {len(told)} characters; at most {MAX_PROMPT} are taken.")
     if told is not None:
         observation["prompt"] = told.decode("utf-8", "replace") if isinstance(told, bytes) else told
     return observation

@@ -242,9 +242,9 @@ class PolicyServer:
         """What the policy takes, from a frame; or that it asks for a reset, as RoboArena's clients do."""
         request = unpack(frame, self.settings.limits)
         endpoint = request.pop("endpoint", "infer") if isinstance(request, dict) else "infer"
-        if endpoint == "reset":
+        if isinstance(endpoint, str) and endpoint == "reset":
             return _RESET
-        if endpoint != "infer":
+        if not isinstance(endpoint, str) or endpoint != "infer":
             raise WireError(f"there is no endpoint {str(endpoint)[:40]!r}; there are infer and reset.")
         try:
             return self.policy.prepare(request)

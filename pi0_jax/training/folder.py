@@ -19,9 +19,10 @@ from pi0_jax.training.metrics import FILE, TIMING_FILE
 MAY_CHANGE = (
     "run_dir", "resume", "overwrite", "num_steps", "log_every", "validate_every", "save_every", "keep_checkpoints",
     "keep_every", "keep_best", "mesh", "hosts", "data.num_threads", "data.num_workers", "data.prefetch", "data.frames",
-    "data.offline",
+    "data.offline", "parts", "skip_in_row", "skip_in_total", "compilation_cache", "profile",
+    "data.prompt_buckets",
 )  # fmt: skip
-"""Fields, or groups of them, that a resumed run may set anew: none changes what an update computes."""
+"""Fields, or groups of them, that a resumed run may set anew: none changes an update but for rounding."""
 
 _log = logging.getLogger(__name__)
 

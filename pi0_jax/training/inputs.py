@@ -12,7 +12,7 @@ import numpy as np
 
 from pi0_jax.batch import Batch
 from pi0_jax.checkpoint import Assets
-from pi0_jax.config import DatasetConfig, TrainConfig
+from pi0_jax.config import DatasetConfig, ModelConfig, TrainConfig
 from pi0_jax.data.loader import Loader, eval_batches, make_loader
 from pi0_jax.data.mixture import Part, open_part, open_parts
 from pi0_jax.data.normalize import Stats, read_stats_file, semantics_from_json, stats_from_json, stats_to_json
@@ -36,6 +36,17 @@ class Inputs(NamedTuple):
     """Starts one pass over the held-out demonstrations, this process's part of each batch."""
 
 
+def trained_model(config: TrainConfig) -> ModelConfig:
+    """The model as training computes it: without the cameras that no robot of the run has.
+
+    Their tokens would be masked, and what is masked changes no other token; no parameter belongs to a camera.
+    """
+    robots = [config.policy.robot, *(dataset.robot or config.policy.robot for dataset in config.data.datasets)]
+    there = {camera for name in robots for camera in get_robot(name).cameras.values()}
+    model = config.policy.model
+    return dataclasses.replace(model, cameras=tuple(camera for camera in model.cameras if camera in there))
+
+
 def load_inputs(
     config: TrainConfig, *, resumed: Assets | None, initial: Assets | None, rows: np.ndarray | None = None
 ) -> Inputs:
@@ -57,7 +68,7 @@ def load_inputs(
     parts = open_parts(config.data, config.policy)
     declared = {part.robot.name: semantics_of(part.robot, config.policy.action_semantics) for part in parts}
     semantics = declared if resumed is None else declared | semantics_from_json(resumed.norm_stats or {})
-    policy = dataclasses.replace(config.policy, action_semantics=semantics)
+    policy = dataclasses.replace(config.policy, action_semantics=semantics, model=trained_model(config))
     groups = _stats(config, parts, resumed, semantics)
     if robot.name not in groups:
         raise ValueError(

@@ -10,16 +10,20 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from pi0_jax import checkpoint, pi0
 from pi0_jax.batch import Batch
 from pi0_jax.checkpoint import CheckpointWriter
 from pi0_jax.config import HostsConfig, TrainConfig
 from pi0_jax.training import hosts, optimizer, sharding
+from pi0_jax.training.compilation import Watch, keep_programs
 from pi0_jax.training.folder import delete_run, open_run
+from pi0_jax.training.guard import Diverged
 from pi0_jax.training.inputs import Inputs, load_inputs
 from pi0_jax.training.interrupt import Interrupted, StopRequest
-from pi0_jax.training.metrics import Diverged, Reporter
+from pi0_jax.training.metrics import Reporter, seconds_at_peak
+from pi0_jax.training.profiling import Profile
 from pi0_jax.training.program import Program, build
 from pi0_jax.training.start import check_start, first_weights
 from pi0_jax.training.state import TrainState, join, split
@@ -44,7 +48,8 @@ def run(config: TrainConfig) -> Path:
     Raises:
         ValueError, OSError: something is wrong with the configuration, its data, or the disk; see `open_run`,
             `load_inputs` and `pi0_jax.checkpoint`.
-        Diverged: the loss or a norm became NaN or infinite. Nothing is saved from then on.
+        Diverged: the weights became NaN or infinite, or loss or gradient more often than `config.skip_in_row` and
+            `config.skip_in_total` allow. Nothing is saved from then on.
         Interrupted: SIGINT or SIGTERM came to any process; the state is saved.
 
     One process of several that fails alone ends without returning: see `hosts.ended_together`.
@@ -57,7 +62,7 @@ def run(config: TrainConfig) -> Path:
 
 def _run(config: TrainConfig) -> Path:
     config = with_adapters(config)
-    for name in ("batch_size", "num_steps", "log_every", "validate_every", "save_every", "keep_checkpoints"):
+    for name in ("batch_size", "num_steps", "log_every", "validate_every", "save_every", "keep_checkpoints", "parts"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}; it has to be at least 1.")
     if config.augment.square_symmetries and config.policy.model.variant == "pi05":
@@ -73,9 +78,11 @@ def _run(config: TrainConfig) -> Path:
     pi0.check_policy(config.policy)
     _check_objective(config)
     mesh = sharding.make_mesh(config.mesh)
-    batch_placement = sharding.batch_sharding(mesh, config.batch_size)
+    batch_placement = sharding.batch_sharding(mesh, config.batch_size, config.parts)
     optimizer.make_schedule(config.optim, config.num_steps)  # refuses what cannot work, before data are read
     run_dir = Path(config.run_dir).expanduser()
+    Profile(config.profile, run_dir)
+    keep_programs(config.compilation_cache)
     source = open_run(config)
     hosts.require_same("configuration and newest checkpoint", repr((_shared(config), source)).encode())
     resumed = None if source is None else checkpoint.load_assets(source)
@@ -103,7 +110,7 @@ def _run(config: TrainConfig) -> Path:
         else:
             state = restore(source, program.shapes)
             inputs.loader.set_state(checkpoint.load_data_state(source))
-        return _train(config, run_dir, state, program, frozen, inputs, writer, hosts.Vote(mesh))
+        return _train(config, run_dir, state, program, frozen, inputs, writer, mesh)
 
 
 def _shared(config: TrainConfig) -> TrainConfig:
@@ -121,6 +128,11 @@ def _check_objective(config: TrainConfig) -> None:
         raise ValueError("flow.drop_prompt, drop_images and drop_both exclude one another; their sum is above 1.")
     if not 0 < flow.shortcut_share < 1:
         raise ValueError(f"flow.shortcut_share is {flow.shortcut_share}; it is a share of the batch, between 0 and 1.")
+    if prediction == "average_velocity" and (taught := pi0.taught_examples(config.batch_size, flow)) % config.parts:
+        raise ValueError(
+            f"flow.shortcut_share makes {taught} examples of a batch teach shortcuts, and {config.parts} parts cannot "
+            "have an equal number of them; take --parts that divides it, or another share."
+        )
     if config.init_parts and config.init_from is None:
         raise ValueError(f"init_parts {list(config.init_parts)} are parts of nothing: name a checkpoint, --init-from.")
     if prediction != "velocity" and (config.reflow_from is not None or flow.coupling != "independent"):
@@ -137,7 +149,9 @@ def restore(folder: Path, shapes: TrainState) -> TrainState:
     return join(checkpoint.restore_params(folder, weights), checkpoint.restore_train_state(folder, rest), shapes)
 
 
-def validate(program: Program, weights, validation: Callable[[], Iterator[Batch]]) -> dict[str, float]:
+def validate(
+    config: TrainConfig, program: Program, weights, validation: Callable[[], Iterator[Batch]], watch: Watch
+) -> dict[str, float]:
     """Measures weights on held-out demonstrations, with the same noise and times whenever it is asked.
 
     Returns:
@@ -148,7 +162,8 @@ def validate(program: Program, weights, validation: Callable[[], Iterator[Batch]
     for number, batch in enumerate(validation()):
         placed = program.place(batch)
         steps = int(jnp.sum(placed.step_mask))
-        value, _ = program.evaluate(weights, placed, jax.random.key(number))
+        name = "validation" + _prompts(config, placed)
+        value, _ = watch.call(name, program.evaluate, weights, placed, jax.random.key(number))
         total += steps * float(value)
         count += steps
     values = {"validation_loss": total / max(count, 1)}
@@ -160,27 +175,33 @@ def validate(program: Program, weights, validation: Callable[[], Iterator[Batch]
 
 def _train(
     config: TrainConfig, run_dir: Path, state: TrainState, program: Program, frozen: tuple, inputs: Inputs,
-    writer: CheckpointWriter, vote: hosts.Vote,
+    writer: CheckpointWriter, mesh: Mesh,
 ) -> Path:  # fmt: skip
     step, seed = int(state.step), np.uint32(config.seed)
-    saved = step
+    saved, vote = step, hosts.Vote(mesh)
     reporter = Reporter(
         run_dir, start=step, num_steps=config.num_steps, batch_size=config.batch_size, log_every=config.log_every,
-        gauges=getattr(inputs.loader, "gauges", dict), write=hosts.is_first(),
+        gauges=getattr(inputs.loader, "gauges", dict), skips=(config.skip_in_row, config.skip_in_total),
+        ideal_seconds=seconds_at_peak(config, mesh), write=hosts.is_first(),
     )  # fmt: skip
     signal = None
-    with reporter, StopRequest() as stop:
+    watch, profile = Watch(), Profile(config.profile, run_dir / "profile")
+    with reporter, watch, profile, StopRequest() as stop:
         try:
             while step < config.num_steps and (signal := vote(stop.number)) is None:
-                update = program.update_mean if step < config.flow.mean_steps else program.update
-                state, metrics = update(seed, state, program.place(next(inputs.loader)), *frozen)
+                mean = step < config.flow.mean_steps
+                profile.before(step + 1, state)
+                batch = program.place(next(inputs.loader))
+                name, update = ("mean's update", program.update_mean) if mean else ("update", program.update)
+                name += _prompts(config, batch)
+                state, metrics = watch.call(name, update, seed, state, batch, *frozen)
                 step += 1
                 reporter.push(step, metrics)
                 writer.check()
                 last, measured = step == config.num_steps, {}
                 if inputs.validation is not None and (last or step % config.validate_every == 0):
                     reporter.flush()
-                    measured = validate(program, state.weights, inputs.validation)
+                    measured = validate(config, program, state.weights, inputs.validation, watch)
                     reporter.write(step, measured)
                 if last or step % config.save_every == 0:
                     reporter.flush()
@@ -195,6 +216,7 @@ def _train(
             advice = "Lower --optim.peak-lr, or look at the data of that step."
             raise Diverged(f"{error}. {_kept(run_dir, checkpoint.latest_step(run_dir))} {advice}") from error
         writer.wait()
+    _log.info("%s", watch.summary())
     if signal is not None and step < config.num_steps:
         raise Interrupted(f"stopped at step {step}. {_kept(run_dir, step)} Continue with --resume.", signal)
     folder = run_dir / "checkpoints" / str(step)
@@ -207,6 +229,11 @@ def _train(
 def _save(writer: CheckpointWriter, step: int, state: TrainState, inputs: Inputs, loss: float | None = None):
     weights, rest = split(state)
     writer.save(step, weights, inputs.assets, rest, inputs.loader.get_state(), loss)
+
+
+def _prompts(config: TrainConfig, batch: Batch) -> str:
+    """What tells the programs for batches of different prompt lengths apart."""
+    return f" for prompts of {batch.observation.prompt.shape[1]} tokens" if config.data.prompt_buckets else ""
 
 
 def _kept(run_dir: Path, step: int | None) -> str:

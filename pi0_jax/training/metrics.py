@@ -9,20 +9,27 @@ for each update its seconds, and the share of them spent waiting for its batch.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import math
 import os
+import resource
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 from tqdm import tqdm
 
+from pi0_jax import flops
+from pi0_jax.config import TrainConfig
+from pi0_jax.training.guard import Guard, skipped_before
+from pi0_jax.training.inputs import trained_model
 from pi0_jax.training.step import Metrics
 
 FILE = "metrics.jsonl"
@@ -34,12 +41,7 @@ _ADVICE = {
     "input_columns": "reading columns",
     "input_transform": "resizing and tokens; keep resized frames (pi0 data cache)",
 }
-_MUST_BE_FINITE = ("loss", "grad_norm", "param_norm")
 _log = logging.getLogger(__name__)
-
-
-class Diverged(FloatingPointError):
-    """A loss or a norm became NaN or infinite; the message names the step and the number."""
 
 
 class Reporter:
@@ -54,6 +56,8 @@ class Reporter:
         batch_size: int,
         log_every: int,
         gauges: Callable[[], dict[str, float]] = dict,
+        skips: tuple[int, int] = (0, 0),
+        ideal_seconds: float | None = None,
         write: bool = True,
     ):
         """Opens the files of a run.
@@ -65,8 +69,11 @@ class Reporter:
             batch_size: samples an update, for the rate.
             log_every: updates between lines on the terminal and points in TensorBoard.
             gauges: what `data.loader.Loader.gauges` measured since it was asked last; asked once an update.
+            skips: updates in a row, and in all, that may be skipped because they are not finite.
+            ideal_seconds: that an update would take at the devices' peak (`seconds_at_peak`); None: not known.
             write: False for processes that only help: they check the numbers, and write and show nothing.
         """
+        self._guard = Guard(*skips, before=skipped_before(run_dir / FILE, start))
         rows, timing = (run_dir / name if write else Path(os.devnull) for name in (FILE, TIMING_FILE))
         if write:
             drop_rows_after(rows, start)
@@ -82,7 +89,7 @@ class Reporter:
             self._events.write_event(Event(step=start + 1, session_log=SessionLog(status=SessionLog.START)))
         hidden = None if write else True  # None: where there is no terminal
         self._bar = tqdm(total=num_steps, initial=start, unit="step", dynamic_ncols=True, disable=hidden)
-        self._batch_size, self._log_every = batch_size, log_every
+        self._batch_size, self._log_every, self._ideal = batch_size, log_every, ideal_seconds
         self._pending: tuple[int, Metrics] | None = None
         self._since: tuple[int, float] | None = None
         """Step and moment from which the rate is measured."""
@@ -102,7 +109,7 @@ class Reporter:
         """Takes the metrics of an update that may still be running, and reports the update before it.
 
         Raises:
-            Diverged: that one was not finite.
+            Diverged: that one was not finite, and one too many.
         """
         self.flush()
         self._pending = (step, metrics)
@@ -118,7 +125,7 @@ class Reporter:
         """Waits for the update that was pushed last and reports it.
 
         Raises:
-            Diverged: it was not finite.
+            Diverged: it was not finite, and one too many.
         """
         if self._pending is None:
             return
@@ -127,9 +134,7 @@ class Reporter:
         values = {name: float(value) for name, value in sorted(jax.device_get(metrics).items())}
         self._since = self._since or (step, time.monotonic())  # the first update compiles
         self._write_row(step, values)
-        for name in _MUST_BE_FINITE:
-            if not math.isfinite(values[name]):
-                raise Diverged(f"training diverged: {name} is {values[name]} at step {step}")
+        self._guard.see(step, values)
         if step % self._log_every == 0 or step == self._bar.total:
             self._show(step, values)
         self._bar.update(step - self._bar.n)
@@ -147,8 +152,10 @@ class Reporter:
         self._since = (step, time.monotonic())
         seconds = (self._since[1] - then) / (step - before) if step > before else math.nan
         shown = {name: values[name] for name in ("loss", "grad_norm")} | {"samples/s": self._batch_size / seconds}
-        gauges = self._mean_gauges()
-        shown |= {name: gauges[name] for name in ("input_wait",) if name in gauges}
+        gauges = self._mean_gauges() | {"peak_memory_GB": peak_memory() / 1e9}
+        if self._ideal is not None:
+            gauges["mfu"] = shown["MFU"] = self._ideal / seconds
+        shown |= {name: gauges[name] for name in ("input_wait", "peak_memory_GB") if name in gauges}
         self._plot(step, values | {"samples_per_second": shown["samples/s"]} | gauges)
         if gauges.get("input_wait", 0) > WAIT_TO_REPORT:
             slowest = max(_ADVICE, key=lambda name: gauges.get(name, 0))
@@ -190,6 +197,27 @@ class Reporter:
         except OSError as error:
             what = f"cannot write metrics to {self._rows.name}: {error.strerror}"
             raise OSError(error.errno, f"{what}. Complete checkpoints stay; continue with --resume") from error
+
+
+def seconds_at_peak(config: TrainConfig, mesh: Mesh) -> float | None:
+    """Seconds that an update would take if all devices computed at their peak, and only what the loss asks for.
+
+    Model FLOPs utilisation, MFU, is this over the seconds that it does take: rematerialisation is no model FLOP. None
+    for devices whose peak is not known, which a line in the log says.
+    """
+    kind = mesh.devices.flat[0].device_kind
+    if (peak := flops.peak(kind)) is None:
+        _log.info("MFU is left out: the peak of a device of kind %r is not known", kind)
+        return None
+    model = dataclasses.replace(trained_model(config), remat="none")
+    return flops.training(model, config.flow) * config.batch_size / (peak * mesh.size)
+
+
+def peak_memory() -> float:
+    """Bytes in use at most so far, on the fullest device of this process; of CPUs the process's own."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    used = [stat["peak_bytes_in_use"] for stat in stats if "peak_bytes_in_use" in stat]
+    return float(max(used, default=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
 
 
 def drop_rows_after(path: Path, step: int):

@@ -36,6 +36,7 @@ from pi0_jax.data.normalize import NormStats
 from pi0_jax.data.robots import get_robot
 from pi0_jax.model.heads import make_network
 from pi0_jax.training import sharding
+from pi0_jax.training.inputs import trained_model
 from pi0_jax.training.program import Program, build
 from pi0_jax.training.traffic import KINDS, traffic
 from pi0_jax.training.tune import divide, flat, frozen_names, unite, with_adapters
@@ -221,7 +222,7 @@ def _program(config: TrainConfig, mesh: Mesh) -> tuple[Program, Batch]:
     placement = sharding.batch_sharding(mesh, config.batch_size)
     batch = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement),
-        batch_shapes(config.policy.model, config.batch_size),
+        batch_shapes(trained_model(config), config.batch_size),
     )
     return program, batch
 
@@ -267,7 +268,8 @@ def _compile(program: Program, batch: Batch) -> tuple[float, dict[str, float]]:
 def estimate_temporaries(config: TrainConfig, mesh: Mesh, program: Program) -> float:
     """Bytes of gradients, of what the backward pass keeps, and of one layer's workspace, on each device."""
     model = config.policy.model
-    samples = config.batch_size / sharding.batch_ways(mesh)
+    samples = config.batch_size / sharding.batch_ways(mesh) / config.parts
+    gradients = _gradient_bytes(program) * (1 if config.parts == 1 else 2)  # a part's, and their sum
     kept = kept_for_backward(config)
     everything = kept_for_backward(_with_model(config, remat="none"))
     layers = max(model.depth + model.vision.depth, 1)
@@ -276,7 +278,7 @@ def estimate_temporaries(config: TrainConfig, mesh: Mesh, program: Program) -> f
     if mesh.shape["fsdp"] > 1:  # two layers' weights, one in use and one on its way, and a layer's gradient
         weights = sum(x.size for x in jax.tree.leaves(program.shapes.weights)) / mesh.shape["tensor"]
         gathered = 3 * weights / layers * jnp.dtype(model.dtype).itemsize
-    return _gradient_bytes(program) + samples * (kept + workspace) / mesh.shape["tensor"] + gathered
+    return gradients + samples * (kept + workspace) / mesh.shape["tensor"] + gathered
 
 
 def _gradient_bytes(program: Program) -> int:
@@ -294,9 +296,8 @@ def kept_for_backward(config: TrainConfig) -> float:
     They are the outputs of the forward half of the gradient's program that grow with the batch.
     """
     config = with_adapters(config)
-    return _kept(config.policy.model, config.flow, config.tune, 2) - _kept(
-        config.policy.model, config.flow, config.tune, 1
-    )
+    model = trained_model(config)
+    return _kept(model, config.flow, config.tune, 2) - _kept(model, config.flow, config.tune, 1)
 
 
 @functools.lru_cache(maxsize=64)

@@ -21,6 +21,7 @@ from pi0_jax.data.normalize import Stats
 from pi0_jax.data.robots import Robot
 from pi0_jax.model.heads import Network, make_network
 from pi0_jax.training import optimizer, sharding
+from pi0_jax.training.inputs import trained_model
 from pi0_jax.training.state import TrainState, create
 from pi0_jax.training.step import Metrics, make_update
 from pi0_jax.training.tune import divide, flat, frozen_names, unite
@@ -30,6 +31,7 @@ class Program(NamedTuple):
     """What a run computes; each part is compiled when it is called first, or by its `lower`."""
 
     network: Network
+    """Whole, for its parameters; what is computed leaves out cameras that no robot has."""
     boxed: Any
     """Shapes of the parameters that are trained, with their logical axis names."""
     shapes: TrainState
@@ -62,12 +64,13 @@ def build(config: TrainConfig, mesh: Mesh, robot: Robot, stats: Stats, rows: np.
         ValueError: the batch does not divide over the devices, the schedule has no room to decay in, or the patterns of
             what is frozen do not fit the model.
     """
-    batch_placement = sharding.batch_sharding(mesh, config.batch_size)
+    batch_placement = sharding.batch_sharding(mesh, config.batch_size, config.parts)
     schedule = optimizer.make_schedule(config.optim, config.num_steps)
     network = make_network(config.policy.model)
     weights = jax.eval_shape(functools.partial(pi0.init_params, network), jax.random.key(0))
     frozen = frozen_names(config.tune, config.policy.model, flat(weights))
     boxed = divide(weights, frozen)[0]
+    computed = make_network(trained_model(config))
     transform = optimizer.make_optimizer(config.optim, schedule, boxed)
     ema = None if config.optim.ema_decay is None else config.optim.ema_dtype
     start = functools.partial(create, optimizer=transform, ema=ema, frozen=frozen)
@@ -78,17 +81,21 @@ def build(config: TrainConfig, mesh: Mesh, robot: Robot, stats: Stats, rows: np.
     )
 
     def compiled_update(flow: FlowConfig):
-        whole = sharding.keep_batch_divided(mesh, functools.partial(_loss, network, flow))
+        draw = functools.partial(pi0.draw, computed.config, flow=flow, reflow=config.reflow_from is not None)
+        whole = sharding.keep_batch_divided(mesh, functools.partial(_error, computed, flow, config.parts))
         augmented = functools.partial(
             augment, config=config.augment, robot=robot, stats=stats, mode=config.policy.normalization
         )
 
         # The seed is an argument, so that runs which differ in it alone share their compiled programs.
         def update(seed, state: TrainState, *rest):
-            def loss(params, *args):
+            def error(params, *args):
                 return whole(unite(params, state.frozen), *args)
 
-            make = make_update(loss, augmented, transform, schedule, ema_decay=config.optim.ema_decay, seed=seed)
+            make = make_update(
+                draw, error, augmented, transform, schedule, ema_decay=config.optim.ema_decay, seed=seed,
+                parts=config.parts,
+            )  # fmt: skip
             return make(state, *rest)
 
         return jax.jit(update, donate_argnums=1, out_shardings=(placement, None))
@@ -105,11 +112,15 @@ def build(config: TrainConfig, mesh: Mesh, robot: Robot, stats: Stats, rows: np.
         jax.jit(start, out_shardings=placement, donate_argnums=0),
         compiled_update(config.flow),
         compiled_update(dataclasses.replace(config.flow, samples_per_observation=1, mean_draw=True)),
-        jax.jit(sharding.keep_batch_divided(mesh, functools.partial(_loss, network, validation_flow))),
-        jax.jit(functools.partial(pi0.flow_straightness, network)) if is_flow else None,
+        jax.jit(sharding.keep_batch_divided(mesh, functools.partial(_loss, computed, validation_flow))),
+        jax.jit(functools.partial(pi0.flow_straightness, computed)) if is_flow else None,
         functools.partial(sharding.place, placement=batch_placement, batch_size=config.batch_size, rows=rows),
     )
 
 
 def _loss(network: Network, flow: FlowConfig, params, batch: Batch, key: PRNGKeyArray, *teacher):
     return pi0.loss(network, params, batch, key, flow, *teacher)
+
+
+def _error(network: Network, flow: FlowConfig, parts: int, params, examples: pi0.Examples, total, *teacher):
+    return pi0.error(network, params, examples, total, flow, *teacher, parts=parts)

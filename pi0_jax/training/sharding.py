@@ -121,18 +121,20 @@ def batch_ways(mesh: Mesh) -> int:
     return _size(mesh, _BATCH)
 
 
-def batch_sharding(mesh: Mesh, batch_size: int) -> NamedSharding:
+def batch_sharding(mesh: Mesh, batch_size: int, parts: int = 1) -> NamedSharding:
     """Divides the first axis of every array of a batch over all devices that do not share their examples.
 
     Raises:
-        ValueError: the batch size is not a multiple of their number.
+        ValueError: the batch size is not a multiple of their number, and of the parts that each computes its share in.
     """
     ways = batch_ways(mesh)
-    if batch_size % ways:
-        nearest = max(ways, batch_size // ways * ways)
+    multiple = ways * parts
+    if batch_size % multiple:
+        nearest = max(multiple, batch_size // multiple * multiple)
+        in_parts = (f", each in {parts} parts", ", or other --parts") if parts > 1 else ("", "")
         raise ValueError(
-            f"batch_size {batch_size} does not divide over {ways} devices; take a multiple of that, "
-            f"such as --batch-size {nearest}."
+            f"batch_size {batch_size} does not divide over {ways} devices{in_parts[0]}; take a multiple of {multiple}, "
+            f"such as --batch-size {nearest}{in_parts[1]}."
         )
     return NamedSharding(mesh, PartitionSpec(_BATCH))
 

@@ -128,6 +128,35 @@ def test_a_process_that_asks_for_rows_gets_those_of_the_batch_of_one_process(dat
     assert_equal(some, jax.tree.map(lambda leaf: leaf[3:], every))
 
 
+def test_prompts_are_padded_to_the_first_length_that_holds_those_of_all_processes(dataset, config):
+    model = dataclasses.replace(config.policy.model, variant="pi05", prompt_length=64)
+    tokens = Tokenizer.train(dataset.tasks, 512)
+    policy = dataclasses.replace(config.policy, model=model)
+    transform = make_transform(policy, get_robot("tabletop"), compute_stats(dataset), tokens)
+    config = dataclasses.replace(config, policy=policy, batch_size=2)
+    whole = take(make_loader(dataset, transform, config), 8)
+    needed = [int(batch.observation.prompt_mask.sum(1).max()) for batch in whole]
+    assert min(needed) < max(needed)  # the state is in the prompt
+    buckets = (4, min(needed), max(needed) - 1)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, prompt_buckets=buckets))
+    shortened = take(make_loader(dataset, transform, config), 8)
+    lengths = [batch.observation.prompt.shape[1] for batch in shortened]
+    assert lengths == [next((b for b in buckets if b >= n), 64) for n in needed]
+    assert set(lengths) == {*buckets[1:], 64}
+    for rows in ([0], [1]):
+        some = take(make_loader(dataset, transform, config, np.array(rows)), 8)
+        assert_equal(some, jax.tree.map(lambda leaf: leaf[rows], shortened))
+    for before, after in zip(whole, shortened, strict=True):
+        length = after.observation.prompt.shape[1]
+        assert_equal(after.observation.prompt, before.observation.prompt[:, :length])
+        assert not before.observation.prompt_mask[:, length:].any()
+    every, part = (list(eval_batches(dataset, transform, config, *rows)) for rows in ((), (np.array([1]),)))
+    assert_equal(part, jax.tree.map(lambda leaf: leaf[1:], every))
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, prompt_buckets=(32, 80)))
+    with pytest.raises(ValueError, match=r"ascending lengths from 1 to the model's prompt_length, 64"):
+        make_loader(dataset, transform, config)
+
+
 def test_evaluation_visits_every_frame_once_in_order_and_masks_the_filling(dataset, transform, config):
     batches = list(eval_batches(dataset, transform, config))
     frames = learnable(dataset)

@@ -1,12 +1,16 @@
-"""A policy that needs no network and no JAX, and a server in a thread: what the tests of serving stand on."""
+"""What the tests of serving stand on: a policy that needs no network and no JAX; servers in a thread or a process."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -74,3 +78,21 @@ def serving(policy: Any, **settings: Any) -> Iterator[PolicyServer]:
         loop.call_soon_threadsafe(loop.stop)
         thread.join(10)
         loop.close()
+
+
+@contextlib.contextmanager
+def command(run: Path, log: Path, *flags: str) -> Iterator[tuple[str, subprocess.Popen]]:
+    """The address and the process of `pi0 serve RUN`, which ends by SIGTERM, and well; its log goes to a file."""
+    arguments = [sys.executable, "-m", "pi0_jax.cli", "serve", str(run), "--port", "0", *flags]
+    with log.open("w") as file:
+        process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=file, text=True)
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line.startswith("ready: ws://127.0.0.1:"), log.read_text()
+        yield line.split()[1], process
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.communicate()

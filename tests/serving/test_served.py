@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import concurrent.futures
+import itertools
 import json
 import os
 import signal
-import subprocess
+import socket
 import sys
 
 import jax
 import numpy as np
 import pytest
 
+from pi0_jax import cli
 from pi0_jax.data.robots import get_robot
 from pi0_jax.data.transform import check_observation
 from pi0_jax.inference.policy import Policy
+from pi0_jax.serving import logs
 from pi0_jax.serving.client import Client, ServerError
 from pi0_jax.serving.requests import read_request, read_seed
 from pi0_jax.serving.served import RobotPolicy, describe_for_roboarena, noise_keys
 from pi0_jax.serving.session import Session
-from tests.serving.fake import serving
+from tests.serving.fake import command, serving
 
 RNG = np.random.default_rng(0)
 IMAGE, WRIST = (RNG.integers(0, 256, (12, 16, 3), np.uint8) for _ in range(2))
@@ -63,6 +66,24 @@ def test_batched_answers_of_sessions_are_those_of_a_client_alone(server):
     for n, chunks in enumerate(together):
         np.testing.assert_allclose(chunks, drive(n), atol=1e-5)
     assert np.abs(together[0][0] - together[1][0]).max() > 1e-3
+
+
+def test_once_it_is_ready_nothing_compiles(checkpoint_folder):
+    compiled = []
+    served = RobotPolicy(Policy.load(checkpoint_folder), (2,), real_time=True)
+    served.warm_up()
+    jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: compiled.append(name))
+    try:
+        sessions = [Session("a"), Session("b")]
+        changes = [{}, {"executed": 2}, {"seed": 3}, {"previous": np.zeros((2, 3)), "delay": 1}]
+        changes.append({"prompt": "push the blue ball onto the yellow circle"})
+        prepared = [served.prepare(observation(i) | change) for i, change in enumerate(changes)]
+        for first, second in itertools.product(prepared, prepared):
+            served.infer_batch([first, second], sessions)
+            served.infer_batch([first], sessions[:1])
+    finally:
+        jax.monitoring.clear_event_listeners()
+    assert not [name for name in compiled if "compile" in name]
 
 
 def test_other_requests_of_a_session_get_other_noise():
@@ -144,6 +165,7 @@ def test_requests_that_are_none_are_refused():
         ([1], "came as list"),
         ({"images": 3, "state": 1}, "`images` came as int"),
         ({"prompt": "x"}, "lacks the state"),
+        ({"images": {}, "state": 1, "prompt": "x" * 20_000}, "20000 characters"),
     ):
         with pytest.raises(ValueError, match=message):
             read_request(request, robot)
@@ -158,28 +180,20 @@ def test_roboarenas_greeting_is_for_droid(policy):
 
 
 def test_the_command_serves_logs_json_and_ends_well_on_sigterm(checkpoint_folder, tmp_path):
-    command = [sys.executable, "-m", "pi0_jax.cli", "serve", str(checkpoint_folder), "--port", "0", "--log", "json"]
-    process = subprocess.Popen(
-        [*command, "--batch-sizes", "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        line = process.stdout.readline()
-        assert line.startswith("ready: ws://127.0.0.1:"), process.stderr.read()
-        with Client(line.split()[1]) as client:
-            assert client.infer(observation())["actions"].shape == (6, 3)
-            process.send_signal(signal.SIGTERM)
-            _, log = process.communicate(timeout=30)
-    finally:
-        process.kill()
-    assert process.returncode == 0
-    messages = [json.loads(line)["message"] for line in log.splitlines() if line.startswith("{")]
+    with (
+        command(checkpoint_folder, tmp_path / "log", "--log", "json", "--batch-sizes", "1") as (uri, process),
+        Client(uri) as client,
+    ):
+        assert client.infer(observation())["actions"].shape == (6, 3)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+    lines = (tmp_path / "log").read_text().splitlines()
+    messages = [json.loads(line)["message"] for line in lines if line.startswith("{")]
     assert any(message.startswith("batch of 1, prompt of 24: ready after") for message in messages)
     assert messages[-1] == "stopped"
 
 
 def test_the_command_refuses_a_network_without_a_token_before_it_loads_anything(tmp_path, capsys, monkeypatch):
-    from pi0_jax import cli
-
     monkeypatch.delenv("PI0_TOKEN", raising=False)
     assert cli.main(["serve", str(tmp_path / "none"), "--host", "0.0.0.0"]) == 1
     assert "everybody in the network" in capsys.readouterr().err
@@ -187,6 +201,26 @@ def test_the_command_refuses_a_network_without_a_token_before_it_loads_anything(
     assert cli.main(["serve", str(tmp_path / "none"), "--host", "0.0.0.0"]) == 1
     assert "at least 16" in capsys.readouterr().err
     assert os.environ["PI0_TOKEN"] == "short"
+
+
+def test_the_command_finds_out_before_it_loads_anything_what_it_will_lack(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("PI0_TOKEN", raising=False)
+    monkeypatch.setattr(logs, "set_up", lambda form: None)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert cli.main(["serve", str(tmp_path / "none"), "--port", port]) == 1
+    assert f"port {port}: Address already in use. Choose another --port" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "vla_eval", None)
+    monkeypatch.delitem(sys.modules, "pi0_jax.serving.harness", raising=False)
+    for name in [name for name in sys.modules if name.startswith("vla_eval.")]:
+        monkeypatch.delitem(sys.modules, name)
+    assert cli.main(["serve", str(tmp_path / "none"), "--port", "0", "--protocol", "vla-eval"]) == 1
+    assert "pip install 'pi0_jax[vla-eval]'" in capsys.readouterr().err
+    assert cli.main(["serve", str(tmp_path / "none"), "--port", "0"]) == 1
+    assert "no checkpoint at" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["serve", "--help"])
+    assert "pi0 serve runs/tabletop --host 0.0.0.0 --token-file" in capsys.readouterr().out
 
 
 def test_a_session_goes_on_from_the_chunk_in_execution(policy):

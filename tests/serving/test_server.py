@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import hmac
 import json
 import logging
 import socket
@@ -22,6 +23,7 @@ from websockets.protocol import State
 from websockets.sync.client import connect
 from websockets.uri import parse_uri
 
+from pi0_jax.serving.access import is_authorized, tls_context
 from pi0_jax.serving.client import Client, ServerError
 from pi0_jax.serving.server import PolicyServer, Settings
 from pi0_jax.serving.wire import Limits, pack
@@ -237,6 +239,28 @@ def test_draining_answers_what_runs_and_refuses_the_rest():
             Client(server.uri)
 
 
+@pytest.mark.parametrize(("seconds", "code"), [(1.0, 0), (60.0, 1)], ids=["drains", "does not wait for ever"])
+def test_sigterm_drains_and_ends_the_process(seconds, code):
+    program = f"""
+import asyncio
+from pi0_jax.serving.commands import run_until_signal
+from pi0_jax.serving.server import PolicyServer, Settings
+from tests.serving.fake import FakePolicy
+asyncio.run(run_until_signal(PolicyServer(FakePolicy({seconds}), Settings(port=0, drain=2.0))))
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    try:
+        with Client(process.stdout.readline().split()[1]) as client, concurrent.futures.ThreadPoolExecutor() as threads:
+            answer = threads.submit(_try, client, STATE)
+            time.sleep(0.2)
+            process.terminate()
+            assert ("actions" in answer.result()) == (code == 0)
+        assert process.wait(15) == code
+    finally:
+        process.kill()
+        process.communicate()
+
+
 def test_nothing_is_sent_after_stop():
     with serving(FakePolicy(0.6), drain=0.1) as server, connect(server.uri) as connection:
         connection.recv()
@@ -309,6 +333,20 @@ def test_the_token_is_demanded_and_health_is_not_behind_it():
         assert get(server, "/metrics", Authorization=basic)[0] == 200
 
 
+def test_tokens_are_compared_in_constant_time(monkeypatch):
+    compared = []
+    monkeypatch.setattr(hmac, "compare_digest", lambda a, b: bool(compared.append((a, b))) or a == b)
+    assert is_authorized(f"Api-Key {TOKEN}", TOKEN)
+    assert not is_authorized(None, TOKEN)
+    assert not is_authorized(f"Bearer {TOKEN}", TOKEN)
+    assert [pair[1] for pair in compared] == [TOKEN.encode()] * 3  # also where nothing could be right
+
+
+def test_by_default_it_listens_for_this_machine_alone(server):
+    assert Settings().host == "127.0.0.1"
+    assert {socket_.getsockname()[0] for socket_ in server._listener.sockets} == {"127.0.0.1"}
+
+
 def test_a_network_is_served_with_a_token_or_an_explicit_wish_only():
     with pytest.raises(ValueError, match=r"on 0\.0\.0\.0 everybody.*--insecure"):
         PolicyServer(FakePolicy(), Settings(host="0.0.0.0"))
@@ -347,8 +385,6 @@ def test_tls(tmp_path):
         subprocess.run(command.split(), check=True, capture_output=True)
     except FileNotFoundError:
         pytest.skip("openssl is not installed")
-    from pi0_jax.serving.access import tls_context
-
     with pytest.raises(ValueError, match="both"):
         tls_context(certificate, None)
     with pytest.raises(ValueError, match="no certificate and its key"):

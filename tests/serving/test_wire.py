@@ -1,8 +1,10 @@
 """Frames: openpi's bytes, and what is refused before it can cost anything."""
 
+import ast
 import contextlib
 import struct
 import tracemalloc
+from pathlib import Path
 
 import ml_dtypes
 import msgpack
@@ -11,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pi0_jax.serving import wire
 from pi0_jax.serving.wire import Limits, WireError, pack, unpack
 
 
@@ -123,3 +126,9 @@ VALUES = st.recursive(
 @given(VALUES)
 def test_the_walk_agrees_with_msgpack_on_all_that_it_writes(value):
     assert unpack(msgpack.packb(value), Limits(depth=50)) == value
+
+
+def test_no_pickle_is_within_reach_of_the_network():
+    for path in Path(wire.__file__).parent.glob("*.py"):
+        names = {node.names[0].name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import)}
+        assert not names & {"pickle", "dill", "cloudpickle", "marshal", "shelve"}, path

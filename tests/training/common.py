@@ -38,7 +38,9 @@ def random_batch(config: ModelConfig, size: int, seed: int = 0) -> Batch:
 class Harness:
     """Compiled update of a tiny model, and its state."""
 
-    def __init__(self, config: ModelConfig, mesh: MeshConfig, devices: int, optim: OptimConfig, flow: FlowConfig):
+    def __init__(
+        self, config: ModelConfig, mesh: MeshConfig, devices: int, optim: OptimConfig, flow: FlowConfig, parts: int
+    ):
         network = make_network(config)
         self.mesh = sharding.make_mesh(mesh, jax.devices()[:devices])
         schedule = optimizer.make_schedule(optim, 50)
@@ -50,14 +52,14 @@ class Harness:
         self.create = jax.jit(create, out_shardings=self.placement)
         self.update = jax.jit(
             step.make_update(
-                sharding.keep_batch_divided(
-                    self.mesh, lambda params, batch, key: pi0.loss(network, params, batch, key, flow)
-                ),
+                functools.partial(pi0.draw, config, flow=flow),
+                sharding.keep_batch_divided(self.mesh, lambda *args: pi0.error(network, *args, flow, parts=parts)),
                 lambda key, batch: batch,
                 transform,
                 schedule,
                 ema_decay=optim.ema_decay,
                 seed=0,
+                parts=parts,
             ),
             donate_argnums=0,
             out_shardings=(self.placement, None),
@@ -80,5 +82,13 @@ class Harness:
 
 
 @functools.cache
-def harness(config: ModelConfig, *, mesh=MeshConfig(1, 1), devices=1, optim=OPTIM, flow=FlowConfig()) -> Harness:  # noqa: B008  (frozen)
-    return Harness(config, mesh, devices, optim, flow)
+def harness(
+    config: ModelConfig,
+    *,
+    mesh=MeshConfig(1, 1),  # noqa: B008  (frozen)
+    devices=1,
+    optim=OPTIM,
+    flow=FlowConfig(),  # noqa: B008  (frozen)
+    parts=1,
+) -> Harness:
+    return Harness(config, mesh, devices, optim, flow, parts)

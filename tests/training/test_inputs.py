@@ -8,9 +8,12 @@ import jax
 import numpy as np
 import pytest
 
-from pi0_jax.config import AugmentConfig, DataConfig, DatasetConfig, PolicyConfig, TrainConfig
+from pi0_jax import pi0
+from pi0_jax.config import AugmentConfig, DataConfig, DatasetConfig, MeshConfig, PolicyConfig, TrainConfig
 from pi0_jax.data.normalize import semantics_from_json, stats_from_json
+from pi0_jax.training import sharding
 from pi0_jax.training.inputs import load_inputs
+from pi0_jax.training.program import build
 from tests.conftest import tiny_config
 from tests.data.conftest import write
 from tests.data.formats import RLDS_KEYS, write_rlds
@@ -27,6 +30,34 @@ def config(tmp_path_factory) -> TrainConfig:
     model = tiny_config("pi0", cameras=("top",), action_dim=8, vocab_size=512, prompt_length=16)
     data = DataConfig(datasets=datasets, validation_share=0.4)
     return TrainConfig(policy=PolicyConfig(model=model), data=data, batch_size=8)
+
+
+def test_what_no_robot_has_and_what_no_prompt_needs_is_left_out_and_the_loss_stays(tmp_path):
+    model = tiny_config("pi0", cameras=("top", "wrist", "tool"), action_dim=8, vocab_size=512, prompt_length=32)
+    config = TrainConfig(
+        policy=PolicyConfig(model=model), data=DataConfig(str(write(tmp_path / "data")), prompt_buckets=(16,)),
+        batch_size=2,
+    )  # fmt: skip
+    inputs, mesh = load_inputs(config, resumed=None, initial=None), sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    batch = next(inputs.loader)
+    assert list(batch.observation.images) == ["top", "tool"]
+    assert batch.observation.prompt.shape == (2, 16)
+    assert inputs.assets.policy.model == model  # what a policy of another robot may need
+
+    program = build(config, mesh, inputs.robot, inputs.stats, np.arange(2))
+    random = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: 0.2 * random.standard_normal(x.shape, np.float32), program.shapes.params)
+    value, _ = program.evaluate(params, program.place(batch), jax.random.key(0))
+    seen = batch.observation
+    padded = seen._replace(
+        images=seen.images | {"wrist": np.full_like(seen.images["top"], 7)},
+        image_masks=seen.image_masks | {"wrist": np.zeros(2, bool)},
+        prompt=np.pad(seen.prompt, ((0, 0), (0, 16))), prompt_mask=np.pad(seen.prompt_mask, ((0, 0), (0, 16))),
+    )  # fmt: skip
+    whole, _ = jax.jit(pi0.loss, static_argnums=(0, 4))(
+        program.network, params, batch._replace(observation=padded), jax.random.key(0), config.flow
+    )
+    assert float(value) == pytest.approx(float(whole), rel=1e-5)
 
 
 def test_the_stream_of_a_mixture_after_a_resume_is_that_of_a_run_that_never_stopped(config):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 import resource
 import struct
 from pathlib import Path
@@ -12,7 +14,12 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from pi0_jax.training.metrics import Diverged, Reporter, drop_rows_after
+from pi0_jax import flops
+from pi0_jax.config import MeshConfig, PolicyConfig, TrainConfig
+from pi0_jax.training import sharding
+from pi0_jax.training.guard import Diverged
+from pi0_jax.training.metrics import Reporter, drop_rows_after, seconds_at_peak
+from tests.conftest import tiny_config
 
 
 def metrics(loss: float, **others: float):
@@ -121,6 +128,26 @@ def test_a_resumed_run_drops_the_rows_after_its_checkpoint_and_a_row_cut_short(t
         report.push(3, metrics(0.25))
         report.flush()
     assert [row["step"] for row in rows(tmp_path)] == [1, 2, 2, 3]
+
+
+def test_use_of_the_devices_and_the_most_memory_are_in_the_log(tmp_path, caplog, monkeypatch):
+    caplog.set_level("INFO")
+    with Reporter(tmp_path, start=0, num_steps=2, batch_size=4, log_every=2, ideal_seconds=1e-9) as report:
+        for step in (1, 2):
+            report.push(step, metrics(1.0))
+        report.flush()
+    assert re.search(r"samples/s [\d.e+]+, MFU [\d.e-]+", caplog.text)
+    shown = {value.tag: value.simple_value for event in events(tmp_path) for value in event.summary.value}
+    assert 0 < shown["mfu"] < 1
+    assert 0.1 < shown["peak_memory_GB"] < 1000
+
+    config = TrainConfig(policy=PolicyConfig(model=tiny_config(remat="full", cameras=())), batch_size=6)
+    mesh = sharding.make_mesh(MeshConfig())
+    assert seconds_at_peak(config, mesh) is None
+    assert "MFU is left out: the peak of a device of kind 'cpu' is not known" in caplog.text
+    monkeypatch.setattr("pi0_jax.flops.peak", lambda kind: 1e12)
+    work = flops.training(dataclasses.replace(config.policy.model, remat="none"), config.flow)
+    assert seconds_at_peak(config, mesh) == pytest.approx(work * 6 / 8e12)
 
 
 def test_without_a_terminal_there_are_lines_in_the_log(tmp_path, caplog):

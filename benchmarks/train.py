@@ -1,0 +1,450 @@
+"""Updates of ours and of openpi's JAX code side by side: seconds, bytes of temporaries, seconds to compile.
+
+    python benchmarks/train.py --openpi ~/openpi --openpi-python ~/openpi-env/bin/python --json train.json
+    python benchmarks/train.py --size full --alone --json h100.json          # ours alone, on a card
+    python benchmarks/train.py --json train.json --table
+
+Both sides run in processes of their own and take turns, one at a time: ours, openpi's, ours, openpi's. Weights are
+random and of equal sizes, the batch is the same, and each update is the whole of it: loss, gradient, clipping, AdamW,
+moving average, norms; without augmentation, which the two do differently. openpi's update is `train_step` of its
+scripts/train.py, from its own checkout, under its own versions of JAX; its environment needs
+
+    pip install "jax==0.5.3" "flax==0.10.2" "orbax-checkpoint==0.11.13" "numpy<2" optax einops "jaxtyping==0.2.36"
+        "beartype==0.19.0" augmax ml_collections tqdm pillow
+
+openpi computes every layer again in the backward pass, and every camera; ours is measured under each policy of
+`ModelConfig.remat`, and computes the cameras that the robot has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+SIZES: dict[str, dict[str, Any]] = {
+    "full": {
+        "vision": {"width": 1152, "depth": 27, "mlp_dim": 4304, "num_heads": 16},
+        "language": {"width": 2048, "mlp_dim": 16_384},
+        "action": {"width": 1024, "mlp_dim": 4096},
+        "stack": {"depth": 18, "num_heads": 8, "num_kv_heads": 1, "head_dim": 256},
+        "vocab": 257_152,
+    },
+    "reduced": {  # an eighth of the widths; tokens and layers as in full size, so that shares of the work are alike
+        "vision": {"width": 128, "depth": 27, "mlp_dim": 512, "num_heads": 4},
+        "language": {"width": 256, "mlp_dim": 2048},
+        "action": {"width": 128, "mlp_dim": 512},
+        "stack": {"depth": 18, "num_heads": 8, "num_kv_heads": 1, "head_dim": 32},
+        "vocab": 1024,
+    },
+    "tiny": {
+        "vision": {"width": 32, "depth": 2, "mlp_dim": 64, "num_heads": 2},
+        "language": {"width": 32, "mlp_dim": 64},
+        "action": {"width": 32, "mlp_dim": 64},
+        "stack": {"depth": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16},
+        "vocab": 512,
+    },
+}
+CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
+ROBOTS = {3: "aloha", 2: "libero"}
+"""A robot with so many of them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is measured."""
+
+    size: str = "reduced"
+    variant: str = "pi0"
+    dtype: str = "float32"
+    batch: int = 1
+    cameras: int = 3
+    remat: str = "full"
+    """Of ours."""
+    draws: int = 1
+    """Of noise and time an observation; ours alone."""
+    recipe: str = "full"
+    """What is trained; ours alone."""
+
+    @property
+    def name(self) -> str:
+        extra = [f"K={self.draws}"] * (self.draws > 1) + [self.recipe] * (self.recipe != "full")
+        return f"{self.variant}, {self.cameras} cameras, batch {self.batch}, {', '.join([self.remat, *extra])}"
+
+
+def side_by_side(size: str, dtype: str, batch: int) -> list[Case]:
+    """The cases to compare with openpi."""
+    base = Case(size, dtype=dtype, batch=batch)
+    cases = [dataclasses.replace(base, remat=remat) for remat in ("full", "gate_up", "none")]
+    return [*cases, *(dataclasses.replace(base, cameras=2, remat=remat) for remat in ("full", "none"))]
+
+
+def alone(size: str, dtype: str) -> list[Case]:
+    """The cases for ours alone; those that do not fit say so."""
+    cases = [
+        Case(size, variant, dtype, batch, remat=remat)
+        for variant in ("pi0", "pi05")
+        for batch in (4, 8, 16, 32)
+        for remat in ("full", "gate_up", "matmuls", "none")
+    ]
+    more = [Case(size, dtype=dtype, batch=8, remat="gate_up", draws=draws) for draws in (4, 8)]
+    return [*cases, *more, *(Case(size, dtype=dtype, batch=batch, recipe="lora") for batch in (4, 8, 16, 32))]
+
+
+def main() -> None:
+    """Reads the arguments, measures, prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--openpi", type=Path, help="openpi's checkout")
+    parser.add_argument("--openpi-python", default=sys.executable, help="Python of an environment for it")
+    parser.add_argument("--alone", action="store_true", help="ours without openpi, in more settings")
+    parser.add_argument("--size", choices=SIZES, default="reduced")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 at full size")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--only", help="cases with this in their name")
+    parser.add_argument("--json", type=Path, help="file of rows; rows that it has are not measured again")
+    parser.add_argument("--table", action="store_true", help="print what the file has")
+    parser.add_argument("--serve", choices=("ours", "openpi"), help="what this program calls itself with")
+    options = parser.parse_args()
+    if options.serve:
+        serve(options.serve, options.openpi)
+        return
+    rows = json.loads(options.json.read_text()) if options.json and options.json.exists() else []
+    if not options.table:
+        if options.openpi is None and not options.alone:
+            parser.error("name openpi's checkout, --openpi PATH, or measure --alone")
+        dtype = options.dtype or ("bfloat16" if options.size == "full" else "float32")
+        cases = alone(options.size, dtype) if options.alone else side_by_side(options.size, dtype, options.batch)
+        for case in cases:
+            done = any(row["case"] == dataclasses.asdict(case) for row in rows)
+            if done or (options.only and options.only not in case.name):
+                continue
+            print(case.name, flush=True)
+            rows.append(measure(case, options.rounds, None if options.alone else options))
+            if options.json:
+                options.json.write_text(json.dumps(rows, indent=1))
+    print(table(rows))
+
+
+def measure(case: Case, rounds: int, openpi) -> dict[str, Any]:
+    """One row: both sides take turns, or ours alone."""
+    sides = {"ours": Side([sys.executable, __file__, "--serve", "ours"], case)}
+    if openpi is not None:
+        command = [openpi.openpi_python, __file__, "--serve", "openpi", "--openpi", str(openpi.openpi)]
+        sides["openpi"] = Side(command, case)
+    row: dict[str, Any] = {"case": dataclasses.asdict(case), "name": case.name, "machine": platform.processor()}
+    try:
+        for name, side in sides.items():
+            row[name] = side.ask({"compile": True})
+        if any("error" in row[name] for name in sides):
+            return row
+        for side in sides.values():
+            side.ask({"steps": 1})  # the first one touches its memory for the first time
+        seconds: dict[str, list[float]] = {name: [] for name in sides}
+        for _ in range(rounds):
+            for name, side in sides.items():
+                seconds[name] += side.ask({"steps": 1})["seconds"]
+        for name, side in sides.items():
+            row[name] |= {"seconds": seconds[name]} | side.ask({"memory": True})
+    finally:
+        for side in sides.values():
+            side.close()
+    return row
+
+
+class Side:
+    """A process that measures one side of a case when it is told to."""
+
+    def __init__(self, command: list[str], case: Case):
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.send(dataclasses.asdict(case))
+
+    def send(self, message: dict):
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(message) + "\n")
+        self.process.stdin.flush()
+
+    def ask(self, message: dict) -> dict:
+        self.send(message)
+        assert self.process.stdout is not None
+        while line := self.process.stdout.readline():
+            if line.startswith("{"):
+                return json.loads(line)
+        raise SystemExit(f"the process of {self.process.args} ended")
+
+    def close(self):
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def serve(side: str, openpi: Path | None) -> None:
+    """Answers one JSON object a line."""
+    case, step = Case(**json.loads(sys.stdin.readline())), None
+    for line in sys.stdin:
+        asked = json.loads(line)
+        answer: dict[str, Any] = {}
+        try:
+            if "compile" in asked:
+                step, answer = ours(case) if side == "ours" else theirs(case, openpi)
+            elif "steps" in asked:
+                assert step is not None
+                seconds = []
+                for _ in range(asked["steps"]):
+                    then = time.perf_counter()
+                    answer["loss"] = step()
+                    seconds.append(time.perf_counter() - then)
+                answer["seconds"] = seconds
+            else:
+                answer = peak()
+        except Exception as error:  # such as a card that is too small
+            answer = {"error": str(error).splitlines()[0][:300]}
+        print(json.dumps(answer), flush=True)
+
+
+def peak() -> dict[str, float]:
+    """Most bytes in use on the device, where it says."""
+    import jax
+
+    stats = jax.devices()[0].memory_stats() or {}
+    return {"peak_bytes": stats["peak_bytes_in_use"]} if "peak_bytes_in_use" in stats else {}
+
+
+def batch_arrays(case: Case) -> dict[str, Any]:
+    """Random inputs, the same for both sides; a camera that is not there is black and masked."""
+    random, b = np.random.default_rng(0), case.batch
+    there = CAMERAS[: case.cameras]
+    images = {name: random.uniform(-1, 1, (b, 224, 224, 3)).astype(np.float32) for name in CAMERAS}
+    return {
+        "images": {name: image if name in there else np.zeros_like(image) - 1 for name, image in images.items()},
+        "image_masks": {name: np.full(b, name in there) for name in CAMERAS},
+        "state": random.standard_normal((b, 32)).astype(np.float32),
+        "prompt": random.integers(0, 512, (b, prompt_length(case))).astype(np.int32),
+        "prompt_mask": np.ones((b, prompt_length(case)), bool),
+        "actions": random.standard_normal((b, 50, 32)).astype(np.float32),
+    }
+
+
+def prompt_length(case: Case) -> int:
+    return 48 if case.variant == "pi0" else 200
+
+
+def compiled(lowered, state_bytes) -> tuple[Any, dict[str, float]]:
+    """A compiled update, and what compiling took and what it needs."""
+    then = time.perf_counter()
+    program = lowered.compile()
+    seconds = time.perf_counter() - then
+    memory = program.memory_analysis()
+    found = {"compile_seconds": seconds, "temporary_bytes": memory.temp_size_in_bytes, "state_bytes": state_bytes}
+    return program, found
+
+
+def ours(case: Case) -> tuple[Any, dict[str, float]]:
+    """Our update, and what is known of it before it runs."""
+    import jax
+    from flax.linen import meta
+
+    from pi0_jax import flops, pi0
+    from pi0_jax.batch import Batch, Observation
+    from pi0_jax.config import (
+        ExpertConfig,
+        FlowConfig,
+        MeshConfig,
+        ModelConfig,
+        PolicyConfig,
+        TrainConfig,
+        VisionConfig,
+    )
+    from pi0_jax.data.normalize import NormStats
+    from pi0_jax.data.robots import get_robot
+    from pi0_jax.training import sharding
+    from pi0_jax.training.inputs import trained_model
+    from pi0_jax.training.metrics import seconds_at_peak
+    from pi0_jax.training.program import build
+
+    size = SIZES[case.size]
+    model = ModelConfig(
+        variant=case.variant,  # pyright: ignore[reportArgumentType]
+        vision=VisionConfig(**size["vision"]),
+        language=ExpertConfig(**size["language"]),
+        action=ExpertConfig(**size["action"]),
+        vocab_size=size["vocab"],
+        prompt_length=prompt_length(case),
+        dtype=case.dtype,  # pyright: ignore[reportArgumentType]
+        remat=case.remat,  # pyright: ignore[reportArgumentType]
+        **size["stack"],
+    )
+    config = TrainConfig(
+        policy=PolicyConfig(model=model, robot=ROBOTS[case.cameras]),
+        flow=FlowConfig(samples_per_observation=case.draws, mask_padded_steps=False),
+        mesh=MeshConfig(data=1, fsdp=-1),
+        batch_size=case.batch,
+    )
+    config = with_recipe(config, case.recipe)
+    robot, mesh = get_robot(config.policy.robot), sharding.make_mesh(config.mesh)
+    entry = {"state": len(robot.state), "actions": len(robot.actions)}
+    stats = {name: NormStats(*(f(n) for f in (np.zeros, np.ones, np.zeros, np.ones))) for name, n in entry.items()}
+    program = build(config, mesh, robot, stats, np.arange(case.batch))
+    arrays = batch_arrays(case)
+    cameras = trained_model(config).cameras
+    images = {name: np.uint8((arrays["images"][name] + 1) * 127.5) for name in cameras}
+    observation = Observation(
+        images, {name: arrays["image_masks"][name] for name in cameras}, *(arrays[k] for k in Observation._fields[2:])
+    )
+    steps, dims = np.ones((case.batch, 50), bool), np.ones((case.batch, 32), bool)
+    batch = program.place(Batch(observation, arrays["actions"], steps, dims))
+    start = jax.jit(lambda key: program.start(meta.unbox(pi0.init_params(program.network, key))))
+    state = start(jax.random.key(0))
+    update, found = compiled(program.update.lower(np.uint32(0), state, batch), nbytes(state))  # pyright: ignore
+    found["flops"] = flops.training(trained_model(config), config.flow) * case.batch
+    if (ideal := seconds_at_peak(config, mesh)) is not None:
+        found["ideal_seconds"] = ideal
+    kept = [state]
+
+    def step() -> float:
+        kept[0], metrics = update(np.uint32(0), kept[0], batch)
+        return float(metrics["loss"])
+
+    return step, found
+
+
+def with_recipe(config, recipe: str):
+    """The configuration under a recipe of what is trained."""
+    if recipe == "full":
+        return config
+    from pi0_jax.config import TuneConfig
+    from pi0_jax.training.tune import with_adapters
+
+    return with_adapters(dataclasses.replace(config, tune=TuneConfig(recipe=recipe)))
+
+
+def nbytes(tree) -> int:
+    import jax
+
+    return sum(x.nbytes for x in jax.tree.leaves(tree))
+
+
+def theirs(case: Case, openpi: Path | None) -> tuple[Any, dict[str, float]]:
+    """openpi's update, from its checkout."""
+    assert openpi is not None
+    stand_in()
+    sys.path[:0] = [str(openpi / "src"), str(openpi / "scripts")]
+    import jax
+    import openpi.models.gemma as gemma
+    import openpi.models.pi0_config as pi0_config
+    import openpi.models.siglip as siglip
+    import openpi.training.optimizer as optimizers
+    import openpi.training.utils as training_utils
+    from flax import nnx
+    from openpi.models import model as models
+
+    import train
+
+    resize(gemma, siglip, SIZES[case.size])
+    model_config = pi0_config.Pi0Config(dtype=case.dtype, pi05=case.variant == "pi05")
+    transform = optimizers.create_optimizer(optimizers.AdamW(), optimizers.CosineDecaySchedule())
+    config = SimpleNamespace(trainable_filter=nnx.Param)
+
+    def start(key):
+        model = model_config.create(key)
+        params = nnx.state(model)
+        return training_utils.TrainState(
+            step=0, params=params, model_def=nnx.graphdef(model), tx=transform, opt_state=transform.init(params),
+            ema_decay=0.99, ema_params=params,
+        )  # fmt: skip
+
+    plain = models.preprocess_observation
+    models.preprocess_observation = lambda key, observation, *, train=False, **rest: plain(
+        key, observation, train=False, **rest
+    )
+    arrays = batch_arrays(case)
+    observation = models.Observation(
+        images=arrays["images"], image_masks=arrays["image_masks"], state=arrays["state"],
+        tokenized_prompt=arrays["prompt"], tokenized_prompt_mask=arrays["prompt_mask"],
+    )  # fmt: skip
+    batch = jax.device_put((observation, arrays["actions"]))
+    state = jax.jit(start)(jax.random.key(0))
+    update = jax.jit(lambda key, state, batch: train.train_step(config, key, state, batch), donate_argnums=1)
+    program, found = compiled(update.lower(jax.random.key(1), state, batch), nbytes(state))
+    kept = [state]
+
+    def step() -> float:
+        kept[0], info = program(jax.random.key(1), kept[0], batch)
+        return float(info["loss"])
+
+    return step, found
+
+
+def stand_in() -> None:
+    """Modules that openpi imports and that an update does not use; `torch.Tensor` stands in its annotations alone."""
+
+    class Anything(ModuleType):
+        def __getattr__(self, name: str):
+            if name.startswith("__"):
+                raise AttributeError(name)
+            return object
+
+    names = ["torch", "torch.nn", "torch.nn.functional", "safetensors", "wandb", "tqdm_loggable", "tqdm_loggable.auto"]
+    names += ["openpi.models_pytorch", "openpi.models_pytorch.pi0_pytorch"]
+    names += [f"openpi.training.{name}" for name in ("checkpoints", "config", "data_loader", "weight_loaders")]
+    for name in names:
+        module = Anything(name)
+        module.__path__ = []  # a package, so that what is inside can be imported
+        sys.modules[name] = module
+        parent, _, child = name.rpartition(".")
+        if parent in sys.modules:
+            setattr(sys.modules[parent], child, module)
+    setattr(sys.modules["torch"], "Tensor", type("Tensor", (), {}))  # noqa: B010
+
+
+def resize(gemma, siglip, size: dict[str, Any]) -> None:
+    """Replaces the sizes of openpi's released models."""
+    sizes = {"gemma_2b": size["language"], "gemma_300m": size["action"]}
+    gemma.get_config = lambda variant: gemma.Config(**sizes[variant], **size["stack"])
+    gemma.PALIGEMMA_VOCAB_SIZE = size["vocab"]
+    module = siglip.Module
+    siglip.Module = lambda num_classes, variant, **rest: module(
+        num_classes, patch_size=(14, 14), **size["vision"], **rest
+    )
+
+
+def table(rows: list[dict]) -> str:
+    """The rows as Markdown; ratios are openpi's over ours."""
+    titles = ["case", "ours s", "openpi s", "ratio of medians (quartiles of pairs)", "ratio of least"]
+    titles += ["temporaries MB, ours / openpi", "compile s, ours / openpi", "samples/s", "MFU", "peak GB"]
+    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    for row in rows:
+        a, b = row["ours"], row.get("openpi", {})
+        if "error" in a or "error" in b:
+            lines.append(f"| {row['name']} | {a.get('error', '')} | {b.get('error', '')} |")
+            continue
+        cells = [row["name"], f"{statistics.median(a['seconds']):.3f}", "", "", ""]
+        memory, seconds = f"{a['temporary_bytes'] / 1e6:.0f}", f"{a['compile_seconds']:.1f}"
+        if b:
+            pairs = sorted(y / x for x, y in zip(a["seconds"], b["seconds"], strict=True))
+            low, _, high = statistics.quantiles(pairs, n=4)
+            middle = statistics.median(b["seconds"]) / statistics.median(a["seconds"])
+            cells[2:] = [f"{statistics.median(b['seconds']):.3f}", f"{middle:.2f} ({low:.2f} to {high:.2f})"]
+            cells.append(f"{min(b['seconds']) / min(a['seconds']):.2f}")
+            memory += f" / {b['temporary_bytes'] / 1e6:.0f}"
+            seconds += f" / {b['compile_seconds']:.1f}"
+        middle = statistics.median(a["seconds"])
+        cells += [memory, seconds, f"{row['case']['batch'] / middle:.2f}"]
+        cells.append(f"{a['ideal_seconds'] / middle:.3f}" if "ideal_seconds" in a else "")
+        cells.append(f"{a['peak_bytes'] / 1e9:.2f}" if "peak_bytes" in a else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Compiled programs: kept from run to run, and watched, since a run should compile none of them twice."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax import monitoring
+from jax.experimental.compilation_cache import compilation_cache
+
+_COMPILED = "/jax/core/compile/backend_compile_duration"
+_FOUND = "/jax/compilation_cache/cache_hits"
+_log = logging.getLogger(__name__)
+
+
+def keep_programs(folder: str | None) -> None:
+    """Makes JAX keep compiled programs in a folder, so that another run of the same programs starts sooner.
+
+    Where JAX was told already, by JAX_COMPILATION_CACHE_DIR or JAX_ENABLE_COMPILATION_CACHE, that stays.
+
+    Args:
+        folder: where; "default" is `compiled` in PI0_CACHE, or in ~/.cache/pi0_jax. None: programs are not kept.
+    """
+    if folder is None:
+        return
+    if folder == "default":
+        folder = os.path.join(os.environ.get("PI0_CACHE", "~/.cache/pi0_jax"), "compiled")
+    wanted = str(Path(folder).expanduser().absolute())
+    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
+        jax.config.update("jax_compilation_cache_dir", wanted)
+        compilation_cache.reset_cache()  # what was compiled before the folder was known settled that there is none
+
+
+class Watch:
+    """Counts what is compiled, and says why where a program is compiled again.
+
+    Counting begins with the block that it is the context of.
+    """
+
+    def __init__(self):
+        self.programs = self.found = 0
+        """Programs that were compiled, and how many of them were found in the folder of `keep_programs`."""
+        self.seconds = 0.0
+        """That compiling took."""
+        self.again = 0
+        """Calls that compiled a program which had been compiled before."""
+        self._seen: dict[str, dict[str, str]] = {}
+
+    def __enter__(self) -> Watch:
+        monitoring.register_event_duration_secs_listener(self._compiled)
+        monitoring.register_event_listener(self._event)
+        return self
+
+    def __exit__(self, *_):
+        monitoring.unregister_event_duration_listener(self._compiled)
+        monitoring.unregister_event_listener(self._event)
+
+    def _compiled(self, event: str, duration_secs: float, **_):
+        if event == _COMPILED:
+            self.programs, self.seconds = self.programs + 1, self.seconds + duration_secs
+
+    def _event(self, event: str, **_):
+        self.found += event == _FOUND
+
+    def call(self, name: str, function: Callable, *args: Any) -> Any:
+        """Calls a compiled function; a second program of the same name is a warning."""
+        before = self.programs
+        result = function(*args)
+        if self.programs > before:
+            self._note(name, _signature(args))
+        return result
+
+    def _note(self, name: str, now: dict[str, str]):
+        then = self._seen.get(name)
+        if then is not None:
+            self.again += 1
+            changes = [f"{key} was {then.get(key)} and is {now.get(key)}" for key in now if then.get(key) != now[key]]
+            why = "; ".join(changes[:5]) or "its arguments have the same shapes, types and places"
+            _log.warning("the %s was compiled again: %s%s", name, why, " ..." if changes[5:] else "")
+        self._seen[name] = now
+
+    def summary(self) -> str:
+        """What was compiled, in words."""
+        kept = f", {self.found} of them found compiled" if self.found else ""
+        again = f"; {self.again} AGAIN" if self.again else "; none twice"
+        return f"compiled {self.programs} programs in {self.seconds:.1f} s{kept}{again}"
+
+
+def _signature(args) -> dict[str, str]:
+    """By path: type, shape and place of every array."""
+
+    def kind(x) -> str:
+        place = getattr(getattr(x, "sharding", None), "spec", "")
+        return f"{getattr(x, 'dtype', type(x).__name__)}{list(getattr(x, 'shape', ()))} {place}".strip()
+
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): kind(x) for path, x in jax.tree.leaves_with_path(args)
+    }

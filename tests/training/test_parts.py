@@ -1,0 +1,129 @@
+"""A batch in parts gives the update of the whole batch; an update that is not finite changes nothing."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+from flax.linen import meta
+
+from pi0_jax import pi0
+from pi0_jax.config import FlowConfig, MeshConfig
+from pi0_jax.model.heads import make_network
+from pi0_jax.training import sharding
+from pi0_jax.training.guard import Diverged, Guard, skipped_before
+from pi0_jax.training.step import in_parts, value_and_gradient
+from tests.conftest import tiny_config
+from tests.training.common import harness, random_batch
+
+FSDP = {"mesh": MeshConfig(data=2, fsdp=4), "devices": 8}
+MANY = FlowConfig(samples_per_observation=2, drop_prompt=0.3, drop_both=0.3, mask_padded_dims=True)
+COUPLED = FlowConfig(samples_per_observation=2, coupling="sinkhorn", drop_images=0.5)
+
+
+@pytest.mark.parametrize(
+    ("flow", "changes"),
+    [
+        (MANY, {"max_delay": 3}),
+        (COUPLED, {"head": "compact"}),
+        (FlowConfig(), {"head": "compact", "prediction": "average_velocity"}),
+        (FlowConfig(), {"prediction": "bins"}),
+    ],
+    ids=["masks, drops and delays", "coupling", "shortcuts", "bins"],
+)
+def test_the_parts_of_a_batch_add_up_to_its_loss_and_gradient(flow, changes):
+    config = tiny_config("pi0", cameras=(), **changes)
+    network, batch, random = make_network(config), random_batch(config, 16), np.random.default_rng(0)
+    shapes = meta.unbox(jax.eval_shape(functools.partial(pi0.init_params, network), jax.random.key(0)))
+    params = jax.tree.map(lambda x: 0.2 * random.standard_normal(x.shape, np.float32), shapes)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def in_parts_of(parts: int):
+        examples, total = pi0.draw(config, batch, jax.random.key(1), flow)
+        return value_and_gradient(
+            lambda params, some: pi0.error(network, params, some, total, flow, parts=parts), params, examples, parts
+        )
+
+    (value, gradient), (other, added) = in_parts_of(1), in_parts_of(4)
+    assert value == pytest.approx(float(pi0.loss(network, params, batch, jax.random.key(1), flow)[0]), rel=1e-5)
+    assert other == pytest.approx(float(value), rel=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5), gradient, added)
+    # The test would notice parts that divide by what counts in themselves.
+    counts = np.asarray(in_parts(batch.step_mask, 4)).sum((1, 2))
+    assert len(set(counts)) > 1
+
+
+def test_parts_on_eight_devices_give_the_weights_of_one_device_and_hold_a_share_of_the_sum():
+    config = tiny_config("pi0", cameras=("top",))
+    batches = [random_batch(config, 16, seed) for seed in range(3)]
+    one, eight = harness(config), harness(config, **FSDP, parts=2)
+    (state, single), (divided, rows) = one.run(one.start(), batches), eight.run(eight.start(), batches)
+    for a, b in zip(single, rows, strict=True):
+        np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)
+        np.testing.assert_allclose(a["grad_norm"], b["grad_norm"], rtol=1e-4)
+    for a, b in zip(jax.tree.leaves(state.weights), jax.tree.leaves(divided.weights), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-4)
+    program = eight.update.lower(eight.start(), eight.place(batches[0])).compile().as_text()
+    carried = [line for line in program.splitlines() if re.search(r" while\(", line)]
+    assert any("f32[2,2,6,48]" in line for line in carried)  # feed-forward of the language expert, its embed axis by 4
+    assert not any("f32[2,2,24,48]" in line for line in carried)
+
+
+def test_a_batch_that_does_not_divide_into_parts_on_all_devices_is_refused_with_a_way_out():
+    mesh = sharding.make_mesh(MeshConfig())
+    sharding.batch_sharding(mesh, 32, 4)
+    with pytest.raises(
+        ValueError, match=r"32 does not divide over 8 devices, each in 3 parts.*--batch-size 24.*--parts"
+    ):
+        sharding.batch_sharding(mesh, 32, 3)
+
+
+@pytest.mark.parametrize("where", [{}, FSDP | {"parts": 2}], ids=["one device", "fsdp"])
+def test_an_update_that_is_not_finite_leaves_weights_optimizer_and_average_as_they_were(where):
+    config = tiny_config("pi0", cameras=("top",))
+    tiny, good = harness(config, **where), random_batch(config, 16)
+    bad = good._replace(actions=good.actions.copy(), step_mask=np.ones_like(good.step_mask))
+    bad.actions[3, 1, 0] = np.nan  # one number of one example, on one device
+    state, _ = tiny.run(tiny.start(), [good])
+    before = jax.tree.map(np.array, state)
+    state, (row,) = tiny.run(state, [bad])
+    assert row["skipped"] == 1
+    assert np.isnan(row["loss"])
+    assert np.isfinite(row["param_norm"])
+    assert int(state.step) == 2
+    jax.tree.map(np.testing.assert_array_equal, before._replace(step=0), jax.tree.map(np.array, state)._replace(step=0))
+    state, (row,) = tiny.run(state, [good])
+    assert row["skipped"] == 0
+    assert any(
+        not np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (before.params, state.params)), strict=True)
+    )
+
+
+def test_skipped_updates_are_counted_in_a_row_and_in_all_and_end_the_run(caplog):
+    good, bad = ({"loss": x, "grad_norm": x, "param_norm": 1.0} for x in (1.0, float("nan")))
+    guard = Guard(2, 4)
+    for step, values in enumerate([bad, bad, good, bad, bad], 1):
+        guard.see(step, values)
+    assert "loss is nan at step 5: the update was skipped, the 2. in a row and the 4. in all" in caplog.text
+    with pytest.raises(Diverged, match="loss is nan at step 6, after 2 updates in a row and 4 in all were skipped"):
+        guard.see(6, bad)
+    guard = Guard(9, 4, before=(0, 4))
+    guard.see(7, good)
+    with pytest.raises(Diverged, match="step 8, after 0 updates in a row and 4 in all"):
+        guard.see(8, bad)
+    with pytest.raises(Diverged, match="param_norm is inf"):
+        Guard(9, 9).see(1, good | {"param_norm": float("inf")})
+
+
+def test_a_resumed_run_knows_what_was_skipped_before(tmp_path):
+    rows = tmp_path / "metrics.jsonl"
+    assert skipped_before(rows, 5) == (0, 0)
+    skipped = [1, 0, 1, 1, 1]
+    lines = [json.dumps({"step": step, "loss": float("nan"), "skipped": float(s)}) for step, s in enumerate(skipped, 1)]
+    rows.write_text("\n".join([*lines[:4], '{"step": 4, "validation_loss": 1.0}', lines[4], '{"ste']))
+    assert skipped_before(rows, 4) == (2, 3)
+    assert skipped_before(rows, 2) == (0, 1)
