@@ -18,7 +18,7 @@ base = runpy.run_path(str(Path(__file__).with_name("tabletop.py")))["config"]
 config = dataclasses.replace(
     base,
     flow=dataclasses.replace(base.flow, mean_steps=0),
-    optim=dataclasses.replace(base.optim, peak_lr=1e-3, end_lr=1e-5, warmup_steps=50, ema_decay=0.99),
+    optim=dataclasses.replace(base.optim, peak_lr=1e-3, end_lr=1e-5, warmup_steps=40, ema_decay=0.99),
     tune=TuneConfig(lora_ranks=(8, 8)),
     data=dataclasses.replace(
         base.data,
@@ -29,5 +29,5 @@ config = dataclasses.replace(
     ),
     init_from="runs/tabletop",
     run_dir="runs/centre",
-    num_steps=600,
+    num_steps=400,
 )

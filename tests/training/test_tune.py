@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import runpy
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -179,3 +181,27 @@ def test_random_weights_are_not_frozen(config, tmp_path):
         run(dataclasses.replace(fresh, init_from=None))
     with pytest.raises(ValueError, match="would stay random"):
         run(dataclasses.replace(fresh, init_parts=("backbone",)))
+
+
+@pytest.mark.parametrize(
+    ("tune", "optim", "bytes_each"),
+    [
+        ("full", "adamw", (4, 8, 4, 0)),
+        ("full", "adamw, bfloat16 moment and average", (4, 6, 2, 0)),
+        ("full", "adamw_8bit, no average", (4, 2.036, 0, 0)),
+        ("full", "adafactor, no moment, bfloat16 average", (4, 0.182, 2, 0)),
+        ("vision_frozen", "adamw", (4, 8, 4, 2)),
+    ],
+)
+def test_bytes_a_parameter_at_full_size(tune, optim, bytes_each):
+    measured = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "memory.py"))
+    config = TrainConfig(
+        policy=PolicyConfig(model=PI0), tune=measured["TUNES"][tune], optim=measured["OPTIMIZERS"][optim]
+    )
+    found = measured["measure"](config)
+    learned, frozen = found["trained"] // 4, found["frozen"] // 2
+    assert learned + frozen == sum(x.size for x in jax.tree.leaves(weights_of(PI0)))
+    for name, count, each in zip(
+        ("trained", "optimizer", "average", "frozen"), (*[learned] * 3, frozen), bytes_each, strict=True
+    ):
+        assert found[name] == pytest.approx(each * count, rel=1e-3, abs=16), name
