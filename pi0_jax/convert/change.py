@@ -133,7 +133,7 @@ def _merged(name: str, w: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
             return np.stack([read(j) for j in range(w.shape[0])])
         return lora.merge(name, w.read(i), a.read(i), b.read(i), scale)
 
-    return w._replace(read=read)
+    return w._replace(read=read, dtype=np.result_type(w.dtype, a.dtype, b.dtype))
 
 
 def _padded(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -15,6 +15,7 @@ from flax.linen import meta
 
 from pi0_jax import checkpoint, pi0
 from pi0_jax.config import PI0, DataConfig, MeshConfig, ModelConfig, OptimConfig, PolicyConfig, TrainConfig, TuneConfig
+from pi0_jax.convert.run import convert
 from pi0_jax.inference.policy import Policy
 from pi0_jax.model.heads import make_network
 from pi0_jax.training import plan as planning
@@ -147,6 +148,9 @@ def test_frozen_weights_are_the_checkpoints_rounded_once_under_fsdp_and_after_re
     policy = Policy.load(last)
     images = {name: np.zeros((48, 48, 3), np.uint8) for name in ("top", "tool")}
     assert np.isfinite(policy.infer({"images": images, "state": np.zeros(6), "prompt": "reach the puck"})).all()
+    for target in ("openpi", "lerobot"):
+        record = convert(last, tmp_path / target, target, merge_lora=True, verify_with="ours", tolerance=1e-5)
+        assert record["actions"]["agree"], target
 
 
 def test_a_state_has_no_optimizer_state_and_no_average_of_what_is_frozen(config):
