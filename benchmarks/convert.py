@@ -4,7 +4,7 @@
 
 The source is random bfloat16 weights, 6.5 GB, in an Orbax folder whose arrays are each one chunk, as openpi's training
 on one host writes them. Peak memory is the largest resident set of the converting process, less that of one that only
-imports the package.
+imports the package; CPU seconds are of all its threads.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ import ml_dtypes
 import numpy as np
 
 from pi0_jax.config import PI0, PolicyConfig
-from pi0_jax.convert.formats import Weights, foreign_tensors
+from pi0_jax.convert.formats import Weights
 from pi0_jax.convert.leaves import leaves, shape_of, sizes
 from pi0_jax.convert.tensors import Tensor, write_orbax
+from pi0_jax.convert.write import foreign_tensors
 
 
 def main() -> None:
@@ -48,7 +49,7 @@ def main() -> None:
     if writer.exitcode:
         raise SystemExit("writing the source failed")
     largest = max(tensor.nbytes for tensor in random_weights(model).tensors.values())
-    baseline, _ = run(["-c", "import pi0_jax.convert.commands, tensorstore"])
+    baseline, *_ = run(["-c", "import pi0_jax.convert.commands, tensorstore"])
     for source, target, to in (
         ("openpi", "lerobot", "lerobot"),
         ("lerobot", "ours", "pi0"),
@@ -56,11 +57,12 @@ def main() -> None:
     ):
         cli = ["-c", "import sys; from pi0_jax.cli import main; sys.exit(main())"]
         command = [*cli, "convert", str(arguments.folder / source), str(arguments.folder / target)]
-        peak, seconds = run([*command, "--to", to, "--horizon", "50"])
+        peak, seconds, cpu = run([*command, "--to", to, "--horizon", "50"])
         record = json.loads((arguments.folder / target / "conversion.json").read_text())
         result = {
             "conversion": f"{source} -> {to}",
             "seconds": round(seconds, 1),
+            "cpu_seconds": round(cpu, 1),
             "peak_above_import_GB": round((peak - baseline) / 1e9, 2),
             "of_largest_tensor": round((peak - baseline) / largest, 2),
             "largest_tensor_GB": round(largest / 1e9, 2),
@@ -71,14 +73,15 @@ def main() -> None:
     shutil.rmtree(arguments.folder)
 
 
-def run(command: list[str]) -> tuple[int, float]:
-    """Peak resident bytes of a Python process, and its seconds."""
+def run(command: list[str]) -> tuple[int, float, float]:
+    """Peak resident bytes of a Python process, its seconds, and its CPU's."""
     started = time.monotonic()
     process = subprocess.Popen([sys.executable, *command], env={**os.environ, "JAX_PLATFORMS": "cpu"})
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"{command} failed")
-    return usage.ru_maxrss * (1024 if sys.platform != "darwin" else 1), time.monotonic() - started
+    peak = usage.ru_maxrss * (1024 if sys.platform != "darwin" else 1)
+    return peak, time.monotonic() - started, usage.ru_utime + usage.ru_stime
 
 
 def random_weights(model) -> Weights:

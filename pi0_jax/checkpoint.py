@@ -236,12 +236,13 @@ class CheckpointWriter:
             (folder / DIGESTS).write_bytes(_to_json(content))
 
 
-def verify(step: str | Path, part: tuple[int, int] = (0, 1)) -> None:
+def verify(step: str | Path, part: tuple[int, int] = (0, 1), only: tuple[str, ...] = ()) -> None:
     """Reads the files of a checkpoint and compares them with what was written.
 
     Args:
         step: a step folder.
         part: (i, n) reads the i-th of n parts of the files, so that n processes share the work.
+        only: folders of the step to read; empty: all of them.
 
     Raises:
         CheckpointError: a file is missing or has changed; the message names it, and the checkpoint before this one.
@@ -255,6 +256,8 @@ def verify(step: str | Path, part: tuple[int, int] = (0, 1)) -> None:
     index, count = part
     for name, (size, digest) in list(_read_json(folder / DIGESTS).items())[index::count]:
         path = folder / name
+        if only and name.partition("/")[0] not in only:
+            continue
         if not path.is_file():
             raise CheckpointError(f"{folder} is damaged: {path} is missing. {_before(folder)}")
         if path.stat().st_size != size or _digest(path) != (size, digest):

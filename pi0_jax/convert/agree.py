@@ -16,13 +16,14 @@ from flax.traverse_util import unflatten_dict
 
 from pi0_jax.batch import Observation
 from pi0_jax.config import ModelConfig
-from pi0_jax.convert.formats import Format, Weights
+from pi0_jax.convert.files import Format
+from pi0_jax.convert.formats import Weights
 from pi0_jax.model.heads import Network, make_network
 from pi0_jax.model.siglip import Block
 from pi0_jax.model.velocity import Prefix, VelocityNetwork
 from pi0_jax.pi0 import sample_actions
 
-Framework = Literal["ours", "lerobot"]
+Framework = Literal["ours", "lerobot", "openpi-torch"]
 STEPS = 10
 _SEED = 0
 
@@ -52,12 +53,13 @@ def check_comparable(source: Weights, result: Weights, to: Format, framework: Fr
         raise ValueError("--verify-with cannot compare actions across another --horizon, or with fewer cameras.")
     if after.prompt_length < before.prompt_length:
         raise ValueError("--verify-with cannot compare actions with a shorter --prompt-length.")
-    if framework == "lerobot":
-        if "lerobot" not in (source.format, to):
-            raise ValueError(f"--verify-with lerobot needs a LeRobot folder; this goes from {source.format} to {to}.")
-        from pi0_jax.convert import lerobot_policy
-
-        lerobot_policy.check_installed()
+    if framework != "ours":
+        if framework not in (source.format, to):
+            raise ValueError(
+                f"--verify-with {framework} needs a {framework} folder on one side; this goes from {source.format} to "
+                f"{to}."
+            )
+        _foreign(framework).check_installed()
 
 
 def agreement(source: Weights, result: Weights, framework: Framework, tolerance: float) -> dict[str, Any]:
@@ -65,7 +67,8 @@ def agreement(source: Weights, result: Weights, framework: Framework, tolerance:
 
     Args:
         source, result: of a conversion.
-        framework: "lerobot" runs LeRobot's folders in LeRobot; everything else runs here.
+        framework: "lerobot" and "openpi-torch" run their own folders in that framework; everything else runs here, with
+            the framework's flow times.
         tolerance: largest difference of normalised actions that counts as agreement.
 
     Returns:
@@ -73,8 +76,8 @@ def agreement(source: Weights, result: Weights, framework: Framework, tolerance:
     """
     before, after = source.policy.model, result.policy.model
     inputs = example(before)
-    a = _run(source, inputs, framework)
-    b = _run(result, widened(inputs, before, after), framework)
+    a = run(source, inputs, framework)
+    b = run(result, widened(inputs, before, after), framework)
     difference = float(np.max(np.abs(a.actions - b.actions[..., : before.action_dim])))
     agree = bool(difference <= tolerance)  # not so where it is nan
     return {
@@ -134,8 +137,13 @@ def widened(inputs: Inputs, before: ModelConfig, after: ModelConfig) -> Inputs:
     return found
 
 
-def run_ours(weights: Weights, inputs: Inputs) -> Trace:
-    """Runs a checkpoint of any format in our network."""
+def run_ours(weights: Weights, inputs: Inputs, times: tuple[float, ...] | None = None) -> Trace:
+    """Runs a checkpoint of any format in our network.
+
+    Args:
+        weights, inputs: what to run on what.
+        times: of the equal steps, embedded in double precision, as the PyTorch implementations do; None: as ours does.
+    """
     model = dataclasses.replace(weights.policy.model, dtype="float32", remat="none")
     params = unflatten_dict(
         {path: jnp.asarray(tensor.read(None), jnp.float32) for path, tensor in weights.tensors.items()}, sep="/"
@@ -149,9 +157,10 @@ def run_ours(weights: Weights, inputs: Inputs) -> Trace:
     )
     noise = jnp.asarray(inputs["noise"])
     with jax.default_matmul_precision("highest"):
-        network = make_network(model)
+        network = make_network(model) if times is None else DoubleTime(model)
         found = jax.device_get(_stages(network, params, observation, noise))
-        actions = np.asarray(_sample(network, params, observation, noise))
+        grid = None if times is None else jnp.asarray(times, jnp.float32)
+        actions = np.asarray(_sample(network, params, observation, noise, grid))
     cameras = np.array([inputs[f"image_masks/{i}"] for i in range(len(model.cameras))]).reshape(-1)
     return Trace(actions, valid_stages(found, cameras))
 
@@ -172,20 +181,54 @@ def valid_stages(found: dict[str, Any], cameras: np.ndarray) -> dict[str, np.nda
     return stages | {names[key]: found[key] for key in names if key in found}
 
 
-def _run(weights: Weights, inputs: Inputs, framework: Framework) -> Trace:
-    if framework == "lerobot" and weights.format == "lerobot":
-        from pi0_jax.convert import lerobot_policy
+class DoubleTime(VelocityNetwork):
+    """Our network with the flow time embedded in double precision, as in the PyTorch implementations.
 
-        actions, found = lerobot_policy.run(weights.path, weights.policy.model, inputs, STEPS)
-        cameras = np.array([inputs[f"image_masks/{i}"] for i in range(len(weights.policy.model.cameras))]).reshape(-1)
+    openpi's JAX, and so ours, does it in single precision, where the shortest period turns a rounding of the frequency
+    into 1e-4 of the embedding: with steep weights that is most of what the actions differ by.
+    """
+
+    def embed_time(self, time):
+        width = self.config.action.width
+        period = 4e-3 * 1000.0 ** np.linspace(0.0, 1.0, width // 2)
+
+        def embed(time) -> np.ndarray:
+            angle = np.asarray(time, np.float64)[..., None] * (2 * np.pi / period)
+            return np.concatenate([np.sin(angle), np.cos(angle)], axis=-1).astype(np.float32)
+
+        return jax.pure_callback(embed, jax.ShapeDtypeStruct((*time.shape, width), jnp.float32), time)
+
+
+def _foreign(framework: Framework):
+    """The module that runs a folder in another framework."""
+    from pi0_jax.convert import lerobot_policy, openpi_policy
+
+    return {"lerobot": lerobot_policy, "openpi-torch": openpi_policy}[framework]
+
+
+def run(weights: Weights, inputs: Inputs, framework: Framework) -> Trace:
+    """Runs a checkpoint in a framework, if it is of its format; else in our network, at the framework's flow times."""
+    model = weights.policy.model
+    if framework == weights.format:
+        actions, found = _foreign(framework).run(weights.path, model, inputs, STEPS)
+        cameras = np.array([inputs[f"image_masks/{i}"] for i in range(len(model.cameras))]).reshape(-1)
         return Trace(actions, valid_stages(found, cameras))
-    return run_ours(weights, inputs)
+    return run_ours(weights, inputs, None if framework == "ours" else _foreign(framework).times(STEPS))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _sample(network: Network, params, observation: Observation, noise):
-    solver = "ddim" if network.config.prediction in ("epsilon", "v") else "euler"
-    return sample_actions(network, params, observation, noise, num_steps=STEPS, solver=solver)
+def _sample(network: Network, params, observation: Observation, noise, times=None):
+    if times is None:
+        solver = "ddim" if network.config.prediction in ("epsilon", "v") else "euler"
+        return sample_actions(network, params, observation, noise, num_steps=STEPS, solver=solver)
+    variables: Any = {"params": params}
+    prefix = network.apply(variables, observation, method="prefill")
+
+    def step(x, time):
+        velocity = network.apply(variables, prefix, x, jnp.broadcast_to(time, len(x)), method="velocity")
+        return x + jnp.float32(-1 / STEPS) * velocity, None
+
+    return jax.lax.scan(step, noise, times)[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -14,7 +14,7 @@ import numpy as np
 from pi0_jax.config import ModelConfig
 from pi0_jax.convert.formats import Choices, Weights
 from pi0_jax.convert.leaves import is_velocity_expert, leaves, shape_of, sizes
-from pi0_jax.convert.tensors import Tensor, Tensors, in_memory
+from pi0_jax.convert.tensors import Index, Tensor, Tensors, entry_by_entry, in_memory
 from pi0_jax.model import lora
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -128,12 +128,8 @@ def _with_model(weights: Weights, model: ModelConfig, tensors: Tensors) -> Weigh
 
 
 def _merged(name: str, w: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    def read(i: int | None) -> np.ndarray:
-        if i is None:
-            return np.stack([read(j) for j in range(w.shape[0])])
-        return lora.merge(name, w.read(i), a.read(i), b.read(i), scale)
-
-    return w._replace(read=read, dtype=np.result_type(w.dtype, a.dtype, b.dtype))
+    dtype = np.result_type(w.dtype, a.dtype, b.dtype)
+    return entry_by_entry(w.shape, dtype, lambda i: lora.merge(name, w.read(i), a.read(i), b.read(i), scale))
 
 
 def _padded(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -142,7 +138,7 @@ def _padded(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
         return tensor
     widths = [(0, new - old) for new, old in zip(shape, tensor.shape, strict=True)]
 
-    def read(i: int | None) -> np.ndarray:
+    def read(i: Index) -> np.ndarray:
         array = np.pad(tensor.read(None), widths)
         return array if i is None else array[i]
 

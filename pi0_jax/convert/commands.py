@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from pi0_jax.config import ExpertConfig, ModelConfig
+from pi0_jax.convert.agree import Framework
 from pi0_jax.convert.describe import describe, differences, text
 from pi0_jax.convert.formats import Choices, open_checkpoint
 from pi0_jax.convert.run import convert as run
@@ -20,18 +21,49 @@ DEFAULT = Choices()
 Offline = Annotated[bool, tyro.conf.arg(help="Open no connection: gs://, s3:// and hf:// have to be in the cache.")]
 
 
+def _path(metavar: str, text: str):
+    return tyro.conf.arg(metavar=metavar, help=text)
+
+
+@dataclasses.dataclass(frozen=True)
+class Heads:
+    """What looking at a checkpoint has to be told where its tensors leave it open; the error asks for it."""
+
+    num_heads: int | None = None
+    """Query heads of the experts (PyTorch, of other sizes than the released ones)."""
+    num_kv_heads: int | None = None
+    """Key/value heads of the experts (likewise)."""
+    vision_heads: int | None = None
+    """Attention heads of the image encoder (likewise)."""
+    asset_id: str | None = None
+    """Which of several norm_stats.json under openpi's assets/."""
+
+
+HEADS = Heads()
+Told = Annotated[Heads, tyro.conf.arg(name="")]
+
+
 @dataclasses.dataclass(frozen=True)
 class Convert:
     """Converts a checkpoint to another format and compares the result with the source, bit for bit.
 
-    pi0 convert pi0_base/ pi0_base_lerobot/ --to lerobot --horizon 50
+    pi0 convert pi05_base pi05_base_ours --horizon 50              openpi's to ours
+    pi0 convert pi05_base pi05_lerobot --to lerobot --horizon 50   to a policy that LeRobot loads
+    pi0 convert runs/mine mine_openpi --to openpi                  the newest checkpoint of a run, for openpi
+    pi0 convert pt_224.npz paligemma_pi0                           PaliGemma with a fresh action expert
+    pi0 convert runs/mine wide --action-dim 64                     the same policy with room for another robot
+
+    Nothing appears under TARGET before it is whole and checked. conversion.json in it says what was converted and how
+    it was checked. `pi0 inspect SOURCE` shows what a checkpoint is; docs/checkpoints.md has formats and differences.
     """
 
-    source: tyro.conf.Positional[str]
-    """Checkpoint of any format: a folder, a .safetensors, or an .npz of big_vision's; or a gs://, s3:// or hf:// URL
-    of one."""
-    target: tyro.conf.Positional[str]
-    """Folder to write."""
+    source: Annotated[
+        tyro.conf.Positional[str],
+        _path(
+            "SOURCE", "Folder of any format, a run, a .safetensors, big_vision's .npz; or a gs://, s3://, hf:// URL."
+        ),
+    ]
+    target: Annotated[tyro.conf.Positional[str], _path("TARGET", "Folder to write.")]
     to: Literal["pi0", "openpi", "openpi-torch", "lerobot"] = "pi0"
     """Format to write; pi0 is ours."""
     choices: Choice = DEFAULT
@@ -44,14 +76,15 @@ class Convert:
     action_mlp: int = 4096
     """Width of its feed-forward."""
     verify: bool = True
-    """Read the result back and compare every tensor."""
-    verify_with: Literal["ours", "lerobot"] | None = None
-    """Also run source and result on the same observation and noise and compare their actions: in our network, or
-    LeRobot's folders in LeRobot, if it is installed."""
+    """Read the result back and compare every tensor; and the source with what is on record about it."""
+    edited: bool = False
+    """The source was changed on purpose since it was written: do not compare it with the hashes in it."""
+    verify_with: Framework | None = None
+    """Also run source and result on the same input and compare actions: in ours, or in that framework itself."""
     tolerance: float = 1e-4
-    """Largest difference of the actions; beyond it the first layer that differs is named, and the exit code is 1."""
+    """Largest difference of actions. Beyond it the first layer that differs is named, and the exit code is 1."""
     overwrite: bool = False
-    """Replace the target if it is there."""
+    """Replace the checkpoint at TARGET."""
     offline: Offline = False
 
 
@@ -59,12 +92,14 @@ class Convert:
 class Inspect:
     """Says what a checkpoint is: family, sizes, parameters by part, dtypes, statistics, adapters.
 
-    pi0 inspect pi0_base/
+    pi0 inspect pi05_base
+    pi0 inspect gs://openpi-assets/checkpoints/pi05_base --json
+
+    Numbers are not read, so it takes as long for a large one as for a small one.
     """
 
-    path: tyro.conf.Positional[str]
-    """Checkpoint of any format."""
-    choices: Choice = DEFAULT
+    path: Annotated[tyro.conf.Positional[str], _path("PATH", "Checkpoint of any format, or a URL of one.")]
+    told: Told = HEADS
     json: bool = False
     """Print a JSON object."""
     offline: Offline = False
@@ -72,14 +107,18 @@ class Inspect:
 
 @dataclasses.dataclass(frozen=True)
 class Diff:
-    """Compares two checkpoints of any formats, leaf by leaf. Exits with 1 where they differ.
+    """Compares two checkpoints of any formats: policy, statistics, tokenizer, and every leaf by its largest difference.
 
     pi0 diff runs/a runs/b
+    pi0 diff pi05_base pi05_lerobot
+
+    The exit code is 1 where they differ. What one of them does not store, such as the horizon in openpi's, is no
+    difference.
     """
 
-    first: tyro.conf.Positional[str]
-    second: tyro.conf.Positional[str]
-    choices: Choice = DEFAULT
+    first: Annotated[tyro.conf.Positional[str], _path("FIRST", "Checkpoint of any format, or a URL of one.")]
+    second: Annotated[tyro.conf.Positional[str], _path("SECOND", "Another one.")]
+    told: Told = HEADS
     offline: Offline = False
 
 
@@ -98,6 +137,7 @@ def convert(arguments: Convert) -> None:
         merge_lora=arguments.merge_lora,
         model=ModelConfig(action=ExpertConfig(arguments.action_width, arguments.action_mlp)),
         verify=arguments.verify,
+        edited=arguments.edited,
         verify_with=arguments.verify_with,
         tolerance=arguments.tolerance,
         overwrite=arguments.overwrite,
@@ -109,19 +149,20 @@ def convert(arguments: Convert) -> None:
     if (actions := record["actions"]) is not None:
         if not actions["agree"]:
             raise Differ(f"{arguments.target} is written, but {disagreement(actions)}.")
-        by = "our network" if actions["framework"] == "ours" else "LeRobot"
-        print(f"{actions['steps']}-step actions in {by} differ by at most {actions['largest_difference']:.3g}")
+        by = {"ours": "our network", "lerobot": "LeRobot and ours", "openpi-torch": "openpi's PyTorch and ours"}
+        where, largest = by[actions["framework"]], actions["largest_difference"]
+        print(f"{actions['steps']}-step actions in {where} differ by at most {largest:.3g}")
 
 
 def inspect(arguments: Inspect) -> None:
     """Runs `pi0 inspect`."""
-    content = describe(open_checkpoint(arguments.path, _any_horizon(arguments.choices), arguments.offline))
+    content = describe(open_checkpoint(arguments.path, _looking(arguments.told), arguments.offline))
     print(json.dumps(content, indent=2) if arguments.json else text(content))
 
 
 def diff(arguments: Diff) -> None:
     """Runs `pi0 diff`."""
-    choices = _any_horizon(arguments.choices)
+    choices = _looking(arguments.told)
     a, b = (open_checkpoint(path, choices, arguments.offline) for path in (arguments.first, arguments.second))
     lines = differences(a, b)
     if lines:
@@ -130,10 +171,6 @@ def diff(arguments: Diff) -> None:
     print("the same")
 
 
-def _any_horizon(choices: Choices) -> Choices:
+def _looking(told: Heads) -> Choices:
     """Looking needs no horizon and no scale of adapters; what is not stored is shown as 0 and nan."""
-    return dataclasses.replace(
-        choices,
-        horizon=0 if choices.horizon is None else choices.horizon,
-        lora_scale=math.nan if choices.lora_scale is None else choices.lora_scale,
-    )
+    return Choices(horizon=0, lora_scale=math.nan, **vars(told))

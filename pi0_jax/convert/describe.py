@@ -22,6 +22,8 @@ PARTS = {
     "backbone/layers/action": "action expert",
     "backbone/action_norm": "action expert",
 }
+_MAY_BE_UNKNOWN = ("action_horizon", "execute_steps", "lora_scale")
+"""What openpi's checkpoints do not hold; 0 or nan then."""
 _NAMES = {"pi0": "π0", "pi05": "π0.5", "pi0_fast": "backbone alone (π0-FAST, PaliGemma)"}
 
 
@@ -149,6 +151,6 @@ def _fields(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]
         y = b[name]
         if isinstance(x, dict):
             lines += _fields(x, y, f"{prefix}{name}.")
-        elif x != y:
+        elif x != y and not (name in _MAY_BE_UNKNOWN and (not x or not y or x != x or y != y)):  # 0 or nan
             lines.append(f"policy {prefix}{name}: {x} and {y}")
     return lines

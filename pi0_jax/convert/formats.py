@@ -1,4 +1,4 @@
-"""Checkpoints of every format, opened as our leaves and written from them.
+"""Checkpoints of every format, opened as our leaves.
 
     pi0           our folder: params/ and assets/
     openpi        openpi's JAX: params/ (with or without trailing `value`) and assets/<id>/norm_stats.json
@@ -14,11 +14,12 @@ error that asks for it.
 from __future__ import annotations
 
 import dataclasses
-import json
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -27,22 +28,19 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from pi0_jax import checkpoint
 from pi0_jax.config import ModelConfig, PolicyConfig, TrainConfig
 from pi0_jax.convert import lerobot, openpi, remote, torch
+from pi0_jax.convert.files import RECORD, Format, detect, read_json
 from pi0_jax.convert.leaves import Sizes, is_velocity_expert, leaves, model_of, sizes
-from pi0_jax.convert.table import Rule, bind, from_ours, infer_sizes, to_ours
+from pi0_jax.convert.table import Rule, bind, infer_sizes, to_ours
 from pi0_jax.convert.tensors import (
+    Index,
     Tensor,
     Tensors,
+    entry_by_entry,
     open_npz,
     open_orbax,
     open_safetensors,
     read_all,
-    write_orbax,
-    write_safetensors,
 )
-
-Format = Literal["pi0", "openpi", "openpi-torch", "lerobot", "big_vision"]
-RECORD = "conversion.json"
-"""Left beside converted weights: what was converted from what, and how it was checked."""
 
 _CAMERAS = {
     "pi0_fast": ("base_0_rgb", "base_1_rgb", "wrist_0_rgb"),
@@ -60,8 +58,7 @@ class Choices:
     """What a source may not say, or what shall become different. None: what the source says."""
 
     action_dim: int | None = None
-    """Width of state and action vectors in the model. Larger than the source's: new rows are zero, and old inputs give
-    the old outputs."""
+    """Width of state and action vectors. Above the source's: new rows are zero, old inputs give the old outputs."""
     horizon: int | None = None
     """Actions in a chunk."""
     cameras: tuple[str, ...] | None = None
@@ -97,39 +94,11 @@ class Weights(NamedTuple):
     tokenizer: bytes | None = None
     train: TrainConfig | None = None
     step: int | None = None
-    dropped: tuple[str, ...] = ()
+    dropped: Mapping[str, Tensor] = MappingProxyType({})
     """The source's tensors that are not needed, such as the action expert's unused head."""
     warnings: tuple[str, ...] = ()
-
-
-def detect(path: Path) -> tuple[Format, Path]:
-    """What a path holds, and the folder (or npz file) in which it is.
-
-    Raises:
-        FileNotFoundError: there is nothing.
-        ValueError: something else; the message says what it looks like.
-    """
-    if path.suffix == ".npz" or ".npz:" in str(path):
-        return "big_vision", path
-    if path.suffix == ".safetensors" and path.is_file():
-        path = path.parent
-    if (path / "model.safetensors").is_file():
-        config = path / "config.json"
-        is_lerobot = config.is_file() and "type" in json.loads(config.read_text())
-        return ("lerobot" if is_lerobot else "openpi-torch"), path
-    if path.name == "params" and (path / "_METADATA").is_file():
-        path = path.parent
-    steps = [p for p in path.iterdir() if p.name.isdecimal() and (p / "params").is_dir()] if path.is_dir() else []
-    step = max(steps, key=lambda p: int(p.name), default=path)
-    if (step / "params" / "_METADATA").is_file() and not (step / "assets" / "config.json").is_file():
-        return "openpi", step
-    if (path / "_METADATA").is_file():
-        return "openpi", path
-    if (path / "adapter_model.safetensors").is_file():
-        raise ValueError(
-            f"{path} holds PEFT adapters without their model. Merge them in LeRobot, then convert the result."
-        )
-    return "pi0", checkpoint.resolve(path)
+    names: Mapping[str, str] = MappingProxyType({})
+    """Our path to what the source calls its tensors, `*` for the layers, where it calls them otherwise."""
 
 
 def open_checkpoint(path: str | Path, choices: Choices = Choices(), offline: bool = False) -> Weights:
@@ -155,26 +124,12 @@ def open_checkpoint(path: str | Path, choices: Choices = Choices(), offline: boo
     return weights
 
 
-def write_checkpoint(weights: Weights, folder: Path, kind: Format, asset_id: str | None = None) -> None:
-    """Writes a checkpoint into a new folder.
-
-    Raises:
-        ValueError: the format cannot hold it.
-    """
-    if kind not in _WRITE:
-        raise ValueError(f"{kind} can be read and not written; the formats to write are {', '.join(_WRITE)}.")
-    folder.mkdir(parents=True)
-    _WRITE[kind](weights, folder, asset_id or weights.policy.robot)
-    if weights.tokenizer is not None and kind != "pi0":
-        (folder / "tokenizer.model").write_bytes(weights.tokenizer)
-
-
 def finite(name: str, tensor: Tensor) -> Tensor:
     """The tensor, whose reading raises a ValueError with its name where numbers are not finite."""
     if tensor.dtype.kind not in "fV":
         raise ValueError(f"tensor {name} has dtype {tensor.dtype}; weights are floating-point numbers.")
 
-    def read(i: int | None) -> np.ndarray:
+    def read(i: Index) -> np.ndarray:
         array = tensor.read(i)
         flat = np.asarray(array).reshape(-1)
         for start in range(0, flat.size, 2**22):
@@ -207,20 +162,25 @@ def _open_openpi(folder: Path, choices: Choices) -> Weights:
     tensors = _checked(open_orbax(folder / "params" if (folder / "params").is_dir() else folder))
     guess = openpi.variant_of(tensors)
     policy = _policy(folder, choices, guess, horizon=None, default=None)
-    model, ours, rest = _claim(openpi.rules, tensors, policy.model, {}, "$^")
+    model, claimed = _claim(openpi.rules, tensors, policy.model, {}, {})
     if any(getattr(model, e).lora_attn_rank for e in ("language", "action")) and not _remembered(folder, guess.variant):
         model = _with_lora_scale(model, choices, folder)
     step = int(folder.name) if folder.name.isdecimal() else None
-    return _finish(folder, choices, Weights("openpi", folder, policy, ours, step=step, dropped=rest), model)
+    return _finish(folder, choices, Weights("openpi", folder, policy, step=step, **claimed), model)
 
 
 def _open_openpi_torch(folder: Path, choices: Choices) -> Weights:
     tensors = _checked(open_safetensors(folder / "model.safetensors"))
-    config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
+    if any(name.startswith("model.") for name in tensors):
+        raise ValueError(
+            f"the tensors of {folder} have LeRobot's names, and its config.json, which says horizon, cameras and "
+            "normalisation, is missing or does not name the policy's type; copy it too."
+        )
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     policy = _policy(folder, choices, torch.variant_of(tensors), horizon=config.get("action_horizon"), default=None)
     known = _known_heads(folder, choices, policy.model, tensors, config)
-    model, ours, rest = _claim(torch.rules, tensors, policy.model, known, torch.SPARE)
-    return _finish(folder, choices, Weights("openpi-torch", folder, policy, ours, dropped=rest), model)
+    model, claimed = _claim(torch.rules, tensors, policy.model, known, torch.SPARE)
+    return _finish(folder, choices, Weights("openpi-torch", folder, policy, **claimed), model)
 
 
 def _open_lerobot(folder: Path, choices: Choices) -> Weights:
@@ -233,16 +193,20 @@ def _open_lerobot(folder: Path, choices: Choices) -> Weights:
             f"{folder / 'config.json'} says {config.variant!r} and most tensors are of a {guess.variant!r}. LeRobot "
             "would load it and be wrong; set the right `type`."
         )
+    if not config.cameras:
+        assumed = _CAMERAS[config.variant]
+        said = f"config.json names no cameras; {', '.join(assumed)} are assumed, and --cameras says otherwise"
+        config = config._replace(cameras=assumed, warnings=(*config.warnings, said))
     policy = _policy(folder, choices, guess, horizon=config.horizon, default=config)
     known = _known_heads(folder, choices, policy.model, tensors, config.raw)
-    model, ours, rest = _claim(torch.rules, tensors, policy.model, known, torch.SPARE)
+    model, claimed = _claim(torch.rules, tensors, policy.model, known, torch.SPARE)
     if config.image_size != model.vision.image_size:
         raise ValueError(
             f"{folder / 'config.json'} resizes images to {config.image_size} px, and the position embedding is for "
             f"{model.vision.image_size} px."
         )
     stats = lerobot.read_stats(folder)
-    weights = Weights("lerobot", folder, policy, ours, stats, dropped=rest, warnings=config.warnings)
+    weights = Weights("lerobot", folder, policy, norm_stats=stats, warnings=config.warnings, **claimed)
     return _finish(folder, choices, weights, model)
 
 
@@ -260,8 +224,8 @@ def _open_big_vision(path: Path, choices: Choices) -> Weights:
         raise ValueError(f"{path} has no `llm/` and `img/` parameters of a PaliGemma; it has {sorted(tensors)[:6]} …")
     tensors = _checked({f"PaliGemma/{name}": tensor for name, tensor in _stack_blocks(tensors).items()})
     policy = PolicyConfig(model=dataclasses.replace(openpi.variant_of(tensors), cameras=_CAMERAS["pi0"]), robot="none")
-    model, ours, rest = _claim(openpi.rules, tensors, policy.model, {}, "$^")
-    return _finish(file.parent, choices, Weights("big_vision", file, policy, ours, dropped=rest), model)
+    model, claimed = _claim(openpi.rules, tensors, policy.model, {}, {})
+    return _finish(file.parent, choices, Weights("big_vision", file, policy, **claimed), model)
 
 
 _OPEN: dict[str, Callable[[Path, Choices], Weights]] = {
@@ -279,15 +243,7 @@ def _check_shapes(folder: Path, tensors: Tensors, model: ModelConfig) -> None:
     Raises:
         ValueError: tensors that are missing, of no use or of another shape; all of them are listed.
     """
-    import flax.linen as nn
-    import jax
-
-    from pi0_jax.model.heads import make_network
-    from pi0_jax.pi0 import init_params
-
-    shapes = jax.eval_shape(lambda key: nn.meta.unbox(init_params(make_network(model), key)), jax.random.key(0))
-    flat: dict[str, Any] = dict(flatten_dict(shapes, sep="/"))
-    wanted = {path: leaf.shape for path, leaf in flat.items()}
+    wanted = _shapes(model)
     problems = [f"missing: {path}" for path in wanted if path not in tensors]
     problems += [f"of no use: {path}" for path in tensors if path not in wanted]
     problems += [
@@ -299,19 +255,41 @@ def _check_shapes(folder: Path, tensors: Tensors, model: ModelConfig) -> None:
         raise ValueError(f"the tensors of {folder} do not make its model:\n  " + "\n  ".join(problems[:40]))
 
 
+@functools.lru_cache
+def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of the network's own parameters, by path."""
+    import flax.linen as nn
+    import jax
+
+    from pi0_jax.model.heads import make_network
+    from pi0_jax.pi0 import init_params
+
+    shapes = jax.eval_shape(lambda key: nn.meta.unbox(init_params(make_network(model), key)), jax.random.key(0))
+    flat: dict[str, Any] = dict(flatten_dict(shapes, sep="/"))
+    return {path: leaf.shape for path, leaf in flat.items()}
+
+
 def _checked(tensors: Tensors) -> Tensors:
     return {name: finite(name, tensor) for name, tensor in tensors.items()}
 
 
 def _claim(
-    rules: Callable[[str], tuple[Rule, ...]], tensors: Tensors, guess: ModelConfig, known: Sizes, spare: str
-) -> tuple[ModelConfig, Tensors, tuple[str, ...]]:
-    """The model that the tensors make, its leaves, and the tensors that are left over."""
+    rules: Callable[[str], tuple[Rule, ...]],
+    tensors: Tensors,
+    guess: ModelConfig,
+    known: Sizes,
+    spare: Mapping[str, str],
+) -> tuple[ModelConfig, dict[str, Any]]:
+    """The model that the tensors make, and the fields of `Weights` that say which tensor is which."""
     table = rules(guess.variant)
     model = model_of(infer_sizes(table, tensors, known), guess)
     letters, wanted = sizes(model), leaves(model)
     chosen, rest = bind(table, wanted, tensors, letters, spare)
-    return model, to_ours(chosen, wanted, tensors, letters), tuple(rest)
+    return model, {
+        "tensors": to_ours(chosen, wanted, tensors, letters),
+        "dropped": {name: tensors[name] for name in rest},
+        "names": {path: re.sub(r"\{\w\}", "*", " and ".join(rule.names)) for path, rule in chosen.items()},
+    }
 
 
 def _finish(folder: Path, choices: Choices, weights: Weights, model: ModelConfig) -> Weights:
@@ -348,7 +326,7 @@ def _policy(
         model = dataclasses.replace(model, **same)
         if horizon is not None:
             model = dataclasses.replace(model, action_horizon=horizon)
-        return dataclasses.replace(remembered, model=model)
+        return _with_config(dataclasses.replace(remembered, model=model), default)
     horizon = choices.horizon if horizon is None else horizon
     if horizon is None and guess.variant != "pi0_fast":
         raise ValueError(
@@ -361,6 +339,7 @@ def _policy(
         cameras=default.cameras if default else _CAMERAS[guess.variant],
         prompt_length=default.prompt_length if default else {"pi0": 48, "pi05": 200, "pi0_fast": 250}[guess.variant],
         dtype=default.dtype if default else guess.dtype,
+        max_delay=default.max_delay if default else 0,
     )
     normalization = default.normalization if default else "zscore" if guess.variant == "pi0" else "quantile"
     num_steps = default.num_steps if default else 10
@@ -370,12 +349,31 @@ def _policy(
     )
 
 
+def _with_config(policy: PolicyConfig, config: lerobot.Config | None) -> PolicyConfig:
+    """A remembered policy with what LeRobot's config.json says, which may have been changed since."""
+    if config is None:
+        return policy
+    model = dataclasses.replace(
+        policy.model,
+        cameras=config.cameras,
+        prompt_length=config.prompt_length,
+        max_delay=config.max_delay or policy.model.max_delay,
+    )
+    return dataclasses.replace(
+        policy,
+        model=model,
+        normalization=config.normalization,
+        num_steps=config.num_steps if "num_inference_steps" in config.raw else policy.num_steps,
+        execute_steps=config.execute_steps,
+    )
+
+
 def _remembered(folder: Path, variant: str) -> PolicyConfig | None:
     """The policy in the record of an earlier conversion, if it is of the same variant."""
     path = folder / RECORD
     if not path.is_file():
         return None
-    content = json.loads(path.read_text()).get("policy")
+    content = read_json(path).get("policy")
     policy = checkpoint.policy_from_json(content) if content else None
     return policy if policy is not None and policy.model.variant == variant else None
 
@@ -421,7 +419,7 @@ def _openpi_stats(folder: Path, choices: Choices) -> tuple[dict[str, Any] | None
     if len(found) > 1 and choices.asset_id is None:
         raise ValueError(f"{folder / 'assets'} has statistics of {sorted(found)}; choose with --asset-id.")
     name = choices.asset_id if choices.asset_id in found else next(iter(found), None)
-    return (json.loads(found[name].read_text()), name) if name is not None else (None, None)
+    return (read_json(found[name]), name) if name is not None else (None, None)
 
 
 def _stack_blocks(tensors: Tensors) -> Tensors:
@@ -441,93 +439,7 @@ def _stack_blocks(tensors: Tensors) -> Tensors:
 
 
 def _stack(layers: list[Tensor]) -> Tensor:
-    def read(i: int | None) -> np.ndarray:
-        return np.stack([layer.read(None) for layer in layers]) if i is None else layers[i].read(None)
-
-    return Tensor((len(layers), *layers[0].shape), layers[0].dtype, read, stacked=True)
-
-
-# --------------------------------------------------------------------------------------------------------------- write
-
-
-def foreign_tensors(weights: Weights, kind: Format) -> Tensors:
-    """The tensors of another format, by their names there, read from our leaves.
-
-    Raises:
-        ValueError: the format has no place for a leaf, or the weights are of a head that exists only here.
-    """
-    model = weights.policy.model
-    if not is_velocity_expert(model):
-        raise ValueError(
-            f"{kind} holds action experts that predict velocities, and {weights.path} has the head {model.head!r} and "
-            f"predicts {model.prediction}: nothing there could run it. Such weights convert to pi0 only (--to pi0)."
-        )
-    table = {"openpi": openpi.rules, "openpi-torch": torch.rules, "lerobot": torch.rules}[kind](model.variant)
-    found = from_ours(table, leaves(model), weights.tensors, sizes(model))
-    if kind == "openpi":
-        return found
-    if model.variant != "pi0_fast":
-        # LeRobot's strict loading wants the unused layer too.
-        embedding = weights.tensors["embedding"]
-        found[torch.EXPERT_HEAD] = _zeros((embedding.shape[0], model.action.width), embedding.dtype)
-    if kind == "openpi-torch":
-        del found[torch.EMBEDDING]
-        return found
-    return {f"model.{name}": tensor for name, tensor in found.items()}
-
-
-def _write_pi0(weights: Weights, folder: Path, asset_id: str) -> None:
-    write_orbax(folder / "params", weights.tensors)
-    (folder / "assets").mkdir()
-    assets = checkpoint.Assets(weights.policy, weights.norm_stats, weights.tokenizer, weights.train)
-    checkpoint.write_assets(folder / "assets", assets)
-
-
-def _write_openpi(weights: Weights, folder: Path, asset_id: str) -> None:
-    tensors = foreign_tensors(weights, "openpi")
-    write_orbax(folder / "params", tensors)
-    _write_openpi_stats(weights, folder, asset_id)
-
-
-def _write_openpi_torch(weights: Weights, folder: Path, asset_id: str) -> None:
-    tensors, model = foreign_tensors(weights, "openpi-torch"), weights.policy.model
-    write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
-    config = {
-        "action_dim": model.action_dim,
-        "action_horizon": model.action_horizon,
-        "paligemma_variant": "gemma_2b",
-        "action_expert_variant": "gemma_300m",
-        "precision": lerobot.dtype_name(weights.tensors["embedding"]),
-    }
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
-    _write_openpi_stats(weights, folder, asset_id)
-
-
-def _write_lerobot(weights: Weights, folder: Path, asset_id: str) -> None:
-    write_safetensors(folder / "model.safetensors", foreign_tensors(weights, "lerobot"), {"format": "pt"})
-    lerobot.write_folder(folder, weights.policy, weights.norm_stats, lerobot.dtype_name(weights.tensors["embedding"]))
-
-
-_WRITE: dict[str, Callable[[Weights, Path, str], None]] = {
-    "pi0": _write_pi0,
-    "openpi": _write_openpi,
-    "openpi-torch": _write_openpi_torch,
-    "lerobot": _write_lerobot,
-}
-
-
-def _write_openpi_stats(weights: Weights, folder: Path, asset_id: str) -> None:
-    if weights.norm_stats is not None:
-        assets = folder / "assets" / asset_id
-        assets.mkdir(parents=True)
-        (assets / "norm_stats.json").write_text(json.dumps(weights.norm_stats, indent=2))
-
-
-def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> Tensor:
-    def read(i: int | None) -> np.ndarray:
-        return np.zeros(shape if i is None else shape[1:], dtype)
-
-    return Tensor(shape, dtype, read, stacked=True)
+    return entry_by_entry((len(layers), *layers[0].shape), layers[0].dtype, lambda i: layers[i].read(None))
 
 
 def params_of(weights: Weights) -> dict[str, Any]:

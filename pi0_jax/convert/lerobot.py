@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -10,6 +9,7 @@ import ml_dtypes
 import numpy as np
 
 from pi0_jax.config import PolicyConfig
+from pi0_jax.convert.files import read_json, write_json
 from pi0_jax.convert.tensors import Tensor, in_memory, open_safetensors, read_all, write_safetensors
 
 STATE, ACTION, IMAGES = "observation.state", "action", "observation.images."
@@ -32,6 +32,7 @@ class Config(NamedTuple):
     normalization: Literal["zscore", "quantile"]
     num_steps: int
     execute_steps: int
+    max_delay: int
     warnings: tuple[str, ...]
     raw: dict[str, Any]
 
@@ -42,7 +43,7 @@ def read_config(path: Path) -> Config:
     Raises:
         ValueError: another policy than π0, π0.5 or π0-FAST, or a normalisation that we lack.
     """
-    raw = json.loads(path.read_text())
+    raw = read_json(path)
     if raw["type"] not in ("pi0", "pi05", "pi0_fast"):
         raise ValueError(f"{path} is of a policy {raw['type']!r}; pi0, pi05 and pi0_fast are read.")
     modes = raw.get("normalization_mapping", {})
@@ -53,6 +54,7 @@ def read_config(path: Path) -> Config:
             f"{path} normalises the state by {state} and actions by {action}; both have to be MEAN_STD, or both "
             "QUANTILES."
         )
+    _check_supported(path, raw)
     cameras = [name for name, entry in (raw.get("input_features") or {}).items() if entry["type"] == "VISUAL"]
     height, width = raw.get("image_resolution", (224, 224))
     if height != width:
@@ -65,7 +67,7 @@ def read_config(path: Path) -> Config:
     horizon = raw.get("chunk_size", 50)
     return Config(
         variant=raw["type"],
-        cameras=tuple(name.removeprefix(IMAGES) for name in cameras),
+        cameras=tuple(name.removeprefix(IMAGES) for name in cameras if not name.startswith(f"{IMAGES}empty_camera_")),
         horizon=horizon,
         prompt_length=raw.get("tokenizer_max_length", 48 if raw["type"] == "pi0" else 200),
         image_size=height,
@@ -73,9 +75,20 @@ def read_config(path: Path) -> Config:
         normalization=_MODES[state],
         num_steps=raw.get("num_inference_steps", 10),
         execute_steps=raw.get("n_action_steps", horizon),
+        max_delay=raw.get("rtc_training_max_delay", 0),
         warnings=tuple(warnings),
         raw=raw,
     )
+
+
+def _check_supported(path: Path, raw: dict[str, Any]) -> None:
+    """Raises ValueError where the policy is run in a way that no weights show and that we lack."""
+    for name in ("use_visual_memory", "use_proprioceptive_memory"):
+        if raw.get(name):
+            raise ValueError(f"{path} has {name}: the policy sees earlier observations, and pi0_jax has no such model.")
+    for name, usual in (("min_period", 4e-3), ("max_period", 4.0)):
+        if raw.get(name, usual) != usual:
+            raise ValueError(f"{path} embeds the flow time with {name} {raw[name]}; {usual} is supported.")
 
 
 def read_stats(folder: Path) -> dict[str, Any] | None:
@@ -83,7 +96,7 @@ def read_stats(folder: Path) -> dict[str, Any] | None:
     pipeline = folder / "policy_preprocessor.json"
     if not pipeline.is_file():
         return None
-    steps = json.loads(pipeline.read_text())["steps"]
+    steps = read_json(pipeline)["steps"]
     files = [s["state_file"] for s in steps if s.get("registry_name") == "normalizer_processor" and "state_file" in s]
     if not files:
         return None
@@ -98,7 +111,7 @@ def read_stats(folder: Path) -> dict[str, Any] | None:
         stats[ours] = {stat: value.astype(np.float64).tolist() for stat, value in found.items()}
         stats[ours] = {"q01": None, "q99": None} | stats[ours]
     exact = folder / EXACT
-    if exact.is_file() and _agree(content := json.loads(exact.read_text()), stats):
+    if exact.is_file() and _agree(content := read_json(exact), stats):
         return content
     return {"norm_stats": stats} if stats else None
 
@@ -133,7 +146,7 @@ def write_folder(folder: Path, policy: PolicyConfig, norm_stats: dict[str, Any] 
     }
     if model.variant != "pi0_fast":
         config["num_inference_steps"] = policy.num_steps
-    _write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config)
 
     normalizer = {"eps": 1e-8, "features": features, "norm_map": norm_map}
     unnormalizer = normalizer | {"features": outputs}
@@ -174,9 +187,9 @@ def write_folder(folder: Path, policy: PolicyConfig, norm_stats: dict[str, Any] 
             if tensors and step["registry_name"] in ("normalizer_processor", "unnormalizer_processor"):
                 step["state_file"] = f"{name}_step_{i}_{step['registry_name']}.safetensors"
                 write_safetensors(folder / step["state_file"], tensors)
-        _write_json(folder / f"{name}.json", {"name": name, "steps": steps})
+        write_json(folder / f"{name}.json", {"name": name, "steps": steps})
     if norm_stats is not None:
-        _write_json(folder / EXACT, norm_stats)
+        write_json(folder / EXACT, norm_stats)
 
 
 def dtype_name(tensor: Tensor) -> Literal["bfloat16", "float32"]:
@@ -223,7 +236,3 @@ def _agree(content: dict[str, Any], stats: dict[str, Any]) -> bool:
 
 def _step(name: str, config: dict[str, Any]) -> dict[str, Any]:
     return {"registry_name": name, "config": config}
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""Runs a policy folder in LeRobot itself, where it is installed: the only place that imports torch, when it is called.
+"""Runs a policy folder in LeRobot itself, where it is installed.
 
 LeRobot 0.6 needs Python 3.12. Models of other sizes than the released ones run too: LeRobot's constants are replaced
 for the time of the call.
@@ -7,13 +7,10 @@ for the time of the call.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import gc
 import importlib
 import importlib.util
 import io
 import json
-import re
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,13 +18,7 @@ from unittest import mock
 import numpy as np
 
 from pi0_jax.config import ModelConfig
-
-_STAGES = {
-    "image_layers": r"vision_tower\..*encoder\.layers\.(\d+)$",
-    "language": r"language_model\.layers\.(\d+)\.self_attn\.v_proj$",
-    "action": r"gemma_expert\.model\.layers\.(\d+)\.self_attn\.v_proj$",
-}
-"""Modules whose outputs are kept, by layer."""
+from pi0_jax.convert import torch_policy
 
 
 def check_installed() -> None:
@@ -37,6 +28,11 @@ def check_installed() -> None:
             "--verify-with lerobot runs LeRobot itself, which is not installed here. In an environment with Python "
             "3.12 or newer: pip install pi0_jax 'lerobot[pi]==0.6.1', and run the same command there."
         )
+
+
+def times(steps: int) -> tuple[float, ...]:
+    """When LeRobot evaluates the velocity: at 1 + i·dt, where ours and openpi add dt up."""
+    return tuple(1.0 + i * (-1.0 / steps) for i in range(steps))
 
 
 def run(folder: Path, model: ModelConfig, inputs: dict[str, np.ndarray], steps: int) -> tuple[np.ndarray, dict]:
@@ -54,43 +50,14 @@ def run(folder: Path, model: ModelConfig, inputs: dict[str, np.ndarray], steps: 
     Raises:
         ValueError: LeRobot does not find every tensor, or finds tensors that it does not know.
     """
-    torch: Any = importlib.import_module("torch")
-
     check_processors(folder)
-    policy = load(folder, model)
-    kept, handles = _keep_outputs(policy.model)
-    embed_prefix, denoise_step = policy.model.embed_prefix, policy.model.denoise_step
-    seen: dict[str, Any] = {}
+    network = load(folder, model).model
 
-    def embed_and_keep(*args, **kwargs):
-        tokens, mask, order = embed_prefix(*args, **kwargs)
-        seen.setdefault("tokens", tokens.float().numpy())
-        seen.setdefault("mask", mask.numpy())
-        return tokens, mask, order
+    def sample(images, image_masks, tokens, token_mask, state, noise):
+        observation = [images, image_masks, tokens, token_mask, *([state] if model.variant == "pi0" else [])]
+        return network.sample_actions(*observation, noise=noise, num_steps=steps)
 
-    def step_and_keep(*args, **kwargs):
-        velocity = denoise_step(*args, **kwargs)
-        seen.setdefault("velocity", velocity.float().numpy())
-        return velocity
-
-    count = len(model.cameras)
-    observation = [
-        [torch.from_numpy(inputs[f"images/{i}"]).permute(0, 3, 1, 2) for i in range(count)],
-        [torch.from_numpy(inputs[f"image_masks/{i}"]) for i in range(count)],
-        torch.from_numpy(inputs["tokens"]),
-        torch.from_numpy(inputs["token_mask"]),
-    ]
-    if model.variant == "pi0":
-        observation.append(torch.from_numpy(inputs["state"]))
-    policy.model.embed_prefix, policy.model.denoise_step = embed_and_keep, step_and_keep
-    with torch.no_grad():
-        noise = torch.from_numpy(inputs["noise"])
-        actions = policy.model.sample_actions(*observation, noise=noise, num_steps=steps).float().numpy()
-    for handle in handles:
-        handle.remove()
-    del policy, embed_prefix, denoise_step
-    gc.collect()
-    return actions, seen | _by_layer(kept, seen["mask"], model)
+    return torch_policy.trace(network, sample, model, inputs)
 
 
 def load(folder: Path, model: ModelConfig):
@@ -141,32 +108,6 @@ def check_processors(folder: Path) -> None:
         raise ValueError(f"LeRobot's processor of {folder} turns 0 into {found}, and the statistics say {expected}.")
 
 
-def _keep_outputs(network) -> tuple[dict[str, dict[int, list]], list]:
-    """Hooks that keep the outputs of `_STAGES`, one list of calls a layer."""
-    kept: dict[str, dict[int, list]] = {stage: {} for stage in _STAGES}
-    handles = []
-    for name, module in network.named_modules():
-        for stage, pattern in _STAGES.items():
-            if match := re.search(pattern, name):
-                calls = kept[stage].setdefault(int(match[1]), [])
-
-                def keep(module, arguments, output, calls=calls, once=stage == "action"):
-                    if not (once and calls):
-                        calls.append((output[0] if isinstance(output, tuple) else output).detach().float().numpy())
-
-                handles.append(module.register_forward_hook(keep))
-    return kept, handles
-
-
-def _by_layer(kept: dict[str, dict[int, list]], mask: np.ndarray, model: ModelConfig) -> dict[str, np.ndarray]:
-    """Outputs of all layers: of images, one camera after another; and values of prefix, state and actions."""
-    images = [np.concatenate(calls) for _, calls in sorted(kept["image_layers"].items())]
-    layers = range(model.depth)
-    values = [np.concatenate([kept["language"][i][0], kept["action"][i][0]], axis=1) for i in layers]
-    valid = np.concatenate([mask, np.ones(kept["action"][0][0].shape[:2], bool)], axis=1)
-    return {"image_layers": np.stack(images), "values": np.stack(values), "values_mask": valid}
-
-
 @contextlib.contextmanager
 def _resized(module, model: ModelConfig):
     """Makes LeRobot's module build a model of these sizes; it has those of the released ones as constants."""
@@ -177,22 +118,9 @@ def _resized(module, model: ModelConfig):
         return module.GemmaConfig(expert.width, model.depth, expert.mlp_dim, *heads)
 
     paligemma, expert = module.PaliGemmaForConditionalGenerationWithPiGemma, module.PiGemmaForCausalLM
-    vision = dataclasses.asdict(model.vision)
-    names = {
-        "hidden_size": "width",
-        "num_hidden_layers": "depth",
-        "intermediate_size": "mlp_dim",
-        "num_attention_heads": "num_heads",
-        "patch_size": "patch_size",
-        "image_size": "image_size",
-    }
 
     def make_paligemma(config):
-        config.text_config.vocab_size = config._vocab_size = model.vocab_size
-        config.image_token_index = config.image_token_id = model.vocab_size - 1
-        for theirs, ours in names.items():
-            setattr(config.vision_config, theirs, vision[ours])
-        config.vision_config.projection_dim = model.language.width
+        torch_policy.resize(config, model)
         return paligemma(config=config)
 
     def make_expert(config):

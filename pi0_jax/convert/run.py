@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
+import glob
 import hashlib
 import importlib.metadata
-import json
 import logging
 import os
 import platform
+import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,9 +23,11 @@ import numpy as np
 from pi0_jax import checkpoint
 from pi0_jax.config import ModelConfig
 from pi0_jax.convert import agree, change
-from pi0_jax.convert.formats import RECORD, Choices, Format, Weights, open_checkpoint, parameters, write_checkpoint
+from pi0_jax.convert.files import RECORD, Format, detect, read_json, write_json
+from pi0_jax.convert.formats import Choices, Weights, open_checkpoint, parameters
 from pi0_jax.convert.remote import is_remote
-from pi0_jax.convert.tensors import Tensor, Tensors, pieces, rows_per_piece
+from pi0_jax.convert.tensors import Tensor, pieces, rows_per_piece
+from pi0_jax.convert.write import lost, write_checkpoint
 
 _log = logging.getLogger(__name__)
 
@@ -37,7 +42,8 @@ def convert(
     merge_lora: bool = False,
     model: ModelConfig = ModelConfig(),  # noqa: B008 - frozen
     verify: bool = True,
-    verify_with: Literal["ours", "lerobot"] | None = None,
+    edited: bool = False,
+    verify_with: agree.Framework | None = None,
     tolerance: float = 1e-4,
     overwrite: bool = False,
     offline: bool = False,
@@ -52,9 +58,12 @@ def convert(
         dtype: of all tensors; None keeps each one's.
         merge_lora: add adapters to their weights.
         model: action expert, action dimension, horizon and prompt length for a backbone without action expert.
-        verify: read the target back through the inverse table and compare every tensor, bit for bit.
+        verify: read the target back through the inverse table and compare every tensor, bit for bit; and compare a
+            source that a conversion of ours wrote with the hashes in its `conversion.json`.
+        edited: the source's weights were changed on purpose since the conversion that wrote them: do not compare them
+            with those hashes.
         verify_with: also run source and result on the same random observation and noise, and compare the actions
-            (`agree.agreement`): in our network, or LeRobot's folders in LeRobot.
+            (`agree.agreement`): in our network, or the folders of another framework in that framework.
         tolerance: largest difference of actions that counts as agreement. More than that is recorded with the first
             layer that differs, and a warning; the target is written all the same.
         overwrite: replace the target if it is there.
@@ -65,48 +74,40 @@ def convert(
 
     Raises:
         FileNotFoundError: no source.
-        FileExistsError: the target is there.
-        ValueError: the source is damaged or incomplete, has to be told something, or does not fit the format.
+        FileExistsError: the target is there; or it shall be replaced, and is no checkpoint.
+        OSError: the disk is full; nothing is left behind.
+        ValueError: the source is damaged, incomplete or not what its `conversion.json` says, has to be told something,
+            or does not fit the format.
     """
     started = time.monotonic()
     target = Path(target).expanduser().absolute()
-    if target.exists() and not overwrite:
-        raise FileExistsError(f"{target} is there already; choose another target, or replace it with --overwrite.")
+    _check_target(target, overwrite)
     opened = open_checkpoint(source, choices, offline)
     weights, notes = _changed(opened, choices, dtype, merge_lora, model)
-    notes = [*opened.warnings, *notes]
+    notes = [*opened.warnings, *notes, *lost(weights, to)]
     if verify_with is not None:
         agree.check_comparable(opened, weights, to, verify_with)
-    if opened.tokenizer is not None and to == "lerobot":
-        notes.append(
-            "LeRobot names its tokenizer and does not read files: tokenizer.model lies beside the weights unused"
-        )
     for note in notes:
         _log.warning("%s", note)
+    record = _record(opened, weights, to, notes)
+    if is_remote(source):
+        record["source"]["url"] = str(source)
 
-    temporary = target.with_name(f".{target.name}.converting-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = _temporary(target)
     try:
-        write_checkpoint(weights, temporary, to, choices.asset_id)
-        record = _record(opened, weights, to, notes)
-        if is_remote(source):
-            record["source"]["url"] = str(source)
-        _write_record(temporary, record)
-        if verify:
-            record["verified"] = _verify(weights, temporary, to)
-            record["weights_sha256"] = record["verified"].pop("sha256")
-            unchanged = weights.tensors == opened.tensors
-            record["source"]["sha256"] = record["weights_sha256"] if unchanged else digest(opened.tensors)
-        if verify_with is not None:
-            record["actions"] = agree.agreement(opened, open_checkpoint(temporary), verify_with, tolerance)
-            if not record["actions"]["agree"]:
-                notes.append(disagreement(record["actions"]))
-                _log.warning("%s", notes[-1])
-        record["seconds"] = round(time.monotonic() - started, 1)
-        _write_record(temporary, record)
-        if target.exists():
-            _remove(target)
-        temporary.rename(target)
+        with _full_disk_explained(target, weights):
+            write_checkpoint(weights, temporary, to, choices.asset_id)
+            write_json(temporary / RECORD, record)
+            if verify:
+                _verify(opened, weights, temporary, edited, record)
+            if verify_with is not None:
+                record["actions"] = agree.agreement(opened, open_checkpoint(temporary), verify_with, tolerance)
+                if not record["actions"]["agree"]:
+                    notes.append(disagreement(record["actions"]))
+                    _log.warning("%s", notes[-1])
+            record["seconds"] = round(time.monotonic() - started, 1)
+            write_json(temporary / RECORD, record)
+        _put_in_place(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return record
@@ -120,14 +121,21 @@ def disagreement(actions: dict[str, Any]) -> str:
     )
 
 
-def digest(tensors: Tensors) -> str:
-    """SHA-256 of weights in our layout: the same for the same weights, whatever the format they are stored in."""
-    found = hashlib.sha256()
-    for path in sorted(tensors):
-        found.update(_head(path, tensors[path]))
-        for _, piece in pieces(tensors[path], rows_per_piece(tensors[path])):
-            found.update(_bytes(piece).data)
+def digest(path: str, tensor: Tensor) -> str:
+    """SHA-256 of one of our leaves: its path, dtype, shape and numbers."""
+    found = hashlib.sha256(_head(path, tensor))
+    for _, piece in pieces(tensor, rows_per_piece(tensor)):
+        found.update(_bytes(piece).data)
     return found.hexdigest()
+
+
+def digest_of_all(leaves: Mapping[str, str]) -> str:
+    """SHA-256 of weights in our layout: the same for the same weights, whatever the format they are stored in.
+
+    Args:
+        leaves: path to `digest`.
+    """
+    return hashlib.sha256("".join(f"{path} {leaves[path]}\n" for path in sorted(leaves)).encode()).hexdigest()
 
 
 def compare(a: Tensor, b: Tensor) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -167,8 +175,99 @@ def _changed(
     return weights, notes
 
 
-def _verify(weights: Weights, folder: Path, to: Format) -> dict[str, Any]:
-    """Reads the written checkpoint back and compares it with what was to be written.
+def _check_target(target: Path, overwrite: bool) -> None:
+    """Raises FileExistsError where something is there that is not to be replaced."""
+    if not target.exists():
+        return
+    if not overwrite:
+        raise FileExistsError(f"{target} is there already; choose another target, or replace it with --overwrite.")
+    if target.is_dir() and not any(target.iterdir()):
+        return
+    try:
+        replaceable = target.is_dir() and detect(target)[1] == target
+    except (ValueError, OSError):
+        replaceable = False
+    if not replaceable:
+        raise FileExistsError(
+            f"--overwrite replaces a checkpoint's folder, and {target} is something else, or holds more than one. "
+            "It is left as it is; choose another target."
+        )
+
+
+def _temporary(target: Path) -> Path:
+    """A name beside the target, for what is not whole yet; what killed conversions of this machine left is removed."""
+    start = f".{target.name}.converting-{platform.node()}-"
+    for left in target.parent.glob(f"{glob.escape(start)}*"):
+        process, _, replaced = left.name.removeprefix(start).partition("-")
+        if process.isdecimal() and not _is_running(int(process)) and (target.exists() or not replaced):
+            shutil.rmtree(left, ignore_errors=True)
+    return target.with_name(f"{start}{os.getpid()}")
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _put_in_place(temporary: Path, target: Path) -> None:
+    """Renames, so that under the target's name there is the old folder or the whole new one."""
+    old = temporary.with_name(f"{temporary.name}-replaced")
+    if target.exists():
+        target.rename(old)
+    temporary.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _full_disk_explained(target: Path, weights: Weights) -> Iterator[None]:
+    """Says how much is needed where there is no room, in whichever way the library that writes says so."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        number = int(code[1]) if code else getattr(error, "errno", None)
+        if number not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        needed = sum(tensor.nbytes for tensor in weights.tensors.values())
+        raise OSError(
+            number,
+            f"could not write {target}: {os.strerror(number)}. It takes up to {needed / 1e9:.3g} GB; nothing of it was "
+            "left there.",
+        ) from error
+
+
+def _verify(opened: Weights, weights: Weights, folder: Path, edited: bool, record: dict[str, Any]) -> None:
+    """Checks the source and what was written, all of both, and puts what was found into the record.
+
+    Raises:
+        ValueError: the source is damaged, or the target was read back differently.
+    """
+    if opened.format == "pi0" and not edited:
+        checkpoint.verify(opened.path, only=("params", "assets"))
+    found = _read_back(weights, folder)
+    unchanged = weights.tensors == opened.tensors
+    before = found if unchanged else {path: digest(path, tensor) for path, tensor in opened.tensors.items()}
+    if not edited:
+        _check_recorded(opened, before)
+    for tensor in opened.dropped.values():
+        for _ in pieces(tensor, rows_per_piece(tensor)):
+            pass  # reading finds numbers that are not finite
+    record["verified"] = {
+        "tensors": len(found),
+        "parameters": parameters(weights.tensors),
+        "largest_difference": 0.0,
+    }
+    record["source"]["sha256"], record["weights_sha256"] = digest_of_all(before), digest_of_all(found)
+    record["leaves_sha256"] = found
+
+
+def _read_back(weights: Weights, folder: Path) -> dict[str, str]:
+    """Reads the written checkpoint back and compares it with what was to be written; returns the leaves' hashes.
 
     Raises:
         ValueError: a tensor, the statistics or the configuration differ: our bug, or the disk's.
@@ -178,18 +277,39 @@ def _verify(weights: Weights, folder: Path, to: Format) -> dict[str, Any]:
         raise ValueError(f"verification failed: wrote {weights.policy.model}, read back {written.policy.model}")
     if written.norm_stats != weights.norm_stats or written.tokenizer != weights.tokenizer:
         raise ValueError("verification failed: statistics or tokenizer read back differently.")
-    found = hashlib.sha256()
-    for path in sorted(weights.tensors):
-        ours, theirs = weights.tensors[path], written.tensors[path]
+    digests = {}
+    for path, ours in weights.tensors.items():
+        theirs = written.tensors[path]
         if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
             raise ValueError(f"verification failed at {path}: {ours.dtype}{ours.shape}, {theirs.dtype}{theirs.shape}")
-        found.update(_head(path, ours))
+        found = hashlib.sha256(_head(path, ours))
         for x, y in compare(ours, theirs):
-            if not np.array_equal(_bytes(x), _bytes(y)):
+            if not np.array_equal(_bits(x), _bits(y)):
                 raise ValueError(f"verification failed at {path}: it was read back with other bits.")
             found.update(_bytes(x).data)
-    result = {"tensors": len(weights.tensors), "parameters": parameters(weights.tensors), "largest_difference": 0.0}
-    return result | {"sha256": found.hexdigest()}
+        digests[path] = found.hexdigest()
+    return digests
+
+
+def _check_recorded(weights: Weights, found: Mapping[str, str]) -> None:
+    """Compares the hashes of leaves with those that a conversion of ours wrote beside the weights, if one did.
+
+    Raises:
+        ValueError: leaves that were changed since; all of them are named.
+    """
+    path = weights.path / RECORD
+    recorded = read_json(path).get("leaves_sha256") if path.is_file() else None
+    changed = (
+        [leaf for leaf in sorted({*recorded, *found}) if recorded.get(leaf) != found.get(leaf)] if recorded else []
+    )
+    if not changed:
+        return
+    shown = [leaf + (f" ({weights.names[leaf]})" if leaf in weights.names else "") for leaf in changed[:40]]
+    some = "\n  ".join(shown) + (f"\n  and {len(changed) - 40} more" if len(changed) > 40 else "")
+    raise ValueError(
+        f"{len(changed)} of {len(found)} leaves are not what {path} says was written here. If they were changed on "
+        f"purpose, by training in this folder for instance, go on with --edited; else the folder is damaged:\n  {some}"
+    )
 
 
 def _record(opened: Weights, weights: Weights, to: Format, notes: list[str]) -> dict[str, Any]:
@@ -199,6 +319,7 @@ def _record(opened: Weights, weights: Weights, to: Format, notes: list[str]) -> 
         "source": {"format": opened.format, "name": opened.path.name, "step": opened.step, "sha256": None},
         "format": to,
         "weights_sha256": None,
+        "leaves_sha256": None,
         "verified": None,
         "actions": None,
         "parameters": parameters(weights.tensors),
@@ -217,20 +338,13 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _write_record(folder: Path, record: dict[str, Any]) -> None:
-    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
-
-
 def _head(path: str, tensor: Tensor) -> bytes:
     return f"{path} {tensor.dtype} {tensor.shape}\n".encode()
 
 
 def _bytes(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def _bits(array: np.ndarray) -> np.ndarray:
+    return array.view(f"u{array.dtype.itemsize}")

@@ -10,13 +10,14 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import einops
 import numpy as np
 
 from pi0_jax.convert.leaves import CONSTANT, Sizes, groups, shape_of
-from pi0_jax.convert.tensors import Tensor, Tensors
+from pi0_jax.convert.tensors import Index, Tensor, Tensors, entry_by_entry
 
 
 class Rule(NamedTuple):
@@ -118,7 +119,11 @@ def infer_sizes(rules: Sequence[Rule], tensors: Mapping[str, Tensor], known: Siz
 
 
 def bind(
-    rules: Sequence[Rule], leaves: Mapping[str, str], tensors: Mapping[str, Tensor], sizes: Sizes, spare: str = "$^"
+    rules: Sequence[Rule],
+    leaves: Mapping[str, str],
+    tensors: Mapping[str, Tensor],
+    sizes: Sizes,
+    spare: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[dict[str, Rule], list[str]]:
     """Decides which rule fills each leaf, and checks that everything corresponds.
 
@@ -127,7 +132,7 @@ def bind(
         leaves: our path to the letters of its axes: all that has to be filled.
         tensors: the source.
         sizes: of all letters.
-        spare: pattern of the names that may be left over.
+        spare: names that may be left over, and the letters of their axes.
 
     Returns:
         The rule of each leaf, and the names that are left over.
@@ -143,6 +148,9 @@ def bind(
             problems.append(f"this format has no place for {path}")
             continue
         present = [r for r in candidates if any(name in tensors for name, *_ in r.tensor_names(sizes))]
+        if not present and len(candidates) > 1:
+            problems.append(f"missing: {' or '.join(str(r.theirs) for r in candidates)}, for {path}")
+            continue
         rule = chosen[path] = (present or candidates)[0]
         want = shape_of(rule.part_axes, sizes)
         for name, *_ in rule.tensor_names(sizes):
@@ -154,8 +162,14 @@ def bind(
                 raise AssertionError(f"two rules claim {name}")
             used.add(name)
     rest = [name for name in tensors if name not in used]
-    problems += [f"of no use: {name}" for name in rest if not re.search(spare, name)]
+    for name in rest:
+        if name not in spare:
+            problems.append(f"of no use: {name}")
+        elif tensors[name].shape != (want := shape_of(spare[name], sizes)):
+            problems.append(f"{name} has shape {tensors[name].shape}; it is not needed, and {want} is what it would be")
     if problems:
+        if len(problems) > 40:
+            problems = list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", problem) for problem in problems))
         shown = "\n  ".join(problems[:40])
         more = f"\n  and {len(problems) - 40} more" if len(problems) > 40 else ""
         raise ValueError(f"these tensors do not make the model that most of them are of:\n  {shown}{more}")
@@ -193,29 +207,21 @@ def from_ours(rules: Sequence[Rule], leaves: Mapping[str, str], ours: Mapping[st
 
 def _leaf(rule: Rule, axes: str, tensors: Mapping[str, Tensor], sizes: Sizes) -> Tensor:
     names = [name for name, *_ in rule.tensor_names(sizes)]
-    first = tensors[names[0]]
-    letter = groups(axes)[0][0]
-    stacked = letter in ("l", "L")
+    first, shape = tensors[names[0]], shape_of(axes, sizes)
+    if rule.layer is None and rule.axes == axes:
+        return first
+    if groups(axes)[0][0] not in ("l", "L"):
+        return _moved(first, rule.axes, axes, shape, sizes)
 
     def read_layer(i: int) -> np.ndarray:
-        """Layer i, with their axes but the layers'."""
         if rule.layer is None:
-            return tensors[names[0]].read(i)
-        parts = [tensors[name.replace(f"{{{rule.layer}}}", str(i))].read(None) for name in rule.names]
-        return np.stack(parts) if len(parts) > 1 else parts[0]
+            array = first.read(i)
+        else:
+            parts = [tensors[name.replace(f"{{{rule.layer}}}", str(i))].read(None) for name in rule.names]
+            array = np.stack(parts) if len(parts) > 1 else parts[0]
+        return _move(array, _without_first(rule.axes), _without_first(axes), sizes)
 
-    def read(i: int | None) -> np.ndarray:
-        if not stacked:
-            array = tensors[names[0]].read(None)
-            return _move(array, rule.axes, axes, sizes) if i is None else _move(array, rule.axes, axes, sizes)[i]
-        if i is None:
-            out = np.empty(shape_of(axes, sizes), first.dtype)
-            for j in range(len(out)):
-                out[j] = read(j)
-            return out
-        return _move(read_layer(i), _without_first(rule.axes), _without_first(axes), sizes)
-
-    return Tensor(shape_of(axes, sizes), first.dtype, read, stacked)
+    return entry_by_entry(shape, first.dtype, read_layer)
 
 
 def _part(
@@ -227,24 +233,28 @@ def _part(
     shape: tuple[int, ...],
     sizes: Sizes,
 ) -> Tensor:
-    stacked = layer is None and groups(axes)[0][0] in ("l", "L")
+    if layer is None and rule.axes == axes:
+        return leaf
+    if layer is None and groups(axes)[0][0] not in ("l", "L"):
+        return _moved(leaf, axes, rule.axes, shape, sizes)
 
-    def read(i: int | None) -> np.ndarray:
-        if layer is not None:
-            array = _move(leaf.read(layer), _without_first(axes), _without_first(rule.axes), sizes)
-            array = array if part is None else array[part]
-            return array if i is None else array[i]
-        if not stacked:
-            array = _move(leaf.read(None), axes, rule.axes, sizes)
-            return array if i is None else array[i]
-        if i is None:
-            out = np.empty(shape, leaf.dtype)
-            for j in range(len(out)):
-                out[j] = read(j)
-            return out
-        return _move(leaf.read(i), _without_first(axes), _without_first(rule.axes), sizes)
+    def read_layer(i: int) -> np.ndarray:
+        array = _move(leaf.read(i), _without_first(axes), _without_first(rule.axes), sizes)
+        return array if part is None else array[part]
 
-    return Tensor(shape, leaf.dtype, read, stacked)
+    if layer is None:
+        return entry_by_entry(shape, leaf.dtype, read_layer)
+    return Tensor(shape, leaf.dtype, lambda i: read_layer(layer) if i is None else read_layer(layer)[i])
+
+
+def _moved(tensor: Tensor, source: str, target: str, shape: tuple[int, ...], sizes: Sizes) -> Tensor:
+    """The tensor with its axes rearranged, all at once."""
+
+    def read(i: Index) -> np.ndarray:
+        array = _move(tensor.read(None), source, target, sizes)
+        return array if i is None else array[i]
+
+    return Tensor(shape, tensor.dtype, read)
 
 
 def _move(array: np.ndarray, source: str, target: str, sizes: Sizes) -> np.ndarray:

@@ -1,13 +1,14 @@
 """Tensors on disk, read and written piece by piece: Orbax folders, safetensors, npz. No torch.
 
-A `Tensor` knows its shape and reads itself when asked, all of it or one index of its first axis. A conversion is a
-dictionary of tensors whose `read` rearranges what another `read` returns, so that no more than one stacked tensor is in
+A `Tensor` knows its shape and reads itself when asked, all of it or some entries of its first axis. A conversion is a
+dictionary of tensors whose `read` rearranges what another `read` returns, so that no more than a few layers are in
 memory at a time, whatever the size of the model.
 """
 
 from __future__ import annotations
 
 import functools
+import io
 import json
 import math
 import re
@@ -21,8 +22,13 @@ from typing import Any, NamedTuple, cast
 import ml_dtypes
 import numpy as np
 
+from pi0_jax.convert.files import read_json, write_json
+
 PIECE_BYTES = 2**26
-"""Size of a storage chunk, and of a piece of a tensor that is not stacked by layers."""
+"""Size of a storage chunk, and of a piece of a tensor, where entries of the first axis are smaller than that."""
+
+Index = int | slice | None
+"""Of the first axis: one entry, consecutive ones (start and stop inside the tensor), or all."""
 
 
 class Tensor(NamedTuple):
@@ -30,10 +36,10 @@ class Tensor(NamedTuple):
 
     shape: tuple[int, ...]
     dtype: np.dtype
-    read: Callable[[int | None], np.ndarray]
-    """Reads everything (None), or the i-th entry along the first axis."""
+    read: Callable[[Index], np.ndarray]
+    """Reads everything, one entry along the first axis, or some of them."""
     stacked: bool = False
-    """Whether one entry is read without reading the rest."""
+    """Whether entries are read without reading the rest."""
 
     @property
     def nbytes(self) -> int:
@@ -53,18 +59,31 @@ def in_memory(array: np.ndarray) -> Tensor:
     return Tensor(array.shape, array.dtype, lambda i: array if i is None else array[i], stacked=array.ndim > 0)
 
 
+def entry_by_entry(shape: tuple[int, ...], dtype: np.dtype, entry: Callable[[int], np.ndarray]) -> Tensor:
+    """A tensor of which each entry of the first axis is read by itself."""
+
+    def read(i: Index) -> np.ndarray:
+        if isinstance(i, int):
+            return entry(i)
+        numbers = range(shape[0]) if i is None else range(i.start, i.stop)
+        out = np.empty((len(numbers), *shape[1:]), dtype)
+        for place, number in enumerate(numbers):
+            out[place] = entry(number)
+        return out
+
+    return Tensor(shape, dtype, read, stacked=True)
+
+
 def pieces(tensor: Tensor, rows: int = 1) -> Iterator[tuple[int | None, np.ndarray]]:
     """The tensor in order: some rows of a stacked one at a time with the index of the first, or (None, everything)."""
     if not tensor.stacked or not tensor.shape:
         yield None, tensor.read(None)
     elif rows >= tensor.shape[0]:
         yield 0, tensor.read(None)
-    elif rows == 1:
-        for i in range(tensor.shape[0]):
-            yield i, tensor.read(i)[None]
     else:
         for start in range(0, tensor.shape[0], rows):
-            yield start, np.stack([tensor.read(i) for i in range(start, min(start + rows, tensor.shape[0]))])
+            stop = min(start + rows, tensor.shape[0])
+            yield start, tensor.read(start)[None] if rows == 1 else tensor.read(slice(start, stop))
 
 
 def rows_per_piece(tensor: Tensor) -> int:
@@ -149,8 +168,13 @@ def _raw(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> Te
     """A tensor that lies uncompressed in a file, in C order."""
     inner = math.prod(shape[1:])
 
-    def read(i: int | None) -> np.ndarray:
-        start, count, out = (0, math.prod(shape), shape) if i is None else (i * inner, inner, shape[1:])
+    def read(i: Index) -> np.ndarray:
+        if i is None:
+            start, count, out = 0, math.prod(shape), shape
+        elif isinstance(i, int):
+            start, count, out = i * inner, inner, shape[1:]
+        else:
+            start, count, out = i.start * inner, (i.stop - i.start) * inner, (i.stop - i.start, *shape[1:])
         array = np.fromfile(path, np.uint8, count * dtype.itemsize, offset=offset + start * dtype.itemsize)
         return array.view(dtype).reshape(out)
 
@@ -198,8 +222,8 @@ def _data_offset(path: Path, member: zipfile.ZipInfo) -> int:
     return member.header_offset + 30 + name + extra
 
 
-def _npz_reader(path: Path, name: str, dtype: np.dtype) -> Callable[[int | None], np.ndarray]:
-    def read(i: int | None) -> np.ndarray:
+def _npz_reader(path: Path, name: str, dtype: np.dtype) -> Callable[[Index], np.ndarray]:
+    def read(i: Index) -> np.ndarray:
         with np.load(path, allow_pickle=False) as file:
             array = np.ascontiguousarray(file[name]).view(dtype)
         return array if i is None else array[i]
@@ -220,10 +244,8 @@ def open_orbax(folder: Path) -> Tensors:
         ValueError: an item without a `params` tree, or an array that `_METADATA` names and the store lacks.
     """
     if not (folder / "_METADATA").is_file():
-        raise FileNotFoundError(
-            f"{folder} is not an openpi checkpoint: it has no _METADATA. Name the folder `params`, or the one it is in."
-        )
-    metadata = json.loads((folder / "_METADATA").read_text())
+        raise FileNotFoundError(f"{folder} is no whole checkpoint: it has no _METADATA.")
+    metadata = read_json(folder / "_METADATA")
     paths = []
     for entry in metadata["tree_metadata"].values():
         if entry["value_metadata"].get("value_type") not in ("None", "Dict", "List", "Tuple"):
@@ -264,15 +286,15 @@ def _zarr_tensor(folder: Path, name: str, opening, reopen: Callable[[int], Any],
 
     Where all rows are one zstd chunk, as Orbax on one host writes them, they are unpacked in order as they are asked
     for, and neither the packed nor the unpacked chunk is ever whole in memory. Other chunks that span rows are decoded
-    once and stay in a cache until another array is read.
+    once and stay in a cache while their rows are read one at a time.
     """
     try:
         store = opening.result()
     except ValueError as error:
         raise ValueError(f"{folder} lacks the array {name!r} that its _METADATA names: {_first_line(error)}") from error
     shape, dtype = tuple(store.shape), np.dtype(store.dtype.numpy_dtype)
-    by_row = store.ndim > 0 and store.chunk_layout.read_chunk.shape[0] == 1
-    unpack = None if by_row else _unpacker(store)
+    together = min(store.chunk_layout.read_chunk.shape[0], shape[0]) if shape else 1
+    unpack = None if together == 1 else _unpacker(store)
 
     def fetch(view) -> np.ndarray:
         try:
@@ -280,16 +302,16 @@ def _zarr_tensor(folder: Path, name: str, opening, reopen: Callable[[int], Any],
         except (ValueError, OSError) as error:
             raise ValueError(f"{folder}: array {name!r} cannot be read: {_first_line(error)}") from error
 
-    def read(i: int | None) -> np.ndarray:
-        if i is None or by_row:
+    def read(i: Index) -> np.ndarray:
+        if together == 1 or not isinstance(i, int):
             slot.clear()
             return fetch(store if i is None else store[i])
         if slot.get("name") != name:
             slot.clear()
-            slot.update(name=name, store=reopen(2 * math.prod(shape) * dtype.itemsize).result())
+            slot.update(name=name, store=reopen(2 * together * math.prod(shape[1:]) * dtype.itemsize).result())
         return fetch(slot["store"][i])
 
-    def read_unpacking(i: int | None) -> np.ndarray:
+    def read_unpacking(i: Index) -> np.ndarray:
         assert unpack is not None
         slot.clear()
         try:
@@ -300,7 +322,7 @@ def _zarr_tensor(folder: Path, name: str, opening, reopen: Callable[[int], Any],
     return Tensor(shape, dtype, read_unpacking if unpack else read, stacked=store.ndim > 0)
 
 
-def _unpacker(store) -> Callable[[int | None], np.ndarray] | None:
+def _unpacker(store) -> Callable[[Index], np.ndarray] | None:
     """Reads rows of an array that is one zstd chunk; None where it is stored in another way."""
     metadata = store.spec().to_json()["metadata"]
     whole = store.ndim > 0 and tuple(store.chunk_layout.read_chunk.shape) == tuple(store.shape)
@@ -309,6 +331,8 @@ def _unpacker(store) -> Callable[[int | None], np.ndarray] | None:
         return None
     key = metadata.get("dimension_separator", ".").join("0" * store.ndim)
     shape, dtype = tuple(store.shape), np.dtype(store.dtype.numpy_dtype)
+    size = math.prod(shape) * dtype.itemsize
+    step = max(1, PIECE_BYTES * shape[0] // max(1, size))
     state: dict[str, Any] = {"next": 0, "stream": None, "row": None}
 
     def rows(count: int) -> np.ndarray:
@@ -330,27 +354,27 @@ def _unpacker(store) -> Callable[[int | None], np.ndarray] | None:
 
         # A stream of bytes that do not unpack raises an error of its own kind.
         source: Any = _Ranges(store.kvstore, key)
+        source = io.BytesIO(source.read(None)) if size <= _RANGE_BYTES else source
         state.update(next=0, stream=zstandard.ZstdDecompressor().stream_reader(source, read_size=_RANGE_BYTES))
 
-    def read(i: int | None) -> np.ndarray:
+    def read(i: Index) -> np.ndarray:
         import zstandard
 
+        if isinstance(i, int) and state["row"] is not None and state["next"] == i + 1:
+            return state["row"]  # pairs of their tensors are read from one of ours, one after the other
+        first, count = (0, shape[0]) if i is None else (i, 1) if isinstance(i, int) else (i.start, i.stop - i.start)
+        state["row"] = None
         try:
-            if i is None:
+            if state["stream"] is None or state["next"] > first:
                 start()
-                return rows(shape[0])
-            if state["row"] is not None and state["next"] == i + 1:
-                return state["row"]  # pairs of their tensors are read from one of ours, one after the other
-            if state["stream"] is None or state["next"] > i:
-                start()
-            state["row"] = None
-            while state["next"] < i:
-                rows(1)
-            state["row"] = rows(1)[0]
-            row = state["row"]
+            while state["next"] < first:
+                rows(min(step, first - state["next"]))
+            found = rows(count)
         except zstandard.ZstdError as error:
             raise ValueError(f"its data do not unpack: {error}") from error
-        return row
+        if isinstance(i, int):
+            found = state["row"] = found[0]
+        return found
 
     return read
 
@@ -365,12 +389,15 @@ class _Ranges:
     def __init__(self, store, key: str):
         self._store, self._key, self._at = store, key, 0
 
-    def read(self, size: int) -> bytes:
+    def read(self, size: int | None) -> bytes:
         """The next bytes, none at the end. A range past the end is an error that does not tell the end: halve it."""
-        while size:
+        while size != 0:
+            end = None if size is None else self._at + size
             try:
-                found = self._store.read(self._key, byte_range=slice(self._at, self._at + size)).result()
+                found = self._store.read(self._key, byte_range=slice(self._at, end)).result()
             except ValueError:
+                if size is None:
+                    raise
                 size //= 2
                 continue
             if found.state != "value":
@@ -437,7 +464,7 @@ def write_orbax(folder: Path, tensors: Mapping[str, Tensor], whole: bool = False
         }
     batch.commit_async().result()
     now = time.time_ns()
-    _write_json(
+    write_json(
         folder / "_METADATA",
         {
             "tree_metadata": tree,
@@ -448,7 +475,7 @@ def write_orbax(folder: Path, tensors: Mapping[str, Tensor], whole: bool = False
         },
     )
     handler = "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler"
-    _write_json(
+    write_json(
         folder / "_CHECKPOINT_METADATA",
         {
             "item_handlers": handler,
@@ -459,7 +486,3 @@ def write_orbax(folder: Path, tensors: Mapping[str, Tensor], whole: bool = False
             "custom_metadata": {},
         },
     )
-
-
-def _write_json(path: Path, content: Any):
-    path.write_text(json.dumps(content))

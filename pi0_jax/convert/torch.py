@@ -22,12 +22,8 @@ LM_HEAD = f"{_PALIGEMMA}.lm_head.weight"
 EXPERT_HEAD = f"{_EXPERT}.lm_head.weight"
 """The action expert's output layer, which exists in the class it is built from and is never used."""
 
-SPARE = (
-    "^("
-    + "|".join(re.escape(name) for name in (EMBEDDING, LM_HEAD, EXPERT_HEAD, f"{_EXPERT}.model.embed_tokens.weight"))
-    + ")$"
-)
-"""Names that may be left over: whichever of the tied pair is not read, and the unused layers."""
+SPARE = {EMBEDDING: "v d", LM_HEAD: "v d", EXPERT_HEAD: "v e", f"{_EXPERT}.model.embed_tokens.weight": "v e"}
+"""Names that may be left over, and their axes: whichever of the tied pair is not read, and the unused layers."""
 
 
 def rules(variant: str) -> tuple[Rule, ...]:

@@ -182,9 +182,9 @@ class VelocityNetwork(ActionTokenNetwork):
         c = self.config
         b, width = x.shape[0], c.action.width
         actions = self.action_in(x.astype(jnp.float32))
-        embedded = embed_time(time, width)
+        embedded = self.embed_time(time)
         if c.prediction == "average_velocity":
-            embedded += self.span_in(embed_time(jnp.zeros_like(time) if span is None else span, width))
+            embedded += self.span_in(self.embed_time(jnp.zeros_like(time) if span is None else span))
         if c.variant == "pi05":
             condition = nn.swish(self.time_mlp_out(nn.swish(self.time_mlp_in(embedded))))
             return actions.reshape(b, -1, width).astype(self.dtype), condition.reshape(b, -1, width).astype(self.dtype)
@@ -192,6 +192,9 @@ class VelocityNetwork(ActionTokenNetwork):
             embedded = jnp.broadcast_to(embedded[..., None, :], actions.shape)
         actions = self.time_mlp_out(nn.swish(self.time_mlp_in(jnp.concatenate([actions, embedded], axis=-1))))
         return actions.reshape(b, -1, width).astype(self.dtype), None
+
+    def embed_time(self, time: Float[Array, "*b"]) -> Float[Array, "*b d"]:
+        return embed_time(time, self.config.action.width)
 
     def _project(self, outputs: Float[Array, "b t d"], x: Any) -> Float[Array, "b *s ah ad"]:
         return self.action_out(outputs.astype(jnp.float32)).reshape(x.shape)

@@ -8,13 +8,17 @@ import numpy as np
 import pytest
 
 from pi0_jax import cli
-from pi0_jax.convert import agree
-from pi0_jax.convert.formats import Choices, open_checkpoint, write_checkpoint
+from pi0_jax.convert import agree, lerobot_policy, openpi_policy
+from pi0_jax.convert.formats import Choices, open_checkpoint
 from pi0_jax.convert.run import convert
 from pi0_jax.convert.tensors import in_memory
+from pi0_jax.convert.write import write_checkpoint
 from tests.convert.common import save_tiny, tiny_weights, tiny_weights_of_head
 
-HAS_LEROBOT = importlib.util.find_spec("lerobot") is not None
+FRAMEWORKS = {
+    "lerobot": importlib.util.find_spec("lerobot") is not None,
+    "openpi-torch": importlib.util.find_spec("openpi") is not None,
+}
 
 
 def changed(weights, path, at=...):
@@ -85,29 +89,46 @@ def test_what_cannot_be_compared_is_said_before_anything_is_written(tmp_path):
     source = save_tiny(tmp_path / "x", "pi0")
     with pytest.raises(ValueError, match="another --horizon"):
         convert(source, tmp_path / "out", choices=Choices(horizon=9), verify_with="ours")
-    with pytest.raises(ValueError, match="needs a LeRobot folder"):
+    with pytest.raises(ValueError, match="needs a lerobot folder"):
         convert(source, tmp_path / "out", "openpi", verify_with="lerobot")
     with pytest.raises(ValueError, match="no action expert"):
         convert(save_tiny(tmp_path / "fast", "pi0_fast"), tmp_path / "out", "openpi", verify_with="ours")
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.skipif(HAS_LEROBOT, reason="LeRobot is installed")
-def test_without_lerobot_the_message_says_how_to_install_it(tmp_path):
-    with pytest.raises(ValueError, match=r"pip install .*lerobot\[pi\]"):
-        convert(save_tiny(tmp_path / "x", "pi0"), tmp_path / "out", "lerobot", verify_with="lerobot")
+@pytest.mark.parametrize(
+    ("framework", "install"), [("lerobot", r"pip install .*lerobot\[pi\]"), ("openpi-torch", "transformers_replace")]
+)
+def test_without_a_framework_the_message_says_how_to_install_it(tmp_path, framework, install):
+    if FRAMEWORKS[framework]:
+        pytest.skip(f"{framework} is installed")
+    with pytest.raises(ValueError, match=install):
+        convert(save_tiny(tmp_path / "x", "pi0"), tmp_path / "out", framework, verify_with=framework)
 
 
-@pytest.mark.skipif(not HAS_LEROBOT, reason="LeRobot is not installed (docs/checkpoints.md says how)")
+@pytest.mark.parametrize("framework", FRAMEWORKS)
 @pytest.mark.parametrize("name", ["pi0", "pi05"])
-def test_lerobot_itself_acts_as_we_do(tmp_path, name):
-    # LeRobot writes the number of query heads, 8, into its attention.
+def test_another_framework_acts_as_we_do(tmp_path, framework, name):
+    if not FRAMEWORKS[framework]:
+        pytest.skip(f"{framework} is not installed (docs/checkpoints.md says how)")
+    # Both write the number of query heads, 8, into their attention. The weights are several times an initialiser's.
     model = dataclasses.replace(tiny_weights(name).policy.model, num_heads=8)
     write_checkpoint(tiny_weights(name, model=model), tmp_path / "x", "pi0")
-    # These weights are several times an initialiser's: 6.5e-5 (pi0) and 2.7e-4 (pi05) were measured.
-    found = convert(tmp_path / "x", tmp_path / "out", "lerobot", verify_with="lerobot", tolerance=1e-3)["actions"]
-    assert found["agree"], found
-    assert found["largest_difference"] > 0
+    for source, target, to in (("x", "out", framework), ("out", "back", "pi0")):
+        found = convert(tmp_path / source, tmp_path / target, to, verify_with=framework)["actions"]
+        assert 0 < found["largest_difference"] <= 1e-5, found
     wrong = changed(open_checkpoint(tmp_path / "x"), "backbone/layers/action/mlp/down", 0)
-    found = agree.agreement(wrong, open_checkpoint(tmp_path / "out"), "lerobot", 1e-4)
+    found = agree.agreement(wrong, open_checkpoint(tmp_path / "out"), framework, 1e-4)
     assert found["parts_at"].startswith("backbone, values of layer 1")
+
+
+@pytest.mark.parametrize("name", ["pi0", "pi05"])
+def test_flow_times_in_double_precision_are_ours_but_for_rounding(name):
+    weights = tiny_weights(name)
+    inputs = agree.example(weights.policy.model)
+    ours = agree.run_ours(weights, inputs).actions
+    double = agree.run_ours(weights, inputs, openpi_policy.times(agree.STEPS)).actions
+    other = agree.run_ours(weights, inputs, tuple(0.99 * t for t in openpi_policy.times(agree.STEPS))).actions
+    assert 0 < np.abs(double - ours).max() < 1e-3
+    assert np.abs(other - ours).max() > 1e-2
+    assert np.abs(np.subtract(openpi_policy.times(10), lerobot_policy.times(10))).max() < 1e-6

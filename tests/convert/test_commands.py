@@ -1,11 +1,12 @@
 """`pi0 convert`, `inspect` and `diff` from the command line."""
 
 import json
+import re
 
 import pytest
 
 from pi0_jax import cli
-from pi0_jax.convert.formats import write_checkpoint
+from pi0_jax.convert.write import write_checkpoint
 from tests.convert.common import HEADS, save_tiny, tiny_weights, tiny_weights_of_head
 
 
@@ -74,3 +75,45 @@ def test_a_lost_parameter_of_another_head_is_named(tmp_path, capsys):
     write_checkpoint(weights._replace(tensors=tensors), tmp_path / "a", "pi0")
     assert cli.main(["inspect", str(tmp_path / "a")]) == 1
     assert "missing: time_in/bias" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "empty folder, and no checkpoint"),
+        ({"notes.txt": "x"}, r"folder with notes\.txt, and no checkpoint"),
+        ({"model.safetensors.index.json": "{}"}, "weights in several files"),
+        ({"adapter_model.safetensors": "x"}, "PEFT adapters without their model"),
+        ({"pytorch_model.bin": "x"}, "pickled weights"),
+        ({"params/d/x": "x", "assets/arm/norm_stats.json": "{}"}, r"params has no _METADATA"),
+        ({"model.safetensors": "x", "config.json": "{bad"}, r"config\.json is damaged or cut short"),
+        ({"model.safetensors": "x"}, r"no safetensors file, or is cut short"),
+        ({"a.npz": "x", "b.npz": "x"}, "its own path where there are several"),
+        ({"a.npz": "x"}, "no npz file"),
+        ({"meta/info.json": "{}"}, "is a data set, not a checkpoint"),
+    ],
+)
+def test_what_is_no_checkpoint_is_named_for_what_it_is(tmp_path, capsys, files, message):
+    (tmp_path / "x").mkdir()
+    for name, content in files.items():
+        (tmp_path / "x" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "x" / name).write_text(content)
+    for command in (["inspect"], ["convert", "--to", "openpi"]):
+        assert (
+            cli.main([command[0], str(tmp_path / "x"), *([str(tmp_path / "out")] * (len(command) > 1)), *command[1:]])
+            == 1
+        )
+        said = capsys.readouterr().err
+        assert re.search(message, said), said
+        assert "pi0 convert " not in said  # no advice to do what was just done
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_what_openpi_does_not_store_is_no_difference(tmp_path, capsys):
+    save_tiny(tmp_path / "ours", "pi0_lora")
+    write_checkpoint(tiny_weights("pi0_lora"), tmp_path / "openpi", "openpi")
+    cli.main(["diff", str(tmp_path / "ours"), str(tmp_path / "openpi")])
+    said = capsys.readouterr().out
+    assert "horizon" not in said
+    assert "lora_scale" not in said
+    assert "cameras" in said

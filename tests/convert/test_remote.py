@@ -8,7 +8,8 @@ import pytest
 from pi0_jax import cli
 from pi0_jax.convert import remote
 from pi0_jax.convert.describe import differences
-from pi0_jax.convert.formats import Choices, open_checkpoint, write_checkpoint
+from pi0_jax.convert.formats import Choices, open_checkpoint
+from pi0_jax.convert.write import write_checkpoint
 from tests.convert.common import tiny_weights
 
 fsspec = pytest.importorskip("fsspec")

@@ -39,12 +39,13 @@ def test_a_table_read_backwards_gives_the_same_leaves_whole_and_by_layer():
     tensors = in_tensors(theirs())
     sizes = infer_sizes(RULES, tensors, {"n": 2})
     assert sizes == {**SIZES, "b": 3}
-    rules, rest = bind(RULES, LEAVES, tensors, sizes, spare="^tied$")
+    rules, rest = bind(RULES, LEAVES, tensors, sizes, spare={"tied": "d v"})
     assert rest == ["tied"]
     back = to_ours(rules, LEAVES, tensors, sizes)
     for path, array in OURS.items():
         np.testing.assert_array_equal(back[path].read(None), array)
         np.testing.assert_array_equal(back[path].read(2), array[2])
+        np.testing.assert_array_equal(back[path].read(slice(1, 3)), array[1:3])
 
 
 def test_a_product_that_stays_open_is_asked_for_by_name():
@@ -59,11 +60,18 @@ def test_all_that_does_not_correspond_is_named():
     broken["odd"] = broken.pop("layers.2.v")
     tensors = in_tensors(broken)
     with pytest.raises(ValueError, match="do not make the model") as error:
-        bind(RULES, LEAVES, tensors, infer_sizes(RULES, tensors, {"n": 2}), spare="^tied$")
+        bind(RULES, LEAVES, tensors, infer_sizes(RULES, tensors, {"n": 2}), spare={"tied": "d v"})
     message = str(error.value)
     assert "layers.1.q has shape (7, 10), and (10, 7) is needed for q" in message
     assert "missing: layers.2.v, for kv" in message
     assert "of no use: odd" in message
+
+
+def test_what_may_be_left_over_has_to_have_its_shape():
+    broken = {**theirs(), "tied": theirs()["tied"].T}
+    tensors = in_tensors(broken)
+    with pytest.raises(ValueError, match=r"tied has shape \(11, 7\); it is not needed, and \(7, 11\) is what"):
+        bind(RULES, LEAVES, tensors, infer_sizes(RULES, tensors, {"n": 2}), spare={"tied": "d v"})
 
 
 def test_a_leaf_without_a_place_is_named():

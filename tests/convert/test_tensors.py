@@ -135,7 +135,7 @@ def test_an_array_that_orbax_lost_is_named(tmp_path):
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="not an openpi checkpoint"):
+    with pytest.raises(FileNotFoundError, match="no whole checkpoint"):
         open_orbax(tmp_path)
 
 

@@ -1,0 +1,108 @@
+"""Under the target's name there is a whole checkpoint or nothing: kills, full disks, and what must not be replaced."""
+
+import json
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import zlib
+
+import numpy as np
+import pytest
+
+from pi0_jax import cli
+from pi0_jax.convert.describe import differences
+from pi0_jax.convert.formats import Choices, open_checkpoint
+from pi0_jax.convert.run import convert
+from pi0_jax.convert.tensors import in_memory
+from pi0_jax.convert.write import write_checkpoint
+from tests.convert.common import save_tiny, tiny_weights
+
+KILLED = """
+import os, signal, sys
+from pi0_jax.convert import run, write
+
+def half(*arguments):
+    write.write_checkpoint(*arguments)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+run.write_checkpoint = half
+run.convert(sys.argv[1], sys.argv[2], "openpi")
+"""
+
+
+@pytest.fixture
+def source(tmp_path):
+    return save_tiny(tmp_path / "source", "pi0")
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_killed_conversion_leaves_no_target_and_the_next_one_clears_what_it_left(tmp_path, source):
+    killed = subprocess.run([sys.executable, "-c", KILLED, source, tmp_path / "out"], timeout=100)
+    assert killed.returncode == -signal.SIGKILL
+    (left,) = tmp_path.glob(".out.converting-*")
+    assert not (tmp_path / "out").exists()
+    convert(source, tmp_path / "out", "openpi")
+    assert names(tmp_path) == ["out", "source"]
+    left.with_name(left.name + "-replaced").mkdir()  # as a kill after the new folder got its name leaves the old one
+    convert(source, tmp_path / "out", "openpi", overwrite=True)
+    assert names(tmp_path) == ["out", "source"]
+
+
+@pytest.mark.parametrize("to", ["pi0", "openpi", "openpi-torch", "lerobot"])
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, source, capsys, to):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, before[1]))
+        assert cli.main(["convert", str(source), str(tmp_path / "out"), "--to", to]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "could not write" in capsys.readouterr().err
+    assert names(tmp_path) == ["source"]
+
+
+def test_a_failed_replacement_keeps_the_old_checkpoint(tmp_path, source):
+    convert(source, tmp_path / "out")
+    weights = tiny_weights("pi0", seed=1)
+    damaged = {**weights.tensors, "action_out/kernel": in_memory(np.full((14, 5), np.nan, np.float32))}
+    write_checkpoint(weights._replace(tensors=damaged), tmp_path / "bad", "pi0")
+    with pytest.raises(ValueError, match="action_out/kernel holds numbers that are not finite"):
+        convert(tmp_path / "bad", tmp_path / "out", overwrite=True)
+    assert differences(open_checkpoint(tmp_path / "out"), open_checkpoint(source)) == []
+    assert names(tmp_path) == ["bad", "out", "source"]
+
+
+def test_overwrite_replaces_checkpoints_and_nothing_else(tmp_path, source):
+    (tmp_path / "home/documents").mkdir(parents=True)
+    shutil.copytree(source, tmp_path / "run/checkpoints/100")
+    (tmp_path / "notes.txt").write_text("kept")
+    for target in ("home", "run", "notes.txt"):
+        with pytest.raises(FileExistsError, match=r"left as it is"):
+            convert(source, tmp_path / target, "openpi", overwrite=True)
+    assert (tmp_path / "home/documents").is_dir()
+    assert (tmp_path / "run/checkpoints/100/params").is_dir()
+    convert(source, tmp_path / "run/checkpoints/100", "lerobot", overwrite=True)
+    assert (tmp_path / "run/checkpoints/100/model.safetensors").is_file()
+
+
+def test_statistics_are_not_written_elsewhere(tmp_path, source):
+    with pytest.raises(ValueError, match="--asset-id"):
+        convert(source, tmp_path / "out", "openpi", choices=Choices(asset_id="../../elsewhere"))
+    assert names(tmp_path) == ["source"]
+
+
+def test_a_checkpoint_of_a_run_is_held_against_its_digests(tmp_path, source):
+    files = [path for path in source.rglob("*") if path.is_file()]
+    digests = {str(p.relative_to(source)): [p.stat().st_size, zlib.crc32(p.read_bytes())] for p in files}
+    digests["train_state/not_read"] = [1, 1]
+    (source / "digests.json").write_text(json.dumps(digests))
+    convert(source, tmp_path / "whole", "lerobot")
+    stats = source / "assets/norm_stats.json"
+    stats.write_text(stats.read_text().replace("0.1", "0.2"))
+    with pytest.raises(ValueError, match=r"norm_stats\.json is not what was written"):
+        convert(source, tmp_path / "out", "lerobot")
+    convert(source, tmp_path / "out", "lerobot", edited=True)
