@@ -15,6 +15,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -212,5 +213,6 @@ def _rate(counts: tuple[int, int]) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server ends too
     given = tyro.extras.subcommand_cli_from_dict({"load": Load, "closed-loop": ClosedLoop})
     print(json.dumps(load(given) if isinstance(given, Load) else closed_loop(given), indent=1))

@@ -31,6 +31,10 @@ COMMANDS = {
     "evaluate": ("evaluate", "run a policy in closed loop: pi0 evaluate runs/tabletop --episodes 200 --seed 1"),
     "report": ("evaluate", "evaluate a run in closed loop and write its report: pi0 report runs/tabletop"),
     "serve": ("serving", "serve a policy to robots, as openpi does: pi0 serve runs/tabletop"),
+    "export": (
+        "inference",
+        "write a policy's programs and weights for machines without this package: pi0 export RUN DIR",
+    ),
     "plan": (
         "training",
         "say what training takes on devices that need not be there: pi0 plan configs/mine.py --topology h100:8",

@@ -18,11 +18,15 @@ from pi0_jax.config import TrainConfig
 from pi0_jax.data.robots import get_robot
 from pi0_jax.experiment import load_config
 from pi0_jax.inference.policy import Policy
+from pi0_jax.serving.client import Client
+from pi0_jax.serving.served import RobotPolicy
 from pi0_jax.training import loop
+from tests.serving.fake import serving
 
 ROOT = Path(__file__).parents[1]
 FLOW = (ROOT / "docs" / "flow.md").read_text()
 SERVING = (ROOT / "docs" / "serving.md").read_text()
+BLOCKS = re.findall(r"^```python\n(.*?)^```", SERVING, re.MULTILINE | re.DOTALL)
 COMMANDS = [line.strip() for line in re.findall(r"^    (pi0 train (?:.*\\\n)*.*)$", f"{FLOW}\n{SERVING}", re.MULTILINE)]
 
 
@@ -52,12 +56,32 @@ def test_the_robot_loop_of_the_page_on_serving_sends_actions(checkpoint_folder, 
     sent = []
     robot = types.SimpleNamespace(observe=get_robot("tabletop").example, send=sent.append, done=lambda: len(sent) >= 3)
     namespace: dict = {"robot": robot}
-    blocks = re.findall(r"^```python\n(.*?)^```", SERVING, re.MULTILINE | re.DOTALL)
-    (robot_loop,) = (block for block in blocks if "with Executor(" in block)
+    (robot_loop,) = (block for block in BLOCKS if "with Executor(" in block)
     exec(compile(robot_loop, "docs/serving.md", "exec"), namespace)
     tally = namespace["executor"].tally
     assert tally.steps >= 4
     assert tally.failures == 0
+    assert np.isfinite(sent).all()
+
+
+def test_the_quick_start_of_the_page_on_serving_moves_a_robot(checkpoint_folder, monkeypatch):
+    sent = []
+    robot = types.SimpleNamespace(
+        observe=get_robot("tabletop").example,
+        send=sent.append,
+        still=get_robot("tabletop").still,
+        done=lambda: len(sent) >= 8,
+    )
+    namespace: dict = {"robot": robot}
+    acting, plain = BLOCKS[:2]
+    with serving(RobotPolicy(Policy.load(checkpoint_folder), (1,), real_time=True)) as server:
+        monkeypatch.setattr("pi0_jax.serving.client.Client", lambda uri: Client(server.uri))
+        monkeypatch.setattr(time, "sleep", lambda seconds: wait_for_answers(namespace))
+        exec(compile(acting, "docs/serving.md", "exec"), namespace)
+        exec(compile(plain, "docs/serving.md", "exec"), namespace)
+    assert namespace["executor"].tally.chunks >= 2
+    assert namespace["executor"].tally.failures == 0
+    assert len(sent) >= 12
     assert np.isfinite(sent).all()
 
 

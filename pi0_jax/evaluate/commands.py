@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -61,6 +60,8 @@ class Infer:
     """Above 1, more of the solver's steps are near the data; the checkpoint's own by default."""
     guidance_scale: float | None = None
     """Classifier-free guidance, for policies trained with dropped conditions; 1 is none."""
+    bits: Literal["int8", "fp8"] | None = None
+    """Round the weights to eight bits; what that changes is logged. fp8 is quick on GPUs that multiply float8."""
     execute_steps: int | None = None
     """Actions of a chunk executed before the policy is asked again; the checkpoint's own number by default."""
     distract: bool = False
@@ -76,6 +77,8 @@ class Infer:
     """Milliseconds by which that is more or less."""
     drop: float = 0.0
     """Share of the answers that are lost, and asked for again after a second."""
+    repeat: int = 20
+    """On an observation: calls to measure the time of, after the one that compiles."""
     output: Path | None = None
     """Folder for what is saved; <run>/infer by default."""
 
@@ -149,7 +152,7 @@ def infer(args: Infer) -> None:
         raise ValueError("--latency, --jitter and --drop need a --strategy, which says what the robot does meanwhile.")
     if args.strategy is not None and (real_time := STRATEGIES[args.strategy][1]) is not None:
         changes["real_time"] = real_time
-    policy = Policy.load(args.run, **changes)
+    policy = Policy.load(args.run, bits=args.bits, **changes)
     if args.write_example is not None:
         save_observation(args.write_example, policy.robot.example())
         print(f"wrote {args.write_example}; fill it in and run: python infer.py {args.run} --observation ...")
@@ -165,15 +168,21 @@ def infer(args: Infer) -> None:
     observation = load_observation(args.observation)
     if args.prompt is not None:
         observation["prompt"] = args.prompt
+    if args.repeat < 1:
+        raise ValueError(f"--repeat is {args.repeat}; it has to be at least 1.")
     policy.infer(observation, args.seed)  # compiles
-    start = time.perf_counter()
-    actions = policy.infer(observation, args.seed)
-    seconds = time.perf_counter() - start
+    policy.forget_latency()
+    for _ in range(args.repeat):
+        actions = policy.infer(observation, args.seed)
     names = policy.robot.actions
     print(format_chunk(actions, names))
     np.savez(output / "actions.npz", actions=actions, names=np.array(names))
     plot_chunk(actions, names, output / "actions.png", str(observation["prompt"]))
-    print(f"{1000 * seconds:.1f} ms a chunk, after compilation; saved {output / 'actions.npz'} and actions.png")
+    parts = policy.latency()
+    total = ", ".join(f"{name} {value:.1f}" for name, value in parts.pop("total").items())
+    print(f"ms a chunk, over {args.repeat} calls after compilation: {total}", end=" (median ")
+    print(", ".join(f"{name} {values['p50']:.1f}" for name, values in parts.items()) + ")")
+    print(f"saved {output / 'actions.npz'} and actions.png")
 
 
 evaluate = infer

@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Float, PRNGKeyArray
 
 from pi0_jax import checkpoint, pi0
+from pi0_jax.batch import Observation
 from pi0_jax.config import PolicyConfig
 from pi0_jax.data.normalize import Stats, semantics_from_json, stats_from_json
 from pi0_jax.data.robots import Robot, get_robot
@@ -69,6 +70,7 @@ class Policy:
         pi0.check_policy(config)
         self.config = config
         self.robot: Robot = get_robot(config.robot)
+        self.tokenizer, self.stats = tokenizer, stats
         self._transform = make_transform(config, self.robot, stats, tokenizer)
         # A camera that the robot lacks is masked; leaving it out gives the same numbers.
         present = tuple(name for name in config.model.cameras if name in self.robot.cameras.values())
@@ -225,7 +227,7 @@ class Policy:
                     observation, _, previous = self._prepare([raw] * size, length)
                     self._compute(observation, jax.random.split(jax.random.key(0), size), previous, options)
                 _log.info("batch of %d, prompt of %d: ready after %.1f s", size, length, time.perf_counter() - start)
-        self._timings.clear()
+        self.forget_latency()
 
     @property
     def compiled(self) -> int:
@@ -244,6 +246,10 @@ class Policy:
         return {
             name: {f"p{q}": float(np.percentile(values, q)) for q in (50, 95, 99)} for name, values in columns.items()
         }
+
+    def forget_latency(self) -> None:
+        """Starts `latency` anew."""
+        self._timings.clear()
 
     def quantize(self, bits: Bits) -> dict[str, float]:
         """Rounds the matrices of all layers to eight bits, and logs what that does to the actions.
@@ -274,6 +280,31 @@ class Policy:
             bits, error["rms"], error["largest"],
         )  # fmt: skip
         return error
+
+    def program(self, size: int, length: int) -> tuple[Callable[..., Any], Any, Observation, np.ndarray]:
+        """What a batch is computed with, to be compiled elsewhere.
+
+        Args:
+            size: number of observations.
+            length: of their prompts, one of `prompt_lengths`.
+
+        Returns:
+            A function of weights, the model's observation and noise, to normalised actions; those weights; an example's
+            observation and noise.
+
+        Raises:
+            ValueError: the solver draws random numbers of its own.
+        """
+        if self.config.solver == "ddpm":
+            raise ValueError("the solver ddpm draws noise at every step, so its program needs a key; export with ddim.")
+        options = self._options()
+
+        def sample(weights, observation, noise):
+            return self._sample(weights, observation, None, noise=noise, previous=None, **options)
+
+        observation, *_ = self._prepare([self.robot.example()] * size, length)
+        noise = np.zeros((size, self.config.model.action_horizon, self.config.model.action_dim), np.float32)
+        return sample, self._with_tables(options, None), observation, noise
 
     def denoise(self, observation: dict[str, Any], seed: int = 0, num_steps: int | None = None) -> np.ndarray:
         """The points that noise passes on its way to a chunk, in the robot's units, `[num_steps + 1, ah, d]`."""

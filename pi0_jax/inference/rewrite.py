@@ -49,8 +49,8 @@ class Rule(NamedTuple):
 
     sources: tuple[str, ...]
     """Paths in the checkpoint."""
-    make: Callable[[dict[str, Any], Any], Any]
-    """From float32 arrays by path, and numpy or jax.numpy."""
+    make: Callable[[dict[str, Any], Any], Any] | None
+    """From float32 arrays by path, and numpy or jax.numpy; None: the one source as it is."""
     exact: bool = False
     """Stays float32 whatever the activations are, because its product is float32 in the network, too."""
 
@@ -176,8 +176,11 @@ def rules(config: ModelConfig) -> dict[str, Rule]:
 
 
 def _made(rule: Rule, sources: dict[str, Any], dtype: jnp.dtype, compiled: bool) -> Array:
+    if (how := rule.make) is None:
+        return sources[rule.sources[0]]
+
     def make(sources, xp):
-        return rule.make({path: x.astype(xp.float32) for path, x in sources.items()}, xp)
+        return how({path: x.astype(xp.float32) for path, x in sources.items()}, xp)
 
     if compiled:
         return jax.jit(lambda sources: make(sources, jnp).astype(dtype))(sources)
@@ -197,8 +200,8 @@ def _by_layer(weights: Weights) -> Weights:
     return found
 
 
-def _copy(path: str, shape: Callable[[Any], Any] = lambda x: x, *, exact: bool = False) -> Rule:
-    return Rule((path,), lambda p, _: shape(p[path]), exact)
+def _copy(path: str, shape: Callable[[Any], Any] | None = None, *, exact: bool = False) -> Rule:
+    return Rule((path,), shape and (lambda p, _: shape(p[path])), exact)
 
 
 def _vision(config: VisionConfig) -> dict[str, Rule]:

@@ -1,4 +1,4 @@
-"""Requests of many clients, gathered into batches and computed in one thread of their own."""
+"""Requests of many clients, gathered into batches and computed in threads of their own."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import logging
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -66,7 +67,8 @@ class Batcher:
     """Gathers requests and has them computed, off the event loop.
 
     A batch starts when its oldest request has waited for the window, or earlier: when the largest compiled batch is
-    full, or every client waits already, so that nobody else could join. While one is computed, the next gathers.
+    full, or every client waits already, so that nobody else could join. While the policy computes all that it can at
+    once, the next gathers.
 
     Args:
         policy: a `Served`.
@@ -91,9 +93,10 @@ class Batcher:
         self._clients, self._metrics = clients, metrics
         self._waiting: collections.deque[_Waiting] = collections.deque()
         self._came = asyncio.Event()
-        self._thread = concurrent.futures.ThreadPoolExecutor(1, "inference")
+        self._threads = concurrent.futures.ThreadPoolExecutor(policy.parallel, "inference")
+        self._lock = threading.Lock()
         self.computing = 0
-        """Requests in the batch that is computed now."""
+        """Requests that are computed now."""
 
     @property
     def waiting(self) -> int:
@@ -130,7 +133,22 @@ class Batcher:
 
     async def run(self) -> None:
         """Computes batches until cancelled."""
-        while True:
+        free = asyncio.Semaphore(self._policy.parallel)
+        async with asyncio.TaskGroup() as computations:
+            while True:
+                await free.acquire()
+                batch = await self._next()
+                computation = computations.create_task(self._compute(batch))
+                computation.add_done_callback(lambda _: free.release())
+
+    def close(self) -> None:
+        """Lets go of the threads, without waiting for what they compute."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _next(self) -> list[_Waiting]:
+        """The next batch, as soon as it should start."""
+        batch: list[_Waiting] = []
+        while not batch:
             while not self._waiting:
                 self._came.clear()
                 await self._came.wait()
@@ -138,17 +156,12 @@ class Batcher:
             count = min(len(self._waiting), self._policy.batch_sizes[-1])
             batch = [item for item in (self._waiting.popleft() for _ in range(count)) if not item.answer.done()]
             self._metrics.waiting.set(len(self._waiting))
-            if batch:
-                await self._compute(batch)
-
-    def close(self) -> None:
-        """Lets go of the thread, without waiting for what it computes."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        return batch
 
     async def _gather(self) -> None:
         """Returns when the oldest request should wait no longer."""
         end = self._waiting[0].since + self._window
-        while len(self._waiting) < min(self._policy.batch_sizes[-1], self._clients()):
+        while len(self._waiting) < min(self._policy.batch_sizes[-1], self._clients() - self.computing):
             left = end - time.perf_counter()
             if left <= 0:
                 return
@@ -164,7 +177,7 @@ class Batcher:
         loop = asyncio.get_running_loop()
         start = time.perf_counter()
         try:
-            answers = await loop.run_in_executor(self._thread, self._call, batch)
+            answers = await loop.run_in_executor(self._threads, self._call, batch)
         except Exception as error:
             if len(batch) == 1:
                 _settle(batch[0].answer, error)
@@ -181,15 +194,19 @@ class Batcher:
             _settle(item.answer, answer if isinstance(answer, Exception) else answer | {"server_timing": timing})
 
     def _call(self, batch: list[_Waiting]) -> list[dict[str, Any] | NotFinite]:
-        """In the thread: the policy's answers, checked."""
-        self.computing = len(batch)
+        """In a thread: the policy's answers, checked."""
+        self._count(len(batch))
         try:
             answers = self._policy.infer_batch([item.observation for item in batch], [item.session for item in batch])
         finally:  # not in the event loop, where a cancelled task would forget what the thread still does
-            self.computing = 0
+            self._count(-len(batch))
         if len(answers) != len(batch):
             raise RuntimeError(f"the policy gave {len(answers)} answers to {len(batch)} observations.")
         return [answer if np.isfinite(answer["actions"]).all() else _not_finite(answer) for answer in answers]
+
+    def _count(self, more: int) -> None:
+        with self._lock:
+            self.computing += more
 
 
 def _settle(answer: asyncio.Future, value: Any) -> None:

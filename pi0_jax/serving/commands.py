@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -19,6 +20,9 @@ from pi0_jax.serving.access import check_address, check_free, read_token, tls_co
 from pi0_jax.serving.served import RobotPolicy, describe_for_roboarena
 from pi0_jax.serving.server import PolicyServer, Settings
 from pi0_jax.serving.wire import Limits
+
+if TYPE_CHECKING:
+    from pi0_jax.serving.replicas import Fleet
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +41,8 @@ class Serve:
         pi0 serve runs/tabletop --host 0.0.0.0 --token-file token --tls-certificate cert.pem --tls-key key.pem
 
         pi0 serve runs/libero --protocol vla-eval
+
+        pi0 serve runs/droid --replicas 4 --replica-gpus 1
     """
 
     run: Annotated[Path, tyro.conf.Positional]
@@ -67,6 +73,11 @@ class Serve:
     """Compile for real-time chunking too: requests may then say what is left of the chunk in execution."""
     batch_sizes: tuple[int, ...] = (1, 2, 4, 8)
     """Requests that are computed together; a program is compiled for each. Others are filled up to the next."""
+    replicas: int = 0
+    """Copies of the policy behind Ray Serve, for a fleet of robots; 0: none, this process has the policy. RAY_ADDRESS
+    names a cluster, else they are on this machine."""
+    replica_gpus: float = 0.0
+    """GPUs of each replica."""
     window_ms: float = 5.0
     """How long a request waits for those of other clients to join it. One client alone never waits."""
     max_waiting: int = 256
@@ -92,31 +103,47 @@ def serve(args: Serve) -> None:
     check_address(args.host, token, args.insecure)
     check_free(args.host, args.port)
     if args.protocol == "vla-eval":
-        _check_vla_eval(guarded=token is not None or tls is not None)
+        _check_vla_eval(args, guarded=token is not None or tls is not None)
     logs.set_up(args.log)
-    changes: dict[str, Any] = {} if args.num_steps is None else {"num_steps": args.num_steps}
-    policy = Policy.load(args.run, bits=args.bits, **changes)
-    served = RobotPolicy(policy, args.batch_sizes, args.prompt, args.seed, args.real_time)
-    if args.protocol == "vla-eval":
-        _serve_vla_eval(served, args)
-        return
-    if args.protocol == "roboarena":
-        served.metadata = describe_for_roboarena(policy)
-    if token is not None and tls is None and args.host != "127.0.0.1":
-        log.warning("the token crosses the network in clear text; --tls-certificate and --tls-key encrypt it")
-    settings = Settings(
-        host=args.host,
-        port=args.port,
-        token=token,
-        insecure=args.insecure,
-        tls=tls,
-        window=args.window_ms / 1000,
-        max_waiting=args.max_waiting,
-        max_connections=args.max_connections,
-        deadline=args.deadline,
-        limits=Limits(frame_bytes=args.max_frame_mb << 20, array_bytes=args.max_frame_mb << 19),
-    )
-    asyncio.run(run_until_signal(PolicyServer(served, settings)))
+    with contextlib.ExitStack() as stack:
+        served = _policy(args, stack)
+        if args.protocol == "vla-eval":
+            assert isinstance(served, RobotPolicy)
+            _serve_vla_eval(served, args)
+            return
+        if args.protocol == "roboarena":
+            served.metadata = describe_for_roboarena(served.config)
+        if token is not None and tls is None and args.host != "127.0.0.1":
+            log.warning("the token crosses the network in clear text; --tls-certificate and --tls-key encrypt it")
+        settings = Settings(
+            host=args.host,
+            port=args.port,
+            token=token,
+            insecure=args.insecure,
+            tls=tls,
+            window=args.window_ms / 1000,
+            max_waiting=args.max_waiting,
+            max_connections=args.max_connections,
+            deadline=args.deadline,
+            limits=Limits(frame_bytes=args.max_frame_mb << 20, array_bytes=args.max_frame_mb << 19),
+        )
+        asyncio.run(run_until_signal(PolicyServer(served, settings)))
+
+
+def _policy(args: Serve, stack: contextlib.ExitStack) -> RobotPolicy | Fleet:
+    """The policy in this process, or replicas that end with `stack`."""
+    load: dict[str, Any] = {"bits": args.bits} | ({} if args.num_steps is None else {"num_steps": args.num_steps})
+    names = ("batch_sizes", "prompt", "seed", "real_time")
+    options = {name: getattr(args, name) for name in names}
+    if not args.replicas:
+        return RobotPolicy(Policy.load(args.run, **load), **options)
+    try:
+        from pi0_jax.serving.replicas import Fleet
+    except ImportError as error:
+        raise ValueError(f"--replicas needs Ray Serve: pip install 'pi0_jax[ray]' ({error})") from error
+    fleet = Fleet(args.run, args.replicas, args.replica_gpus, load=load, options=options)
+    stack.callback(fleet.close)
+    return fleet
 
 
 async def run_until_signal(server: PolicyServer) -> None:
@@ -136,7 +163,9 @@ async def run_until_signal(server: PolicyServer) -> None:
         os._exit(1)
 
 
-def _check_vla_eval(guarded: bool) -> None:
+def _check_vla_eval(args: Serve, guarded: bool) -> None:
+    if args.replicas:
+        raise ValueError("vla-eval's server has its own batches and takes no --replicas. Start it several times.")
     if guarded:
         raise ValueError("vla-eval's protocol knows no token and no TLS. Use --host 127.0.0.1 and a tunnel (ssh -L).")
     try:

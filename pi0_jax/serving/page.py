@@ -46,7 +46,7 @@ def render(state: str, metadata: Mapping[str, Any], metrics: Metrics, clients: i
         waiting: requests that wait now.
     """
     recent = np.array(metrics.recent)
-    title = f"π₀ policy for {metadata.get('robot', 'a robot')}"
+    title = f"Policy for {metadata.get('robot', 'a robot')}"
     counts = " · ".join(f"{metrics.outcomes[name]} {name}" for name in OUTCOMES if metrics.outcomes[name]) or "none yet"
     facts = {"state": state, "clients": clients, "waiting": waiting, "requests": counts}
     if recent.size:
@@ -85,7 +85,7 @@ def bars(labels: Sequence[str], counts: Sequence[int], width: int = 420, height:
     tallest, each, floor = max(*counts, 1), (width - 10) / len(counts), height - 18
     parts = [f"<svg viewBox='0 0 {width} {height}' width='{width}' role='img' aria-label='bar chart'>"]
     for i, (label, count) in enumerate(zip(labels, counts, strict=True)):
-        tall, x = (floor - 16) * count / tallest, 5 + i * each
+        tall, x = (floor - 16) * count / tallest, 5 + i * min(each, 80)
         parts.append(
             f"<rect x='{x:.1f}' y='{floor - tall:.1f}' width='{0.9 * min(each, 60):.1f}' height='{tall:.1f}' "
             f"fill='{COLOURS[0]}'><title>{count}</title></rect>"

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pi0_jax.config import PolicyConfig
+from pi0_jax.data.robots import Robot, get_robot
 from pi0_jax.data.transform import check_observation
 from pi0_jax.inference.policy import Policy
 from pi0_jax.serving.requests import read_executed, read_request, read_seed
@@ -21,12 +23,15 @@ RESET_POSE = {"aloha": [0.0, -1.5, 1.5, 0.0, 0.0, 0.0]}
 
 
 class Served(Protocol):
-    """A policy as the server calls it. `prepare` may run in several threads at once, `infer_batch` in one alone."""
+    """A policy as the server calls it. `prepare` may run in many threads at once, `infer_batch` in `parallel` of them,
+    and never for one session in two."""
 
     metadata: dict[str, Any]
     """What a client is told when it connects: anything that `wire.pack` takes."""
     batch_sizes: tuple[int, ...]
     """Numbers of requests that a program is compiled for, ascending. Others are filled up to the next."""
+    parallel: int
+    """Batches that can be computed at once."""
 
     def warm_up(self) -> None:
         """Compiles everything; after it, no request compiles."""
@@ -58,6 +63,38 @@ class Prepared:
     """Actions of the session's last chunk that were executed, where the new chunk is to go on from the rest of it."""
 
 
+def check_request(request: Any, robot: Robot, prompt: str | None = None, real_time: bool = False) -> Prepared:
+    """The robot's raw observation in a request, checked.
+
+    Args:
+        request: a decoded frame.
+        robot: whose it should be.
+        prompt: instruction for requests without one.
+        real_time: whether requests may say what is left of the chunk in execution.
+
+    Raises:
+        ValueError: the request is at fault; the message says how.
+    """
+    raw = read_request(request, robot, prompt)
+    checked = check_observation(raw, robot)
+    observation = raw | {key: checked[key] for key in ("images", "state", "prompt")}
+    prepared = Prepared(observation, read_seed(request), read_executed(request))
+    if not real_time and ("previous" in raw or prepared.executed is not None):
+        raise ValueError("`previous` and `executed` need a server with --real-time, which compiles what they take.")
+    return prepared
+
+
+def check_batch_sizes(sizes: Sequence[int]) -> tuple[int, ...]:
+    """The sizes in order, each once.
+
+    Raises:
+        ValueError: none, or some below 1.
+    """
+    if not sizes or min(sizes) < 1:
+        raise ValueError(f"batch sizes came as {list(sizes)}; expected at least one, of at least 1.")
+    return tuple(sorted(set(sizes)))
+
+
 class RobotPolicy:
     """A checkpoint's policy behind the server.
 
@@ -73,6 +110,8 @@ class RobotPolicy:
             refused.
     """
 
+    parallel = 1
+
     def __init__(
         self,
         policy: Policy,
@@ -81,11 +120,9 @@ class RobotPolicy:
         seed: int = 0,
         real_time: bool = False,
     ):
-        if not batch_sizes or min(batch_sizes) < 1:
-            raise ValueError(f"batch sizes came as {list(batch_sizes)}; expected at least one, of at least 1.")
         self.policy, self.prompt, self.seed, self.real_time = policy, prompt, seed, real_time
-        self.batch_sizes = tuple(sorted(set(batch_sizes)))
-        self.metadata = describe(policy) | {"real_time": real_time}
+        self.config, self.batch_sizes = policy.config, check_batch_sizes(batch_sizes)
+        self.metadata = describe(policy.config, real_time)
 
     def warm_up(self) -> None:
         """Compiles programs for each batch size and length of prompts."""
@@ -95,13 +132,7 @@ class RobotPolicy:
 
     def prepare(self, request: Any) -> Prepared:
         """The robot's raw observation in a request, checked; errors as of `Served.prepare`."""
-        raw = read_request(request, self.policy.robot, self.prompt)
-        checked = check_observation(raw, self.policy.robot)
-        observation = raw | {key: checked[key] for key in ("images", "state", "prompt")}
-        prepared = Prepared(observation, read_seed(request), read_executed(request))
-        if not self.real_time and ("previous" in raw or prepared.executed is not None):
-            raise ValueError("`previous` and `executed` need a server with --real-time, which compiles what they take.")
-        return prepared
+        return check_request(request, self.policy.robot, self.prompt, self.real_time)
 
     def infer_batch(self, observations: Sequence[Prepared], sessions: Sequence[Session]) -> list[dict[str, Any]]:
         """Chunks in the robot's units; `infer_ms` is from observations to actions in host memory, for the batch."""
@@ -139,9 +170,9 @@ def _noise_keys(kind, words):
     return jnp.stack([jax.random.fold_in(key, words[1]), key, jax.random.wrap_key_data(words)])[kind]
 
 
-def describe(policy: Policy) -> dict[str, Any]:
+def describe(config: PolicyConfig, real_time: bool = False) -> dict[str, Any]:
     """What clients are told about a policy: its robot, what to send and what comes back."""
-    robot, config = policy.robot, policy.config
+    robot = get_robot(config.robot)
     told = {
         "robot": robot.name,
         "cameras": [camera for camera in robot.cameras.values() if camera in config.model.cameras],
@@ -152,25 +183,26 @@ def describe(policy: Policy) -> dict[str, Any]:
         "execute_steps": config.execute_steps,
         "num_steps": config.num_steps,
         "fps": robot.fps,
+        "real_time": real_time,
     }
     return told | ({"reset_pose": RESET_POSE[robot.name]} if robot.name in RESET_POSE else {})
 
 
-def describe_for_roboarena(policy: Policy) -> dict[str, Any]:
+def describe_for_roboarena(config: PolicyConfig) -> dict[str, Any]:
     """The same in RoboArena's words; its clients allow no others.
 
     Raises:
         ValueError: it is not a policy for DROID, the robot of RoboArena.
     """
     spaces = {"droid": "joint_position", "droid_velocity": "joint_velocity"}
-    if policy.robot.name not in spaces:
-        raise ValueError(f"RoboArena's robots are DROID's; this policy is for {policy.robot.name!r}.")
-    size = policy.config.model.vision.image_size
+    if config.robot not in spaces:
+        raise ValueError(f"RoboArena's robots are DROID's; this policy is for {config.robot!r}.")
+    size = config.model.vision.image_size
     return {
         "image_resolution": [size, size],
         "needs_wrist_camera": True,
         "n_external_cameras": 1,
         "needs_stereo_camera": False,
         "needs_session_id": False,
-        "action_space": spaces[policy.robot.name],
+        "action_space": spaces[config.robot],
     }

@@ -5,7 +5,7 @@ gets one back with a chunk of actions. An error is a text frame, after which the
 says whether the process lives and `/ready` whether it takes requests; `/` is a page for people and `/metrics` is for
 Prometheus.
 
-The event loop only moves bytes: observations are checked in threads, and the policy runs in one thread of its own.
+The event loop only moves bytes: observations are checked in threads, and the policy runs in threads of its own.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ class FakePolicy:
     """Its chunk is a function of the state and of how many requests the session has had."""
 
     batch_sizes = (1, 2, 4, 8)
+    parallel = 1
 
     def __init__(self, seconds: float = 0.0):
         self.metadata = {"robot": "fake", "actions": ["a", "b"]}

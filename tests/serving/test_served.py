@@ -176,7 +176,7 @@ def test_requests_that_are_none_are_refused():
 
 def test_roboarenas_greeting_is_for_droid(policy):
     with pytest.raises(ValueError, match="this policy is for 'tabletop'"):
-        describe_for_roboarena(policy)
+        describe_for_roboarena(policy.config)
 
 
 def test_the_command_serves_logs_json_and_ends_well_on_sigterm(checkpoint_folder, tmp_path):

@@ -1,0 +1,75 @@
+"""Peak memory and time of loading a policy's weights from a checkpoint, rewritten for running.
+
+    python benchmarks/loading.py /tmp/loading-benchmark     (7 GB of disk, 8 GB of memory; --layers 2 for a small try)
+
+The checkpoint is a full-size π0 with random weights in bfloat16. Peak memory is the largest resident set of the loading
+process, less that of one which only imports the package and starts JAX; on an accelerator, less what moves there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import multiprocessing
+import shutil
+import time
+from pathlib import Path
+
+from convert import random_weights, run
+
+from pi0_jax.config import PI0
+from pi0_jax.convert.formats import write_checkpoint
+
+LOAD = """
+import jax, sys, time
+from pi0_jax.config import PI0
+from pi0_jax.inference.rewrite import from_checkpoint, rewrite
+import dataclasses
+model = dataclasses.replace(PI0, depth={layers})
+jax.block_until_ready(jax.numpy.ones(8) + 1)
+if {load}:
+    start = time.perf_counter()
+    weights = jax.block_until_ready(rewrite(model, from_checkpoint({folder!r}, model), unstacked={unstacked}))
+    print(sum(x.nbytes for x in jax.tree.leaves(weights)), time.perf_counter() - start, file=open({out!r}, "w"))
+"""
+
+
+def write(folder: Path, layers: int) -> None:
+    write_checkpoint(random_weights(dataclasses.replace(PI0, depth=layers)), folder, "pi0")
+
+
+def main() -> None:
+    """Writes the checkpoint, loads it in processes of their own, prints a JSON object for each program."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--layers", type=int, default=PI0.depth, help="Gemma layers, fewer for a small try")
+    arguments = parser.parse_args()
+    arguments.folder.mkdir(parents=True)
+    checkpoint, out = arguments.folder / "checkpoint", arguments.folder / "out"
+    # In a process of its own: a child's high-water mark starts at that of the process which started it.
+    writer = multiprocessing.get_context("spawn").Process(target=write, args=(checkpoint, arguments.layers))
+    writer.start()
+    writer.join()
+    if writer.exitcode:
+        raise SystemExit("writing the checkpoint failed")
+    values = {"layers": arguments.layers, "folder": str(checkpoint), "out": str(out)}
+    baseline, *_ = run(["-c", LOAD.format(**values, load=False, unstacked=False)])
+    for unstacked in (False, True):
+        start = time.monotonic()
+        peak, *_ = run(["-c", LOAD.format(**values, load=True, unstacked=unstacked)])
+        weights, seconds = map(float, out.read_text().split())
+        result = {
+            "program": "straight line" if unstacked else "loops",
+            "weights_GB": round(weights / 1e9, 2),
+            "peak_above_import_GB": round((peak - baseline) / 1e9, 2),
+            "peak_of_weights": round((peak - baseline) / weights, 3),
+            "seconds": round(seconds, 1),
+            "seconds_with_start": round(time.monotonic() - start, 1),
+        }
+        print(json.dumps(result), flush=True)
+    shutil.rmtree(arguments.folder)
+
+
+if __name__ == "__main__":
+    main()
