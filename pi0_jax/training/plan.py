@@ -334,8 +334,8 @@ def _passed(config: TrainConfig, mesh: Mesh, program: Program, temporaries: floa
 def alternatives(config: TrainConfig, mesh: Mesh) -> Iterator[tuple[str, TrainConfig]]:
     """Ways to need less memory, each on top of those before it, with the flags that ask for them.
 
-    First what changes no number: dividing the state, computing activations again. Then smaller batches, and at last
-    what changes training: no moving average.
+    First what changes no number: dividing the state, computing activations again, or a batch in parts. At last what
+    changes training: no moving average.
     """
     flags: dict[str, str] = {}
 
@@ -351,9 +351,9 @@ def alternatives(config: TrainConfig, mesh: Mesh) -> Iterator[tuple[str, TrainCo
     for policy in REMATS[REMATS.index(config.policy.model.remat) + 1 :]:
         config = _with_model(config, remat=policy)
         yield with_flags({"--policy.model.remat": policy}, config)
-    while config.batch_size % (2 * ways) == 0:
-        config = dataclasses.replace(config, batch_size=config.batch_size // 2)
-        yield with_flags({"--batch-size": str(config.batch_size)}, config)
+    while config.batch_size % (2 * ways * config.parts) == 0:
+        config = dataclasses.replace(config, parts=2 * config.parts)
+        yield with_flags({"--parts": str(config.parts)}, config)
     if config.optim.ema_decay is not None:
         config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, ema_decay=None))
         yield with_flags({"--optim.ema-decay": "None"}, config)

@@ -159,9 +159,9 @@ def test_ways_to_need_less_memory_come_in_order_of_what_they_change():
         "mesh.fsdp -1",
         "policy.model.remat gate_up",
         "policy.model.remat full",
-        "batch-size 32",
-        "batch-size 16",
-        "batch-size 8",
+        "parts 2",
+        "parts 4",
+        "parts 8",
         "optim.ema-decay None",
     ]
     assert tyro.cli(TrainConfig, default=config, args=ways[-1][0].split()) == ways[-1][1]
