@@ -239,7 +239,7 @@ def serve(side: str, openpi: Path | None) -> None:
             else:
                 answer = peak()
         except Exception as error:  # such as a card that is too small
-            answer = {"error": str(error).splitlines()[0][:300]}
+            answer = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
         print(json.dumps(answer), flush=True)
 
 
