@@ -293,6 +293,7 @@ def ours(case: Case) -> tuple[Any, dict[str, float]]:
         ModelConfig,
         PolicyConfig,
         TrainConfig,
+        TuneConfig,
         VisionConfig,
     )
     from pi0_jax.data.normalize import NormStats
