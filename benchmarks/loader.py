@@ -67,7 +67,7 @@ class Args:
     stats_frames: int = 1_000_000
     """Frames of 14 states and 14 actions for the statistics."""
     memory_batches: int = 0
-    """Batches over which memory is measured, with one worker thread and the cache; 0: not."""
+    """Batches over which memory is measured, with one thread, from the cache and from video; 0: not."""
 
 
 def write_dataset(root: Path, args: Args, cameras: int) -> None:
@@ -221,7 +221,7 @@ def statistics(args: Args) -> dict[str, float]:
     return figures
 
 
-def memory_growth(root: Path, args: Args, cache: Path) -> dict[str, float]:
+def memory_growth(root: Path, args: Args, cache: Path | None) -> dict[str, float]:
     """Resident memory in MB after a tenth of the batches, and at their end."""
     loader = loader_for(config_for(root, args, 1, cache, 0))
     marks = []
@@ -285,7 +285,8 @@ def main(args: Args) -> None:
                 print(cameras, "cameras", name, row[name], file=sys.stderr)
             figures[f"{cameras} cameras"] = row
             if args.memory_batches and cameras == args.cameras[0]:
-                figures["resident_mb"] = memory_growth(root, args, cache)
+                kinds = {"cache": cache, "video": None}
+                figures["resident_mb"] = {name: memory_growth(root, args, kind) for name, kind in kinds.items()}
     if lerobot is not None:
         lerobot.close()
     figures["statistics_frames_per_second_and_core"] = statistics(args)

@@ -14,35 +14,62 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 from pi0_jax.config import PI0, PI05, MeshConfig, PolicyConfig, TrainConfig
 
 MODELS = {"π0": PI0, "π0.5": PI05}
 PER_DEVICE = {"v5e": 4, "v5p": 16, "v6e": 8, "h100": 32}
 """Examples a device."""
-ROWS = [
-    *((model, topology, "full") for topology in ("v5e:4x4", "v5p:2x2x4", "v6e:4x4", "h100:8") for model in MODELS),
-    *(("π0", topology, "full") for topology in ("v5p:2x2x1", "v5p:4x4x4", "v5p:8x8x16")),
-    *((model, "h100:1", "full") for model in MODELS),
+CHIPS = ("v5p:1x1x1", "v5p:2x2x1", "v5p:2x2x4", "v5p:4x4x4", "v5p:4x8x8", "v5p:8x8x16")
+
+
+FSDP = 64
+"""Devices, at most, that the state is divided over; more are replicas. The image encoder's width, 1152, is 9 * 128."""
+
+
+class Row(NamedTuple):
+    model: str
+    topology: str
+    per_device: int
+    trained: str = "full"
+
+    @property
+    def devices(self) -> int:
+        return math.prod(int(n) for n in self.topology.partition(":")[2].split("x"))
+
+    @property
+    def batch_size(self) -> int:
+        return self.per_device * self.devices
+
+
+SLICES = [
+    Row(model, topology, PER_DEVICE[topology.partition(":")[0]])
+    for topology in ("v5e:4x4", "v5p:2x2x4", "v6e:4x4", "h100:8")
+    for model in MODELS
 ]
-"""Model, topology, what is trained."""
+ALONE = [Row(model, "h100:1", 8, trained) for trained in ("full",) for model in MODELS]
+GROWTH = [Row("π0", topology, PER_DEVICE["v5p"]) for topology in CHIPS]
+ROWS = list(dict.fromkeys([*SLICES, *ALONE, *GROWTH]))
 
 
-def config(model: str, topology: str) -> TrainConfig:
-    name, shape = topology.split(":")
-    batch = PER_DEVICE[name] * math.prod(int(n) for n in shape.split("x"))
-    policy = PolicyConfig(model=MODELS[model], robot="aloha")
-    return TrainConfig(policy=policy, mesh=MeshConfig(data=1, fsdp=-1), batch_size=batch)
+def config(row: Row) -> TrainConfig:
+    policy = PolicyConfig(model=MODELS[row.model], robot="aloha")
+    return TrainConfig(
+        policy=policy,
+        mesh=MeshConfig(data=-1, fsdp=min(FSDP, row.devices)),
+        batch_size=row.batch_size,
+    )
 
 
-def measure(model: str, topology: str, trained: str) -> dict:
+def measure(row: Row) -> dict:
     """Makes one plan, in this process."""
     from pi0_jax.training.plan import make_plan
 
-    plan = make_plan(config(model, topology), topology)
+    plan = make_plan(config(row), row.topology)
     sent = sum(plan.sent.values())
     return {
-        "model": model, "topology": topology, "trained": trained, "batch": plan.batch_size, "mesh": plan.mesh,
+        **row._asdict(), "batch": plan.batch_size, "mesh": plan.mesh,
         "held": plan.held, "temporaries": plan.temporaries, "estimated": plan.estimated, "peak": plan.peak,
         "fits": plan.fits, "flops": plan.flops, "sent": plan.sent, "sent_total": sent, "times": plan.times,
         "samples_per_second": plan.samples_per_second, "seconds_to_compile": plan.seconds_to_compile,
@@ -50,7 +77,7 @@ def measure(model: str, topology: str, trained: str) -> dict:
 
 
 def table(rows: list[dict]) -> str:
-    titles = ["model", "devices", "batch", "state GB", "temporaries GB", "peak GB", "fits", "TFLOP", "sent GB"]
+    titles = ["model, trained", "devices", "batch", "state GB", "temporaries GB", "peak GB", "fits", "TFLOP", "sent GB"]
     titles += ["compute / memory / network ms", "samples/s at most"]
     lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
     for row in rows:
@@ -58,7 +85,8 @@ def table(rows: list[dict]) -> str:
         times = " / ".join(f"{1e3 * row['times'][name]:.0f}" for name in ("compute", "memory", "network"))
         mark = " (est.)" if row["estimated"] else ""
         cells = [
-            row["model"], row["topology"], row["batch"], f"{state:.2f}", f"{row['temporaries'] / 1e9:.2f}{mark}",
+            f"{row['model']}, {row['trained']}", row["topology"], row["batch"], f"{state:.2f}",
+            f"{row['temporaries'] / 1e9:.2f}{mark}",
             f"{row['peak'] / 1e9:.2f}", "yes" if row["fits"] else "no", f"{row['flops'] / 1e12:.0f}",
             f"{row['sent_total'] / 1e9:.1f}", times, f"{row['samples_per_second']:.0f}",
         ]  # fmt: skip
@@ -73,18 +101,20 @@ def main() -> None:
     parser.add_argument("--row", type=int, help="print one row of ROWS as JSON; what this program calls itself with")
     options = parser.parse_args()
     if options.row is not None:
-        print(json.dumps(measure(*ROWS[options.row])))
+        print(json.dumps(measure(ROWS[options.row])))
         return
     rows = json.loads(options.path.read_text()) if options.path.exists() else []
     for number, row in enumerate(ROWS):
-        if options.table or any((r["model"], r["topology"], r["trained"]) == row for r in rows):
+        if options.table or any(row == Row(*(r[name] for name in Row._fields)) for r in rows):
             continue
         print(*row, flush=True)
         # Devices are counted once a process.
         command = [sys.executable, __file__, str(options.path), "--row", str(number)]
         rows.append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1]))
         options.path.write_text(json.dumps(rows, indent=1))
-    print(table(rows))
+    for title, wanted in (("slices", SLICES + ALONE), ("growth", GROWTH)):
+        print(f"\n{title}\n")
+        print(table([r for w in wanted for r in rows if w == Row(*(r[name] for name in Row._fields))]))
 
 
 if __name__ == "__main__":

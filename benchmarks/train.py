@@ -20,8 +20,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
-import platform
+import os
 import statistics
 import subprocess
 import sys
@@ -39,13 +40,18 @@ SIZES: dict[str, dict[str, Any]] = {
         "action": {"width": 1024, "mlp_dim": 4096},
         "stack": {"depth": 18, "num_heads": 8, "num_kv_heads": 1, "head_dim": 256},
         "vocab": 257_152,
+        "patch": 14,
+        "prompt": {"pi0": 48, "pi05": 200},
     },
-    "reduced": {  # an eighth of the widths; tokens and layers as in full size, so that shares of the work are alike
-        "vision": {"width": 128, "depth": 27, "mlp_dim": 512, "num_heads": 4},
-        "language": {"width": 256, "mlp_dim": 2048},
-        "action": {"width": 128, "mlp_dim": 512},
-        "stack": {"depth": 18, "num_heads": 8, "num_kv_heads": 1, "head_dim": 32},
+    # All layers, a sixteenth of the widths, and a third of the tokens: shares of the work are about those of full size.
+    "reduced": {
+        "vision": {"width": 64, "depth": 27, "mlp_dim": 256, "num_heads": 4},
+        "language": {"width": 128, "mlp_dim": 1024},
+        "action": {"width": 64, "mlp_dim": 256},
+        "stack": {"depth": 18, "num_heads": 8, "num_kv_heads": 1, "head_dim": 16},
         "vocab": 1024,
+        "patch": 28,
+        "prompt": {"pi0": 16, "pi05": 64},
     },
     "tiny": {
         "vision": {"width": 32, "depth": 2, "mlp_dim": 64, "num_heads": 2},
@@ -53,6 +59,8 @@ SIZES: dict[str, dict[str, Any]] = {
         "action": {"width": 32, "mlp_dim": 64},
         "stack": {"depth": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16},
         "vocab": 512,
+        "patch": 56,
+        "prompt": {"pi0": 16, "pi05": 64},
     },
 }
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
@@ -85,8 +93,10 @@ class Case:
 def side_by_side(size: str, dtype: str, batch: int) -> list[Case]:
     """The cases to compare with openpi."""
     base = Case(size, dtype=dtype, batch=batch)
-    cases = [dataclasses.replace(base, remat=remat) for remat in ("full", "gate_up", "none")]
-    return [*cases, *(dataclasses.replace(base, cameras=2, remat=remat) for remat in ("full", "none"))]
+    return [
+        dataclasses.replace(base, cameras=cameras, remat=remat)
+        for remat, cameras in (("none", 3), ("none", 2), ("full", 3), ("full", 2), ("gate_up", 3))
+    ]
 
 
 def alone(size: str, dtype: str) -> list[Case]:
@@ -109,7 +119,7 @@ def main() -> None:
     parser.add_argument("--alone", action="store_true", help="ours without openpi, in more settings")
     parser.add_argument("--size", choices=SIZES, default="reduced")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 at full size")
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--only", help="cases with this in their name")
     parser.add_argument("--json", type=Path, help="file of rows; rows that it has are not measured again")
@@ -125,49 +135,69 @@ def main() -> None:
             parser.error("name openpi's checkout, --openpi PATH, or measure --alone")
         dtype = options.dtype or ("bfloat16" if options.size == "full" else "float32")
         cases = alone(options.size, dtype) if options.alone else side_by_side(options.size, dtype, options.batch)
+        cases = [case for case in cases if not any(row["case"] == dataclasses.asdict(case) for row in rows)]
+        sides = None
         for case in cases:
-            done = any(row["case"] == dataclasses.asdict(case) for row in rows)
-            if done or (options.only and options.only not in case.name):
+            if options.only and options.only not in case.name:
                 continue
             print(case.name, flush=True)
-            rows.append(measure(case, options.rounds, None if options.alone else options))
+            # With openpi, whose program is the same in all cases, the processes stay; alone, each case has the memory.
+            sides = sides if sides and not options.alone else start(options)
+            rows.append(measure(case, options.rounds, sides))
+            if options.alone:
+                stop(sides)
             if options.json:
                 options.json.write_text(json.dumps(rows, indent=1))
+        if sides and not options.alone:
+            stop(sides)
     print(table(rows))
 
 
-def measure(case: Case, rounds: int, openpi) -> dict[str, Any]:
-    """One row: both sides take turns, or ours alone."""
-    sides = {"ours": Side([sys.executable, __file__, "--serve", "ours"], case)}
-    if openpi is not None:
-        command = [openpi.openpi_python, __file__, "--serve", "openpi", "--openpi", str(openpi.openpi)]
-        sides["openpi"] = Side(command, case)
-    row: dict[str, Any] = {"case": dataclasses.asdict(case), "name": case.name, "machine": platform.processor()}
-    try:
+def start(options) -> dict[str, Side]:
+    """The processes."""
+    sides = {"ours": Side([sys.executable, __file__, "--serve", "ours"])}
+    if not options.alone:
+        command = [options.openpi_python, __file__, "--serve", "openpi", "--openpi", str(options.openpi)]
+        sides["openpi"] = Side(command)
+    return sides
+
+
+def stop(sides: dict[str, Side]):
+    for side in sides.values():
+        side.close()
+
+
+def measure(case: Case, rounds: int, sides: dict[str, Side]) -> dict[str, Any]:
+    """One row: the sides take turns."""
+    row: dict[str, Any] = {"case": dataclasses.asdict(case), "name": case.name}
+    for side in sides.values():  # both compile at once; what that costs is counted in CPU time
+        side.send({"case": dataclasses.asdict(case)})
+    row |= {name: side.receive() for name, side in sides.items()}
+    if any("error" in row[name] for name in sides):
+        return row
+    for name, side in sides.items():
+        row[name] |= {key: value for key, value in side.ask({"step": True}).items() if key == "error"}
+    if any("error" in row[name] for name in sides):
+        return row
+    steps: dict[str, list[dict]] = {name: [] for name in sides}
+    for _ in range(rounds):
         for name, side in sides.items():
-            row[name] = side.ask({"compile": True})
-        if any("error" in row[name] for name in sides):
-            return row
-        for side in sides.values():
-            side.ask({"steps": 1})  # the first one touches its memory for the first time
-        seconds: dict[str, list[float]] = {name: [] for name in sides}
-        for _ in range(rounds):
-            for name, side in sides.items():
-                seconds[name] += side.ask({"steps": 1})["seconds"]
-        for name, side in sides.items():
-            row[name] |= {"seconds": seconds[name]} | side.ask({"memory": True})
-    finally:
-        for side in sides.values():
-            side.close()
+            steps[name].append(side.ask({"step": True}))
+    for name, side in sides.items():
+        row[name] |= {key: [step[key] for step in steps[name]] for key in ("seconds", "cpu_seconds")}
+        row[name] |= side.ask({"memory": True})
     return row
 
 
 class Side:
-    """A process that measures one side of a case when it is told to."""
+    """A process that measures one side when it is told to."""
 
-    def __init__(self, command: list[str], case: Case):
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.send(dataclasses.asdict(case))
+    def __init__(self, command: list[str]):
+        # openpi's checks of types at run time refuse newer optax; they cost nothing in a compiled update.
+        # Two processes have to share a card.
+        environment = os.environ | {"JAXTYPING_DISABLE": "1", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
 
     def send(self, message: dict):
         assert self.process.stdin is not None
@@ -176,6 +206,9 @@ class Side:
 
     def ask(self, message: dict) -> dict:
         self.send(message)
+        return self.receive()
+
+    def receive(self) -> dict:
         assert self.process.stdout is not None
         while line := self.process.stdout.readline():
             if line.startswith("{"):
@@ -190,21 +223,19 @@ class Side:
 
 def serve(side: str, openpi: Path | None) -> None:
     """Answers one JSON object a line."""
-    case, step = Case(**json.loads(sys.stdin.readline())), None
+    step = None
     for line in sys.stdin:
         asked = json.loads(line)
         answer: dict[str, Any] = {}
         try:
-            if "compile" in asked:
+            if "case" in asked:
+                case, step = Case(**asked["case"]), None
                 step, answer = ours(case) if side == "ours" else theirs(case, openpi)
-            elif "steps" in asked:
+            elif "step" in asked:
                 assert step is not None
-                seconds = []
-                for _ in range(asked["steps"]):
-                    then = time.perf_counter()
-                    answer["loss"] = step()
-                    seconds.append(time.perf_counter() - then)
-                answer["seconds"] = seconds
+                then, before = time.perf_counter(), time.process_time()
+                answer["loss"] = step()
+                answer["seconds"], answer["cpu_seconds"] = time.perf_counter() - then, time.process_time() - before
             else:
                 answer = peak()
         except Exception as error:  # such as a card that is too small
@@ -236,17 +267,16 @@ def batch_arrays(case: Case) -> dict[str, Any]:
 
 
 def prompt_length(case: Case) -> int:
-    return 48 if case.variant == "pi0" else 200
+    return SIZES[case.size]["prompt"][case.variant]
 
 
 def compiled(lowered, state_bytes) -> tuple[Any, dict[str, float]]:
     """A compiled update, and what compiling took and what it needs."""
-    then = time.perf_counter()
+    then, before = time.perf_counter(), time.process_time()
     program = lowered.compile()
-    seconds = time.perf_counter() - then
+    found = {"compile_seconds": time.perf_counter() - then, "compile_cpu_seconds": time.process_time() - before}
     memory = program.memory_analysis()
-    found = {"compile_seconds": seconds, "temporary_bytes": memory.temp_size_in_bytes, "state_bytes": state_bytes}
-    return program, found
+    return program, found | {"temporary_bytes": memory.temp_size_in_bytes, "state_bytes": state_bytes}
 
 
 def ours(case: Case) -> tuple[Any, dict[str, float]]:
@@ -275,7 +305,7 @@ def ours(case: Case) -> tuple[Any, dict[str, float]]:
     size = SIZES[case.size]
     model = ModelConfig(
         variant=case.variant,  # pyright: ignore[reportArgumentType]
-        vision=VisionConfig(**size["vision"]),
+        vision=VisionConfig(**size["vision"], patch_size=size["patch"]),
         language=ExpertConfig(**size["language"]),
         action=ExpertConfig(**size["action"]),
         vocab_size=size["vocab"],
@@ -335,8 +365,33 @@ def nbytes(tree) -> int:
 
 
 def theirs(case: Case, openpi: Path | None) -> tuple[Any, dict[str, float]]:
-    """openpi's update, from its checkout."""
-    assert openpi is not None
+    """openpi's update; cameras are masked in its inputs, so that the program is the same with any number of them."""
+    import jax
+
+    program, kept, found = their_program(openpi, case.size, case.variant, case.dtype, case.batch)
+    batch = jax.device_put(their_batch(case))
+
+    def step() -> float:
+        kept[0], info = program(jax.random.key(1), kept[0], batch)
+        return float(info["loss"])
+
+    return step, found
+
+
+def their_batch(case: Case) -> tuple[Any, np.ndarray]:
+    from openpi.models import model as models
+
+    arrays = batch_arrays(case)
+    observation = models.Observation(
+        images=arrays["images"], image_masks=arrays["image_masks"], state=arrays["state"],
+        tokenized_prompt=arrays["prompt"], tokenized_prompt_mask=arrays["prompt_mask"],
+    )  # fmt: skip
+    return observation, arrays["actions"]
+
+
+@functools.cache
+def their_program(openpi: Path, size: str, variant: str, dtype: str, batch: int) -> tuple[Any, list, dict[str, float]]:
+    """openpi's compiled update, a list with its state, and what is known of it."""
     stand_in()
     sys.path[:0] = [str(openpi / "src"), str(openpi / "scripts")]
     import jax
@@ -350,8 +405,13 @@ def theirs(case: Case, openpi: Path | None) -> tuple[Any, dict[str, float]]:
 
     import train
 
-    resize(gemma, siglip, SIZES[case.size])
-    model_config = pi0_config.Pi0Config(dtype=case.dtype, pi05=case.variant == "pi05")
+    case = Case(size, variant, dtype, batch)
+    resize(gemma, siglip, SIZES[size])
+    plain = models.preprocess_observation
+    models.preprocess_observation = lambda key, observation, *, train=False, **rest: plain(
+        key, observation, train=False, **rest
+    )
+    model_config = pi0_config.Pi0Config(dtype=dtype, max_token_len=prompt_length(case), pi05=variant == "pi05")
     transform = optimizers.create_optimizer(optimizers.AdamW(), optimizers.CosineDecaySchedule())
     config = SimpleNamespace(trainable_filter=nnx.Param)
 
@@ -363,26 +423,10 @@ def theirs(case: Case, openpi: Path | None) -> tuple[Any, dict[str, float]]:
             ema_decay=0.99, ema_params=params,
         )  # fmt: skip
 
-    plain = models.preprocess_observation
-    models.preprocess_observation = lambda key, observation, *, train=False, **rest: plain(
-        key, observation, train=False, **rest
-    )
-    arrays = batch_arrays(case)
-    observation = models.Observation(
-        images=arrays["images"], image_masks=arrays["image_masks"], state=arrays["state"],
-        tokenized_prompt=arrays["prompt"], tokenized_prompt_mask=arrays["prompt_mask"],
-    )  # fmt: skip
-    batch = jax.device_put((observation, arrays["actions"]))
     state = jax.jit(start)(jax.random.key(0))
     update = jax.jit(lambda key, state, batch: train.train_step(config, key, state, batch), donate_argnums=1)
-    program, found = compiled(update.lower(jax.random.key(1), state, batch), nbytes(state))
-    kept = [state]
-
-    def step() -> float:
-        kept[0], info = program(jax.random.key(1), kept[0], batch)
-        return float(info["loss"])
-
-    return step, found
+    program, found = compiled(update.lower(jax.random.key(1), state, their_batch(case)), nbytes(state))
+    return program, [state], found
 
 
 def stand_in() -> None:
@@ -414,36 +458,37 @@ def resize(gemma, siglip, size: dict[str, Any]) -> None:
     gemma.PALIGEMMA_VOCAB_SIZE = size["vocab"]
     module = siglip.Module
     siglip.Module = lambda num_classes, variant, **rest: module(
-        num_classes, patch_size=(14, 14), **size["vision"], **rest
+        num_classes, patch_size=(size["patch"],) * 2, **size["vision"], **rest
     )
 
 
 def table(rows: list[dict]) -> str:
     """The rows as Markdown; ratios are openpi's over ours."""
-    titles = ["case", "ours s", "openpi s", "ratio of medians (quartiles of pairs)", "ratio of least"]
-    titles += ["temporaries MB, ours / openpi", "compile s, ours / openpi", "samples/s", "MFU", "peak GB"]
+    titles = ["case", "step ms, ours / openpi", "ratio (quartiles)", "CPU time ratio (quartiles)"]
+    titles += ["temporaries MB", "compile CPU s", "samples/s", "MFU", "peak GB"]
     lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
     for row in rows:
-        a, b = row["ours"], row.get("openpi", {})
-        if "error" in a or "error" in b:
-            lines.append(f"| {row['name']} | {a.get('error', '')} | {b.get('error', '')} |")
+        sides = [row[name] for name in ("ours", "openpi") if name in row]
+        if errors := [side["error"] for side in sides if "error" in side]:
+            lines.append(f"| {row['name']} | {'; '.join(errors)} |")
             continue
-        cells = [row["name"], f"{statistics.median(a['seconds']):.3f}", "", "", ""]
-        memory, seconds = f"{a['temporary_bytes'] / 1e6:.0f}", f"{a['compile_seconds']:.1f}"
-        if b:
-            pairs = sorted(y / x for x, y in zip(a["seconds"], b["seconds"], strict=True))
-            low, _, high = statistics.quantiles(pairs, n=4)
-            middle = statistics.median(b["seconds"]) / statistics.median(a["seconds"])
-            cells[2:] = [f"{statistics.median(b['seconds']):.3f}", f"{middle:.2f} ({low:.2f} to {high:.2f})"]
-            cells.append(f"{min(b['seconds']) / min(a['seconds']):.2f}")
-            memory += f" / {b['temporary_bytes'] / 1e6:.0f}"
-            seconds += f" / {b['compile_seconds']:.1f}"
-        middle = statistics.median(a["seconds"])
-        cells += [memory, seconds, f"{row['case']['batch'] / middle:.2f}"]
-        cells.append(f"{a['ideal_seconds'] / middle:.3f}" if "ideal_seconds" in a else "")
-        cells.append(f"{a['peak_bytes'] / 1e9:.2f}" if "peak_bytes" in a else "")
+        middle = [statistics.median(side["seconds"]) for side in sides]
+        cells = [row["name"], " / ".join(f"{1e3 * seconds:.0f}" for seconds in middle)]
+        cells += [ratio(sides, key) if len(sides) == 2 else "" for key in ("seconds", "cpu_seconds")]
+        cells.append(" / ".join(f"{side['temporary_bytes'] / 1e6:.0f}" for side in sides))
+        cells.append(" / ".join(f"{side['compile_cpu_seconds']:.0f}" for side in sides))
+        ours = sides[0]
+        cells.append(f"{row['case']['batch'] / middle[0]:.2f}")
+        cells.append(f"{ours['ideal_seconds'] / middle[0]:.3f}" if "ideal_seconds" in ours else "")
+        cells.append(f"{ours['peak_bytes'] / 1e9:.2f}" if "peak_bytes" in ours else "")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def ratio(sides: list[dict], key: str) -> str:
+    """Median of openpi's over ours, round by round, and its quartiles."""
+    low, middle, high = statistics.quantiles((b / a for a, b in zip(*(s[key] for s in sides), strict=True)), n=4)
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from typing import Any, NamedTuple
 import cattrs
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policy
@@ -49,11 +50,6 @@ FORMAT_VERSION = 1
 
 _log = logging.getLogger(__name__)
 _CONVERTER = cattrs.Converter(forbid_extra_keys=True)
-# Orbax lets each replica of an array write a part of it, and compiles a program for every such part: for small arrays
-# that takes far longer than the writing.
-ocp.type_handlers.register_type_handler(
-    jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20), override=True
-)
 _structure_model = _CONVERTER.get_structure_hook(ModelConfig)
 
 
@@ -100,6 +96,16 @@ class _WriteFiles(ocp.args.CheckpointArgs):
     files: dict[str, bytes]
 
 
+def _tree_handler() -> ocp.PyTreeCheckpointHandler:
+    # Orbax lets each replica of an array write a part of it, and compiles a program for every such part: for small
+    # arrays that takes far longer than the writing.
+    arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)
+    types = ocp.type_handlers.create_type_handler_registry(
+        (jax.Array, arrays), (np.ndarray, ocp.type_handlers.NumpyHandler())
+    )
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=types)
+
+
 class CheckpointWriter:
     """Saves checkpoints of one run in the background; errors of a save surface at the next call of any method."""
 
@@ -137,7 +143,9 @@ class CheckpointWriter:
                 create_directories_asynchronously=False, post_finalization_callback=self._write_digests
             ),
         )
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        trees = {name: _tree_handler() for name in ("params", "train_state")}
+        files = {name: _FilesHandler() for name in ("assets", "data_state")}
+        self._manager = ocp.CheckpointManager(self.folder, item_handlers=trees | files, options=options)
 
     def __enter__(self) -> CheckpointWriter:
         return self
@@ -193,8 +201,12 @@ class CheckpointWriter:
 
     def check(self):
         """Raises OSError if a save in the background has failed; costs nothing otherwise."""
-        with self._explained():
-            self._manager.check_for_errors()
+        if jax.process_index():
+            with self._explained():
+                self._manager.check_for_errors()
+        # That would take the error away from the thread which then, on the first process, deletes older checkpoints.
+        elif not self._manager.is_saving_in_progress():
+            self.wait()
 
     def wait(self):
         """Waits until the last save is complete. Raises OSError if it failed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import os
 import resource
@@ -237,7 +238,7 @@ def test_a_failed_save_surfaces_at_the_next_call_and_harms_nothing(tmp_path):
         try:
             writer.save(2, big, ASSETS)
             with pytest.raises(OSError, match=r"could not save.*1 is complete"):
-                writer.wait()
+                collections.deque(iter(writer.check, "never"), 0)  # as a run does, step after step
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["1"]

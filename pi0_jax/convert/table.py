@@ -219,9 +219,17 @@ def _leaf(rule: Rule, axes: str, tensors: Mapping[str, Tensor], sizes: Sizes) ->
         else:
             parts = [tensors[name.replace(f"{{{rule.layer}}}", str(i))].read(None) for name in rule.names]
             array = np.stack(parts) if len(parts) > 1 else parts[0]
-        return _move(array, _without_first(rule.axes), _without_first(axes), sizes)
+        return _move(array.astype(dtype, copy=False), _without_first(rule.axes), _without_first(axes), sizes)
 
-    return entry_by_entry(shape, first.dtype, read_layer)
+    dtype = _holding({tensors[name].dtype for name in names})
+    return entry_by_entry(shape, dtype, read_layer)
+
+
+def _holding(dtypes: set[np.dtype]) -> np.dtype:
+    """The one dtype of a leaf whose layers are tensors of these dtypes: one that holds all numbers exactly."""
+    if len(dtypes) == 1:
+        return next(iter(dtypes))
+    return np.dtype(np.float64 if any(dtype.itemsize > 4 for dtype in dtypes) else np.float32)
 
 
 def _part(

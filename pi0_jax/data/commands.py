@@ -6,7 +6,7 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -78,6 +78,8 @@ class Show:
     """Episodes to draw."""
     rerun: Path | None = None
     """Also log them to this Rerun recording, .rrd (pip install pi0_jax[viz])."""
+    skip_bad_episodes: bool = False
+    """Leave out episodes that cannot be read, and say which."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +98,8 @@ class Cache:
     """Quality of JPEG, 1 to 100; by default pixels are kept as they are."""
     workers: int | None = None
     """Processes; one a core by default."""
+    skip_bad_episodes: bool = False
+    """Leave out episodes that cannot be read, and say which."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +110,7 @@ class Convert:
     """
 
     config: Config
-    """Python file that sets `config`; its first dataset is converted."""
+    """Python file that sets `config`; one of its datasets is converted."""
     output: Path_
     """Folder to create."""
     dataset: int = 0
@@ -170,13 +174,13 @@ def check(args: Check, config: TrainConfig) -> None:
     ]
     if found:
         raise ValueError(f"{len(found)} problem{'s' * (len(found) > 1)}:\n  " + "\n  ".join(found))
-    frames = sum(part.source.num_frames for part in parts)
-    print(f"no problem in {len(parts)} datasets, {sum(p.source.num_episodes for p in parts)} episodes, {frames} frames")
+    episodes, frames = (sum(getattr(part.source, name) for part in parts) for name in ("num_episodes", "num_frames"))
+    print(f"no problem in {len(parts)} dataset{'s' * (len(parts) > 1)}, {episodes} episodes, {frames} frames")
 
 
 def show_(args: Show, config: TrainConfig) -> None:
     """Runs `pi0 data show`; errors as of `stats`."""
-    parts = _parts(config, False)
+    parts = _parts(config, args.skip_bad_episodes)
     show(parts, args.output, args.episodes, args.rerun)
     print(f"wrote {args.output}")
 
@@ -185,7 +189,7 @@ def cache(args: Cache, config: TrainConfig) -> None:
     """Runs `pi0 data cache`; errors as of `stats`."""
     size = config.policy.model.vision.image_size
     total = frames = 0
-    for part in _parts(config, config.data.skip_bad_episodes):
+    for part in _parts(config, args.skip_bad_episodes):
         cameras = [key for key, name in part.robot.cameras.items() if name in config.policy.model.cameras]
         total += build_cache(part.source, args.output, cameras, size, args.jpeg, args.workers)
         frames += part.source.num_frames * len(cameras)
@@ -196,7 +200,10 @@ def cache(args: Cache, config: TrainConfig) -> None:
 def convert_(args: Convert, config: TrainConfig) -> None:
     """Runs `pi0 data convert`; errors as of `stats`."""
     data = dataclasses.replace(config.data, frames="random", cache=None, skip_bad_episodes=args.skip_bad_episodes)
-    dataset = (data.datasets or (DatasetConfig(data.path),))[args.dataset]
+    datasets = data.datasets or (DatasetConfig(data.path),)
+    if not 0 <= args.dataset < len(datasets):
+        raise ValueError(f"--dataset is {args.dataset}; the config has {len(datasets)}, counted from 0.")
+    dataset = datasets[args.dataset]
     robot = get_robot(dataset.robot or config.policy.robot)
     source = open_source(dataset, data, robot)
     convert(source, args.output, robot.name, crf=args.crf, workers=args.workers)
@@ -211,8 +218,7 @@ def robot_(args: Robot, _: None) -> None:
         raise FileExistsError(f"{args.output} exists. Choose another file with --output.")
     dataset = LeRobotDataset(args.path, decoding="random")
     state, action = (_names(dataset.features, key) for key in ("observation.state", "action"))
-    slots = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
-    cameras = {camera: slots[i] if i < len(slots) else f"camera_{i}_rgb" for i, camera in enumerate(dataset.cameras)}
+    cameras = _model_cameras(dataset.cameras)
     shape = dataset.features[dataset.cameras[0]]["shape"] if dataset.cameras else (224, 224, 3)
     args.output.write_text(f'''"""{args.path.name}: say here what robot it is, and in which units."""
 
@@ -232,6 +238,22 @@ ROBOT = Robot(
 )
 ''')
     print(f"wrote {args.output}; look through it, and set policy.robot to its path")
+
+
+def _model_cameras(cameras: Sequence[str]) -> dict[str, str]:
+    """The model's name for each camera: those on a hand to the released weights' wrists, what is left where room is."""
+    free = ["base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb"]
+    found = {}
+    for camera in cameras:
+        on_hand = any(word in camera.lower() for word in ("wrist", "hand", "gripper"))
+        fitting = free[0] if not on_hand else free[2] if "right" in camera.lower() else free[1]
+        if fitting not in found.values():
+            found[camera] = fitting
+    free = [name for name in free if name not in found.values()]
+    for number, camera in enumerate(cameras):
+        if camera not in found:
+            found[camera] = free.pop(0) if free else f"camera_{number}_rgb"
+    return {camera: found[camera] for camera in cameras}
 
 
 def _names(features: dict[str, Any], key: str) -> tuple[str, ...]:

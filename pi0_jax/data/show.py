@@ -7,6 +7,7 @@ import html
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import PIL.Image
@@ -16,10 +17,18 @@ from pi0_jax.data.partial import written
 from pi0_jax.data.source import ACTION, STATE, Source
 from pi0_jax.data.transform import resize_with_pad
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 PICTURES = 8
 """Pictures of each episode and camera."""
-THUMBNAIL = 128
-"""Side of a picture on the contact sheet, pixels."""
+THUMBNAIL, GAP = 128, 4
+"""Side of a picture on the contact sheet, and the white between two of them, pixels."""
+TASKS = 20
+"""Instructions that are listed."""
+COLUMNS = 4
+"""Histograms or curves side by side."""
 HISTOGRAM_FRAMES = 100_000
 
 
@@ -37,7 +46,10 @@ def show(parts: Sequence[Part], output: Path, episodes: int, rerun: Path | None 
         OSError: the file cannot be written.
     """
     body = "".join(_section(part, episodes) for part in parts)
-    style = "body{font:14px sans-serif;margin:2em;max-width:1200px}img{max-width:100%}td,th{padding:2px 8px}"
+    style = (
+        "body{font:14px sans-serif;margin:2em;max-width:1200px}img{max-width:100%}"
+        "td,th{padding:2px 8px;vertical-align:top}th{text-align:left;white-space:nowrap}"
+    )
     page = f"<!doctype html><meta charset=utf-8><title>{html.escape(output.stem)}</title><style>{style}</style>{body}"
     with written(output) as partial:
         partial.write_text(page, encoding="utf-8")
@@ -61,11 +73,14 @@ def _section(part: Part, episodes: int) -> str:
         "cameras": ", ".join(f"{key} {source.features[key]['shape']}" for key in source.cameras),
         "instructions": len(source.tasks),
     }
-    rows = "".join(f"<tr><th align=left>{k}<td>{html.escape(str(v))}" for k, v in facts.items())
+    rows = "".join(f"<tr><th>{k}<td>{html.escape(str(v))}" for k, v in facts.items())
     counts = np.bincount(source.task_index, minlength=len(source.tasks))
     tasks = "".join(
-        f"<li>{html.escape(source.tasks[i]) or '<b>no text</b>'} ({counts[i]} frames)" for i in np.argsort(-counts)[:20]
+        f"<li>{html.escape(source.tasks[i]) or '<b>no text</b>'} ({counts[i]} frames)"
+        for i in np.argsort(-counts)[:TASKS]
     )
+    if len(source.tasks) > TASKS:
+        tasks += f"<li>and {len(source.tasks) - TASKS} more"
     parts = [f"<h1>{html.escape(str(source.root))}</h1><table>{rows}</table><h2>Instructions</h2><ul>{tasks}</ul>"]
     for key, feature, names in (("States", STATE, robot.state), ("Actions", ACTION, robot.actions)):
         values = source.columns(feature)
@@ -82,50 +97,62 @@ def _sheet(source: Source, first: int, end: int) -> str:
     if not source.cameras:
         return ""
     rows = np.unique(np.linspace(first, end - 1, PICTURES).astype(int))
-    strips = [np.concatenate(list(resize_with_pad(source.images(c, rows), THUMBNAIL)), 1) for c in source.cameras]
+    pictures = np.stack([resize_with_pad(source.images(camera, rows), THUMBNAIL) for camera in source.cameras])
+    gaps = np.pad(pictures, ((0, 0), (0, 0), (0, GAP), (0, GAP), (0, 0)), constant_values=255)
+    lines, columns, height, width, _ = gaps.shape
+    sheet = gaps.transpose(0, 2, 1, 3, 4).reshape(lines * height, columns * width, 3)
     buffer = io.BytesIO()
-    PIL.Image.fromarray(np.concatenate(strips)).save(buffer, "jpeg", quality=85)
+    PIL.Image.fromarray(sheet).save(buffer, "jpeg", quality=85)
     cameras = ", ".join(source.cameras)
-    return f"<p>Rows: {html.escape(cameras)}</p>{_embedded(buffer.getvalue(), 'jpeg', cameras)}"
+    text = f"From the first frame to the last; rows: {html.escape(cameras)}"
+    return f"<p>{text}</p>{_embedded(buffer.getvalue(), 'jpeg', cameras)}"
 
 
 def _histograms(values: np.ndarray, names: Sequence[str]) -> str:
-    from matplotlib.figure import Figure
-
-    columns = 4
-    lines = -(-values.shape[1] // columns)
-    figure = Figure(figsize=(11, 1.8 * lines), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False).ravel()
-    for axis in axes[values.shape[1] :]:
-        axis.set_axis_off()
-    for i in range(values.shape[1]):
-        axes[i].hist(values[:, i], bins=60, color="tab:blue")
-        for quantile in np.quantile(values[:, i], [0.01, 0.99]):
-            axes[i].axvline(quantile, color="tab:red", linewidth=0.8)
-        axes[i].set_title(names[i] if i < len(names) else str(i), fontsize=9)
-        axes[i].tick_params(labelsize=7)
-        axes[i].locator_params(axis="x", nbins=5)
-        axes[i].set_yticks([])
+    figure, axes = _small_plots(_labels(names, values))
+    for axis, column in zip(axes, values.T, strict=True):
+        axis.hist(column, bins=60, color="tab:blue")
+        for quantile in np.quantile(column, [0.01, 0.99]):
+            axis.axvline(quantile, color="tab:red", linewidth=0.8)
+        axis.set_yticks([])
     return _figure(figure, "histograms; lines are the 1 % and 99 % quantiles")
 
 
 def _curves(part: Part, first: int, end: int) -> str:
+    """States in blue and actions in orange over seconds; those of one name together."""
+    source, seconds = part.source, np.arange(end - first) / part.source.fps
+    lines: dict[str, dict[str, np.ndarray]] = {}
+    for color, feature, names in (("tab:blue", STATE, part.robot.state), ("tab:orange", ACTION, part.robot.actions)):
+        values = source.columns(feature)[first:end]
+        for name, column in zip(_labels(names, values), values.T, strict=True):
+            lines.setdefault(name, {})[color] = column
+    figure, axes = _small_plots(list(lines))
+    for axis, curves in zip(axes, lines.values(), strict=True):
+        for color, column in curves.items():
+            axis.plot(seconds, column, color=color, linewidth=1)
+        axis.locator_params(axis="y", nbins=4)
+    return f"<p>Over seconds: states blue, actions orange</p>{_figure(figure, 'states and actions')}"
+
+
+def _labels(names: Sequence[str], values: np.ndarray) -> list[str]:
+    """A name for each column, whatever the robot calls them."""
+    return [names[i] if i < len(names) else str(i) for i in range(values.shape[1])]
+
+
+def _small_plots(titles: Sequence[str]) -> tuple[Figure, list[Axes]]:
+    """A figure with one small plot for each title."""
     from matplotlib.figure import Figure
 
-    source, seconds = part.source, np.arange(end - first) / part.source.fps
-    lines = -(-max(len(part.robot.state), len(part.robot.actions)) // 3)
-    figure = Figure(figsize=(11, 4 + 0.15 * lines), layout="constrained")
-    axes = figure.subplots(1, 2)
-    for axis, key, feature, names in (
-        (axes[0], "state", STATE, part.robot.state),
-        (axes[1], "action", ACTION, part.robot.actions),
-    ):
-        values = source.columns(feature)[first:end]
-        for i in range(values.shape[1]):
-            axis.plot(seconds, values[:, i], linewidth=1, label=names[i] if i < len(names) else str(i))
-        axis.set(xlabel="seconds", title=key)
-        axis.legend(fontsize=7, ncols=3, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12))
-    return _figure(figure, "state and action")
+    lines = -(-len(titles) // COLUMNS)
+    figure = Figure(figsize=(11.5, 1.8 * lines), layout="constrained")
+    axes = figure.subplots(lines, COLUMNS, squeeze=False).ravel().tolist()
+    for axis in axes[len(titles) :]:
+        axis.set_axis_off()
+    for axis, title in zip(axes, titles, strict=False):
+        axis.set_title(title, fontsize=9)
+        axis.tick_params(labelsize=7)
+        axis.locator_params(axis="x", nbins=4)
+    return figure, axes[: len(titles)]
 
 
 def _figure(figure, text: str) -> str:

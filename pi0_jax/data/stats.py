@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import concurrent.futures
+import importlib
 import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -77,7 +79,7 @@ def _each(work: list[Task], workers: int) -> Iterator[Summary]:
 
 def _with_ray(work: list[Task]) -> Iterator[Summary]:
     try:
-        import ray  # pyright: ignore[reportMissingImports]
+        ray: Any = importlib.import_module("ray")
     except ImportError as error:
         raise ValueError("statistics on a cluster need Ray: pip install pi0_jax[ray]") from error
     started = not ray.is_initialized()

@@ -10,6 +10,7 @@ import hashlib
 import io
 import math
 import shutil
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -294,12 +295,17 @@ class FrameReader:
 
 
 class _OpenVideo:
-    """One open file and how far it was decoded."""
+    """One open file and how far it was decoded.
+
+    Packets come from one generator, which goes on after a seek: each that is left unfinished costs PyAV 18 some 250
+    bytes for ever.
+    """
 
     def __init__(self, path: Path):
         self._container = av.open(str(path))
         self._stream = self._container.streams.video[0]
         self._stream.thread_count = 1
+        self._packets = self._container.demux(self._stream)
         self._reformatter = VideoReformatter()
         self._frames = iter(())
         self._next = -1
@@ -316,7 +322,7 @@ class _OpenVideo:
         for attempt in range(2):
             if not (first <= self._next <= number):
                 self._container.seek(int(index.seek[max(key, 0)]) if attempt == 0 else 0, stream=self._stream)
-                self._frames = self._container.decode(self._stream)
+                self._frames = self._decoded()
             for frame in self._frames:
                 if frame.pts is None or frame.pts < wanted:
                     continue
@@ -327,6 +333,12 @@ class _OpenVideo:
                 break
             self._next = -1  # the seek went too far: once more from the beginning
         raise IndexError(f"frame {number} does not come out of the decoder")
+
+    def _decoded(self) -> Iterator[VideoFrame]:
+        """Frames from where the file is now to its end."""
+        for packet in self._packets:
+            yield from packet.decode()
+        self._packets = self._container.demux(self._stream)
 
 
 def _pixels(frame: VideoFrame) -> UInt8[np.ndarray, "h w 3"]:
@@ -349,7 +361,7 @@ def _list_frames(path: Path) -> _Index:
             raise IndexError("it holds no video")
         stream = container.streams.video[0]
         if stream.codec_context is None:
-            raise IndexError("its codec is not known to this FFmpeg")
+            raise IndexError("its codec is not known to this FFmpeg: another version of PyAV may know it")
         for packet in container.demux(stream):
             if packet.pts is None or packet.is_corrupt:
                 continue

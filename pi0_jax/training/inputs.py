@@ -12,7 +12,7 @@ import numpy as np
 
 from pi0_jax.batch import Batch
 from pi0_jax.checkpoint import Assets
-from pi0_jax.config import DatasetConfig, ModelConfig, TrainConfig
+from pi0_jax.config import AugmentConfig, DatasetConfig, ModelConfig, TrainConfig
 from pi0_jax.data.loader import Loader, eval_batches, make_loader
 from pi0_jax.data.mixture import Part, open_part, open_parts
 from pi0_jax.data.normalize import Stats, read_stats_file, semantics_from_json, stats_from_json, stats_to_json
@@ -45,6 +45,13 @@ def trained_model(config: TrainConfig) -> ModelConfig:
     there = {camera for name in robots for camera in get_robot(name).cameras.values()}
     model = config.policy.model
     return dataclasses.replace(model, cameras=tuple(camera for camera in model.cameras if camera in there))
+
+
+def trained_augment(config: TrainConfig) -> AugmentConfig:
+    """How training changes pictures: `fixed_cameras` may name those that `trained_model` leaves out."""
+    left_out = set(config.policy.model.cameras) - set(trained_model(config).cameras)
+    fixed = tuple(camera for camera in config.augment.fixed_cameras if camera not in left_out)
+    return dataclasses.replace(config.augment, fixed_cameras=fixed)
 
 
 def load_inputs(

@@ -161,7 +161,7 @@ class Reporter:
             slowest = max(_ADVICE, key=lambda name: gauges.get(name, 0))
             _log.warning(
                 "data are the bottleneck: %.0f %% of the time went by waiting for batches, whose preparation is for "
-                "%.0f %% %s. More --data.num-workers may help too.",
+                "%.0f %% %s. More --data.num-threads, or --data.num-workers, may help too.",
                 100 * gauges["input_wait"], 100 * gauges.get(slowest, 0), _ADVICE[slowest],
             )  # fmt: skip
         self._bar.set_postfix_str(_text(shown), refresh=False)

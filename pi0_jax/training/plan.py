@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import math
 import os
 import re
@@ -193,13 +194,21 @@ def _tpus(topology: str) -> list[Any]:
     for key, value in alone.items():
         os.environ.setdefault(key, value)
     chips = [int(n) for n in topology.partition(":")[2].split("x")]
-    few = {"chips_per_host_bounds": [*chips, 1, 1][:3]} if math.prod(chips) < 4 else {}
+    options: dict[str, Any] = {"chips_per_host_bounds": [*chips, 1, 1][:3]} if math.prod(chips) < 4 else {}
+    if topology.startswith("v4:"):  # a device is a chip, as on the hardware, and not a core
+        options["chip_config_name"] = "megacore"
     try:
-        return list(topologies.get_topology_desc(topology, "tpu", **few).devices)
+        return list(topologies.get_topology_desc(topology, "tpu", **options).devices)
     except Exception as error:  # whatever libtpu raises
-        missing = "libtpu" in str(error) and ("not" in str(error) or "open" in str(error))
-        advice = "TPU programs are compiled by libtpu: pip install 'pi0_jax[tpu]'" if missing else "look at its shape"
-        raise ValueError(f"no topology {topology}: {str(error).splitlines()[0]}. {advice}.") from error
+        if importlib.util.find_spec("libtpu") is None:
+            raise ValueError(
+                f"a plan for {topology} is compiled by libtpu, which is not installed: pip install 'pi0_jax[tpu]'. It "
+                "needs no TPU. Plans for GPUs, such as h100:8, need nothing."
+            ) from error
+        raise ValueError(
+            f"no topology {topology}: {str(error).splitlines()[0]} Shapes that exist: 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, "
+            "16x16 of v5e and v6e, and of v4 and v5p three numbers, 2x2x1, 2x2x2, 2x2x4, 2x4x4, 4x4x4 and so on."
+        ) from error
 
 
 def _cpus(count: int) -> list[Any]:
@@ -327,8 +336,8 @@ def _passed(config: TrainConfig, mesh: Mesh, program: Program, temporaries: floa
 def alternatives(config: TrainConfig, mesh: Mesh) -> Iterator[tuple[str, TrainConfig]]:
     """Ways to need less memory, each on top of those before it, with the flags that ask for them.
 
-    First what changes no number: dividing the state, computing activations again. Then smaller batches, and at last
-    what changes training: no moving average.
+    First what changes no number: dividing the state, computing activations again, or a batch in parts. At last what
+    changes training: no moving average.
     """
     flags: dict[str, str] = {}
 
@@ -344,9 +353,9 @@ def alternatives(config: TrainConfig, mesh: Mesh) -> Iterator[tuple[str, TrainCo
     for policy in REMATS[REMATS.index(config.policy.model.remat) + 1 :]:
         config = _with_model(config, remat=policy)
         yield with_flags({"--policy.model.remat": policy}, config)
-    while config.batch_size % (2 * ways) == 0:
-        config = dataclasses.replace(config, batch_size=config.batch_size // 2)
-        yield with_flags({"--batch-size": str(config.batch_size)}, config)
+    while config.batch_size % (2 * ways * config.parts) == 0:
+        config = dataclasses.replace(config, parts=2 * config.parts)
+        yield with_flags({"--parts": str(config.parts)}, config)
     if config.optim.ema_decay is not None:
         config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, ema_decay=None))
         yield with_flags({"--optim.ema-decay": "None"}, config)
@@ -379,21 +388,25 @@ def describe(plan: Plan) -> str:
     """A plan as lines for people."""
     axes = " x ".join(f"{name} {size}" for name, size in plan.mesh.items())
     source = "estimated" if plan.estimated else f"of the compiler, in {plan.seconds_to_compile:.0f} s"
-    rows = [(name, _gb(size), "") for name, size in plan.held.items()]
-    rows.append(("temporaries", _gb(plan.temporaries), source))
-    room = "" if plan.device is None else f"of {_gb(plan.device.memory)}: {'fits' if plan.fits else 'DOES NOT FIT'}"
-    rows.append(("peak", _gb(plan.peak), room))
-    rows.append(("work", f"{plan.flops / 1e12:.2f} TFLOP", "matrix products, rematerialisation included"))
-    rows.append(("through memory", _gb(plan.passed), "estimated"))
-    rows += [(kind, _gb(sent), "sent") for kind, sent in plan.sent.items() if sent]
+    rows = [(name, _size(size), "") for name, size in plan.held.items()]
+    rows.append(("temporaries", _size(plan.temporaries), source))
+    room = "" if plan.device is None else f"of {_size(plan.device.memory)}: {'fits' if plan.fits else 'DOES NOT FIT'}"
+    rows.append(("peak", _size(plan.peak), room))
+    rows.append(("work", f"{plan.flops / 1e12:.4g} TFLOP", "matrix products, rematerialisation included"))
+    rows.append(("through memory", _size(plan.passed), "estimated"))
+    rows += [(kind, _size(sent), "sent") for kind, sent in plan.sent.items() if sent]
     lines = [f"{plan.topology}: {math.prod(plan.mesh.values())} devices, mesh {axes}, batch {plan.batch_size}", ""]
     lines += [f"  {name:18} {value:>14}  {note}".rstrip() for name, value, note in rows]
     if plan.times:
-        times = ", ".join(f"{name} {1e3 * seconds:.0f} ms" for name, seconds in plan.times.items())
-        lines += ["", f"a step takes at least {1e3 * max(plan.times.values()):.0f} ms ({times}),"]
+        times = ", ".join(f"{name} {_duration(seconds)}" for name, seconds in plan.times.items())
+        lines += ["", f"a step takes at least {_duration(max(plan.times.values()))} ({times}),"]
         lines[-1] += f" which is at most {plan.samples_per_second:.0f} samples/s"
     return "\n".join(lines)
 
 
-def _gb(size: float) -> str:
-    return f"{size / 1e9:.3f} GB"
+def _size(size: float) -> str:
+    return f"{size / 1e9:.3f} GB" if size >= 1e8 else f"{size / 1e6:.3f} MB"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"

@@ -21,7 +21,7 @@ from pi0_jax.data.normalize import Stats
 from pi0_jax.data.robots import Robot
 from pi0_jax.model.heads import Network, make_network
 from pi0_jax.training import optimizer, sharding
-from pi0_jax.training.inputs import trained_model
+from pi0_jax.training.inputs import trained_augment, trained_model
 from pi0_jax.training.state import TrainState, create
 from pi0_jax.training.step import Metrics, make_update
 
@@ -81,7 +81,7 @@ def build(config: TrainConfig, mesh: Mesh, robot: Robot, stats: Stats, rows: np.
             functools.partial(pi0.draw, computed.config, flow=flow, reflow=config.reflow_from is not None),
             sharding.keep_batch_divided(mesh, functools.partial(_error, computed, flow, config.parts)),
             functools.partial(
-                augment, config=config.augment, robot=robot, stats=stats, mode=config.policy.normalization
+                augment, config=trained_augment(config), robot=robot, stats=stats, mode=config.policy.normalization
             ),
             transform,
             schedule,

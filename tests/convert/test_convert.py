@@ -187,6 +187,20 @@ def test_rounding_to_bfloat16_says_so_and_keeps_what_it_can(saved, tmp_path, cap
         assert np.array_equal(half[path].astype(np.float32), whole[path])
 
 
+@pytest.mark.parametrize("layer", [0, 1])
+def test_layers_of_different_dtypes_are_widened_and_not_rounded(tmp_path, layer):
+    tensors, rewrite = source_of("lerobot", "pi0", tmp_path / "x")
+    half = {name: array.astype(ml_dtypes.bfloat16) for name, array in tensors.items()}
+    name = f"model.paligemma_with_expert.gemma_expert.model.layers.{layer}.mlp.up_proj.weight"
+    rewrite({**half, name: tensors[name]})
+    convert(tmp_path / "x", tmp_path / "out", choices=CHOICES)
+    found = read_all(open_checkpoint(tmp_path / "out").tensors)
+    leaf = found["backbone/layers/action/mlp/gate_up"]
+    assert np.array_equal(leaf[layer, 1], tensors[name].T)
+    assert np.array_equal(leaf[1 - layer, 1], half[name.replace(f".{layer}.", f".{1 - layer}.")].T.astype(np.float32))
+    assert found["backbone/layers/action/mlp/down"].dtype == ml_dtypes.bfloat16
+
+
 def test_results_are_checkpoints_that_the_rest_of_the_package_reads(saved, tmp_path):
     write_checkpoint(tiny_weights("pi05"), tmp_path / "x", "lerobot")
     convert(tmp_path / "x", tmp_path / "out", choices=CHOICES)

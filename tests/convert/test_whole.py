@@ -57,7 +57,7 @@ def test_a_killed_conversion_leaves_no_target_and_the_next_one_clears_what_it_le
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, source, capsys, to):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, before[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
         assert cli.main(["convert", str(source), str(tmp_path / "out"), "--to", to]) == 1
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

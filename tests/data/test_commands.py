@@ -14,6 +14,7 @@ import pytest
 from pi0_jax import cli
 from pi0_jax.data.cache import CachedFrames, build_cache
 from pi0_jax.data.check import _check_outside, _check_ranges
+from pi0_jax.data.commands import _model_cameras
 from pi0_jax.data.convert import convert
 from pi0_jax.data.lerobot import LeRobotDataset, LeRobotWriter
 from pi0_jax.data.normalize import _finish, compute_stats, load_stats, semantics_from_json
@@ -73,7 +74,7 @@ def test_a_good_dataset_passes_the_check(tmp_path, run):
             writer.add_episode(episode(number) | {"valid": np.ones((len(episode(number)["action"]), 1))}, "push")
     code, printed, err = run("check", tmp_path / "data", "--decode")
     assert code == 0, err
-    assert "no problem in 1 datasets, 5 episodes, 34 frames" in printed
+    assert "no problem in 1 dataset, 5 episodes, 34 frames" in printed
 
 
 def spoil(root, name, change):
@@ -267,6 +268,18 @@ def test_damage_ends_the_cache_command_with_its_message(copy, run, workers):
     assert "file-000.mp4 cannot be decoded" in err
 
 
+def test_the_page_and_the_cache_leave_out_what_cannot_be_read_and_say_so(run, tmp_path, caplog):
+    root = write_v2(tmp_path / "v2")
+    video = root / f"videos/chunk-000/{CAMERAS[0]}/episode_000001.mp4"
+    video.write_bytes(video.read_bytes()[:2000])
+    for subcommand, *arguments in (("show", "--episodes", "1"), ("cache", "--workers", "1")):
+        caplog.clear()
+        code, _, err = run(subcommand, root, "--skip-bad-episodes", *arguments)
+        assert code == 0, err
+        assert "skipped 1 of 5 episodes" in caplog.text
+        assert f"episode 1: {video} cannot be decoded" in caplog.text
+
+
 def test_damage_in_a_cache_is_an_error(dataset, tmp_path):
     build_cache(dataset, tmp_path, [CAMERAS[0]], 48, workers=1)
     (shard,) = tmp_path.glob("*/*.array_record")
@@ -348,6 +361,22 @@ def test_a_robot_file_made_from_a_dataset_can_be_trained_with(dataset, tmp_path,
     assert (robot.fps, robot.image_size) == (5, (48, 48))
     assert cli.main(["data", "robot", str(dataset.root)]) == 1
     assert "exists" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("cameras", "names"),
+    [
+        (("front", "wrist"), ("base_0_rgb", "left_wrist_0_rgb")),
+        (("top", "side", "phone"), ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")),
+        (
+            ("cam_high", "cam_low", "cam_left_wrist", "cam_right_wrist"),
+            ("base_0_rgb", "camera_1_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb"),
+        ),
+        (("right_hand", "left_hand"), ("right_wrist_0_rgb", "left_wrist_0_rgb")),
+    ],
+)
+def test_cameras_get_the_names_that_the_released_weights_know_them_by(cameras, names):
+    assert _model_cameras(cameras) == dict(zip(cameras, names, strict=True))
 
 
 def test_an_unknown_subcommand_gets_a_suggestion(capsys):

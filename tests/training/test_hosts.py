@@ -139,7 +139,9 @@ def losses(run_dir: Path) -> dict[int, float]:
 def assert_same_losses(run_dir: Path, reference: dict[int, float], steps: int):
     found = losses(run_dir)
     assert len(found) == steps
-    np.testing.assert_allclose([found[i] for i in found], [reference[i] for i in found], atol=1e-5)
+    found, expected = [found[i] for i in found], [reference[i] for i in found]
+    print(f"losses differ by at most {np.abs(np.subtract(found, expected)).max():.1e}")
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 @pytest.fixture(scope="module")

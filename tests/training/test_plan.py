@@ -159,9 +159,9 @@ def test_ways_to_need_less_memory_come_in_order_of_what_they_change():
         "mesh.fsdp -1",
         "policy.model.remat gate_up",
         "policy.model.remat full",
-        "batch-size 32",
-        "batch-size 16",
-        "batch-size 8",
+        "parts 2",
+        "parts 4",
+        "parts 8",
         "optim.ema-decay None",
     ]
     assert tyro.cli(TrainConfig, default=config, args=ways[-1][0].split()) == ways[-1][1]
@@ -207,6 +207,19 @@ def test_the_command_takes_the_flags_of_training(monkeypatch, tmp_path, capsys):
     assert "v5e:4x8" in capsys.readouterr().err
 
 
+def test_a_plan_for_a_tpu_without_its_compiler_or_of_no_shape_says_what_to_do(monkeypatch):
+    def refuse(*args, **options):
+        raise RuntimeError("cannot generate TPU topology")
+
+    monkeypatch.setattr(planning.topologies, "get_topology_desc", refuse)
+    monkeypatch.setattr(planning.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'pi0_jax\[tpu\]'"):
+        make_plan(CONFIG, "v5e:4x4")
+    monkeypatch.setattr(planning.importlib.util, "find_spec", lambda name: True)
+    with pytest.raises(ValueError, match=r"no topology v5e:4: cannot generate.*2x2, 2x4, 4x4"):
+        make_plan(CONFIG, "v5e:4")
+
+
 def test_a_tpu_that_is_not_there_is_compiled_for():
     pytest.importorskip("libtpu", reason="plans for TPUs need the extra tpu")
     found = make_plan(dataclasses.replace(CONFIG, batch_size=8), "v5e:2x2")
@@ -214,3 +227,5 @@ def test_a_tpu_that_is_not_there_is_compiled_for():
     assert found.mesh["fsdp"] == 4
     assert found.temporaries > 0
     assert sum(found.sent.values()) > 2 * found.held["parameters"]
+    for topology, chips in {"v4:2x2x1": 4, "v5p:2x2x2": 8, "v6e:1x1": 1}.items():
+        assert len(planning.find_devices(topology)[1]) == chips
