@@ -27,7 +27,7 @@ from pi0_jax.training.profiling import Profile
 from pi0_jax.training.program import Program, build
 from pi0_jax.training.start import check_start, first_weights
 from pi0_jax.training.state import TrainState, join, split
-from pi0_jax.training.tune import table, with_adapters
+from pi0_jax.training.tune import flat, table, with_adapters
 
 _log = logging.getLogger(__name__)
 
@@ -182,7 +182,7 @@ def _train(
     reporter = Reporter(
         run_dir, start=step, num_steps=config.num_steps, batch_size=config.batch_size, log_every=config.log_every,
         gauges=getattr(inputs.loader, "gauges", dict), skips=(config.skip_in_row, config.skip_in_total),
-        ideal_seconds=seconds_at_peak(config, mesh), write=hosts.is_first(),
+        ideal_seconds=seconds_at_peak(config, mesh, flat(program.shapes.frozen)), write=hosts.is_first(),
     )  # fmt: skip
     signal = None
     watch, profile = Watch(), Profile(config.profile, run_dir / "profile")
