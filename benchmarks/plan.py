@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from pi0_jax.config import PI0, PI05, MeshConfig, PolicyConfig, TrainConfig
+from pi0_jax.config import PI0, PI05, MeshConfig, PolicyConfig, TrainConfig, TuneConfig
 
 MODELS = {"π0": PI0, "π0.5": PI05}
 PER_DEVICE = {"v5e": 4, "v5p": 16, "v6e": 8, "h100": 32}
@@ -48,7 +48,7 @@ SLICES = [
     for topology in ("v5e:4x4", "v5p:2x2x4", "v6e:4x4", "h100:8")
     for model in MODELS
 ]
-ALONE = [Row(model, "h100:1", 8, trained) for trained in ("full",) for model in MODELS]
+ALONE = [Row(model, "h100:1", 8, trained) for trained in ("full", "lora") for model in MODELS]
 GROWTH = [Row("π0", topology, PER_DEVICE["v5p"]) for topology in CHIPS]
 ROWS = list(dict.fromkeys([*SLICES, *ALONE, *GROWTH]))
 
@@ -57,6 +57,7 @@ def config(row: Row) -> TrainConfig:
     policy = PolicyConfig(model=MODELS[row.model], robot="aloha")
     return TrainConfig(
         policy=policy,
+        tune=TuneConfig(recipe="lora" if row.trained == "lora" else "full"),
         mesh=MeshConfig(data=-1, fsdp=min(FSDP, row.devices)),
         batch_size=row.batch_size,
     )

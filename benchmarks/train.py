@@ -239,7 +239,7 @@ def serve(side: str, openpi: Path | None) -> None:
             else:
                 answer = peak()
         except Exception as error:  # such as a card that is too small
-            answer = {"error": str(error).splitlines()[0][:300]}
+            answer = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
         print(json.dumps(answer), flush=True)
 
 
@@ -301,6 +301,7 @@ def ours(case: Case) -> tuple[Any, dict[str, float]]:
     from pi0_jax.training.inputs import trained_model
     from pi0_jax.training.metrics import seconds_at_peak
     from pi0_jax.training.program import build
+    from pi0_jax.training.tune import flat, with_adapters
 
     size = SIZES[case.size]
     model = ModelConfig(
@@ -316,11 +317,12 @@ def ours(case: Case) -> tuple[Any, dict[str, float]]:
     )
     config = TrainConfig(
         policy=PolicyConfig(model=model, robot=ROBOTS[case.cameras]),
+        tune=TuneConfig(recipe=case.recipe),  # pyright: ignore[reportArgumentType]
         flow=FlowConfig(samples_per_observation=case.draws, mask_padded_steps=False),
         mesh=MeshConfig(data=1, fsdp=-1),
         batch_size=case.batch,
     )
-    config = with_recipe(config, case.recipe)
+    config = with_adapters(config)
     robot, mesh = get_robot(config.policy.robot), sharding.make_mesh(config.mesh)
     entry = {"state": len(robot.state), "actions": len(robot.actions)}
     stats = {name: NormStats(*(f(n) for f in (np.zeros, np.ones, np.zeros, np.ones))) for name, n in entry.items()}
@@ -337,7 +339,7 @@ def ours(case: Case) -> tuple[Any, dict[str, float]]:
     state = start(jax.random.key(0))
     update, found = compiled(program.update.lower(np.uint32(0), state, batch), nbytes(state))  # pyright: ignore
     found["flops"] = flops.training(trained_model(config), config.flow) * case.batch
-    if (ideal := seconds_at_peak(config, mesh)) is not None:
+    if (ideal := seconds_at_peak(config, mesh, flat(program.shapes.frozen))) is not None:
         found["ideal_seconds"] = ideal
     kept = [state]
 
@@ -346,16 +348,6 @@ def ours(case: Case) -> tuple[Any, dict[str, float]]:
         return float(metrics["loss"])
 
     return step, found
-
-
-def with_recipe(config, recipe: str):
-    """The configuration under a recipe of what is trained."""
-    if recipe == "full":
-        return config
-    from pi0_jax.config import TuneConfig
-    from pi0_jax.training.tune import with_adapters
-
-    return with_adapters(dataclasses.replace(config, tune=TuneConfig(recipe=recipe)))
 
 
 def nbytes(tree) -> int:

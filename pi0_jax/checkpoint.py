@@ -322,6 +322,16 @@ def restore_params(
     return _restore(folder, stored, {"params": tree}, partial=partial)["params"]
 
 
+def param_names(path: str | Path) -> frozenset[str]:
+    """Paths of the weights of a checkpoint.
+
+    Args:
+        path: anything that `resolve` takes.
+    """
+    stored = _stored_tree(resolve(path) / "params").get("params", {})
+    return frozenset(_name(path) for path, _ in jax.tree.leaves_with_path(stored))
+
+
 def check_params(path: str | Path, like) -> None:
     """Raises what `restore_params` would raise for weights unlike `like`, without reading them."""
     folder = resolve(path) / "params"

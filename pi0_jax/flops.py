@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from pi0_jax import pi0
 from pi0_jax.batch import Batch
@@ -80,15 +81,19 @@ def _subprograms(params: dict[str, Any]) -> list[Any]:
     return [x for x in values if hasattr(x, "eqns") or hasattr(x, "jaxpr")]
 
 
-def training(model: ModelConfig, flow: FlowConfig, *, backward: bool = True) -> int:
-    """FLOPs of one observation's loss, and of its gradient."""
+def training(
+    model: ModelConfig, flow: FlowConfig, *, backward: bool = True, frozen: Collection[str] = frozenset()
+) -> int:
+    """FLOPs of one observation's loss, and of its gradient by the parameters whose paths are not `frozen`."""
     network, batch = make_network(model), _example(model)
-    params = _params(model)
+    params = flatten_dict(_params(model), sep="/")
+    trained = {name: x for name, x in params.items() if name not in frozen}
 
-    def loss(params):
-        return pi0.loss(network, params, batch, jax.random.key(0), flow)[0]
+    def loss(trained, rest):
+        return pi0.loss(network, unflatten_dict(trained | rest, sep="/"), batch, jax.random.key(0), flow)[0]
 
-    return count(jax.grad(loss) if backward else loss, params)
+    rest = {name: x for name, x in params.items() if name in frozen}
+    return count(jax.grad(loss) if backward else loss, trained, rest)
 
 
 def sampling(model: ModelConfig, num_steps: int = 10) -> int:

@@ -3,12 +3,16 @@
 import dataclasses
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
+from flax.traverse_util import flatten_dict
 
-from pi0_jax import flops
+from pi0_jax import flops, pi0
 from pi0_jax.config import PI0, PI05, FlowConfig
+from pi0_jax.model.heads import make_network
+from tests.conftest import tiny_config
 
 FLOW = FlowConfig(mask_padded_steps=False)
 training = functools.cache(lambda model, **flow: flops.training(model, dataclasses.replace(FLOW, **flow)) / 1e12)
@@ -34,6 +38,16 @@ def test_a_training_example_costs_no_more_than_it_has_to(model, full, none, two)
 )
 def test_a_chunk_in_ten_steps_costs_no_more_than_it_has_to(model, bound):
     assert flops.sampling(model) / 1e12 <= bound
+
+
+def test_frozen_parameters_cost_no_gradient():
+    model = tiny_config(cameras=())
+    network = make_network(model)
+    shapes = jax.eval_shape(functools.partial(pi0.init_params, network), jax.random.key(0))
+    names = flatten_dict(nn.meta.unbox(shapes), sep="/")
+    whole, forward = (flops.training(model, FLOW, backward=backward) for backward in (True, False))
+    head = flops.training(model, FLOW, frozen={name for name in names if not name.startswith("action_out")})
+    assert forward < head < 1.2 * forward < whole
 
 
 def test_products_convolutions_loops_and_recomputation_are_counted_by_hand():

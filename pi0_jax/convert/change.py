@@ -128,7 +128,8 @@ def _with_model(weights: Weights, model: ModelConfig, tensors: Tensors) -> Weigh
 
 
 def _merged(name: str, w: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    return entry_by_entry(w.shape, w.dtype, lambda i: lora.merge(name, w.read(i), a.read(i), b.read(i), scale))
+    dtype = np.result_type(w.dtype, a.dtype, b.dtype)
+    return entry_by_entry(w.shape, dtype, lambda i: lora.merge(name, w.read(i), a.read(i), b.read(i), scale))
 
 
 def _padded(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:

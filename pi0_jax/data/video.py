@@ -321,8 +321,8 @@ class _OpenVideo:
         first = int(np.searchsorted(index.times, index.keys[key])) if key >= 0 else 0
         for attempt in range(2):
             if not (first <= self._next <= number):
-                self._container.seek(int(index.seek[max(key, 0)]) if attempt == 0 else 0, stream=self._stream)
                 self._frames = self._decoded()
+                self._container.seek(int(index.seek[max(key, 0)]) if attempt == 0 else 0, stream=self._stream)
             for frame in self._frames:
                 if frame.pts is None or frame.pts < wanted:
                     continue
@@ -337,7 +337,9 @@ class _OpenVideo:
     def _decoded(self) -> Iterator[VideoFrame]:
         """Frames from where the file is now to its end."""
         for packet in self._packets:
-            yield from packet.decode()
+            frames = packet.decode()
+            while frames:  # given away, not kept here: the decoder uses their memory again
+                yield frames.pop(0)
         self._packets = self._container.demux(self._stream)
 
 

@@ -23,13 +23,15 @@ def expert_action(task: Task, snapshot: Snapshot) -> np.ndarray:
     """The next change of the commanded position, metres, float32[3], each within `MAX_ACTION`.
 
     The ring travels high, comes down as it arrives above the object, and for a push drags the caged object straight to
-    the circle. A ring that is low anywhere else first goes up, and moves aside only as fast as it clears the objects.
+    the circle, or the centre. A ring that is low anywhere else first goes up, and moves aside only as fast as it clears
+    the objects.
     """
     position = snapshot.objects[task.object]
     distance = float(np.linalg.norm(position - snapshot.tool[:2]))
     height = float(snapshot.tool[2])
-    if task.kind == "push" and distance < CAGE_RADIUS and height < CAGE_HEIGHT:
-        move, target_height = snapshot.goal - position, LOW_HEIGHT
+    if task.kind != "reach" and distance < CAGE_RADIUS and height < CAGE_HEIGHT:
+        goal = snapshot.goal if task.kind == "push" else np.zeros(2)
+        move, target_height = goal - position, LOW_HEIGHT
     else:
         move = position - snapshot.command[:2]
         target_height = LOW_HEIGHT + (TRAVEL_HEIGHT - LOW_HEIGHT) * _ramp(distance, 0.015, 0.045)

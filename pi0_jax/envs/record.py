@@ -17,7 +17,7 @@ from tqdm import tqdm
 from pi0_jax.envs.expert import expert_action
 from pi0_jax.envs.scene import CONTROL_HZ, MAX_ACTION
 from pi0_jax.envs.tabletop import CAMERAS, TabletopEnv
-from pi0_jax.envs.tasks import EPISODES_PER_SEED, TASKS, Task, episode_seed
+from pi0_jax.envs.tasks import EPISODES_PER_SEED, SUITES, Task, episode_seed
 
 MAX_ATTEMPTS = 10
 BLOCK = 128
@@ -83,11 +83,12 @@ def _worker_env(image_size: int) -> TabletopEnv:
     return TabletopEnv(image_size=image_size)
 
 
-def _collect(number: int, split: str, seed: int, image_size: int, noise: Noise) -> Demonstration:
+def _collect(number: int, split: str, seed: int, image_size: int, noise: Noise, env: str) -> Demonstration:
     """Episode `number` of the recording: the first successful one of its own seeds."""
     for attempt in range(MAX_ATTEMPTS):
         layout = episode_seed(split, attempt * (EPISODES_PER_SEED // MAX_ATTEMPTS) + number, seed)
-        episode = demonstrate(_worker_env(image_size), TASKS[number % len(TASKS)], layout, noise)
+        task = SUITES[env][number % len(SUITES[env])]
+        episode = demonstrate(_worker_env(image_size), task, layout, noise)
         if episode is not None:
             return dataclasses.replace(episode, dropped=attempt)
     raise RuntimeError(
@@ -103,8 +104,9 @@ def demonstrations(
     image_size: int = 48,
     noise: Noise = Noise(),
     workers: int | None = None,
+    env: str = "tabletop",
 ) -> Iterator[Demonstration]:
-    """Successful episodes, the six tasks in turn. They depend on all arguments but `workers`.
+    """Successful episodes, the tasks of `env` in turn. They depend on all arguments but `workers`.
 
     With more than one worker a script that calls this needs the usual `if __name__ == "__main__":`.
 
@@ -115,16 +117,19 @@ def demonstrations(
         image_size: side of the images, pixels.
         noise: the bursts.
         workers: processes; None means one a core.
+        env: whose tasks, one of `SUITES`.
 
     Raises:
-        ValueError: if `num_episodes`, `split` or `seed` is out of range.
+        ValueError: if `num_episodes`, `split`, `seed` or `env` is out of range.
     """
+    if env not in SUITES:
+        raise ValueError(f"env is {env!r}; demonstrations are recorded in {' or '.join(SUITES)}.")
     if split not in ("train", "validation"):
         raise ValueError(f'split is {split!r}; demonstrations are recorded for "train" or "validation".')
     limit = EPISODES_PER_SEED // MAX_ATTEMPTS
     if not 0 < num_episodes <= limit:
         raise ValueError(f"num_episodes is {num_episodes}; expected 1 to {limit}. Record more under another seed.")
-    collect = functools.partial(_collect, split=split, seed=seed, image_size=image_size, noise=noise)
+    collect = functools.partial(_collect, split=split, seed=seed, image_size=image_size, noise=noise, env=env)
     workers = min(workers or os.cpu_count() or 1, -(-num_episodes // MIN_SHARE))
     if workers == 1:
         yield from map(collect, range(num_episodes))
@@ -155,6 +160,7 @@ def record(
     noise: Noise = Noise(),
     workers: int | None = None,
     overwrite: bool = False,
+    env: str = "tabletop",
 ) -> dict:
     """Writes `demonstrations(...)` to `root` as a LeRobot dataset, and how they came about to `meta/recording.json`.
 
@@ -166,7 +172,7 @@ def record(
 
     episodes = []
     frames = dropped = 0
-    found = demonstrations(num_episodes, split, seed, image_size, noise, workers)
+    found = demonstrations(num_episodes, split, seed, image_size, noise, workers, env)
     columns = features(image_size)
     with LeRobotWriter(root, fps=CONTROL_HZ, robot_type="tabletop", features=columns, overwrite=overwrite) as writer:
         for episode in tqdm(found, total=num_episodes, desc=f"recording {split}", unit="episode"):

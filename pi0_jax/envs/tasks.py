@@ -1,4 +1,6 @@
-"""The six tasks: what is asked, when it is done, and which seeds each use of them draws from.
+"""The tasks: what is asked, when it is done, and which seeds each use of them draws from.
+
+Six are what policies are trained on; three more, of another kind, are there to be learned after them.
 
 Lengths are metres. The table's centre is the origin, x points right and y up in the images of the straight-down
 cameras, z is the height above the table. No instruction says left or right, since training mirrors the scene.
@@ -34,6 +36,13 @@ PHRASINGS = {
         "bring the {} to the yellow circle",
         "slide the {} to the yellow circle",
     ),
+    "centre": (
+        "push the {} to the centre",
+        "move the {} to the centre",
+        "drag the {} to the centre",
+        "bring the {} to the centre",
+        "slide the {} to the centre",
+    ),
 }
 
 
@@ -41,7 +50,7 @@ PHRASINGS = {
 class Task:
     """One thing to do, and the sentences that ask for it."""
 
-    kind: Literal["reach", "push"]
+    kind: Literal["reach", "push", "centre"]
     object: str
     """One of `OBJECTS`."""
 
@@ -57,14 +66,17 @@ class Task:
 
 
 TASKS = tuple(Task(kind, name) for kind in ("reach", "push") for name in OBJECTS)
+SUITES = {"tabletop": TASKS, "tabletop_centre": tuple(Task("centre", name) for name in OBJECTS)}
+"""Tasks by the name under which they are recorded and evaluated. The centre is the table's, where nothing is drawn."""
 
 
 def find_task(name: str) -> Task:
     """The task of that name; `ValueError` if there is none."""
-    for task in TASKS:
+    tasks = [task for suite in SUITES.values() for task in suite]
+    for task in tasks:
         if task.name == name:
             return task
-    raise ValueError(f"no task is named {name!r}; the tasks are {', '.join(task.name for task in TASKS)}.")
+    raise ValueError(f"no task is named {name!r}; the tasks are {', '.join(task.name for task in tasks)}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,10 +94,13 @@ class Snapshot:
 
 
 def is_done(task: Task, snapshot: Snapshot) -> bool:
-    """Whether `task` is accomplished at this moment: object in the lowered ring, or over the yellow circle."""
+    """Whether `task` is accomplished at this moment: object in the lowered ring, over the yellow circle, or both in the
+    lowered ring and within the circle's radius of the table's centre (so that no layout is done from the start)."""
     position = snapshot.objects[task.object]
     if task.kind == "push":
         return bool(np.linalg.norm(position - snapshot.goal) < GOAL_RADIUS)
+    if task.kind == "centre" and np.linalg.norm(position) >= GOAL_RADIUS:
+        return False
     lowered = snapshot.tool[2] < REACH_HEIGHT
     return bool(lowered and np.linalg.norm(position - snapshot.tool[:2]) < REACH_RADIUS)
 

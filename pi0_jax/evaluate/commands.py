@@ -43,7 +43,7 @@ class Infer:
     observation: Path | None = None
     """An .npz with the arrays images/<camera>, state and prompt; or a .json that names pictures beside it."""
     env: str | None = None
-    """Simulator to run in: tabletop."""
+    """Simulator to run in: tabletop; or tabletop_centre, which has other tasks."""
     write_example: Path | None = None
     """Write an observation of the right form (all zeros) to this .npz, to be filled in."""
     prompt: str | None = None
@@ -95,7 +95,7 @@ class Evaluate(Infer):
     """
 
     env: str | None = "tabletop"
-    """Simulator to run in: tabletop."""
+    """Simulator to run in: tabletop; or tabletop_centre, which has other tasks."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +121,9 @@ class Record:
     path: Run
     """Folder to create."""
     episodes: int = 1200
-    """Demonstrations, the six instructions in turn."""
+    """Demonstrations, the tasks in turn."""
+    env: Literal["tabletop", "tabletop_centre"] = "tabletop"
+    """tabletop: the six tasks. tabletop_centre: three new ones, to bring an object to the table's centre."""
     split: Literal["train", "validation"] = "train"
     """Layouts of the two never overlap, nor with those of evaluation."""
     seed: int = 0
@@ -255,7 +257,7 @@ def record(args: Record) -> None:
         from pi0_jax.envs.record import record as record_episodes
     except ImportError as error:
         raise ValueError("recording needs the simulator: pip install pi0_jax[sim]") from error
-    summary = record_episodes(args.path, args.episodes, args.split, args.seed, overwrite=args.overwrite)
+    summary = record_episodes(args.path, args.episodes, args.split, args.seed, overwrite=args.overwrite, env=args.env)
     print(f"{args.episodes} demonstrations, {summary['frames']} frames: {args.path}")
 
 

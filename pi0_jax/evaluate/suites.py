@@ -53,31 +53,34 @@ def get_suite(name: str) -> Suite:
         ValueError: there is none.
         ImportError: its packages are not installed; the message says which extra brings them.
     """
-    if name != "tabletop":
-        close = difflib.get_close_matches(name, ["tabletop"], n=1)
-        raise ValueError(f"there is no environment {name!r}; there is tabletop.{' Did you mean that?' * bool(close)}")
-    return Tabletop()
+    from pi0_jax.envs.tasks import SUITES
+
+    if name not in SUITES:
+        close = difflib.get_close_matches(name, SUITES, n=1)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        raise ValueError(f"there is no environment {name!r}; there are {', '.join(SUITES)}.{hint}")
+    return Tabletop(name)
 
 
 class Tabletop:
-    """The embedded tabletop, `pi0_jax.envs`."""
+    """The embedded tabletop, `pi0_jax.envs`, with one of its sets of tasks."""
 
     robot = "tabletop"
 
-    def __init__(self):
+    def __init__(self, name: str = "tabletop"):
         from pi0_jax.envs import scene, tabletop, tasks
 
         self.fps = scene.CONTROL_HZ
-        self.tasks = tuple(task.name for task in tasks.TASKS)
-        self._env, self._tasks = tabletop.TabletopEnv, tasks
+        self._env, self._seed, self._tasks = tabletop.TabletopEnv, tasks.episode_seed, tasks.SUITES[name]
+        self.tasks = tuple(task.name for task in self._tasks)
 
     def start(self, index: int, seed: int, *, distract: bool) -> Episode:
-        layout = self._tasks.episode_seed("evaluation", index, seed)
-        task = self._tasks.TASKS[index % len(self.tasks)]
+        layout = self._seed("evaluation", index, seed)
+        task = self._tasks[index % len(self.tasks)]
         options: dict[str, Any] = {"task": task}
         if distract:
             rng = np.random.default_rng(layout)
-            others = [t for t in self._tasks.TASKS if t.kind == task.kind and t.object != task.object]
+            others = [t for t in self._tasks if t.kind == task.kind and t.object != task.object]
             options["prompt"] = str(rng.choice(others[rng.integers(len(others))].prompts))
         env = self._env(lazy_images=True)
         env.reset(seed=layout, options=options)

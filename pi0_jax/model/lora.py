@@ -67,7 +67,8 @@ def apply(name: str, x: Float[Array, "..."], w: Float[Array, "..."], pair: Pair 
 
 
 def merge(name: str, w: Any, a: Any, b: Any, scale: float, xp: Any = np) -> Any:
-    """The weight that does what a weight and its adapters do, computed in float32 and rounded to the dtype of w.
+    """The weight that does what a weight and its adapters do, computed in float32 and rounded to the widest dtype of
+    the three: a frozen weight in bfloat16 could not hold what adapters in float32 learned.
 
     Args:
         name: of the weight, as in `EINSUMS`.
@@ -77,4 +78,4 @@ def merge(name: str, w: Any, a: Any, b: Any, scale: float, xp: Any = np) -> Any:
     """
     product = xp.einsum(EINSUMS[name][3], a.astype(np.float32), b.astype(np.float32), optimize=True)
     factor = np.float32(scale if name.startswith("attn/") else 1.0)
-    return (w.astype(np.float32) + factor * product).astype(w.dtype)
+    return (w.astype(np.float32) + factor * product).astype(np.result_type(w.dtype, a.dtype, b.dtype))

@@ -10,15 +10,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.linen import meta
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from pi0_jax import checkpoint, pi0
 from pi0_jax.batch import Batch
 from pi0_jax.checkpoint import CheckpointWriter
 from pi0_jax.config import HostsConfig, TrainConfig
-from pi0_jax.model.heads import Network
 from pi0_jax.training import hosts, optimizer, sharding
 from pi0_jax.training.compilation import Watch, keep_programs
 from pi0_jax.training.folder import delete_run, open_run
@@ -28,7 +25,9 @@ from pi0_jax.training.interrupt import Interrupted, StopRequest
 from pi0_jax.training.metrics import Reporter, seconds_at_peak
 from pi0_jax.training.profiling import Profile
 from pi0_jax.training.program import Program, build
+from pi0_jax.training.start import check_start, first_weights
 from pi0_jax.training.state import TrainState, join, split
+from pi0_jax.training.tune import flat, table, with_adapters
 
 _log = logging.getLogger(__name__)
 
@@ -62,6 +61,7 @@ def run(config: TrainConfig) -> Path:
 
 
 def _run(config: TrainConfig) -> Path:
+    config = with_adapters(config)
     for name in ("batch_size", "num_steps", "log_every", "validate_every", "save_every", "keep_checkpoints", "parts"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}; it has to be at least 1.")
@@ -93,9 +93,10 @@ def _run(config: TrainConfig) -> Path:
     hosts.require_same("the demonstrations", repr((inputs.assets.norm_stats, inputs.assets.tokenizer)).encode())
 
     program = build(config, mesh, inputs.robot, inputs.stats, rows)
+    check_start(config, program.shapes)
     _describe(mesh, program, config)
     frozen = (
-        () if config.reflow_from is None else (checkpoint.restore_params(config.reflow_from, program.shapes.params),)
+        () if config.reflow_from is None else (checkpoint.restore_params(config.reflow_from, program.shapes.weights),)
     )
     with hosts.first_before_others("overwrite"):
         if config.overwrite and hosts.is_first():
@@ -105,7 +106,7 @@ def _run(config: TrainConfig) -> Path:
     ) as writer:
         writer.reserve(program.shapes, config.num_steps)
         if source is None:
-            state = program.start(_first_params(config, program.network, program.shapes.params))
+            state = program.start(first_weights(config, program.network, program.shapes))
         else:
             state = restore(source, program.shapes)
             inputs.loader.set_state(checkpoint.load_data_state(source))
@@ -142,35 +143,10 @@ def _check_objective(config: TrainConfig) -> None:
         raise ValueError(f"the mean draw teaches a velocity at t = 1; this network predicts {prediction}.")
 
 
-def _first_params(config: TrainConfig, network: Network, shapes):
-    """Weights of another checkpoint, all or those of `init_parts`, or random ones, made where they will live."""
-    if config.init_from is not None and not config.init_parts:
-        return checkpoint.restore_params(config.init_from, shapes)
-    params = _random_params(config, network, shapes)
-    if config.init_from is None:
-        return params
-    flat = flatten_dict(shapes, sep="/")
-    taken = {name: leaf for name, leaf in flat.items() if name.startswith(config.init_parts)}
-    unknown = [part for part in config.init_parts if not any(name.startswith(part) for name in flat)]
-    if unknown:
-        raise ValueError(
-            f"init_parts {unknown} begin no parameter; there are {sorted({n.split('/')[0] for n in flat})}."
-        )
-    restored = checkpoint.restore_params(config.init_from, unflatten_dict(taken, sep="/"), partial=True)
-    return unflatten_dict(flatten_dict(params, sep="/") | flatten_dict(restored, sep="/"), sep="/")
-
-
-def _random_params(config: TrainConfig, network: Network, shapes):
-    init = jax.jit(
-        lambda key: meta.unbox(pi0.init_params(network, key)), out_shardings=jax.tree.map(lambda x: x.sharding, shapes)
-    )
-    return init(jax.random.key(config.seed))
-
-
 def restore(folder: Path, shapes: TrainState) -> TrainState:
     """The state of a checkpoint, placed as `shapes` says."""
     weights, rest = split(shapes)
-    return join(checkpoint.restore_params(folder, weights), checkpoint.restore_train_state(folder, rest))
+    return join(checkpoint.restore_params(folder, weights), checkpoint.restore_train_state(folder, rest), shapes)
 
 
 def validate(
@@ -206,7 +182,7 @@ def _train(
     reporter = Reporter(
         run_dir, start=step, num_steps=config.num_steps, batch_size=config.batch_size, log_every=config.log_every,
         gauges=getattr(inputs.loader, "gauges", dict), skips=(config.skip_in_row, config.skip_in_total),
-        ideal_seconds=seconds_at_peak(config, mesh), write=hosts.is_first(),
+        ideal_seconds=seconds_at_peak(config, mesh, flat(program.shapes.frozen)), write=hosts.is_first(),
     )  # fmt: skip
     signal = None
     watch, profile = Watch(), Profile(config.profile, run_dir / "profile")
@@ -266,11 +242,12 @@ def _kept(run_dir: Path, step: int | None) -> str:
 
 def _describe(mesh, program: Program, config: TrainConfig):
     """Logs what a user wants to know before waiting."""
-    count = sum(x.size for x in jax.tree.leaves(program.shapes.params))
     held = sharding.bytes_per_device(program.shapes, jax.tree.map(lambda x: x.sharding, program.shapes))
     kind = mesh.devices.flat[0].device_kind
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     _log.info("devices: %d x %s of %d processes, mesh %s", mesh.size, kind, jax.process_count(), axes)
-    _log.info("model: %s parameters, %.3f GB of training state a device", f"{count:,}", held / 1e9)
+    _log.info(
+        "model: %.3f GB of training state a device\n%s", held / 1e9, table(program.shapes.params, program.shapes.frozen)
+    )
     _log.info("output: %s (checkpoints, %s, TensorBoard events)", config.run_dir, "metrics.jsonl")
     _log.debug("optimizer of each parameter:\n%s", optimizer.describe(program.boxed))

@@ -16,7 +16,7 @@ import math
 import os
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import jax
@@ -199,18 +199,19 @@ class Reporter:
             raise OSError(error.errno, f"{what}. Complete checkpoints stay; continue with --resume") from error
 
 
-def seconds_at_peak(config: TrainConfig, mesh: Mesh) -> float | None:
+def seconds_at_peak(config: TrainConfig, mesh: Mesh, frozen: Collection[str] = frozenset()) -> float | None:
     """Seconds that an update would take if all devices computed at their peak, and only what the loss asks for.
 
-    Model FLOPs utilisation, MFU, is this over the seconds that it does take: rematerialisation is no model FLOP. None
-    for devices whose peak is not known, which a line in the log says.
+    Model FLOPs utilisation, MFU, is this over the seconds that it does take: rematerialisation is no model FLOP, and
+    parameters whose paths are `frozen` have no gradient. None for devices whose peak is not known, which a line in the
+    log says.
     """
     kind = mesh.devices.flat[0].device_kind
     if (peak := flops.peak(kind)) is None:
         _log.info("MFU is left out: the peak of a device of kind %r is not known", kind)
         return None
     model = dataclasses.replace(trained_model(config), remat="none")
-    return flops.training(model, config.flow) * config.batch_size / (peak * mesh.size)
+    return flops.training(model, config.flow, frozen=frozen) * config.batch_size / (peak * mesh.size)
 
 
 def peak_memory() -> float:

@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers
 
 from pi0_jax.config import OptimConfig
+from pi0_jax.training.rounding import scale_by_adam_8bit
 
 _BATCH = {"layers", "stack"}
 _HIDDEN = {"embed", "embed_out", "heads", "kv_heads", "head_dim", "mlp"}
@@ -47,30 +49,49 @@ def make_schedule(config: OptimConfig, num_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimConfig, schedule: optax.Schedule, boxed) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW, or Muon with Adam.
+    """Clipping by global norm, then AdamW, its 8-bit form, Adafactor, or Muon with Adam.
 
     Muon (Jordan et al. 2024) has its updates scaled to a root mean square of 0.2 (Liu et al. 2025, arXiv 2502.16982),
-    Adam's usual one, so that one learning rate serves both. Its momentum is 0.95; Adam has b1 and b2.
+    Adam's usual one, so that one learning rate serves both. Its momentum is 0.95; Adam has b1 and b2. Adafactor steps
+    by the learning rate, too, and not by a share of the parameters' size; its second moment decays as 1 - step^-0.8.
 
     Args:
         config: optimizer and its numbers.
         schedule: learning rate by step.
         boxed: parameters with logical axis names, arrays or shapes.
     """
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), _update(config, schedule, boxed))
+
+
+def _update(config: OptimConfig, schedule: optax.Schedule, boxed) -> optax.GradientTransformation:
+    moment, decay = jnp.dtype(config.moment_dtype), config.weight_decay
     if config.name == "adamw":
-        update = optax.adamw(schedule, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay)
-    else:
-        update = optax.contrib.muon(
-            schedule,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            adam_b1=config.b1,
-            adam_b2=config.b2,
-            adam_weight_decay=config.weight_decay,
-            muon_weight_dimension_numbers=muon_dimensions(boxed),
-            consistent_rms=0.2,
+        return optax.adamw(schedule, b1=config.b1, b2=config.b2, eps=config.eps, mu_dtype=moment, weight_decay=decay)
+    if config.name == "adamw_8bit":
+        return optax.chain(
+            scale_by_adam_8bit(config.b1, config.b2, config.eps),
+            optax.add_decayed_weights(decay),
+            optax.scale_by_learning_rate(schedule),
         )
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+    if config.name == "adafactor":
+        return optax.chain(
+            optax.scale_by_factored_rms(),
+            optax.clip_by_block_rms(1.0),
+            optax.ema(config.b1, accumulator_dtype=moment) if config.b1 else optax.identity(),
+            optax.add_decayed_weights(decay),
+            optax.scale_by_learning_rate(schedule),
+        )
+    return optax.contrib.muon(
+        schedule,
+        eps=config.eps,
+        weight_decay=decay,
+        mu_dtype=moment,
+        adam_b1=config.b1,
+        adam_b2=config.b2,
+        adam_weight_decay=decay,
+        muon_weight_dimension_numbers=muon_dimensions(boxed),
+        consistent_rms=0.2,
+    )
 
 
 def muon_dimensions(boxed):

@@ -32,7 +32,7 @@ from jax.sharding import Mesh
 
 from pi0_jax import flops, pi0
 from pi0_jax.batch import Batch
-from pi0_jax.config import MeshConfig, ModelConfig, TrainConfig
+from pi0_jax.config import MeshConfig, ModelConfig, TrainConfig, TuneConfig
 from pi0_jax.data.normalize import NormStats
 from pi0_jax.data.robots import get_robot
 from pi0_jax.model.heads import make_network
@@ -40,6 +40,7 @@ from pi0_jax.training import sharding
 from pi0_jax.training.inputs import trained_model
 from pi0_jax.training.program import Program, build
 from pi0_jax.training.traffic import KINDS, traffic
+from pi0_jax.training.tune import divide, flat, frozen_names, unite, with_adapters
 
 GIB = 2**30
 REMATS = ("none", "matmuls", "gate_up", "full")
@@ -222,6 +223,7 @@ def _cpus(count: int) -> list[Any]:
 
 def _program(config: TrainConfig, mesh: Mesh) -> tuple[Program, Batch]:
     """The program of a run, and shapes of a batch."""
+    config = with_adapters(config)
     robot = get_robot(config.policy.robot)
     sizes = {"state": len(robot.state), "actions": len(robot.actions)}
     stats = {name: NormStats(*(f(n) for f in (np.zeros, np.ones, np.zeros, np.ones))) for name, n in sizes.items()}
@@ -249,6 +251,7 @@ def batch_shapes(model: ModelConfig, size: int) -> Batch:
 def _held(program: Program, batch: Batch) -> dict[str, int]:
     state = program.shapes
     parts = {"parameters": state.params, "optimizer": (state.step, state.opt_state), "average": state.ema}
+    parts |= {} if state.frozen is None else {"frozen": state.frozen}
     return {name: _bytes_per_device(part) for name, part in (parts | {"batch": batch}).items()}
 
 
@@ -282,7 +285,7 @@ def estimate_temporaries(config: TrainConfig, mesh: Mesh, program: Program) -> f
     workspace = everything / layers if model.remat != "none" else 0.0
     gathered = 0.0
     if mesh.shape["fsdp"] > 1:  # two layers' weights, one in use and one on its way, and a layer's gradient
-        weights = sum(x.size for x in jax.tree.leaves(program.shapes.params)) / mesh.shape["tensor"]
+        weights = sum(x.size for x in jax.tree.leaves(program.shapes.weights)) / mesh.shape["tensor"]
         gathered = 3 * weights / layers * jnp.dtype(model.dtype).itemsize
     return gradients + samples * (kept + workspace) / mesh.shape["tensor"] + gathered
 
@@ -301,20 +304,24 @@ def kept_for_backward(config: TrainConfig) -> float:
 
     They are the outputs of the forward half of the gradient's program that grow with the batch.
     """
+    config = with_adapters(config)
     model = trained_model(config)
-    return _kept(model, config.flow, 2) - _kept(model, config.flow, 1)
+    return _kept(model, config.flow, config.tune, 2) - _kept(model, config.flow, config.tune, 1)
 
 
 @functools.lru_cache(maxsize=64)
-def _kept(model: ModelConfig, flow, size: int) -> float:
+def _kept(model: ModelConfig, flow, tune: TuneConfig, size: int) -> float:
     network = make_network(model)
-    boxed = jax.eval_shape(functools.partial(pi0.init_params, network), jax.random.key(0))
-    params = meta.unbox(boxed)
+    weights = meta.unbox(jax.eval_shape(functools.partial(pi0.init_params, network), jax.random.key(0)))
+    trained, frozen = divide(weights, frozen_names(tune, model, flat(weights)))
 
-    def residuals(params, batch):
-        return jax.vjp(lambda p: pi0.loss(network, p, batch, jax.random.key(0), flow)[0], params)[1]
+    def residuals(trained, frozen, batch):
+        def loss(trained):
+            return pi0.loss(network, unite(trained, frozen), batch, jax.random.key(0), flow)[0]
 
-    program = jax.make_jaxpr(residuals)(params, batch_shapes(model, size)).jaxpr
+        return jax.vjp(loss, trained)[1]
+
+    program = jax.make_jaxpr(residuals)(trained, frozen, batch_shapes(model, size)).jaxpr
     inputs = set(program.invars)
     kept = {var for var in program.outvars if not hasattr(var, "val") and var not in inputs}  # literals have a value
     return float(sum(var.aval.size * var.aval.dtype.itemsize for var in kept))
@@ -328,7 +335,7 @@ def _passed(config: TrainConfig, mesh: Mesh, program: Program, temporaries: floa
     """
     state, gradients = _bytes_per_device(program.shapes), _gradient_bytes(program)
     model = config.policy.model
-    weights = sum(x.size for x in jax.tree.leaves(program.shapes.params)) * jnp.dtype(model.dtype).itemsize
+    weights = sum(x.size for x in jax.tree.leaves(program.shapes.weights)) * jnp.dtype(model.dtype).itemsize
     passes = 2 if model.remat == "none" else 3
     return 2 * (state + gradients) + passes * weights / mesh.shape["tensor"] + 2 * max(temporaries - gradients, 0.0)
 

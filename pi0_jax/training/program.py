@@ -24,6 +24,7 @@ from pi0_jax.training import optimizer, sharding
 from pi0_jax.training.inputs import trained_augment, trained_model
 from pi0_jax.training.state import TrainState, create
 from pi0_jax.training.step import Metrics, make_update
+from pi0_jax.training.tune import divide, flat, frozen_names, unite
 
 
 class Program(NamedTuple):
@@ -32,7 +33,7 @@ class Program(NamedTuple):
     network: Network
     """Whole, for its parameters; what is computed leaves out cameras that no robot has."""
     boxed: Any
-    """Shapes of the parameters, with their logical axis names."""
+    """Shapes of the parameters that are trained, with their logical axis names."""
     shapes: TrainState
     """Of the state, and where each array lives."""
     start: Callable[[Any], TrainState]
@@ -60,38 +61,44 @@ def build(config: TrainConfig, mesh: Mesh, robot: Robot, stats: Stats, rows: np.
         rows: of each batch, the examples that this process has (`sharding.local_rows`).
 
     Raises:
-        ValueError: the batch does not divide over the devices, or the schedule has no room to decay in.
+        ValueError: the batch does not divide over the devices, the schedule has no room to decay in, or the patterns of
+            what is frozen do not fit the model.
     """
     batch_placement = sharding.batch_sharding(mesh, config.batch_size, config.parts)
     schedule = optimizer.make_schedule(config.optim, config.num_steps)
     network = make_network(config.policy.model)
-    boxed = jax.eval_shape(functools.partial(pi0.init_params, network), jax.random.key(0))
+    weights = jax.eval_shape(functools.partial(pi0.init_params, network), jax.random.key(0))
+    frozen = frozen_names(config.tune, config.policy.model, flat(weights))
+    boxed = divide(weights, frozen)[0]
     computed = make_network(trained_model(config))
     transform = optimizer.make_optimizer(config.optim, schedule, boxed)
-    start = functools.partial(create, optimizer=transform, ema=config.optim.ema_decay is not None)
-    boxed_state = jax.eval_shape(start, boxed)
+    ema = None if config.optim.ema_decay is None else config.optim.ema_dtype
+    start = functools.partial(create, optimizer=transform, ema=ema, frozen=frozen)
+    boxed_state = jax.eval_shape(start, weights)
     placement = sharding.shardings(mesh, boxed_state)
     shapes = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), meta.unbox(boxed_state), placement
     )
 
     def compiled_update(flow: FlowConfig):
-        make = functools.partial(
-            make_update,
-            functools.partial(pi0.draw, computed.config, flow=flow, reflow=config.reflow_from is not None),
-            sharding.keep_batch_divided(mesh, functools.partial(_error, computed, flow, config.parts)),
-            functools.partial(
-                augment, config=trained_augment(config), robot=robot, stats=stats, mode=config.policy.normalization
-            ),
-            transform,
-            schedule,
-            ema_decay=config.optim.ema_decay,
-            parts=config.parts,
+        draw = functools.partial(pi0.draw, computed.config, flow=flow, reflow=config.reflow_from is not None)
+        whole = sharding.keep_batch_divided(mesh, functools.partial(_error, computed, flow, config.parts))
+        augmented = functools.partial(
+            augment, config=trained_augment(config), robot=robot, stats=stats, mode=config.policy.normalization
         )
+
         # The seed is an argument, so that runs which differ in it alone share their compiled programs.
-        return jax.jit(
-            lambda seed, state, *rest: make(seed=seed)(state, *rest), donate_argnums=1, out_shardings=(placement, None)
-        )
+        def update(seed, state: TrainState, *rest):
+            def error(params, *args):
+                return whole(unite(params, state.frozen), *args)
+
+            make = make_update(
+                draw, error, augmented, transform, schedule, ema_decay=config.optim.ema_decay, seed=seed,
+                parts=config.parts,
+            )  # fmt: skip
+            return make(state, *rest)
+
+        return jax.jit(update, donate_argnums=1, out_shardings=(placement, None))
 
     # Whatever training does, validation counts the steps inside episodes alone, which also drops the last batch's fill.
     validation_flow = dataclasses.replace(

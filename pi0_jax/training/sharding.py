@@ -95,9 +95,14 @@ def shardings(mesh: Mesh, boxed):
         names = leaf.names if isinstance(leaf, nn.LogicallyPartitioned) else None
         # A box may be empty: Muon masks Adam's leaves, and the other way round.
         value = leaf.unbox() if names else leaf
-        return jax.tree.map(lambda x: NamedSharding(mesh, _spec(mesh, path, names or (None,) * x.ndim, x.shape)), value)
+        return jax.tree.map(lambda x: NamedSharding(mesh, _spec(mesh, path, _names_of(names, x), x.shape)), value)
 
     return jax.tree.map_with_path(place, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+
+
+def _names_of(names, x) -> tuple[str | None, ...]:
+    """An array in a box need not have the box's axes: Adafactor keeps rows and columns, which are small."""
+    return names if names and len(names) == x.ndim else (None,) * x.ndim
 
 
 def _spec(mesh: Mesh, path, names: tuple[str | None, ...], shape: tuple[int, ...]) -> PartitionSpec:

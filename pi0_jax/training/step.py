@@ -17,6 +17,7 @@ import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from pi0_jax.batch import Batch
+from pi0_jax.training.rounding import average
 from pi0_jax.training.state import TrainState
 
 Draw = Callable[[Batch, PRNGKeyArray], tuple[Any, Int[Array, ""]]]
@@ -71,7 +72,7 @@ def make_update(
         params = optax.apply_updates(state.params, change)
         ema = state.ema
         if ema is not None and ema_decay is not None:
-            ema = optax.incremental_update(params, ema, 1.0 - ema_decay)
+            ema = average(ema, params, ema_decay, jax.random.fold_in(loss_key, 6))
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         kept = jax.tree.map(

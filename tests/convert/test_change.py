@@ -61,6 +61,18 @@ def test_merging_keeps_the_weights_dtype():
     assert {array.dtype for array in read_all(weights.tensors).values()} == {np.dtype(ml_dtypes.bfloat16)}
 
 
+def test_adapters_in_float32_are_not_rounded_into_frozen_bfloat16_weights():
+    half, full = (tiny_weights("pi0_lora", dtype) for dtype in (ml_dtypes.bfloat16, np.float32))
+    adapters = {path: tensor for path, tensor in full.tensors.items() if "_lora_" in path}
+    merged = merge_lora(half._replace(tensors=half.tensors | adapters)).tensors
+    path = "backbone/layers/action/mlp/down"
+    a, b = (adapters[f"{path}_lora_{end}"].read(None) for end in "ab")
+    assert merged[path].dtype == merged[path].read(0).dtype == np.float32
+    assert merged["embedding"].dtype == ml_dtypes.bfloat16
+    expected = half.tensors[path].read(None).astype(np.float32) + a @ b
+    np.testing.assert_allclose(merged[path].read(None), expected, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("variant", ["pi0", "pi05"])
 def test_a_widened_model_gives_the_same_actions_on_old_inputs(variant):
     weights = tiny_weights(variant)

@@ -6,7 +6,7 @@ import pytest
 from pi0_jax.envs.expert import expert_action
 from pi0_jax.envs.scene import MAX_ACTION
 from pi0_jax.envs.tabletop import TabletopEnv
-from pi0_jax.envs.tasks import TASKS, Snapshot, episode_seed
+from pi0_jax.envs.tasks import SUITES, TASKS, Snapshot, episode_seed
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def finish(env: TabletopEnv) -> bool:
     return terminated
 
 
-@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+@pytest.mark.parametrize("task", sum(SUITES.values(), ()), ids=lambda task: task.name)
 def test_expert_solves_every_task_on_fresh_layouts(env, task):
     successes = []
     for index in range(10):

@@ -10,7 +10,7 @@ from pi0_jax.envs.expert import expert_action
 from pi0_jax.envs.record import Noise, demonstrations, features, record
 from pi0_jax.envs.scene import MAX_ACTION
 from pi0_jax.envs.tabletop import TabletopEnv
-from pi0_jax.envs.tasks import TASKS, find_task
+from pi0_jax.envs.tasks import SUITES, TASKS, find_task
 
 
 @pytest.fixture(scope="module")
@@ -96,3 +96,11 @@ def test_recorded_dataset_reads_back_with_its_story(tmp_path):
         np.testing.assert_array_equal(dataset.columns(name), np.concatenate([e.frames[name] for e in expected]))
     assert summary["frames"] == sum(len(e.frames["action"]) for e in expected)
     assert dataset.task(0) == expected[0].prompt
+
+
+def test_other_tasks_are_recorded_by_the_name_of_their_set():
+    found = list(demonstrations(4, image_size=16, workers=1, env="tabletop_centre"))
+    names = [task.name for task in SUITES["tabletop_centre"]]
+    assert [episode.task for episode in found] == [*names, names[0]]
+    with pytest.raises(ValueError, match="'desk'; demonstrations are recorded in tabletop or tabletop_centre"):
+        next(demonstrations(1, env="desk"))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pi0_jax.envs import tasks
-from pi0_jax.envs.tasks import OBJECTS, TASKS, Snapshot, Task, episode_seed, find_task, is_done
+from pi0_jax.envs.tasks import OBJECTS, SUITES, TASKS, Snapshot, Task, episode_seed, find_task, is_done
 
 
 def snapshot(tool=(0.0, 0.0, 0.1), block=(0.1, 0.1)) -> Snapshot:
@@ -34,7 +34,7 @@ def test_every_instruction_names_its_object():
 
 
 def test_tasks_are_found_by_name_and_others_are_listed():
-    assert all(find_task(task.name) is task for task in TASKS)
+    assert all(find_task(task.name) is task for suite in SUITES.values() for task in suite)
     with pytest.raises(ValueError, match=r"'juggle'.*reach_red_block"):
         find_task("juggle")
 
@@ -67,6 +67,13 @@ def test_push_needs_the_object_over_the_circle_wherever_the_ring_is():
     push = Task("push", "red block")
     assert is_done(push, snapshot(block=(0.1, -0.05)))
     assert not is_done(push, snapshot(block=(0.1, -0.03)))
+
+
+def test_the_centre_needs_the_object_there_and_the_ring_down_around_it():
+    centre = find_task("centre_red_block")
+    assert is_done(centre, snapshot(tool=(0.03, 0.0, 0.01), block=(0.05, 0.02)))
+    assert not is_done(centre, snapshot(tool=(0.03, 0.0, 0.06), block=(0.05, 0.02)))
+    assert not is_done(centre, snapshot(tool=(0.05, 0.05, 0.01), block=(0.05, 0.05)))
 
 
 def test_scoring_looks_at_the_named_object_only():

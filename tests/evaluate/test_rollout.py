@@ -79,7 +79,7 @@ def test_the_table_has_a_row_a_task_and_the_latency(policy, suite):
 
 
 def test_an_unknown_environment_and_another_robots_policy_are_refused(policy, suite):
-    with pytest.raises(ValueError, match="Did you mean that"):
+    with pytest.raises(ValueError, match="there are tabletop, tabletop_centre"):
         get_suite("tabeltop")
     suite_of_another = type("Suite", (), {"robot": "aloha"})()
     with pytest.raises(ValueError, match=r"for the robot 'tabletop'; the environment has 'aloha'"):

@@ -46,7 +46,7 @@ class Harness:
         schedule = optimizer.make_schedule(optim, 50)
         boxed = jax.eval_shape(functools.partial(pi0.init_params, network), jax.random.key(0))
         transform = optimizer.make_optimizer(optim, schedule, boxed)
-        create = functools.partial(state.create, optimizer=transform, ema=optim.ema_decay is not None)
+        create = functools.partial(state.create, optimizer=transform, ema=optim.ema_dtype if optim.ema_decay else None)
         self.shapes = meta.unbox(boxed)
         self.placement = sharding.shardings(self.mesh, jax.eval_shape(create, boxed))
         self.create = jax.jit(create, out_shardings=self.placement)

@@ -133,11 +133,13 @@ def test_the_average_follows_its_formula_from_the_initial_weights():
     assert state.weights is state.ema
 
 
-@pytest.mark.parametrize("ema", [True, False])
-def test_splitting_a_state_for_a_checkpoint_and_joining_it_gives_it_back(ema):
-    before = create({"w": jnp.arange(3.0)}, optax.adam(1e-3), ema=ema)
+@pytest.mark.parametrize("frozen", [(), ("a/v", "u")])
+@pytest.mark.parametrize("ema", ["float32", None])
+def test_splitting_a_state_for_a_checkpoint_and_joining_it_gives_it_back(ema, frozen):
+    weights = {"w": jnp.arange(3.0), "u": jnp.arange(2.0), "a": {"v": jnp.arange(4.0), "b": jnp.arange(5.0)}}
+    before = create(weights, optax.adam(1e-3), ema=ema, frozen=frozen)
     weights, rest = split(before)
-    after = join(weights, rest)
+    after = join(weights, rest, before)
     assert jax.tree.structure(before) == jax.tree.structure(after)
     assert all(a is b for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True))
     assert sum(leaf is before.params["w"] for leaf in jax.tree.leaves((weights, rest))) == 1

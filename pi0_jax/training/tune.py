@@ -1,0 +1,165 @@
+"""What is trained and what is frozen: recipes and patterns, and a tree of parameters in two parts.
+
+A tree is divided into the leaves that are trained and those that are not, each a nested dict without the other's paths,
+so that optimizer, gradient, average and checkpoint see one part and need not know of the other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from pi0_jax.config import ModelConfig, TrainConfig, TuneConfig
+
+FROZEN_DTYPE = jnp.bfloat16
+
+_LANGUAGE = ("embedding", "backbone/layers/language/*", "backbone/language_norm/*")
+_ACTION = ("backbone/layers/action/*", "backbone/action_norm/*")
+RECIPES: dict[str, tuple[str, ...]] = {
+    "full": (),
+    "expert": ("image_encoder/*", "image_projector/*", *_LANGUAGE),
+    "vision_frozen": ("image_encoder/*",),
+}
+"""What each freezes, adapters excepted; `lora` freezes the experts that have adapters."""
+
+
+def with_adapters(config: TrainConfig) -> TrainConfig:
+    """The run with the adapters that its recipe asks for in the model, where there were none."""
+    model = config.policy.model
+    if config.tune.recipe != "lora" or any(has_adapters(model, name) for name in ("language", "action")):
+        return config
+    experts = {
+        name: dataclasses.replace(getattr(model, name), lora_attn_rank=rank, lora_mlp_rank=rank)
+        for name, rank in zip(("language", "action"), config.tune.lora_ranks, strict=True)
+    }
+    policy = dataclasses.replace(config.policy, model=dataclasses.replace(model, **experts))
+    return dataclasses.replace(config, policy=policy)
+
+
+def has_adapters(model: ModelConfig, expert: str) -> bool:
+    """Whether an expert, `language` or `action`, has adapters."""
+    return bool(getattr(model, expert).lora_attn_rank or getattr(model, expert).lora_mlp_rank)
+
+
+def frozen_names(tune: TuneConfig, model: ModelConfig, names: Iterable[str]) -> frozenset[str]:
+    """Paths of the parameters that are frozen.
+
+    Args:
+        tune: recipe and patterns.
+        model: with its adapters.
+        names: paths of all parameters.
+
+    Raises:
+        ValueError: a pattern matches no parameter, the recipe lora finds no adapters, or nothing is left to train.
+    """
+    names = list(names)
+    for field in ("frozen", "trained"):
+        for pattern in getattr(tune, field):
+            if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+                raise ValueError(
+                    f"tune.{field} {pattern!r} matches no parameter. Paths begin with {', '.join(parts(names))}; * "
+                    "stands for anything."
+                )
+    recipe = RECIPES.get(tune.recipe) or _of_lora(tune, model)
+    found = {
+        name
+        for name in names
+        if ((_matches(name, recipe) and not is_adapter(name)) or _matches(name, tune.frozen))
+        and not _matches(name, tune.trained)
+    }
+    if len(found) == len(names):
+        raise ValueError(
+            f"tune freezes all {len(names)} parameters; name some to train (--tune.trained 'action_out/*')."
+        )
+    return frozenset(found)
+
+
+def _of_lora(tune: TuneConfig, model: ModelConfig) -> tuple[str, ...]:
+    if tune.recipe == "full":
+        return ()
+    adapted = [has_adapters(model, name) for name in ("language", "action")]
+    if not any(adapted):
+        raise ValueError(
+            f"tune.recipe lora needs adapters, and tune.lora_ranks are {tune.lora_ranks}; openpi's: 16 32."
+        )
+    return _LANGUAGE * adapted[0] + _ACTION * adapted[1]
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a path is that of half an adapter."""
+    return name.endswith(("_lora_a", "_lora_b"))
+
+
+def flat(tree: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The leaves of nested dicts by path, such as "backbone/layers/action/attn/q"; of None, none."""
+    return dict(flatten_dict(tree or {}, sep="/"))
+
+
+def divide(tree: Mapping[str, Any], frozen: Iterable[str]) -> tuple[Any, Any]:
+    """A tree's trained and frozen leaves, as two trees; None for the second where nothing is frozen.
+
+    Args:
+        tree: nested dicts; their leaves may be boxes of linen's.
+        frozen: paths.
+    """
+    frozen = set(frozen)
+    if not frozen:
+        return tree, None
+    trained, rest = (
+        unflatten_dict({name: leaf for name, leaf in flat(tree).items() if (name in frozen) is part}, sep="/")
+        for part in (False, True)
+    )
+    return trained, rest
+
+
+def unite(trained, frozen):
+    """The inverse of `divide`."""
+    if frozen is None:
+        return trained
+    return unflatten_dict(flat(trained) | flat(frozen), sep="/")
+
+
+def rounded(tree):
+    """A tree in the dtype that frozen parameters are stored in."""
+    return jax.tree.map(lambda x: x.astype(FROZEN_DTYPE), tree)
+
+
+def parts(names: Iterable[str]) -> list[str]:
+    """The parts of a model that its parameters are counted by, in order."""
+    return list(dict.fromkeys(_part(name) for name in sorted(names)))
+
+
+def _part(name: str) -> str:
+    adapters = " (adapters)" * is_adapter(name)
+    pieces = name.split("/")
+    if pieces[0] != "backbone":
+        return pieces[0] + adapters
+    return "/".join(["backbone/layers", pieces[2]] if pieces[1] == "layers" else pieces[:2]) + adapters
+
+
+def table(trained, frozen) -> str:
+    """What trains: a line a part with its parameters, how many of them are trained, and the dtypes they are stored in.
+
+    Args:
+        trained, frozen: trees of arrays or shapes, as from `divide`.
+    """
+    leaves = {name: (leaf, True) for name, leaf in flat(trained).items()}
+    leaves |= {name: (leaf, False) for name, leaf in flat(frozen).items()}
+    rows = [("part", "parameters", "trained", "dtype")]
+    for part in [*parts(leaves), ""]:
+        own = [leaf for name, leaf in leaves.items() if part in ("", _part(name))]
+        count, learned = (sum(x.size for x, learns in own if learns or every) for every in (True, False))
+        dtypes = sorted({str(jnp.dtype(x.dtype)) for x, _ in own})
+        rows.append((part or "all", f"{count:,}", f"{learned:,}" if learned else "-", ", ".join(dtypes)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(f"  {a:{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d}".rstrip() for a, b, c, d in rows)
