@@ -223,7 +223,7 @@ def resize_with_pad(images: UInt8[np.ndarray, "*b h w 3"], size: int) -> UInt8[n
     if (height, width) == (size, size):
         return images
     ratio = max(width, height) / size
-    new_height, new_width = int(height / ratio), int(width / ratio)
+    new_height, new_width = max(int(height / ratio), 1), max(int(width / ratio), 1)
     top, left = (size - new_height) // 2, (size - new_width) // 2
     out = np.zeros((*images.shape[:-3], size, size, 3), np.uint8)
     for index in np.ndindex(*images.shape[:-3]):

@@ -75,10 +75,11 @@ def check_request(request: Any, robot: Robot, prompt: str | None = None, real_ti
     Raises:
         ValueError: the request is at fault; the message says how.
     """
-    raw = read_request(request, robot, prompt)
-    checked = check_observation(raw, robot)
+    raw, executed = read_request(request, robot, prompt), read_executed(request)
+    rest = {} if executed is None else {"previous": np.zeros((1, len(robot.actions)))}  # so that `delay` is checked
+    checked = check_observation(raw | rest, robot)
     observation = raw | {key: checked[key] for key in ("images", "state", "prompt")}
-    prepared = Prepared(observation, read_seed(request), read_executed(request))
+    prepared = Prepared(observation, read_seed(request), executed)
     if not real_time and ("previous" in raw or prepared.executed is not None):
         raise ValueError("`previous` and `executed` need a server with --real-time, which compiles what they take.")
     return prepared

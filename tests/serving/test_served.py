@@ -233,6 +233,11 @@ def test_a_session_goes_on_from_the_chunk_in_execution(policy):
             by_server, policy.infer(observation(1) | {"previous": first[2:], "delay": 1}, seed=2)
         )
         assert np.abs(by_server - client.infer(observation(1), seed=2)["actions"]).max() > 1e-4
+        for delay in (np.zeros(3), float("inf"), "x", -1):
+            with pytest.raises(ServerError, match=r"invalid: .*delay"):
+                client.infer(observation() | {"executed": 2, "delay": delay})
+        thin = observation() | {"images": observation()["images"] | {"top": np.zeros((2000, 3, 3), np.uint8)}}
+        assert np.isfinite(client.infer(thin)["actions"]).all()
         with pytest.raises(ServerError, match="`executed` came as -1"):
             client.infer(observation() | {"executed": -1})
     plain = RobotPolicy(policy, (1,))

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -117,7 +118,8 @@ run(pickle.loads(Path({str(tmp_path / "config")!r}).read_bytes()))
 
 def test_ctrl_c_finishes_the_step_saves_and_says_so_and_resume_continues(fresh, reference, monkeypatch):
     with monkeypatch.context() as patch:
-        at_step(patch, 5, lambda: signal.raise_signal(signal.SIGINT))
+        # The handler runs when the interpreter looks for signals, which on a busy machine may be after the call.
+        at_step(patch, 5, lambda: (signal.raise_signal(signal.SIGINT), time.sleep(0.05)))
         with pytest.raises(Interrupted, match=r"step 5.*checkpoints/5.*--resume") as stopped:
             run(fresh)
     assert stopped.value.exit_code == 130
