@@ -73,8 +73,15 @@ def die():
 def die_in(seconds):
     threading.Thread(target=lambda: (time.sleep(seconds), die()), daemon=True).start()
 
+def die_while_writing():
+    def watch():
+        while not any(folder.glob("*tmp*")):
+            time.sleep(0.001)
+        die()
+    threading.Thread(target=watch, daemon=True).start()
+
 def train(number):
-    kind = ("start", "step", "save", "save")[number % 4]
+    kind = ("start", "step", "save", "write")[number % 4]
     patch = pytest.MonkeyPatch()
     patch.setattr("pi0_jax.training.program.make_network", TwoLayers)
     if kind == "start":
@@ -85,6 +92,9 @@ def train(number):
     if kind == "save":
         save, delay = CheckpointWriter.save, random.uniform(0, 0.1)
         patch.setattr(CheckpointWriter, "save", lambda *args, **kwargs: (die_in(delay), save(*args, **kwargs)))
+    if kind == "write":
+        save = CheckpointWriter.save
+        patch.setattr(CheckpointWriter, "save", lambda *args, **kwargs: (die_while_writing(), save(*args, **kwargs)))
     run(dataclasses.replace(config, resume=folder.exists()))
 
 saving = 0
