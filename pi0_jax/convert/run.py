@@ -28,6 +28,7 @@ from pi0_jax.convert.formats import Choices, Weights, open_checkpoint, parameter
 from pi0_jax.convert.remote import is_remote
 from pi0_jax.convert.tensors import Tensor, pieces, rows_per_piece
 from pi0_jax.convert.write import lost, write_checkpoint
+from pi0_jax.partial import lives
 
 _log = logging.getLogger(__name__)
 
@@ -199,19 +200,9 @@ def _temporary(target: Path) -> Path:
     start = f".{target.name}.converting-{platform.node()}-"
     for left in target.parent.glob(f"{glob.escape(start)}*"):
         process, _, replaced = left.name.removeprefix(start).partition("-")
-        if process.isdecimal() and not _is_running(int(process)) and (target.exists() or not replaced):
+        if process.isdecimal() and not lives(int(process)) and (target.exists() or not replaced):
             shutil.rmtree(left, ignore_errors=True)
     return target.with_name(f"{start}{os.getpid()}")
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def _put_in_place(temporary: Path, target: Path) -> None:

@@ -29,8 +29,8 @@ from pi0_jax.data.lerobot_writer import (
     merge_stats,
     write_tasks,
 )
-from pi0_jax.data.partial import written
 from pi0_jax.data.source import Source
+from pi0_jax.partial import written
 
 EPISODES_PER_PIECE = 16
 

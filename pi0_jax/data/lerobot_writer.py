@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Int, UInt8
 
-from pi0_jax.data.partial import partial_path
 from pi0_jax.data.video import KEY_FRAME_EVERY, PRESET, VideoWriter
+from pi0_jax.partial import partial_path
 
 VERSION = "v3.0"
 DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"

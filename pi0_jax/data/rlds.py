@@ -29,8 +29,8 @@ import numpy as np
 from jaxtyping import Int, UInt8
 from tqdm import tqdm
 
-from pi0_jax.data.partial import written
 from pi0_jax.data.source import BadEpisode, Rows, Source, cache_folder
+from pi0_jax.partial import written
 
 INDEX_VERSION = 1
 """Of the index files; raised when what they hold changes."""

@@ -13,9 +13,9 @@ import numpy as np
 import PIL.Image
 
 from pi0_jax.data.mixture import Part
-from pi0_jax.data.partial import written
 from pi0_jax.data.source import ACTION, STATE, Source
 from pi0_jax.data.transform import resize_with_pad
+from pi0_jax.partial import written
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from jaxtyping import Array, Float
 from pi0_jax.data.normalize import affine
 from pi0_jax.data.robots import semantics_of
 from pi0_jax.inference.policy import Policy, prompt_lengths
+from pi0_jax.partial import written
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -73,9 +72,8 @@ def export(
     from safetensors.flax import save_file
 
     target = Path(folder)
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
-    try:
+    with written(target) as partial:
+        partial.mkdir(parents=True)
         interface, weights = describe(policy), {}
         for size in sorted(set(batch_sizes)):
             for length in prompt_lengths(policy.config.model.prompt_length):
@@ -90,10 +88,8 @@ def export(
         (partial / "interface.json").write_text(json.dumps(interface, indent=1) + "\n")
         (partial / "tokenizer.model").write_bytes(policy.tokenizer.model)
         first = next(iter(interface["programs"]))
-        (partial / "README.md").write_text(README.format(name=target.name, folder=str(target.resolve()), program=first))
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        text = README.format(name=target.name, folder=str(target.resolve()), program=first)
+        (partial / "README.md").write_text(text)
     return target
 
 

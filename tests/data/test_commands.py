@@ -18,11 +18,11 @@ from pi0_jax.data.commands import _model_cameras
 from pi0_jax.data.convert import convert
 from pi0_jax.data.lerobot import LeRobotDataset, LeRobotWriter
 from pi0_jax.data.normalize import _finish, compute_stats, load_stats, semantics_from_json
-from pi0_jax.data.partial import partial_path, written
 from pi0_jax.data.robots import get_robot
 from pi0_jax.data.show import _log_to_rerun
 from pi0_jax.data.sketch import summarise
 from pi0_jax.data.source import BadEpisode, Renamed
+from pi0_jax.partial import partial_path, written
 from tests.data.conftest import FEATURES, episode, write
 from tests.data.formats import CAMERAS, RLDS_KEYS, write_rlds, write_v2
 
@@ -236,7 +236,7 @@ def test_a_stopped_cache_goes_on_and_a_changed_video_makes_it_invalid(copy, tmp_
 
 
 def test_what_a_killed_process_left_is_removed_and_what_a_live_one_writes_is_not(tmp_path):
-    kill = "import os, sys\nfrom pathlib import Path\nfrom pi0_jax.data.partial import partial_path\n"
+    kill = "import os, sys\nfrom pathlib import Path\nfrom pi0_jax.partial import partial_path\n"
     kill += "path = partial_path(Path(sys.argv[1]))\n(path / 'a').mkdir(parents=True)\nos.kill(os.getpid(), 9)"
     for name in ("data", "data.other"):
         subprocess.run([sys.executable, "-c", kill, str(tmp_path / name)], check=False)

@@ -41,12 +41,13 @@ def partial_path(path: Path) -> Path:
     machine = re.sub(r"\W", "-", platform.node())
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
         match = re.fullmatch(rf"\.{re.escape(path.name)}\.{machine}\.(\d+)\.\w+\.partial", left.name)
-        if match and not _lives(int(match[1])):
+        if match and not lives(int(match[1])):
             _remove(left)
     return path.with_name(f".{path.name}.{machine}.{os.getpid()}.{uuid.uuid4().hex[:8]}.partial")
 
 
-def _lives(process: int) -> bool:
+def lives(process: int) -> bool:
+    """Whether there is such a process on this machine."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
