@@ -28,7 +28,7 @@ import numpy as np
 from pi0_jax.config import PI0, PolicyConfig
 from pi0_jax.convert.formats import Weights
 from pi0_jax.convert.leaves import leaves, shape_of, sizes
-from pi0_jax.convert.tensors import Tensor, write_orbax
+from pi0_jax.convert.tensors import Tensor, entry_by_entry, write_orbax
 from pi0_jax.convert.write import foreign_tensors
 
 
@@ -90,16 +90,17 @@ def random_weights(model) -> Weights:
 
     def tensor(number: int, shape: tuple[int, ...]) -> Tensor:
         dtype = np.dtype(ml_dtypes.bfloat16)
-        stacked = len(shape) > 2
 
-        def read(i: int | None) -> np.ndarray:
-            rng, out = np.random.default_rng((number, 0 if i is None else i + 1)), shape if i is None else shape[1:]
+        def read(entry: int, out: tuple[int, ...]) -> np.ndarray:
+            rng = np.random.default_rng((number, entry))
             bits = np.frombuffer(bytearray(rng.bytes(2 * math.prod(out))), np.uint16)
             bits &= 0x81FF
             bits += 0x3C00
             return bits.view(dtype).reshape(out)
 
-        return Tensor(shape, dtype, read, stacked)
+        if len(shape) > 2:
+            return entry_by_entry(shape, dtype, lambda i: read(i + 1, shape[1:]))
+        return Tensor(shape, dtype, lambda i: read(0, shape) if i is None else read(0, shape)[i])
 
     found = {path: tensor(i, shape_of(axes, letters)) for i, (path, axes) in enumerate(leaves(model).items())}
     return Weights("pi0", Path("random"), PolicyConfig(model), found)
