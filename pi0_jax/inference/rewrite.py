@@ -53,6 +53,16 @@ class Rule(NamedTuple):
     """From float32 arrays by path, and numpy or jax.numpy; None: the one source as it is."""
     exact: bool = False
     """Stays float32 whatever the activations are, because its product is float32 in the network, too."""
+    layers: slice | None = None
+    """Those of the sources' layers that `make` gets, the first axis, and does nothing across; None: all there is."""
+
+    def __call__(self, sources: dict[str, Any], xp: Any) -> Any:
+        """The array, from all layers of the sources."""
+        if self.make is None:
+            return sources[self.sources[0]]
+        if self.layers is not None:
+            sources = {path: x[self.layers] for path, x in sources.items()}
+        return self.make({path: x.astype(xp.float32) for path, x in sources.items()}, xp)
 
 
 class Quantized(NamedTuple):
@@ -86,12 +96,14 @@ def rewrite(config: ModelConfig, read: Read, *, unstacked: bool = False) -> Weig
     for target in sorted(found, key=source_bytes, reverse=True):
         rule = found[target]
         dtype = jnp.dtype("float32" if rule.exact else config.dtype)
-        sources = read({path: jax.ShapeDtypeStruct(shapes[path].shape, dtype) for path in rule.sources})
-        array = _made(rule, sources, dtype, 4 * source_bytes(target) > _JIT_ABOVE)
+        # What the reader holds itself goes when the arrays are on the device.
+        sources = jax.block_until_ready(
+            read({path: jax.ShapeDtypeStruct(shapes[path].shape, dtype) for path in rule.sources})
+        )
+        large, listed = 4 * source_bytes(target) > _JIT_ABOVE, unstacked and target.startswith(STACKED)
+        made = _made(rule, sources, dtype, large=large, unstacked=listed)
+        weights[target] = jax.block_until_ready(made)
         del sources
-        if unstacked and target.startswith(STACKED):
-            array = list(array)
-        weights[target] = array
     return _by_layer(unflatten_dict(weights, sep="/")) if unstacked else unflatten_dict(weights, sep="/")
 
 
@@ -175,17 +187,34 @@ def rules(config: ModelConfig) -> dict[str, Rule]:
     return found
 
 
-def _made(rule: Rule, sources: dict[str, Any], dtype: jnp.dtype, compiled: bool) -> Array:
-    if (how := rule.make) is None:
-        return sources[rule.sources[0]]
+def _made(rule: Rule, sources: dict[str, Any], dtype: jnp.dtype, *, large: bool, unstacked: bool) -> Any:
+    """The array, or a list over layers. Of large ones a layer at a time is made, so that little is held beside them."""
+    if not large:
+        kind = ml_dtypes.bfloat16 if dtype == jnp.bfloat16 else dtype
+        array = jnp.asarray(rule({path: np.asarray(x) for path, x in sources.items()}, np).astype(kind))
+        return list(array) if unstacked else array
+    if rule.layers is None:
+        array = (
+            sources[rule.sources[0]] if rule.make is None else jax.jit(lambda p: rule(p, jnp).astype(dtype))(sources)
+        )
+        return list(array) if unstacked else array
 
-    def make(sources, xp):
-        return how({path: x.astype(xp.float32) for path, x in sources.items()}, xp)
+    def layer(sources, i):
+        some = {path: jax.lax.dynamic_slice_in_dim(x, i, 1) for path, x in sources.items()}
+        return rule._replace(layers=slice(None))(some, jnp)[0].astype(dtype)
 
-    if compiled:
-        return jax.jit(lambda sources: make(sources, jnp).astype(dtype))(sources)
-    kind = ml_dtypes.bfloat16 if dtype == jnp.bfloat16 else dtype
-    return jnp.asarray(make({path: np.asarray(x) for path, x in sources.items()}, np).astype(kind))
+    numbers = range(*rule.layers.indices(len(sources[rule.sources[0]])))
+    if unstacked:
+        one = jax.jit(layer)
+        return [one(sources, i) for i in numbers]
+    # Not a loop of XLA's: it would make all sources float32 before the first layer.
+    put = jax.jit(
+        lambda out, sources, i, at: jax.lax.dynamic_update_index_in_dim(out, layer(sources, i), at, 0), donate_argnums=0
+    )
+    out = jnp.zeros((len(numbers), *jax.eval_shape(layer, sources, 0).shape), dtype)
+    for at, i in enumerate(numbers):
+        out = put(out, sources, i, at)
+    return out
 
 
 def _by_layer(weights: Weights) -> Weights:
@@ -238,8 +267,9 @@ def _vision(config: VisionConfig) -> dict[str, Rule]:
             w, b = parts(p, xp)
             return b + xp.einsum("...d,...df->...f", p[names[1]], w)
 
-        found[target] = Rule(tuple(names), kernel)
-        found[f"{target}_bias"] = Rule(tuple(names), bias, exact=True)
+        own = slice(None) if norm.startswith(layers) else None
+        found[target] = Rule(tuple(names), kernel, layers=own)
+        found[f"{target}_bias"] = Rule(tuple(names), bias, exact=True, layers=own)
 
     heads = tuple(f"{layers}/{name}" for name in ("query", "key", "value"))
     after_norm("vision/layers/qkv", f"{layers}/attn_norm", heads, (config.width // config.num_heads) ** -0.5)
@@ -259,6 +289,7 @@ def _rule(
     name: str,
     expert: ExpertConfig,
     norm: str | None,
+    layers: slice | None = None,
 ) -> Rule:
     """A rule for weights of an expert: adapters are added first, and `make` gets the weights and 1 + the norm's scale
     (1 without a norm)."""
@@ -277,7 +308,7 @@ def _rule(
             merged.append(w)
         return make(merged, 1.0 + p[scale[0]] if scale else xp.ones((1, 1), xp.float32), xp)
 
-    return Rule((*paths, *(x for pair in adapters.values() for x in pair), *scale), whole)
+    return Rule((*paths, *(x for pair in adapters.values() for x in pair), *scale), whole, layers=layers)
 
 
 def _rank(path: str, expert: ExpertConfig) -> int:
@@ -290,29 +321,29 @@ def _columns(factor, w, xp):
     return factor * w.reshape(*w.shape[:2], -1)
 
 
-def _expert(name: str, expert: ExpertConfig, config: ModelConfig, kept: slice) -> dict[str, Rule]:
+def _expert(name: str, expert: ExpertConfig, config: ModelConfig, layers: slice) -> dict[str, Rule]:
     root = f"backbone/layers/{name}"
     adaptive = name == "action" and config.variant == "pi05"
     attn, mlp = (None, None) if adaptive else ("attn_norm", "mlp_norm")
 
     def qkv(w, scale, xp):
-        q, kv = (x[kept] for x in w)
-        scale = scale[kept][..., None]
+        q, kv = w
+        scale = scale[..., None]
         q = scale * q.reshape(*q.shape[:2], -1) * config.head_dim**-0.5
         return xp.concatenate([q, _columns(scale, kv, xp)], -1)
 
-    def flat(w, scale, xp):
-        return w[0][kept].reshape(len(w[0][kept]), -1, w[0].shape[-1])
+    def gate_up(w, scale, xp):
+        return _columns(scale[..., None], w[0], xp)
+
+    def flat(w, _, xp):
+        return w[0].reshape(len(w[0]), -1, w[0].shape[-1])
 
     found = {
-        f"{name}/qkv": _rule((f"{root}/attn/q", f"{root}/attn/kv"), qkv, name, expert, attn),
-        f"{name}/o": _rule((f"{root}/attn/o",), flat, name, expert, None),
-        f"{name}/gate_up": _rule(
-            (f"{root}/mlp/gate_up",),
-            lambda w, scale, xp: _columns(scale[kept][..., None], w[0][kept], xp), name, expert, mlp,
-        ),
-        f"{name}/down": _rule((f"{root}/mlp/down",), flat, name, expert, None),
-    }  # fmt: skip
+        f"{name}/qkv": _rule((f"{root}/attn/q", f"{root}/attn/kv"), qkv, name, expert, attn, layers),
+        f"{name}/o": _rule((f"{root}/attn/o",), flat, name, expert, None, layers),
+        f"{name}/gate_up": _rule((f"{root}/mlp/gate_up",), gate_up, name, expert, mlp, layers),
+        f"{name}/down": _rule((f"{root}/mlp/down",), flat, name, expert, None, layers),
+    }
     if adaptive:
         for part in ("kernel", "bias"):
             norms = tuple(f"{root}/{norm}/modulation/{part}" for norm in ("attn_norm", "mlp_norm"))

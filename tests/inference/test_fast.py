@@ -110,6 +110,16 @@ def test_an_eight_bit_matrix_is_within_half_a_step_of_its_own(bits):
     assert bool((jnp.abs(back - w) <= 0.501 * step).all())
 
 
+@pytest.mark.parametrize("name", ["pi05", "adapters"])
+@pytest.mark.parametrize("unstacked", [False, True])
+def test_large_arrays_are_made_a_layer_at_a_time_and_the_same(name, unstacked, monkeypatch):
+    small = case(name).weights(unstacked=unstacked)
+    monkeypatch.setattr(rewrite, "_JIT_ABOVE", -1)
+    large = case(name).weights(unstacked=unstacked)
+    assert jax.tree.structure(small) == jax.tree.structure(large)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), small, large)
+
+
 def test_every_array_of_a_checkpoint_is_used():
     for name in ("pi0", "pi05", "adapters", "stem"):
         config = MODELS[name]
@@ -127,10 +137,8 @@ def test_a_chunk_at_full_size_costs_no_more_than_it_has_to(model, bound):
     shapes, weights = rewrite.shapes_of(model), {}
     for target, rule in rewrite.rules(model).items():
         dtype = jnp.dtype("float32" if rule.exact else model.dtype)
-        made = jax.eval_shape(
-            lambda p, rule=rule: rule.make(p, jnp) if rule.make else p[rule.sources[0]],
-            {path: shapes[path].update(dtype="float32") for path in rule.sources},
-        )
+        sources = {path: shapes[path].update(dtype="float32") for path in rule.sources}
+        made = jax.eval_shape(lambda p, rule=rule: rule(p, jnp), sources)
         weights[target] = made.update(dtype=dtype)
     weights, network = unflatten_dict(weights, sep="/"), FastNetwork(model)
     weights["tables"] = jax.eval_shape(lambda w: network.time_tables(w, 10), weights)
