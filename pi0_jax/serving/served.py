@@ -76,8 +76,10 @@ def check_request(request: Any, robot: Robot, prompt: str | None = None, real_ti
         ValueError: the request is at fault; the message says how.
     """
     raw, executed = read_request(request, robot, prompt), read_executed(request)
-    rest = {} if executed is None else {"previous": np.zeros((1, len(robot.actions)))}  # so that `delay` is checked
-    checked = check_observation(raw | rest, robot)
+    rest = raw
+    if executed is not None and raw.get("previous") is None:  # so that `delay` is checked
+        rest = raw | {"previous": np.zeros((1, len(robot.actions)))}
+    checked = check_observation(rest, robot)
     observation = raw | {key: checked[key] for key in ("images", "state", "prompt")}
     prepared = Prepared(observation, read_seed(request), executed)
     if not real_time and ("previous" in raw or prepared.executed is not None):

@@ -238,6 +238,8 @@ def test_a_session_goes_on_from_the_chunk_in_execution(policy):
                 client.infer(observation() | {"executed": 2, "delay": delay})
         thin = observation() | {"images": observation()["images"] | {"top": np.zeros((2000, 3, 3), np.uint8)}}
         assert np.isfinite(client.infer(thin)["actions"]).all()
+        with pytest.raises(ServerError, match=r"`previous` has shape \(7,\)"):
+            client.infer(observation() | {"executed": 2, "previous": np.zeros(7)})
         with pytest.raises(ServerError, match="`executed` came as -1"):
             client.infer(observation() | {"executed": -1})
     plain = RobotPolicy(policy, (1,))
