@@ -14,13 +14,13 @@ rounds' ratios with its quartiles. JSON goes to --json. `--plain`, `--bits` and 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import platform
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from openpi_jax import serve
 
 from pi0_jax import pi0
 from pi0_jax.batch import Observation
@@ -189,7 +190,6 @@ def build_ours(args: Args, want: dict[str, Any]):
     model = model_of(want["variant"], want["cameras"], args.full)
     inputs = dict(np.load(want["inputs"]))
     if want["weights"] is None:
-        network = make_network(model)
         shapes = rewrite.shapes_of(model)
         key = jax.random.key(0)
 
@@ -225,31 +225,6 @@ def build_ours(args: Args, want: dict[str, Any]):
     return lambda: jax.block_until_ready(sample(weights, observation, noise))
 
 
-def work(args: Args) -> None:
-    """Our side: commands as of `openpi_jax.py`."""
-    replies, sys.stdout = sys.stdout, sys.stderr
-    call, actions = None, None
-    for line in sys.stdin:
-        command = json.loads(line)
-        if "build" in command:
-            call = build_ours(args, command["build"])
-            start = time.perf_counter()
-            call()
-            answer: dict[str, Any] = {"compile_seconds": time.perf_counter() - start}
-        elif "save" in command:
-            np.save(command["save"], np.asarray(actions))
-            answer = {}
-        else:
-            assert call is not None
-            seconds = []
-            for _ in range(command["run"]):
-                start = time.perf_counter()
-                actions = call()
-                seconds.append(time.perf_counter() - start)
-            answer = {"seconds": seconds}
-        print(json.dumps(answer), file=replies, flush=True)
-
-
 def line_of(row: dict[str, Any]) -> str:
     """A row of the printed table."""
     text = f"{row['variant']:5} {row['cameras']} cameras, {row['prompt_tokens']:3} tokens"
@@ -265,7 +240,7 @@ def line_of(row: dict[str, Any]) -> str:
 
 def main(args: Args) -> None:
     if args.worker:
-        return work(args)
+        return serve(functools.partial(build_ours, args))
     load = os.getloadavg()[0]
     result: dict[str, Any] = {"machine": platform.machine(), "cores": os.cpu_count(), "load": load}
     result |= {"jax": jax.__version__, "rounds": args.rounds, "full": args.full, "rows": []}

@@ -15,10 +15,12 @@ answers are JSON:
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import time
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -88,60 +90,62 @@ def spread(params):
     return jax.tree.map(moved, params)
 
 
-def serve(checkout: str) -> None:
-    """Answers commands until there are no more."""
-    openpi = import_openpi(checkout)
+def build(openpi: types.SimpleNamespace, want: dict[str, Any]) -> Callable[[], Any]:
+    """openpi's sampler on the inputs that are asked for, as a function without arguments."""
     import flax.nnx as nnx
     import jax
     import jax.numpy as jnp
     import numpy as np
     import orbax.checkpoint as ocp
 
-    actions: Any = None
+    model = create(openpi, want["variant"], want["sizes"])
+    if want["weights"] is not None:
+        graph, state = nnx.split(model)
+        state.replace_by_pure_dict(spread(state.to_pure_dict()))
+        model = nnx.merge(graph, state)
+        ocp.PyTreeCheckpointer().save(Path(want["weights"]).absolute(), {"params": state.to_pure_dict()})
+    inputs = dict(np.load(want["inputs"]))
+    cameras = openpi.model.IMAGE_KEYS
+    images = {name: inputs.get(name, np.zeros_like(inputs[cameras[0]])) for name in cameras}
+    present = {name: np.full(len(images[name]), name in inputs) for name in cameras}
+    observation = openpi.model.Observation(
+        images={name: jnp.asarray(image) for name, image in images.items()},
+        image_masks={name: jnp.asarray(x) for name, x in present.items()},
+        state=jnp.asarray(inputs["state"]),
+        tokenized_prompt=jnp.asarray(inputs["prompt"]),
+        tokenized_prompt_mask=jnp.asarray(inputs["prompt_mask"]),
+    )
+    noise, key, steps = jnp.asarray(inputs["noise"]), jax.random.key(0), want["num_steps"]
+    sample = openpi.nnx_utils.module_jit(model.sample_actions, static_argnames="num_steps")
+    return lambda: jax.block_until_ready(sample(key, observation, noise=noise, num_steps=steps))
+
+
+def serve(build: Callable[[dict[str, Any]], Callable[[], Any]]) -> None:
+    """Answers commands until there are no more; `build` makes of a command what is to be called."""
+    import numpy as np
+
+    replies, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
     call: Any = None
+    actions: Any = None
+
+    def seconds() -> float:
+        nonlocal actions
+        start = time.perf_counter()
+        actions = call()
+        return time.perf_counter() - start
+
     for line in sys.stdin:
         command = json.loads(line)
         if "build" in command:
-            want = command["build"]
-            model = create(openpi, want["variant"], want["sizes"])
-            if want["weights"] is not None:
-                graph, state = nnx.split(model)
-                state.replace_by_pure_dict(spread(state.to_pure_dict()))
-                model = nnx.merge(graph, state)
-                ocp.PyTreeCheckpointer().save(Path(want["weights"]).absolute(), {"params": state.to_pure_dict()})
-            inputs = dict(np.load(want["inputs"]))
-            cameras = openpi.model.IMAGE_KEYS
-            images = {name: inputs.get(name, np.zeros_like(inputs[cameras[0]])) for name in cameras}
-            present = {name: np.full(len(images[name]), name in inputs) for name in cameras}
-            observation = openpi.model.Observation(
-                images={name: jnp.asarray(image) for name, image in images.items()},
-                image_masks={name: jnp.asarray(x) for name, x in present.items()},
-                state=jnp.asarray(inputs["state"]),
-                tokenized_prompt=jnp.asarray(inputs["prompt"]),
-                tokenized_prompt_mask=jnp.asarray(inputs["prompt_mask"]),
-            )
-            noise, key, steps = jnp.asarray(inputs["noise"]), jax.random.key(0), want["num_steps"]
-            sample = openpi.nnx_utils.module_jit(model.sample_actions, static_argnames="num_steps")
-
-            def call(sample=sample, key=key, observation=observation, noise=noise, steps=steps):
-                return jax.block_until_ready(sample(key, observation, noise=noise, num_steps=steps))
-
-            start = time.perf_counter()
-            call()
-            answer = {"compile_seconds": time.perf_counter() - start}
+            call = build(command["build"])
+            answer: dict[str, Any] = {"compile_seconds": seconds()}
         elif "save" in command:
             np.save(command["save"], np.asarray(actions))
             answer = {}
         else:
-            seconds = []
-            for _ in range(command["run"]):
-                start = time.perf_counter()
-                actions = call()
-                seconds.append(time.perf_counter() - start)
-            answer = {"seconds": seconds}
-        print(json.dumps(answer), file=REPLIES, flush=True)
+            answer = {"seconds": [seconds() for _ in range(command["run"])]}
+        print(json.dumps(answer), file=replies, flush=True)
 
 
 if __name__ == "__main__":
-    REPLIES, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
-    serve(sys.argv[1])
+    serve(functools.partial(build, import_openpi(sys.argv[1])))

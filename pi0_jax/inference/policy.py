@@ -214,11 +214,9 @@ class Policy:
             real_time: compile for observations with `previous`, too.
             how: arguments of `infer_batch` to compile for.
         """
-        if not batch_sizes or min(batch_sizes) < 1:
-            raise ValueError(f"batch sizes came as {list(batch_sizes)}; expected at least one, of at least 1.")
+        self._batch_sizes = check_batch_sizes(batch_sizes)
         example = self.robot.example()
         rest = {"previous": np.zeros((self.config.model.action_horizon, len(self.robot.actions)), np.float32)}
-        self._batch_sizes = tuple(sorted(set(batch_sizes)))
         options = self._options(**how)
         for size in self._batch_sizes:
             for length in prompt_lengths(self.config.model.prompt_length):
@@ -392,6 +390,17 @@ class Policy:
             self._network, weights, observation, noise, guidance_scale=scale, keys=keys,
             real_time=self.config.real_time, unroll=self._straight, **options,
         )  # fmt: skip
+
+
+def check_batch_sizes(sizes: Sequence[int]) -> tuple[int, ...]:
+    """The sizes in order, each once.
+
+    Raises:
+        ValueError: none, or some below 1.
+    """
+    if not sizes or min(sizes) < 1:
+        raise ValueError(f"batch sizes came as {list(sizes)}; expected at least one, of at least 1.")
+    return tuple(sorted(set(sizes)))
 
 
 def prompt_lengths(longest: int) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ import numpy as np
 from pi0_jax.config import PolicyConfig
 from pi0_jax.data.robots import Robot, get_robot
 from pi0_jax.data.transform import check_observation
-from pi0_jax.inference.policy import Policy
+from pi0_jax.inference.policy import Policy, check_batch_sizes
 from pi0_jax.serving.requests import read_executed, read_request, read_seed
 from pi0_jax.serving.session import Session
 
@@ -85,17 +85,6 @@ def check_request(request: Any, robot: Robot, prompt: str | None = None, real_ti
     if not real_time and ("previous" in raw or prepared.executed is not None):
         raise ValueError("`previous` and `executed` need a server with --real-time, which compiles what they take.")
     return prepared
-
-
-def check_batch_sizes(sizes: Sequence[int]) -> tuple[int, ...]:
-    """The sizes in order, each once.
-
-    Raises:
-        ValueError: none, or some below 1.
-    """
-    if not sizes or min(sizes) < 1:
-        raise ValueError(f"batch sizes came as {list(sizes)}; expected at least one, of at least 1.")
-    return tuple(sorted(set(sizes)))
 
 
 class RobotPolicy:
