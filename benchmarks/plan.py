@@ -44,8 +44,9 @@ class Row(NamedTuple):
 
 
 SLICES = [
-    Row(model, topology, PER_DEVICE[topology.partition(":")[0]])
+    Row(model, topology, PER_DEVICE[topology.partition(":")[0]], trained)
     for topology in ("v5e:4x4", "v5p:2x2x4", "v6e:4x4", "h100:8")
+    for trained in ("full", "lora")
     for model in MODELS
 ]
 ALONE = [Row(model, "h100:1", 8, trained) for trained in ("full", "lora") for model in MODELS]

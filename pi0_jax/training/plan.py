@@ -32,7 +32,7 @@ from jax.sharding import Mesh
 
 from pi0_jax import flops, pi0
 from pi0_jax.batch import Batch
-from pi0_jax.config import MeshConfig, ModelConfig, TrainConfig, TuneConfig
+from pi0_jax.config import MeshConfig, ModelConfig, OptimConfig, TrainConfig, TuneConfig
 from pi0_jax.data.normalize import NormStats
 from pi0_jax.data.robots import get_robot
 from pi0_jax.model.heads import make_network
@@ -139,6 +139,7 @@ def make_plan(config: TrainConfig, topology: str | None = None, *, compiled: boo
         ValueError: unknown topology, libtpu is missing, or the mesh or the batch does not fit it.
     """
     name, devices, device = find_devices(topology)
+    config = _with_model(config, attention="xla")  # planned on CPU devices, where there is no other kernel
     mesh = sharding.make_mesh(config.mesh, devices)
     program, batch = _program(config, mesh)
     held = _held(program, batch)
@@ -343,8 +344,9 @@ def _passed(config: TrainConfig, mesh: Mesh, program: Program, temporaries: floa
 def alternatives(config: TrainConfig, mesh: Mesh) -> Iterator[tuple[str, TrainConfig]]:
     """Ways to need less memory, each on top of those before it, with the flags that ask for them.
 
-    First what changes no number: dividing the state, computing activations again, or a batch in parts. At last what
-    changes training: no moving average.
+    First what changes no number: dividing the state, computing activations again, or a batch in parts. Then what is
+    held for each parameter: an average in bfloat16, 8-bit moments, no average. At last, in place of those, adapters
+    alone.
     """
     flags: dict[str, str] = {}
 
@@ -363,9 +365,24 @@ def alternatives(config: TrainConfig, mesh: Mesh) -> Iterator[tuple[str, TrainCo
     while config.batch_size % (2 * ways * config.parts) == 0:
         config = dataclasses.replace(config, parts=2 * config.parts)
         yield with_flags({"--parts": str(config.parts)}, config)
-    if config.optim.ema_decay is not None:
-        config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, ema_decay=None))
-        yield with_flags({"--optim.ema-decay": "None"}, config)
+    same_numbers = dict(flags), config
+    for changes in _smaller_optimizers(config.optim):
+        config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, **changes))
+        yield with_flags({f"--optim.{name.replace('_', '-')}": str(value) for name, value in changes.items()}, config)
+    if config.tune.recipe != "lora":
+        flags, config = same_numbers
+        config = dataclasses.replace(config, tune=dataclasses.replace(config.tune, recipe="lora"))
+        yield with_flags({"--tune.recipe": "lora"}, config)
+
+
+def _smaller_optimizers(optim: OptimConfig) -> Iterator[dict[str, Any]]:
+    """Changes of the optimizer's settings, each of which holds less than those before it."""
+    if optim.ema_decay is not None and optim.ema_dtype != "bfloat16":
+        yield {"ema_dtype": "bfloat16"}
+    if optim.name == "adamw":
+        yield {"name": "adamw_8bit"}
+    if optim.ema_decay is not None:
+        yield {"ema_decay": None}
 
 
 def find_fitting(config: TrainConfig, plan: Plan) -> tuple[str, Plan] | None:

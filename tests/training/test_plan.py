@@ -162,8 +162,12 @@ def test_ways_to_need_less_memory_come_in_order_of_what_they_change():
         "parts 2",
         "parts 4",
         "parts 8",
+        "optim.ema-dtype bfloat16",
+        "optim.name adamw_8bit",
         "optim.ema-decay None",
+        "tune.recipe lora",
     ]
+    assert "--optim" not in ways[-1][0]
     assert tyro.cli(TrainConfig, default=config, args=ways[-1][0].split()) == ways[-1][1]
 
 
