@@ -1,11 +1,16 @@
-"""The server's log as lines of JSON, for machines that collect them."""
+"""The server's log: lines for people or JSON for machines, written without holding up what they tell of."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import logging.handlers
+import queue
 import sys
+import threading
 import time
+from typing import TextIO
 
 FIELDS = ("session", "peer", "error", "outcome", "answered")
 """What a record may carry beside its message."""
@@ -38,9 +43,44 @@ class Text(logging.Formatter):
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 
+class Unhurried(logging.handlers.QueueHandler):
+    """Writes records in a thread of its own, so that a pipe which nobody reads holds up no request.
+
+    Up to `waiting` records wait; what comes beyond is dropped, and a line says how many were.
+    """
+
+    def __init__(self, formatter: logging.Formatter, stream: TextIO, waiting: int = 10_000):
+        self._waiting: queue.Queue[logging.LogRecord] = queue.Queue(waiting)
+        super().__init__(self._waiting)
+        self.setFormatter(formatter)
+        self._stream, self._dropped = stream, 0
+        threading.Thread(target=self._write, name="log", daemon=True).start()
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        try:
+            self._waiting.put_nowait(record)
+        except queue.Full:
+            self._dropped += 1
+
+    def flush(self) -> None:
+        """Waits until everything is written, two seconds at most; `logging.shutdown` calls it when the process ends."""
+        end = time.monotonic() + 2
+        while self._waiting.unfinished_tasks and time.monotonic() < end:
+            time.sleep(0.01)
+
+    def _write(self) -> None:
+        while True:
+            lines = [self._waiting.get().getMessage()]
+            if dropped := self._dropped:
+                self._dropped = 0
+                text = f"{dropped} lines of the log were dropped, as they came faster than they were read"
+                lines.append(self.format(logging.LogRecord(__name__, logging.WARNING, "", 0, text, None, None)))
+            with contextlib.suppress(OSError, ValueError):  # the reader is gone
+                print(*lines, sep="\n", file=self._stream, flush=True)
+            self._waiting.task_done()
+
+
 def set_up(form: str) -> None:
     """Makes the log of this package `text` or `json` on stderr, whatever it was."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonLines() if form == "json" else Text())
     logger = logging.getLogger("pi0_jax")
-    logger.handlers, logger.propagate = [handler], False
+    logger.handlers, logger.propagate = [Unhurried(JsonLines() if form == "json" else Text(), sys.stderr)], False

@@ -6,6 +6,7 @@ import concurrent.futures
 import hmac
 import json
 import logging
+import os
 import shutil
 import socket
 import ssl
@@ -454,6 +455,32 @@ def test_log_lines_are_json_and_strangers_do_not_break_them():
     assert json.loads(JsonLines().format(record))["session"] == "abc"
     assert "\n" not in Text().format(record)
     assert "\n" not in JsonLines().format(record)
+
+
+def test_a_log_that_nobody_reads_holds_nobody_up_and_says_later_what_it_dropped():
+    from pi0_jax.serving.logs import JsonLines, Unhurried
+
+    read, write = os.pipe()
+    logger = logging.Logger("unread")
+    logger.addHandler(handler := Unhurried(JsonLines(), os.fdopen(write, "w"), waiting=20))
+    begin = time.perf_counter()
+    for number in range(200):
+        logger.warning("%d %s", number, "x" * 10_000)  # a pipe holds 64 kB
+    assert time.perf_counter() - begin < 1
+    lines = []
+    reader = threading.Thread(target=lambda: lines.extend(os.fdopen(read)), daemon=True)
+    reader.start()
+    handler.flush()
+    logger.warning("last")
+    handler.flush()
+    handler._stream.close()
+    reader.join(10)
+    messages = [json.loads(line)["message"] for line in lines]
+    assert messages[0].startswith("0 ")
+    assert messages[-1] == "last"
+    dropped = [int(m.split()[0]) for m in messages if "were dropped" in m]
+    assert sum(dropped) > 100
+    assert sum(dropped) + len(messages) - len(dropped) - 1 == 200
 
 
 def _until(condition, seconds: float = 10.0) -> None:
