@@ -115,6 +115,10 @@ class ModelConfig:
     """What the backward pass computes again instead of storing it. full: each layer, from its input; least memory, 1.23
     times the compute. gate_up: the wide half of the feed-forward, and norms. matmuls: norms and other cheap parts.
     none: nothing."""
+    attention: Literal["xla", "cudnn"] = "xla"
+    """Kernel of attention among image patches and among the prefix's tokens, in training and inference. cudnn: fused,
+    for NVIDIA GPUs (heads of 256: Hopper and later) and bfloat16; elsewhere it is xla. The numbers are the same within
+    bfloat16's rounding."""
 
 
 PI0 = ModelConfig()

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pi0_jax.batch import Observation
 from pi0_jax.config import ModelConfig, VisionConfig
 from pi0_jax.inference.rewrite import Quantized, Weights
-from pi0_jax.model.attention import attend, rope_angles, turn
+from pi0_jax.model.attention import Kernel, attend, rope_angles, turn
 from pi0_jax.model.norm import EPSILON
 from pi0_jax.model.siglip import sincos2d
 from pi0_jax.model.velocity import embed_time
@@ -156,7 +156,7 @@ class FastNetwork:
         tokens, masks = [], []
         if c.cameras:
             images = jnp.concatenate([observation.images[name] for name in c.cameras])
-            encoded = encode_images(c.vision, weights["vision"], images, self._dtype)
+            encoded = encode_images(c.vision, weights["vision"], images, self._dtype, c.attention)
             for name, image in zip(c.cameras, jnp.split(encoded, len(c.cameras)), strict=True):
                 tokens.append(image)
                 masks.append(jnp.broadcast_to(observation.image_masks[name][:, None], image.shape[:2]))
@@ -171,7 +171,7 @@ class FastNetwork:
 
 
 def encode_images(
-    config: VisionConfig, weights: Weights, images: Float[Array, "b y x 3"], dtype: jnp.dtype
+    config: VisionConfig, weights: Weights, images: Float[Array, "b y x 3"], dtype: jnp.dtype, kernel: Kernel = "xla"
 ) -> Float[Array, "b s d"]:
     """SigLIP and the projector: images in [-1, 1] to tokens of the language expert."""
     x = images.astype(jnp.float32)
@@ -189,7 +189,7 @@ def encode_images(
 
     def block(x, w):
         qkv = (_dot(_centred(x), w["qkv"]) + w["qkv_bias"].astype(dtype)).reshape(*x.shape[:2], *heads)
-        attended = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], scale=1)
+        attended = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], scale=1, kernel=kernel)
         x += _dot(attended.reshape(x.shape), w["o"]) + w["o_bias"].astype(dtype)
         y = nn.gelu(_dot(_centred(x), w["up"]) + w["up_bias"].astype(dtype))
         return x + _dot(y, w["down"]) + w["down_bias"].astype(dtype), None
@@ -207,7 +207,8 @@ def _layer(c: ModelConfig, w: Weights, x, cached, rotation, mask, modulation=Non
     rotated = turn(qkv[:, :, : n + k], *rotation)
     own = rotated[:, :, n:], qkv[:, :, n + k :]
     seen = own if cached is None else [jnp.concatenate(parts, axis=1) for parts in zip(cached, own, strict=True)]
-    attended = _dot(attend(rotated[:, :, :n], seen[0], seen[1], mask, scale=1).reshape(b, t, n * h), w["o"])
+    attended = attend(rotated[:, :, :n], seen[0], seen[1], mask, scale=1, kernel=c.attention)
+    attended = _dot(attended.reshape(b, t, n * h), w["o"])
     x += attended if gate is None else attended * gate
     normed, gate = _normed(x, None if modulation is None else modulation[1])
     gates, up = jnp.split(_dot(normed, w["gate_up"]), 2, axis=-1)

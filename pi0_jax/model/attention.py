@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 MASKED = -2.3819763e38
 """Stands for minus infinity in masked logits; the reference implementations' value, finite in bfloat16."""
+
+Kernel = Literal["xla", "cudnn"]
+"""See `ModelConfig.attention`."""
 
 
 def rope_angles(positions: Int[Array, "b t"], head_dim: int, base: float = 10_000.0) -> Float[Array, "b t 1 h/2"]:
@@ -33,6 +38,7 @@ def attend(
     value: Float[Array, "b s k h"],
     mask: Bool[Array, "b t s"] | None = None,
     scale: float | None = None,
+    kernel: Kernel = "xla",
 ) -> Float[Array, "b t n h"]:
     """Grouped-query attention. Logits and softmax are float32, whatever the dtype of the inputs.
 
@@ -41,9 +47,13 @@ def attend(
         key, value: k heads, each serving n / k query heads.
         mask: True where a query may look; None lets every query see every key.
         scale: of the queries; None: h^-1/2.
+        kernel: `ModelConfig.attention`.
     """
     b, t, n, h = query.shape
     k = key.shape[2]
+    # A fused kernel is for many queries: the chunk's few are odd in number, which cuDNN's backward pass refuses.
+    if kernel == "cudnn" and t == key.shape[1] and jax.default_backend() == "gpu":
+        return fused(query, key, value, mask, scale)
     # The queries that share a key head become rows of one matrix product.
     query = query if scale == 1 else query * (h**-0.5 if scale is None else scale)
     grouped = query.reshape(b, t, k, n // k, h).transpose(0, 2, 3, 1, 4).reshape(b, k, -1, h)
@@ -53,3 +63,15 @@ def attend(
     weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
     attended = jnp.einsum("BKTS,BSKH->BKTH", weights, value)
     return attended.reshape(b, k, n // k, t, h).transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
+
+
+def fused(query, key, value, mask=None, scale: float | None = None, implementation: Kernel = "cudnn"):
+    """`attend` by one kernel, which keeps no logits.
+
+    The mask is given as a bias, since cuDNN's wrapper has refused the shape of masks alone (jax issue 28974).
+
+    Raises:
+        NotImplementedError: dtype or shape that the kernel does not take.
+    """
+    bias = None if mask is None else jnp.where(mask, 0.0, 0.5 * jnp.finfo(query.dtype).min).astype(query.dtype)[:, None]
+    return jax.nn.dot_product_attention(query, key, value, bias, scale=scale, implementation=implementation)

@@ -183,7 +183,8 @@ class Layer(nn.Module):
             keys, values = (
                 jnp.concatenate([y.astype(x.dtype) for y in parts], axis=1) for parts in zip(*seen, strict=True)
             )
-            attended = attend(rotate(q, angles[:, own]), keys, values, mask[:, own, : keys.shape[1]])
+            allowed = mask[:, own, : keys.shape[1]]
+            attended = attend(rotate(q, angles[:, own]), keys, values, allowed, kernel=c.attention)
             outputs.append(expert.after(x, checkpoint_name(attended, "attn/attended"), gate, d))
         language, action = outputs
         new: Any = tuple(jnp.concatenate(parts, axis=1) for parts in zip(*seen[cached is not None :], strict=True))

@@ -24,7 +24,7 @@ class PrefixNetwork(nn.Module):
 
     def setup(self):
         c = self.config
-        self.image_encoder = ImageEncoder(c.vision, self.dtype, c.remat)
+        self.image_encoder = ImageEncoder(c.vision, self.dtype, c.remat, c.attention)
         self.image_projector = dense(c.language.width, ("embed", "embed_out"), self.dtype, "image_projector")
         self.embedding = self.param(
             "embedding",

@@ -8,7 +8,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from pi0_jax.config import VisionConfig
-from pi0_jax.model.attention import attend
+from pi0_jax.model.attention import Kernel, attend
 from pi0_jax.model.norm import named
 from pi0_jax.model.remat import Remat, saveable
 
@@ -22,6 +22,7 @@ class ImageEncoder(nn.Module):
     config: VisionConfig
     dtype: jnp.dtype
     remat: Remat = "full"
+    attention: Kernel = "xla"
 
     @nn.compact
     def __call__(self, images: Float[Array, "b y x 3"]) -> Float[Array, "b s d"]:
@@ -51,7 +52,7 @@ class ImageEncoder(nn.Module):
             split_rngs={"params": True},
             length=c.depth,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c, self.dtype, name="layers")(x.astype(self.dtype), None)
+        )(c, self.dtype, self.attention, name="layers")(x.astype(self.dtype), None)
         return layer_norm(self.dtype, "norm")(x)
 
     def _patches(self, width: int, size: int, name: str) -> nn.Conv:
@@ -72,6 +73,7 @@ class Block(nn.Module):
 
     config: VisionConfig
     dtype: jnp.dtype
+    attention: Kernel = "xla"
 
     @nn.compact
     def __call__(self, x: Float[Array, "b s d"], _: None) -> tuple[Float[Array, "b s d"], None]:
@@ -91,7 +93,8 @@ class Block(nn.Module):
             return checkpoint_name(y, "vision")
 
         y = layer_norm(self.dtype, "attn_norm")(x)
-        y = kept(attend(kept(project("query")(y)), kept(project("key")(y)), kept(project("value")(y))))
+        qkv = (kept(project(name)(y)) for name in ("query", "key", "value"))
+        y = kept(attend(*qkv, kernel=self.attention))
         out = nn.DenseGeneral(
             c.width,
             axis=(-2, -1),

@@ -13,6 +13,7 @@ from pi0_jax import flops, pi0
 from pi0_jax.config import PI0, PI05, ExpertConfig, VisionConfig
 from pi0_jax.inference import rewrite
 from pi0_jax.inference.fast import FastNetwork
+from pi0_jax.model import attention
 from pi0_jax.model.heads import make_network
 from tests.conftest import tiny_config
 from tests.model.common import random_observation, random_params
@@ -76,6 +77,26 @@ def test_so_are_those_of_a_straight_line_program_that_looks_the_times_up(name):
     network, weights = FastNetwork(it.config), it.weights(unstacked=True)
     weights["tables"] = network.time_tables(weights, 4)
     np.testing.assert_allclose(it.sample(network, weights, unroll=True), it.plain, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["pi0", "pi05"])
+def test_on_a_gpu_images_and_prefix_go_through_the_fused_kernel_and_nothing_else_does(name, monkeypatch):
+    it, seen = case(name), []
+    fused = attention.fused
+
+    def kernel(query, *rest):
+        seen.append(query.shape[1])
+        return fused(query, *rest, implementation="xla")
+
+    monkeypatch.setattr(attention, "fused", kernel)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    config = dataclasses.replace(it.config, attention="cudnn")
+    patches = (config.vision.image_size // config.vision.patch_size) ** 2
+    prefix = len(config.cameras) * patches + config.prompt_length
+    for network, weights in ((make_network(config), it.params), (FastNetwork(config), it.weights())):
+        seen.clear()
+        np.testing.assert_allclose(it.sample(network, weights), it.plain, atol=1e-5)
+        assert set(seen) == {patches, prefix}
 
 
 @pytest.mark.parametrize("name", ["pi0", "pi05"])

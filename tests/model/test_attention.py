@@ -1,8 +1,11 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from pi0_jax.model.attention import attend, rope_angles, rotate
+from pi0_jax.model.attention import attend, fused, rope_angles, rotate
 
 
 def test_rotation_keeps_lengths_and_depends_on_relative_positions_only():
@@ -39,3 +42,40 @@ def test_softmax_is_float32_in_a_bfloat16_network():
     assert "exp" in jaxpr
     assert not any("bf16" in line and " exp " in line for line in jaxpr.splitlines())
     assert attend(q, q, q).dtype == jnp.bfloat16
+
+
+def test_the_fused_form_has_the_values_and_gradients_of_the_plain_one():
+    q = jax.random.normal(jax.random.key(0), (2, 6, 4, 8))
+    k, v = jax.random.normal(jax.random.key(1), (2, 2, 6, 2, 8))
+    mask = jax.random.bernoulli(jax.random.key(2), 0.7, (2, 6, 6)).at[..., 0].set(True)
+    weight = jax.random.normal(jax.random.key(3), q.shape)
+    for allowed, scale in ((mask, None), (None, 1.0)):
+
+        def loss(function, q, k, v, allowed=allowed, scale=scale):
+            return jnp.sum(weight * function(q, k, v, allowed, scale))
+
+        plain, of_one_kernel = (
+            jax.value_and_grad(functools.partial(loss, f), (0, 1, 2))(q, k, v)
+            for f in (attend, functools.partial(fused, implementation="xla"))
+        )
+        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), of_one_kernel, plain)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "heads", "kv_heads", "head_dim", "masked"), [(816, 8, 1, 256, True), (256, 16, 16, 72, False)]
+)
+def test_cudnn_takes_full_size_attention_forward_and_backward(tokens, heads, kv_heads, head_dim, masked, monkeypatch):
+    """As far as JAX's own checks and the program for a GPU show it; cuDNN itself is not here."""
+    cudnn = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91002)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: capability <= "9.0")
+    q, k = (jax.ShapeDtypeStruct((2, tokens, n, head_dim), jnp.bfloat16) for n in (heads, kv_heads))
+    mask = jax.ShapeDtypeStruct((2, tokens, tokens), jnp.bool_) if masked else None
+
+    def loss(q, k, v, mask):
+        return jnp.sum(fused(q, k, v, mask).astype(jnp.float32))
+
+    program = jax.jit(jax.grad(loss, (0, 1, 2))).trace(q, k, k, mask).lower(lowering_platforms=("cuda",)).as_text()
+    name = "__cudnn$fmhaScaleBiasSoftmax" if masked else "__cudnn$fmhaSoftmax"
+    assert f"@{name}(" in program
+    assert f"@{name}Backward(" in program
