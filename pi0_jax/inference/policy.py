@@ -25,6 +25,7 @@ from pi0_jax.data.transform import Sample, check_observation, make_transform, to
 from pi0_jax.flow.guidance import Previous
 from pi0_jax.inference.fast import FastNetwork
 from pi0_jax.inference.rewrite import Bits, Read, can_rewrite, from_checkpoint, quantized, read_all, rewrite
+from pi0_jax.model.attention import Kernel
 from pi0_jax.model.heads import make_network
 
 _log = logging.getLogger(__name__)
@@ -96,6 +97,7 @@ class Policy:
         rewritten: bool = True,
         straight: bool | None = None,
         bits: Bits | None = None,
+        attention: Kernel | None = None,
         **changes: Any,
     ) -> Policy:
         """Reads a checkpoint: a run folder (its newest one), or a step folder.
@@ -104,6 +106,7 @@ class Policy:
             path: where it is.
             rewritten, straight: see `Policy`.
             bits: round the weights to eight bits (`quantize`).
+            attention: `ModelConfig.attention`; None: as it was trained.
             changes: fields of `PolicyConfig` to set otherwise, such as `num_steps=4`.
 
         Raises:
@@ -119,6 +122,8 @@ class Policy:
                 "observations cannot be prepared for it. Fine-tune from it (--init-from), or add the files."
             )
         config = dataclasses.replace(assets.policy, **changes)
+        if attention is not None:
+            config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention=attention))
         semantics = config.action_semantics | semantics_from_json(assets.norm_stats)
         config = dataclasses.replace(config, action_semantics=semantics)
         stats, tokenizer = stats_from_json(assets.norm_stats, config.robot), Tokenizer(assets.tokenizer)

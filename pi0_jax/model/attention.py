@@ -52,7 +52,7 @@ def attend(
     b, t, n, h = query.shape
     k = key.shape[2]
     # A fused kernel is for many queries: the chunk's few are odd in number, which cuDNN's backward pass refuses.
-    if kernel == "cudnn" and t == key.shape[1] and jax.default_backend() == "gpu":
+    if kernel == "cudnn" and t == key.shape[1] and _can_fuse(query.dtype):
         return fused(query, key, value, mask, scale)
     # The queries that share a key head become rows of one matrix product.
     query = query if scale == 1 else query * (h**-0.5 if scale is None else scale)
@@ -63,6 +63,10 @@ def attend(
     weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
     attended = jnp.einsum("BKTS,BSKH->BKTH", weights, value)
     return attended.reshape(b, k, n // k, t, h).transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
+
+
+def _can_fuse(dtype) -> bool:
+    return dtype == jnp.bfloat16 and jax.default_backend() == "gpu"
 
 
 def fused(query, key, value, mask=None, scale: float | None = None, implementation: Kernel = "cudnn"):

@@ -69,6 +69,8 @@ class Serve:
     """Of the noise. The n-th answer to a client is a function of this, of n and of the observation."""
     bits: Literal["int8", "fp8"] | None = None
     """Round the weights to eight bits; what that changes is logged. fp8 is quick on GPUs that multiply float8."""
+    attention: Literal["xla", "cudnn"] | None = None
+    """Kernel of attention among image patches and prompt; cudnn is for NVIDIA GPUs. None: as the checkpoint says."""
     real_time: bool = False
     """Compile for real-time chunking too: requests may then say what is left of the chunk in execution."""
     batch_sizes: tuple[int, ...] = (1, 2, 4, 8)
@@ -132,7 +134,7 @@ def serve(args: Serve) -> None:
 
 def _policy(args: Serve, stack: contextlib.ExitStack) -> RobotPolicy | Fleet:
     """The policy in this process, or replicas that end with `stack`."""
-    load: dict[str, Any] = {"bits": args.bits} | ({} if args.num_steps is None else {"num_steps": args.num_steps})
+    load: dict[str, Any] = {"bits": args.bits, "attention": args.attention} | ({} if args.num_steps is None else {"num_steps": args.num_steps})
     names = ("batch_sizes", "prompt", "seed", "real_time")
     options = {name: getattr(args, name) for name in names}
     if not args.replicas:

@@ -97,30 +97,30 @@ def start(
     )  # fmt: skip
 
 
-def pair(
-    config: Path | None, run_dir: Path | None, *flags: str, actor: int = 1, **options
+def together(
+    config: Path | None, run_dir: Path | None, *flags: str, count: int = 2, actor: int = 1, **options
 ) -> tuple[list[int], list[str], float]:
-    """Two processes of `start`, of which `actor` does what `options` say: exit codes, stderr, and seconds by which the
-    second to end came after the first."""
+    """Processes of `start`, of which `actor` does what `options` say: exit codes, stderr, and seconds from the end of
+    the actor to that of the last."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    both = []
-    for index in range(2):
+    processes = []
+    for index in range(count):
         own = options if index == actor else {k: v for k, v in options.items() if k == "devices"}
-        joined = ("--hosts.coordinator", f"127.0.0.1:{port}", "--hosts.count", "2", "--hosts.index", str(index))
-        both.append(start(config, run_dir, *joined, *flags, **own))
+        joined = ("--hosts.coordinator", f"127.0.0.1:{port}", "--hosts.count", str(count), "--hosts.index", str(index))
+        processes.append(start(config, run_dir, *joined, *flags, **own))
     try:
-        texts = ["", ""]
-        other = 1 - actor
+        texts = [""] * count
         if options.get("action") != "SIGSTOP":
-            texts[actor] = both[actor].communicate(timeout=200)[1]
+            texts[actor] = processes[actor].communicate(timeout=200)[1]
         then = time.monotonic()
-        texts[other] = both[other].communicate(timeout=100)[1]
+        for index in set(range(count)) - {actor}:
+            texts[index] = processes[index].communicate(timeout=100)[1]
     finally:
-        for process in both:
+        for process in processes:
             process.kill()
-    return [process.returncode for process in both], texts, time.monotonic() - then
+    return [process.returncode for process in processes], texts, time.monotonic() - then
 
 
 def done(process: subprocess.Popen) -> str:
@@ -157,7 +157,7 @@ def test_two_processes_of_four_devices_give_the_losses_of_one_device_and_their_c
 ):
     run_dir = tmp_path / "eight"
     preset = ("--sharding", str(ROOT / "configs" / "sharding" / "multi_slice.py"))
-    codes, texts, _ = pair(config, run_dir, *preset, devices=4)
+    codes, texts, _ = together(config, run_dir, *preset, devices=4)
     assert codes == [0, 0], texts
     assert "8 x cpu of 2 processes, mesh data 2 x fsdp 4" in texts[0]
     assert "step 20 of 20" not in texts[1]  # the first process alone says what both do
@@ -171,9 +171,17 @@ def test_two_processes_of_four_devices_give_the_losses_of_one_device_and_their_c
         assert_same_losses(copy, reference, STEPS)
 
 
+def test_four_processes_of_two_devices_give_the_losses_of_one_device(config, reference, tmp_path):
+    preset = ("--sharding", str(ROOT / "configs" / "sharding" / "fsdp_tensor.py"))
+    codes, texts, _ = together(config, tmp_path / "run", *preset, count=4, devices=2)
+    assert codes == [0, 0, 0, 0], texts
+    assert "8 x cpu of 4 processes, mesh data 1 x fsdp 4 x tensor 2" in texts[0]
+    assert_same_losses(tmp_path / "run", reference, STEPS)
+
+
 def test_sigterm_for_one_process_stops_both_at_one_step_and_one_alone_goes_on(config, reference, tmp_path):
     run_dir = tmp_path / "run"
-    codes, texts, _ = pair(config, run_dir, at=5, action="SIGTERM")
+    codes, texts, _ = together(config, run_dir, at=5, action="SIGTERM")
     assert codes == [0, 0], texts
     stopped = [re.search(r"stopped at step (\d+)\. Last checkpoint: .*/(\d+)\.", text) for text in texts]
     assert stopped[0] is not None
@@ -197,7 +205,7 @@ def test_when_one_process_is_killed_the_other_one_ends_in_bounded_time_and_one_a
     config, reference, tmp_path
 ):
     every = ("--save-every", "4")
-    assert_ended(*pair(config, tmp_path / "run", *every, at=10, action="SIGKILL"), actor=1)
+    assert_ended(*together(config, tmp_path / "run", *every, at=10, action="SIGKILL"), actor=1)
     assert steps(tmp_path / "run")[0] == 4
     done(start(config, tmp_path / "run", *every, "--resume"))
     assert_same_losses(tmp_path / "run", reference, STEPS)
@@ -205,7 +213,7 @@ def test_when_one_process_is_killed_the_other_one_ends_in_bounded_time_and_one_a
 
 @pytest.mark.parametrize(("actor", "action"), [(0, "SIGKILL"), (1, "SIGSTOP"), (1, "fail")])
 def test_whatever_becomes_of_a_process_the_other_one_ends_with_advice_in_bounded_time(actor, action):
-    codes, texts, seconds = pair(None, None, actor=actor, at=4, action=action)
+    codes, texts, seconds = together(None, None, actor=actor, at=4, action=action)
     assert_ended(codes, texts, seconds, actor)
     if action == "fail":
         assert codes[1] == 1
