@@ -134,7 +134,8 @@ def serve(args: Serve) -> None:
 
 def _policy(args: Serve, stack: contextlib.ExitStack) -> RobotPolicy | Fleet:
     """The policy in this process, or replicas that end with `stack`."""
-    load: dict[str, Any] = {"bits": args.bits, "attention": args.attention} | ({} if args.num_steps is None else {"num_steps": args.num_steps})
+    load: dict[str, Any] = {"bits": args.bits, "attention": args.attention}
+    load |= {} if args.num_steps is None else {"num_steps": args.num_steps}
     names = ("batch_sizes", "prompt", "seed", "real_time")
     options = {name: getattr(args, name) for name in names}
     if not args.replicas:
