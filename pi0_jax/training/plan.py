@@ -20,7 +20,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -341,12 +341,19 @@ def _passed(config: TrainConfig, mesh: Mesh, program: Program, temporaries: floa
     return 2 * (state + gradients) + passes * weights / mesh.shape["tensor"] + 2 * max(temporaries - gradients, 0.0)
 
 
-def alternatives(config: TrainConfig, mesh: Mesh) -> Iterator[tuple[str, TrainConfig]]:
+def alternatives(
+    config: TrainConfig, mesh: Mesh, needs: Callable[[TrainConfig], float]
+) -> Iterator[tuple[str, TrainConfig]]:
     """Ways to need less memory, each on top of those before it, with the flags that ask for them.
 
     First what changes no number: dividing the state, computing activations again, or a batch in parts. Then what is
     held for each parameter: an average in bfloat16, 8-bit moments, no average. At last, in place of those, adapters
-    alone.
+    alone. Parts are given up again where the sum of their gradients takes more than they save.
+
+    Args:
+        config: of the run.
+        mesh: of the run.
+        needs: bytes on each device under a configuration.
     """
     flags: dict[str, str] = {}
 
@@ -362,9 +369,13 @@ def alternatives(config: TrainConfig, mesh: Mesh) -> Iterator[tuple[str, TrainCo
     for policy in REMATS[REMATS.index(config.policy.model.remat) + 1 :]:
         config = _with_model(config, remat=policy)
         yield with_flags({"--policy.model.remat": policy}, config)
+    whole = config
     while config.batch_size % (2 * ways * config.parts) == 0:
         config = dataclasses.replace(config, parts=2 * config.parts)
         yield with_flags({"--parts": str(config.parts)}, config)
+    if config.parts > whole.parts and needs(config) > needs(whole):
+        config = whole
+        del flags["--parts"]
     same_numbers = dict(flags), config
     for changes in _smaller_optimizers(config.optim):
         config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, **changes))
@@ -399,11 +410,14 @@ def find_fitting(config: TrainConfig, plan: Plan) -> tuple[str, Plan] | None:
     devices = find_devices(plan.topology)[1]
     mesh = sharding.make_mesh(config.mesh, devices)
     scale = plan.temporaries / estimate_temporaries(config, mesh, _program(config, mesh)[0])
-    for flags, other in alternatives(config, mesh):
+
+    def guess(other: TrainConfig) -> float:
         mesh = sharding.make_mesh(other.mesh, devices)
         program, batch = _program(other, mesh)
-        guess = sum(_held(program, batch).values()) + scale * estimate_temporaries(other, mesh, program)
-        if guess <= plan.device.memory and (checked := make_plan(other, plan.topology)).fits:
+        return sum(_held(program, batch).values()) + scale * estimate_temporaries(other, mesh, program)
+
+    for flags, other in alternatives(config, mesh, guess):
+        if guess(other) <= plan.device.memory and (checked := make_plan(other, plan.topology)).fits:
             return flags, checked
     return None
 

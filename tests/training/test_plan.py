@@ -154,7 +154,7 @@ def test_pieces_of_one_collective_over_fusions_of_a_tpu_count_once():
 
 def test_ways_to_need_less_memory_come_in_order_of_what_they_change():
     config = dataclasses.replace(planning._with_model(CONFIG, remat="matmuls"), mesh=MeshConfig(data=-1))
-    ways = list(alternatives(config, sharding.make_mesh(config.mesh)))
+    ways = list(alternatives(config, sharding.make_mesh(config.mesh), lambda config: 0.0))
     assert [flags.split(" --")[-1] for flags, _ in ways] == [
         "mesh.fsdp -1",
         "policy.model.remat gate_up",
@@ -169,6 +169,9 @@ def test_ways_to_need_less_memory_come_in_order_of_what_they_change():
     ]
     assert "--optim" not in ways[-1][0]
     assert tyro.cli(TrainConfig, default=config, args=ways[-1][0].split()) == ways[-1][1]
+    ways = list(alternatives(config, sharding.make_mesh(config.mesh), lambda config: float(config.parts)))
+    assert "--parts 8" in ways[5][0]
+    assert all("--parts" not in flags for flags, _ in ways[6:])
 
 
 def test_the_nearest_settings_that_fit_are_found(monkeypatch):
