@@ -20,7 +20,7 @@ MAY_CHANGE = (
     "run_dir", "resume", "overwrite", "num_steps", "log_every", "validate_every", "save_every", "keep_checkpoints",
     "keep_every", "keep_best", "mesh", "hosts", "data.num_threads", "data.num_workers", "data.prefetch", "data.frames",
     "data.offline", "parts", "skip_in_row", "skip_in_total", "compilation_cache", "profile",
-    "data.prompt_buckets",
+    "data.prompt_buckets", "policy.model.remat", "policy.model.attention",
 )  # fmt: skip
 """Fields, or groups of them, that a resumed run may set anew: none changes an update but for rounding."""
 

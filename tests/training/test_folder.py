@@ -27,7 +27,7 @@ def trained(config) -> TrainConfig:
     return config
 
 
-def changed(config: TrainConfig, **fields) -> TrainConfig:
+def changed(config, **fields):
     return dataclasses.replace(config, **fields)
 
 
@@ -85,7 +85,9 @@ def test_resume_names_every_field_that_differs(trained):
 
 
 def test_resume_may_change_what_does_not_change_an_update(trained):
-    open_run(changed(trained, resume=True, num_steps=50, save_every=7, mesh=MeshConfig(fsdp=2)))
+    model = changed(trained.policy.model, remat="none", attention="cudnn")
+    policy = changed(trained.policy, model=model)
+    open_run(changed(trained, resume=True, num_steps=50, save_every=7, mesh=MeshConfig(fsdp=2), policy=policy))
 
 
 def test_resume_of_a_longer_run_warns_that_the_learning_rate_changes(trained, caplog):
