@@ -27,6 +27,8 @@ def load_config(path: str | Path, kind: type[Config]) -> Config:
             its field may have.
     """
     path = Path(path)
+    if path.is_dir():
+        raise FileNotFoundError(f"{path} is a folder; expected a config, a Python file such as configs/tabletop.py.")
     if not path.is_file():
         folder = path.parent if path.parent.is_dir() else Path("configs")
         names = sorted(str(p) for p in folder.glob("*.py"))

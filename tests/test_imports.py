@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "training": {"config", "batch", "data", "model", "pi0", "checkpoint", "flops"},
     "inference": {"partial", "config", "batch", "data", "model", "flow", "pi0", "checkpoint"},
     "serving": {"config", "data", "inference", "checkpoint"},
-    "convert": {"partial", "config", "batch", "model", "pi0", "checkpoint"},
+    "convert": {"partial", "config", "batch", "model", "pi0", "checkpoint", "data"},
     "envs": {"data"},
     "evaluate": {"config", "data", "inference", "checkpoint", "envs", "serving"},
     "study": {"config", "experiment", "data", "flow", "training", "inference", "evaluate", "checkpoint", "envs"},

@@ -47,11 +47,18 @@ Told = Annotated[Heads, tyro.conf.arg(name="")]
 class Convert:
     """Converts a checkpoint to another format and compares the result with the source, bit for bit.
 
-    pi0 convert pi05_base pi05_base_ours --horizon 50              openpi's to ours
-    pi0 convert pi05_base pi05_lerobot --to lerobot --horizon 50   to a policy that LeRobot loads
-    pi0 convert runs/mine mine_openpi --to openpi                  the newest checkpoint of a run, for openpi
-    pi0 convert pt_224.npz paligemma_pi0                           PaliGemma with a fresh action expert
-    pi0 convert runs/mine wide --action-dim 64                     the same policy with room for another robot
+    Examples: openpi's to ours, ready to serve; to a policy that LeRobot loads; the newest checkpoint of a run, for
+    openpi; PaliGemma with a fresh action expert; the same policy with room for another robot:
+
+        pi0 convert pi05_droid ours --horizon 15 --robot droid --tokenizer paligemma_tokenizer.model
+
+        pi0 convert pi05_base pi05_lerobot --to lerobot --horizon 50
+
+        pi0 convert runs/mine mine_openpi --to openpi
+
+        pi0 convert pt_224.npz paligemma_pi0
+
+        pi0 convert runs/mine wide --action-dim 64
 
     Nothing appears under TARGET before it is whole and checked. conversion.json in it says what was converted and how
     it was checked. `pi0 inspect SOURCE` shows what a checkpoint is; docs/checkpoints.md has formats and differences.
@@ -92,8 +99,11 @@ class Convert:
 class Inspect:
     """Says what a checkpoint is: family, sizes, parameters by part, dtypes, statistics, adapters.
 
-    pi0 inspect pi05_base
-    pi0 inspect gs://openpi-assets/checkpoints/pi05_base --json
+    Examples:
+
+        pi0 inspect pi05_base
+
+        pi0 inspect gs://openpi-assets/checkpoints/pi05_base --json
 
     Numbers are not read, so it takes as long for a large one as for a small one.
     """
@@ -109,8 +119,9 @@ class Inspect:
 class Diff:
     """Compares two checkpoints of any formats: policy, statistics, tokenizer, and every leaf by its largest difference.
 
-    pi0 diff runs/a runs/b
-    pi0 diff pi05_base pi05_lerobot
+    Example:
+
+        pi0 diff runs/a runs/b
 
     The exit code is 1 where they differ. What one of them does not store, such as the horizon in openpi's, is no
     difference.

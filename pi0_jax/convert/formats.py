@@ -41,6 +41,8 @@ from pi0_jax.convert.tensors import (
     open_safetensors,
     read_all,
 )
+from pi0_jax.data.robots import get_robot
+from pi0_jax.data.tokenizer import Tokenizer
 
 _CAMERAS = {
     "pi0_fast": ("base_0_rgb", "base_1_rgb", "wrist_0_rgb"),
@@ -79,6 +81,8 @@ class Choices:
     """Which of the norm_stats.json under openpi's assets/ (read), or under which name (written)."""
     robot: str | None = None
     """Name of the robot in `pi0_jax.data.robots`."""
+    tokenizer: str | None = None
+    """SentencePiece model to copy into the result, PaliGemma's for released weights."""
 
 
 class Weights(NamedTuple):
@@ -112,14 +116,17 @@ def open_checkpoint(path: str | Path, choices: Choices = Choices(), offline: boo
 
     Raises:
         FileNotFoundError: there is no checkpoint.
-        ValueError: not a checkpoint, tensors that do not fit one another, or sizes that have to be given; reading a
-            tensor raises it too, where there are numbers that are not finite.
+        ValueError: not a checkpoint, tensors that do not fit one another, sizes that have to be given, or no such
+            robot or tokenizer; reading a tensor raises it too, where there are numbers that are not finite.
     """
     if remote.is_remote(path):
         path = remote.fetch(str(path), offline)
     kind, folder = detect(Path(path).expanduser().absolute())
     weights = _OPEN[kind](folder, choices)
+    if choices.tokenizer is not None:
+        weights = weights._replace(tokenizer=Tokenizer.from_file(choices.tokenizer).model)
     if choices.robot is not None:
+        get_robot(choices.robot)
         weights = weights._replace(policy=dataclasses.replace(weights.policy, robot=choices.robot))
     return weights
 

@@ -138,8 +138,10 @@ def infer(args: Infer) -> None:
     Raises:
         FileNotFoundError, ValueError, OSError: what the user gave cannot be used; the message says how to go on.
     """
-    if sum(x is not None for x in (args.observation, args.env, args.write_example)) != 1:
+    asked = sum(x is not None for x in (args.observation, args.env, args.write_example))
+    if asked != 1:
         raise ValueError(
+            f"{asked} of three things to do were given; "
             "say what to run on: --observation FILE (one observation), --env tabletop (closed loop), or "
             "--write-example FILE (a template of an observation)."
         )
@@ -155,7 +157,7 @@ def infer(args: Infer) -> None:
     policy = Policy.load(args.run, bits=args.bits, **changes)
     if args.write_example is not None:
         save_observation(args.write_example, policy.robot.example())
-        print(f"wrote {args.write_example}; fill it in and run: python infer.py {args.run} --observation ...")
+        print(f"wrote {args.write_example}; fill it in, then: pi0 infer {args.run} --observation {args.write_example}")
         return
     output = _folder(args.output or _run_folder(args.run) / "infer")
     if suite is not None and args.strategy is not None:

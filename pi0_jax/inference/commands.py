@@ -23,9 +23,9 @@ class Export:
         pi0 export runs/tabletop exported --batch-sizes 1 8
     """
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Run folder, or the folder of one checkpoint in it."""
-    folder: Annotated[Path, tyro.conf.Positional]
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
     """New folder."""
     batch_sizes: tuple[int, ...] = (1,)
     """Numbers of observations to write a program for."""

@@ -69,6 +69,7 @@ def export(
         ValueError: flatbuffers or safetensors is not installed, or the solver cannot be exported.
     """
     check(folder)
+    from safetensors import SafetensorError
     from safetensors.flax import save_file
 
     target = Path(folder)
@@ -84,7 +85,10 @@ def export(
                 interface["programs"][name] = {
                     name: {"shape": list(x.shape), "dtype": str(x.dtype)} for name, x in inputs.items()
                 }
-        save_file(weights, partial / "weights.safetensors")
+        try:
+            save_file(weights, partial / "weights.safetensors")
+        except SafetensorError as error:
+            raise OSError(f"cannot write the weights to {target}, and nothing of it is left there: {error}") from error
         (partial / "interface.json").write_text(json.dumps(interface, indent=1) + "\n")
         (partial / "tokenizer.model").write_bytes(policy.tokenizer.model)
         first = next(iter(interface["programs"]))

@@ -25,7 +25,7 @@ from pi0_jax.data.transform import Sample, check_observation, make_transform, to
 from pi0_jax.flow.guidance import Previous
 from pi0_jax.inference.fast import FastNetwork
 from pi0_jax.inference.rewrite import Bits, Read, can_rewrite, from_checkpoint, quantized, read_all, rewrite
-from pi0_jax.model.attention import Kernel
+from pi0_jax.model.attention import Kernel, why_not_fused
 from pi0_jax.model.heads import make_network
 
 _log = logging.getLogger(__name__)
@@ -113,17 +113,21 @@ class Policy:
             FileNotFoundError: no such path.
             ValueError: not a checkpoint of ours, or one that is damaged or incomplete; or statistics that do not fit.
         """
+        checkpoint.verify(checkpoint.resolve(path), only=("params",))
         assets = checkpoint.load_assets(path)
         if assets.norm_stats is None or assets.tokenizer is None:
             needed = (("norm_stats.json", assets.norm_stats), ("tokenizer.model", assets.tokenizer))
             missing = [name for name, value in needed if value is None]
             raise ValueError(
                 f"{checkpoint.resolve(path)} holds weights but no {' and no '.join(missing)} in its assets/, so raw "
-                "observations cannot be prepared for it. Fine-tune from it (--init-from), or add the files."
+                "observations cannot be prepared for it. Fine-tune from it (--init-from), or add the files: the "
+                "tokenizer by `pi0 convert SOURCE TARGET --tokenizer FILE`."
             )
         config = dataclasses.replace(assets.policy, **changes)
         if attention is not None:
             config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention=attention))
+        if config.model.attention == "cudnn" and (reason := why_not_fused(config.model.dtype)):
+            _log.warning("%s", reason)
         semantics = config.action_semantics | semantics_from_json(assets.norm_stats)
         config = dataclasses.replace(config, action_semantics=semantics)
         stats, tokenizer = stats_from_json(assets.norm_stats, config.robot), Tokenizer(assets.tokenizer)

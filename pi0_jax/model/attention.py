@@ -52,7 +52,7 @@ def attend(
     b, t, n, h = query.shape
     k = key.shape[2]
     # A fused kernel is for many queries: the chunk's few are odd in number, which cuDNN's backward pass refuses.
-    if kernel == "cudnn" and t == key.shape[1] and _can_fuse(query.dtype):
+    if kernel == "cudnn" and t == key.shape[1] and why_not_fused(query.dtype) is None:
         return fused(query, key, value, mask, scale)
     # The queries that share a key head become rows of one matrix product.
     query = query if scale == 1 else query * (h**-0.5 if scale is None else scale)
@@ -65,8 +65,11 @@ def attend(
     return attended.reshape(b, k, n // k, t, h).transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
 
 
-def _can_fuse(dtype) -> bool:
-    return dtype == jnp.bfloat16 and jax.default_backend() == "gpu"
+def why_not_fused(dtype) -> str | None:
+    """Why cuDNN's kernel cannot serve here, where it cannot."""
+    if jax.default_backend() != "gpu":
+        return f"attention is XLA's: cudnn needs an NVIDIA GPU, and this is {jax.default_backend()}"
+    return None if dtype == jnp.bfloat16 else f"attention is XLA's: cudnn takes bfloat16, and the model is {dtype}"
 
 
 def fused(query, key, value, mask=None, scale: float | None = None, implementation: Kernel = "cudnn"):

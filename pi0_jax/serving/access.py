@@ -65,7 +65,10 @@ def check_free(host: str, port: int) -> None:
 
     Raises:
         OSError: it cannot.
+        ValueError: there is no such port.
     """
+    if not 0 <= port <= 65_535:
+        raise ValueError(f"--port is {port}; expected 1 to 65535, or 0 for any that is free.")
     try:
         for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
             with socket.socket(family, kind, protocol) as probe:

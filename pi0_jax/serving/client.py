@@ -13,7 +13,7 @@ import ssl
 from collections.abc import Sequence
 from typing import Any
 
-from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.exceptions import ConnectionClosed, InvalidStatus, InvalidURI
 from websockets.sync.client import ClientConnection, connect
 
 from pi0_jax.serving.wire import pack, unpack
@@ -114,8 +114,14 @@ class Client:
             body = error.response.body.decode("utf-8", "replace") if error.response.body else ""
             again = error.response.status_code == 503
             raise ServerError(f"{self._uri} answers {error.response.status_code}: {body.strip()}", again) from None
+        except InvalidURI:
+            raise ValueError(
+                f"{self._uri!r} is no server's address; expected ws://localhost:8000 or wss://..."
+            ) from None
         except ConnectionClosed as error:
             raise ConnectionError(f"{self._uri} closed the connection at once: {error}") from error
+        except ConnectionRefusedError as error:
+            raise ConnectionRefusedError(f"nobody listens at {self._uri}. Start one with: pi0 serve RUN") from error
         self._connection = connection
         return connection
 

@@ -95,6 +95,12 @@ def _images(request: dict[str, Any], robot: Robot) -> dict[Any, Any]:
         short = next((key.removeprefix(p) for p in PREFIXES if isinstance(key, str) and key.startswith(p)), "")
         if short in names:
             found[short] = image
+    if not found and robot.cameras:
+        keys = sorted(str(key) for key in request if key not in ("state", "prompt"))[:20]
+        raise ValueError(
+            f"a request has no picture of {robot.name}'s cameras; it has {keys}. Send `images` with "
+            f"{list(robot.cameras.values())}, or openpi's {[f'observation/{name}' for name in names]}."
+        )
     unused = UNUSED.get(robot.name, set())
     return {names.get(name, name): _channels_last(image) for name, image in found.items() if name not in unused}
 

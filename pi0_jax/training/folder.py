@@ -105,7 +105,11 @@ def _require_same(config: TrainConfig, before: TrainConfig | None, folder: Path)
     refused = {k: v for k, v in changed.items() if not any(k == m or k.startswith(m + ".") for m in MAY_CHANGE)}
     if refused:
         lines = "\n".join(f"  {name}: {old!r} then, {new!r} now" for name, (old, new) in refused.items())
-        raise ValueError(f"--resume: the configuration differs from that of {folder}:\n{lines}\nTake those back.")
+        raise ValueError(
+            f"--resume: the configuration differs from that of {folder}:\n{lines}\n"
+            "Take those back, or repeat flags that the first call had. To change them, start anew from the weights: "
+            f"--init-from {folder} --run-dir NEW"
+        )
     if "num_steps" in changed and config.optim.decay_steps is None:
         _log.warning("num_steps changed, and with it the learning rate, which decays over the run's length")
 

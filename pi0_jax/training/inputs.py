@@ -41,10 +41,34 @@ def trained_model(config: TrainConfig) -> ModelConfig:
 
     Their tokens would be masked, and what is masked changes no other token; no parameter belongs to a camera.
     """
-    robots = [config.policy.robot, *(dataset.robot or config.policy.robot for dataset in config.data.datasets)]
-    there = {camera for name in robots for camera in get_robot(name).cameras.values()}
-    model = config.policy.model
+    model, there = config.policy.model, _robots_cameras(config)
     return dataclasses.replace(model, cameras=tuple(camera for camera in model.cameras if camera in there))
+
+
+def _robots_cameras(config: TrainConfig) -> list[str]:
+    robots = [config.policy.robot, *(dataset.robot or config.policy.robot for dataset in config.data.datasets)]
+    return sorted({camera for name in robots for camera in get_robot(name).cameras.values()})
+
+
+def _check_cameras(config: TrainConfig) -> None:
+    """Says which cameras the run has, and refuses none at all.
+
+    Raises:
+        ValueError: the model has cameras, and no robot has any of them.
+    """
+    asked, used, has = config.policy.model.cameras, trained_model(config).cameras, _robots_cameras(config)
+    if asked and not used:
+        raise ValueError(
+            f"none of the model's cameras, {list(asked)}, is one of the robot's, {has}. Name at least one of those in "
+            "`policy.model.cameras`."
+        )
+    missing, left_out = [name for name in asked if name not in used], [name for name in has if name not in used]
+    _log.info("cameras: %s", ", ".join(used) or "none")
+    if missing and left_out:
+        _log.warning(
+            "policy.model.cameras names %s, which no robot of this run has, and leaves out %s, which there are",
+            ", ".join(missing), ", ".join(left_out),
+        )  # fmt: skip
 
 
 def trained_augment(config: TrainConfig) -> AugmentConfig:
@@ -73,6 +97,7 @@ def load_inputs(
     """
     robot = get_robot(config.policy.robot)
     parts = open_parts(config.data, config.policy)
+    _check_cameras(config)
     declared = {part.robot.name: semantics_of(part.robot, config.policy.action_semantics) for part in parts}
     semantics = declared if resumed is None else declared | semantics_from_json(resumed.norm_stats or {})
     policy = dataclasses.replace(config.policy, action_semantics=semantics, model=trained_model(config))

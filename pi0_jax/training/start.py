@@ -35,7 +35,8 @@ def first_weights(config: TrainConfig, network: Network, shapes: TrainState):
     without any effect (`model.lora.declare`). Everything else is random.
 
     Raises:
-        ValueError: `init_parts` that begin no parameter; or the checkpoint does not fit (`checkpoint.CheckpointError`).
+        ValueError: `init_parts` that begin no parameter; or the checkpoint is damaged or does not fit
+            (`checkpoint.CheckpointError`).
     """
     names = flat(shapes.weights)
     if config.init_from is None:
@@ -45,6 +46,9 @@ def first_weights(config: TrainConfig, network: Network, shapes: TrainState):
         raise ValueError(
             f"init_parts {unknown} begin no parameter; there are {sorted({n.split('/')[0] for n in names})}."
         )
+    # Each process reads a part of the files.
+    part = (jax.process_index(), jax.process_count())
+    checkpoint.verify(checkpoint.resolve(config.init_from), part, only=("params",))
     stored = checkpoint.param_names(config.init_from)
     taken = {
         name: leaf

@@ -17,6 +17,7 @@ from pi0_jax.convert.formats import Choices, open_checkpoint
 from pi0_jax.convert.run import convert
 from pi0_jax.convert.tensors import in_memory
 from pi0_jax.convert.write import write_checkpoint
+from pi0_jax.data.tokenizer import Tokenizer
 from tests.convert.common import save_tiny, tiny_weights
 
 KILLED = """
@@ -87,6 +88,19 @@ def test_overwrite_replaces_checkpoints_and_nothing_else(tmp_path, source):
     assert (tmp_path / "run/checkpoints/100/params").is_dir()
     convert(source, tmp_path / "run/checkpoints/100", "lerobot", overwrite=True)
     assert (tmp_path / "run/checkpoints/100/model.safetensors").is_file()
+
+
+def test_a_tokenizer_and_a_robot_make_weights_a_policy(tmp_path, source):
+    tokenizer = tmp_path / "words.model"
+    tokenizer.write_bytes(Tokenizer.train(["push the ball"], 300).model)
+    convert(source, tmp_path / "out", choices=Choices(robot="tabletop", tokenizer=str(tokenizer)))
+    made = open_checkpoint(tmp_path / "out")
+    assert made.policy.robot == "tabletop"
+    assert made.tokenizer == tokenizer.read_bytes()
+    with pytest.raises(ValueError, match="no robot 'tabeltop'"):
+        convert(source, tmp_path / "other", choices=Choices(robot="tabeltop"))
+    with pytest.raises(ValueError, match="is not a SentencePiece model"):
+        convert(source, tmp_path / "other", choices=Choices(tokenizer=str(source / "assets/norm_stats.json")))
 
 
 def test_statistics_are_not_written_elsewhere(tmp_path, source):

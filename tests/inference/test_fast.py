@@ -89,7 +89,7 @@ def test_on_a_gpu_images_and_prefix_go_through_the_fused_kernel_and_nothing_else
         return fused(query, *rest, implementation="xla")
 
     monkeypatch.setattr(attention, "fused", kernel)
-    monkeypatch.setattr(attention, "_can_fuse", lambda dtype: True)
+    monkeypatch.setattr(attention, "why_not_fused", lambda dtype: None)
     config = dataclasses.replace(it.config, attention="cudnn")
     patches = (config.vision.image_size // config.vision.patch_size) ** 2
     prefix = len(config.cameras) * patches + config.prompt_length

@@ -105,6 +105,21 @@ def test_missing_foreign_and_truncated_checkpoints_are_refused(tmp_path, checkpo
         Policy.load(broken)
 
 
+def test_weights_that_have_changed_since_they_were_written_are_refused(tmp_path, checkpoint_folder):
+    broken = shutil.copytree(checkpoint_folder, tmp_path / "broken")
+    largest = max((broken / "checkpoints/3/params").rglob("d/*"), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    with pytest.raises(ValueError, match="damaged"):
+        Policy.load(broken)
+
+
+def test_cudnn_attention_says_why_it_is_not_used(checkpoint_folder, caplog):
+    assert Policy.load(checkpoint_folder, attention="cudnn").config.model.attention == "cudnn"
+    assert "cudnn needs an NVIDIA GPU, and this is cpu" in caplog.text
+
+
 def test_a_config_that_does_not_fit_the_weights_is_refused(tmp_path, checkpoint_folder):
     run = shutil.copytree(checkpoint_folder, tmp_path / "run")
     path = run / "checkpoints/3/assets/config.json"

@@ -98,6 +98,9 @@ def test_a_wrong_observation_is_told_what_is_wrong(server):
     with Client(server.uri) as client:
         with pytest.raises(ServerError, match=r"lacks cameras \['tool'\]"):
             client.infer(observation() | {"images": {"top": IMAGE}})
+        sent = {"observation/image": IMAGE, "observation/state": np.zeros(6, np.float32), "prompt": "push"}
+        with pytest.raises(ServerError, match=r"no picture of tabletop's cameras; it has \['observation/image'"):
+            client.infer(sent)
         with pytest.raises(ServerError, match="NaN or infinite in"):
             client.infer(observation() | {"state": np.full(6, np.nan)})
         with pytest.raises(ServerError, match=r"lacks \['prompt'\]"):
@@ -164,8 +167,8 @@ def test_requests_that_are_none_are_refused():
     for request, message in (
         ([1], "came as list"),
         ({"images": 3, "state": 1}, "`images` came as int"),
-        ({"prompt": "x"}, "lacks the state"),
-        ({"images": {}, "state": 1, "prompt": "x" * 20_000}, "20000 characters"),
+        ({"images": {"top": IMAGE}, "prompt": "x"}, "lacks the state"),
+        ({"images": {"top": IMAGE}, "state": 1, "prompt": "x" * 20_000}, "20000 characters"),
     ):
         with pytest.raises(ValueError, match=message):
             read_request(request, robot)

@@ -25,7 +25,7 @@ from websockets.protocol import State
 from websockets.sync.client import connect
 from websockets.uri import parse_uri
 
-from pi0_jax.serving.access import is_authorized, tls_context
+from pi0_jax.serving.access import check_free, is_authorized, tls_context
 from pi0_jax.serving.client import Client, ServerError
 from pi0_jax.serving.server import PolicyServer, Settings
 from pi0_jax.serving.wire import Limits, pack
@@ -455,6 +455,18 @@ def test_log_lines_are_json_and_strangers_do_not_break_them():
     assert json.loads(JsonLines().format(record))["session"] == "abc"
     assert "\n" not in Text().format(record)
     assert "\n" not in JsonLines().format(record)
+
+
+def test_addresses_that_cannot_be_are_named():
+    with pytest.raises(ValueError, match=r"--port is 99999; expected 1 to 65535"):
+        check_free("127.0.0.1", 99_999)
+    with pytest.raises(ValueError, match=r"'localhost:8000' is no server's address; expected ws://"):
+        Client("localhost:8000")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.raises(ConnectionRefusedError, match=f"nobody listens at ws://127.0.0.1:{port}"):
+        Client(f"ws://127.0.0.1:{port}")
 
 
 def test_a_log_that_nobody_reads_holds_nobody_up_and_says_later_what_it_dropped():

@@ -82,6 +82,8 @@ def test_resume_names_every_field_that_differs(trained):
     other = changed(trained, resume=True, seed=3, optim=OptimConfig(peak_lr=1e-3))
     with pytest.raises(ValueError, match=r"optim\.peak_lr: 2\.5e-05 then, 0\.001 now\n  seed: 0 then, 3 now"):
         open_run(other)
+    with pytest.raises(ValueError, match="start anew from the weights: --init-from"):
+        open_run(other)
 
 
 def test_resume_may_change_what_does_not_change_an_update(trained):
