@@ -173,7 +173,8 @@ def test_two_processes_of_four_devices_give_the_losses_of_one_device_and_their_c
 
 def test_four_processes_of_two_devices_give_the_losses_of_one_device(config, reference, tmp_path):
     preset = ("--sharding", str(ROOT / "configs" / "sharding" / "fsdp_tensor.py"))
-    codes, texts, _ = together(config, tmp_path / "run", *preset, count=4, devices=2)
+    patient = ("--hosts.heartbeat-timeout", "100")  # four processes compile at once
+    codes, texts, _ = together(config, tmp_path / "run", *preset, *patient, count=4, devices=2)
     assert codes == [0, 0, 0, 0], texts
     assert "8 x cpu of 4 processes, mesh data 1 x fsdp 4 x tensor 2" in texts[0]
     assert_same_losses(tmp_path / "run", reference, STEPS)
