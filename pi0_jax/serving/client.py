@@ -13,7 +13,7 @@ import ssl
 from collections.abc import Sequence
 from typing import Any
 
-from websockets.exceptions import ConnectionClosed, InvalidStatus, InvalidURI
+from websockets.exceptions import ConnectionClosed, InvalidMessage, InvalidStatus, InvalidURI
 from websockets.sync.client import ClientConnection, connect
 
 from pi0_jax.serving.wire import pack, unpack
@@ -118,7 +118,7 @@ class Client:
             raise ValueError(
                 f"{self._uri!r} is no server's address; expected ws://localhost:8000 or wss://..."
             ) from None
-        except ConnectionClosed as error:
+        except (ConnectionClosed, InvalidMessage) as error:
             raise ConnectionError(f"{self._uri} closed the connection at once: {error}") from error
         except ConnectionRefusedError as error:
             raise ConnectionRefusedError(f"nobody listens at {self._uri}. Start one with: pi0 serve RUN") from error

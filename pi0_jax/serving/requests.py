@@ -44,7 +44,7 @@ def read_request(request: Any, robot: Robot, prompt: str | None = None) -> dict[
     """
     if not isinstance(request, dict):
         raise ValueError(f"a request came as {type(request).__name__}; expected a map with images, state and prompt.")
-    observation = {"images": _images(request, robot), "state": _state(request, robot)}
+    observation = {"state": _state(request, robot), "images": _images(request, robot)}
     observation |= {key: request[key] for key in REAL_TIME if key in request}
     told = request.get("prompt", prompt)
     if isinstance(told, (str, bytes)) and len(told) > MAX_PROMPT:
@@ -95,7 +95,7 @@ def _images(request: dict[str, Any], robot: Robot) -> dict[Any, Any]:
         short = next((key.removeprefix(p) for p in PREFIXES if isinstance(key, str) and key.startswith(p)), "")
         if short in names:
             found[short] = image
-    if not found and robot.cameras:
+    if nested is None and not found and robot.cameras:
         keys = sorted(str(key) for key in request if key not in ("state", "prompt"))[:20]
         raise ValueError(
             f"a request has no picture of {robot.name}'s cameras; it has {keys}. Send `images` with "

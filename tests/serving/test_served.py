@@ -167,7 +167,7 @@ def test_requests_that_are_none_are_refused():
     for request, message in (
         ([1], "came as list"),
         ({"images": 3, "state": 1}, "`images` came as int"),
-        ({"images": {"top": IMAGE}, "prompt": "x"}, "lacks the state"),
+        ({"prompt": "x"}, "lacks the state"),
         ({"images": {"top": IMAGE}, "state": 1, "prompt": "x" * 20_000}, "20000 characters"),
     ):
         with pytest.raises(ValueError, match=message):
