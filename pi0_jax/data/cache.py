@@ -83,7 +83,7 @@ def build_cache(
     needed, free = 3 * size**2 * count, shutil.disk_usage(folder).free
     if quality is None and needed > free:
         raise ValueError(
-            f"caching {count} frames takes {needed / 1e6:,.0f} MB; {folder} has {free / 1e6:,.0f} MB left. With "
+            f"caching {count} frames takes {needed / 1e6:,.1f} MB; {folder} has {free / 1e6:,.1f} MB left. With "
             "--jpeg 95 it takes about a tenth."
         )
     with tqdm(total=count, desc=f"caching {source.root.name}", unit="frame", disable=not work) as bar:

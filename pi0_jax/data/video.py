@@ -128,7 +128,7 @@ def decode_once(
         needed, free = math.prod(shape), shutil.disk_usage(folder).free
         if needed > free:
             raise ValueError(
-                f"decoding {name!r} takes {needed / 1e6:,.0f} MB; {folder} has {free / 1e6:,.0f} MB left. "
+                f"decoding {name!r} takes {needed / 1e6:,.1f} MB; {folder} has {free / 1e6:,.1f} MB left. "
                 "Pass a `cache` folder with more room."
             )
         with written(target) as partial:

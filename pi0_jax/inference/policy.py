@@ -25,7 +25,7 @@ from pi0_jax.data.transform import Sample, check_observation, make_transform, to
 from pi0_jax.flow.guidance import Previous
 from pi0_jax.inference.fast import FastNetwork
 from pi0_jax.inference.rewrite import Bits, Read, can_rewrite, from_checkpoint, quantized, read_all, rewrite
-from pi0_jax.model.attention import Kernel, why_not_fused
+from pi0_jax.model.attention import Kernel, report_kernel
 from pi0_jax.model.heads import make_network
 
 _log = logging.getLogger(__name__)
@@ -126,8 +126,7 @@ class Policy:
         config = dataclasses.replace(assets.policy, **changes)
         if attention is not None:
             config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention=attention))
-        if config.model.attention == "cudnn" and (reason := why_not_fused(config.model.dtype)):
-            _log.warning("%s", reason)
+        report_kernel(config.model.attention, config.model.dtype)
         semantics = config.action_semantics | semantics_from_json(assets.norm_stats)
         config = dataclasses.replace(config, action_semantics=semantics)
         stats, tokenizer = stats_from_json(assets.norm_stats, config.robot), Tokenizer(assets.tokenizer)

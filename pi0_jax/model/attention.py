@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Literal
 
 import jax
@@ -13,6 +14,8 @@ MASKED = -2.3819763e38
 
 Kernel = Literal["xla", "cudnn"]
 """See `ModelConfig.attention`."""
+
+_log = logging.getLogger(__name__)
 
 
 def rope_angles(positions: Int[Array, "b t"], head_dim: int, base: float = 10_000.0) -> Float[Array, "b t 1 h/2"]:
@@ -70,6 +73,12 @@ def why_not_fused(dtype) -> str | None:
     if jax.default_backend() != "gpu":
         return f"attention is XLA's: cudnn needs an NVIDIA GPU, and this is {jax.default_backend()}"
     return None if dtype == jnp.bfloat16 else f"attention is XLA's: cudnn takes bfloat16, and the model is {dtype}"
+
+
+def report_kernel(kernel: Kernel, dtype) -> None:
+    """Warns where a kernel that was asked for cannot serve."""
+    if kernel == "cudnn" and (reason := why_not_fused(dtype)):
+        _log.warning("%s", reason)
 
 
 def fused(query, key, value, mask=None, scale: float | None = None, implementation: Kernel = "cudnn"):

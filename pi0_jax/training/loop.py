@@ -16,7 +16,7 @@ from pi0_jax import checkpoint, pi0
 from pi0_jax.batch import Batch
 from pi0_jax.checkpoint import CheckpointWriter
 from pi0_jax.config import HostsConfig, TrainConfig
-from pi0_jax.model.attention import why_not_fused
+from pi0_jax.model.attention import report_kernel
 from pi0_jax.training import hosts, optimizer, sharding
 from pi0_jax.training.compilation import Watch, keep_programs
 from pi0_jax.training.folder import delete_run, open_run
@@ -246,8 +246,7 @@ def _describe(mesh, program: Program, config: TrainConfig):
     held = sharding.bytes_per_device(program.shapes, jax.tree.map(lambda x: x.sharding, program.shapes))
     kind = mesh.devices.flat[0].device_kind
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    if config.policy.model.attention == "cudnn" and (reason := why_not_fused(config.policy.model.dtype)):
-        _log.warning("%s", reason)
+    report_kernel(config.policy.model.attention, config.policy.model.dtype)
     _log.info("devices: %d x %s of %d processes, mesh %s", mesh.size, kind, jax.process_count(), axes)
     _log.info(
         "model: %.3f GB of training state a device\n%s", held / 1e9, table(program.shapes.params, program.shapes.frozen)

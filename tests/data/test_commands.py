@@ -255,7 +255,7 @@ def test_what_a_killed_process_left_is_removed_and_what_a_live_one_writes_is_not
 
 def test_a_cache_that_does_not_fit_is_not_begun(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: types.SimpleNamespace(free=1000))
-    with pytest.raises(ValueError, match=r"caching 34 frames takes 0 MB.*--jpeg 95"):
+    with pytest.raises(ValueError, match=r"caching 34 frames takes 0\.1 MB; .* has 0\.0 MB left\. With --jpeg 95"):
         build_cache(dataset, tmp_path, [CAMERAS[0]], 32)
 
 

@@ -80,10 +80,11 @@ def test_resume_of_a_run_that_was_killed_before_its_first_checkpoint_starts_anew
 
 def test_resume_names_every_field_that_differs(trained):
     other = changed(trained, resume=True, seed=3, optim=OptimConfig(peak_lr=1e-3))
-    with pytest.raises(ValueError, match=r"optim\.peak_lr: 2\.5e-05 then, 0\.001 now\n  seed: 0 then, 3 now"):
+    with pytest.raises(
+        ValueError, match=r"optim\.peak_lr: 2\.5e-05 then, 0\.001 now\n  seed: 0 then, 3 now"
+    ) as refused:
         open_run(other)
-    with pytest.raises(ValueError, match="start anew from the weights: --init-from"):
-        open_run(other)
+    assert "start anew from the weights: --init-from" in str(refused.value)
 
 
 def test_resume_may_change_what_does_not_change_an_update(trained):
