@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from pi0_jax.evaluate.latency import STRATEGIES, Latency, simulate, summary
-from pi0_jax.evaluate.suites import get_suite
+from pi0_jax.evaluate.simulators.suites import get_suite
 from pi0_jax.inference.policy import Policy
 
 CONDITIONS = {

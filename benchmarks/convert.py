@@ -27,8 +27,8 @@ import numpy as np
 
 from pi0_jax.config import PI0, PolicyConfig
 from pi0_jax.convert.formats import Weights
+from pi0_jax.convert.lazy import Tensor, entry_by_entry, write_orbax
 from pi0_jax.convert.leaves import leaves, shape_of, sizes
-from pi0_jax.convert.tensors import Tensor, entry_by_entry, write_orbax
 from pi0_jax.convert.write import foreign_tensors
 
 

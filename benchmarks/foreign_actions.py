@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 
 from pi0_jax.config import ExpertConfig, ModelConfig, PolicyConfig, VisionConfig
-from pi0_jax.convert import agree
 from pi0_jax.convert.formats import Weights
+from pi0_jax.convert.lazy import in_memory
 from pi0_jax.convert.leaves import leaves, shape_of, sizes
-from pi0_jax.convert.tensors import in_memory
+from pi0_jax.convert.verify import agree
 from pi0_jax.convert.write import write_checkpoint
 
 MODEL = ModelConfig(

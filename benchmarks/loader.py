@@ -32,14 +32,14 @@ from av.video.reformatter import VideoReformatter
 
 from pi0_jax.config import DataConfig, ModelConfig, PolicyConfig, TrainConfig, VisionConfig
 from pi0_jax.data.cache import build_cache
-from pi0_jax.data.lerobot import LeRobotDataset, LeRobotWriter
+from pi0_jax.data.lerobot.reader import LeRobotDataset, LeRobotWriter
 from pi0_jax.data.loader import make_loader
 from pi0_jax.data.mixture import Part, open_parts
-from pi0_jax.data.normalize import summarise_source
+from pi0_jax.data.normalization import summarise_source
 from pi0_jax.data.robots import Robot
 from pi0_jax.data.source import Source
-from pi0_jax.data.stats import compute_group_stats
 from pi0_jax.data.tokenizer import Tokenizer
+from pi0_jax.data.tools.stats import compute_group_stats
 from pi0_jax.data.transform import make_transform
 
 FPS = 20

@@ -18,8 +18,8 @@ from pi0_jax.checkpoint import tree_bytes
 from pi0_jax.config import PI0, PI05, OptimConfig, PolicyConfig, TrainConfig, TuneConfig
 from pi0_jax.model.heads import make_network
 from pi0_jax.training.optimizer import make_optimizer
+from pi0_jax.training.partition import divide, flat, frozen_names, with_adapters
 from pi0_jax.training.state import TrainState, create
-from pi0_jax.training.tune import divide, flat, frozen_names, with_adapters
 
 TUNES = {
     "full": TuneConfig(),

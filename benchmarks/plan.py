@@ -66,7 +66,7 @@ def config(row: Row) -> TrainConfig:
 
 def measure(row: Row) -> dict:
     """Makes one plan, in this process."""
-    from pi0_jax.training.plan import make_plan
+    from pi0_jax.plan.estimate import make_plan
 
     plan = make_plan(config(row), row.topology)
     sent = sum(plan.sent.values())

@@ -30,10 +30,10 @@ import tyro
 from websockets.asyncio.client import connect
 
 from pi0_jax.evaluate.rollout import roll_out, wilson
-from pi0_jax.evaluate.suites import get_suite
+from pi0_jax.evaluate.simulators.suites import get_suite
 from pi0_jax.inference.policy import Policy
 from pi0_jax.serving.client import Client
-from pi0_jax.serving.wire import pack, unpack
+from pi0_jax.serving.msgpack_numpy import pack, unpack
 
 Run = Annotated[Path, tyro.conf.Positional]
 QUESTIONS = 50

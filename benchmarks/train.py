@@ -296,13 +296,13 @@ def ours(case: Case) -> tuple[Any, dict[str, float]]:
         TuneConfig,
         VisionConfig,
     )
-    from pi0_jax.data.normalize import NormStats
+    from pi0_jax.data.normalization import NormStats
     from pi0_jax.data.robots import get_robot
     from pi0_jax.training import sharding
     from pi0_jax.training.inputs import trained_model
     from pi0_jax.training.metrics import seconds_at_peak
+    from pi0_jax.training.partition import flat, with_adapters
     from pi0_jax.training.program import build
-    from pi0_jax.training.tune import flat, with_adapters
 
     size = SIZES[case.size]
     model = ModelConfig(

@@ -23,7 +23,7 @@ import tyro
 from tqdm import tqdm
 
 from pi0_jax.config import MeshConfig, TrainConfig
-from pi0_jax.experiment import load_config
+from pi0_jax.config_file import load_config
 
 COMMANDS = {
     "train": ("training", "train a policy: pi0 train configs/tabletop.py --batch-size 64"),
@@ -36,11 +36,11 @@ COMMANDS = {
         "write a policy's programs and weights for machines without this package: pi0 export RUN DIR",
     ),
     "plan": (
-        "training",
+        "plan",
         "say what training takes on devices that need not be there: pi0 plan configs/mine.py --topology h100:8",
     ),
     "reflow": ("training", "straighten a policy's flow, for fewer steps: pi0 reflow runs/tabletop runs/straight"),
-    "compare": ("study", "train and compare kinds of policies: pi0 compare configs/compare_tabletop.py"),
+    "compare": ("compare", "train and compare kinds of policies: pi0 compare configs/compare_tabletop.py"),
     "record": ("evaluate", "record demonstrations in the tabletop simulator: pi0 record data/tabletop"),
     "convert": (
         "convert",
@@ -157,7 +157,7 @@ def _plan(args: list[str]) -> int:
         return 0 if args[:1] in (["-h"], ["--help"]) else 2
     args = list(args)
     topology = _take(args, "--topology")
-    from pi0_jax.training.commands import plan
+    from pi0_jax.plan.commands import plan
 
     plan(_experiment(args, "plan"), topology)
     return 0

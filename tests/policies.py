@@ -8,7 +8,7 @@ import numpy as np
 
 from pi0_jax.checkpoint import Assets, CheckpointWriter
 from pi0_jax.config import DataConfig, PolicyConfig, TrainConfig
-from pi0_jax.data.normalize import NormStats, stats_to_json
+from pi0_jax.data.normalization import NormStats, stats_to_json
 from pi0_jax.data.tokenizer import Tokenizer
 from pi0_jax.model.heads import make_network
 from pi0_jax.pi0 import init_params

@@ -10,7 +10,7 @@ import pytest
 
 from pi0_jax import cli
 from pi0_jax.config import CompareConfig, TrainConfig
-from pi0_jax.experiment import load_config
+from pi0_jax.config_file import load_config
 
 ROOT = Path(__file__).parents[1]
 

@@ -15,11 +15,11 @@ import tyro
 
 from pi0_jax import pi0
 from pi0_jax.config import TrainConfig
+from pi0_jax.config_file import load_config
 from pi0_jax.data.robots import get_robot
-from pi0_jax.experiment import load_config
 from pi0_jax.inference.policy import Policy
+from pi0_jax.serving.backend import RobotPolicy
 from pi0_jax.serving.client import Client
-from pi0_jax.serving.served import RobotPolicy
 from pi0_jax.training import loop
 from tests.serving.fake import serving
 

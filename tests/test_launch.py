@@ -15,7 +15,7 @@ import tyro
 import yaml
 
 from pi0_jax.config import MeshConfig, TrainConfig
-from pi0_jax.experiment import load_config
+from pi0_jax.config_file import load_config
 from pi0_jax.training import sharding
 
 ROOT = Path(__file__).parents[1]

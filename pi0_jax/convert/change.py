@@ -13,8 +13,8 @@ import numpy as np
 
 from pi0_jax.config import ModelConfig
 from pi0_jax.convert.formats import Choices, Weights
+from pi0_jax.convert.lazy import Index, Tensor, Tensors, entry_by_entry, in_memory
 from pi0_jax.convert.leaves import is_velocity_expert, leaves, shape_of, sizes
-from pi0_jax.convert.tensors import Index, Tensor, Tensors, entry_by_entry, in_memory
 from pi0_jax.model import lora
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}

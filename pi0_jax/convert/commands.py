@@ -10,11 +10,11 @@ from typing import Annotated, Literal
 import tyro
 
 from pi0_jax.config import ExpertConfig, ModelConfig
-from pi0_jax.convert.agree import Framework
 from pi0_jax.convert.describe import describe, differences, text
 from pi0_jax.convert.formats import Choices, open_checkpoint
 from pi0_jax.convert.run import convert as run
 from pi0_jax.convert.run import disagreement
+from pi0_jax.convert.verify.agree import Framework
 
 Choice = Annotated[Choices, tyro.conf.arg(name="")]
 DEFAULT = Choices()

@@ -29,9 +29,7 @@ from pi0_jax import checkpoint
 from pi0_jax.config import ModelConfig, PolicyConfig, TrainConfig
 from pi0_jax.convert import lerobot, openpi, remote, torch
 from pi0_jax.convert.files import RECORD, Format, detect, read_json
-from pi0_jax.convert.leaves import Sizes, is_velocity_expert, leaves, model_of, sizes
-from pi0_jax.convert.table import Rule, bind, infer_sizes, to_ours
-from pi0_jax.convert.tensors import (
+from pi0_jax.convert.lazy import (
     Index,
     Tensor,
     Tensors,
@@ -41,6 +39,8 @@ from pi0_jax.convert.tensors import (
     open_safetensors,
     read_all,
 )
+from pi0_jax.convert.leaves import Sizes, is_velocity_expert, leaves, model_of, sizes
+from pi0_jax.convert.rules import Rule, bind, infer_sizes, to_ours
 from pi0_jax.data.robots import get_robot
 from pi0_jax.data.tokenizer import Tokenizer
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from pi0_jax.config import PolicyConfig
 from pi0_jax.convert.files import read_json, write_json
-from pi0_jax.convert.tensors import Tensor, in_memory, open_safetensors, read_all, write_safetensors
+from pi0_jax.convert.lazy import Tensor, in_memory, open_safetensors, read_all, write_safetensors
 
 STATE, ACTION, IMAGES = "observation.state", "action", "observation.images."
 _MODES: dict[str, Literal["zscore", "quantile"]] = {"MEAN_STD": "zscore", "QUANTILES": "quantile"}

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from pi0_jax.config import ModelConfig
 from pi0_jax.convert.leaves import EXPERTS
-from pi0_jax.convert.table import Rule
+from pi0_jax.convert.rules import Rule
 
 _BLOCK = "PaliGemma/img/Transformer/encoderblock"
 _LLM = "PaliGemma/llm"

@@ -21,14 +21,15 @@ from typing import Any, Literal
 import numpy as np
 
 from pi0_jax import checkpoint
+from pi0_jax.atomic import lives
 from pi0_jax.config import ModelConfig
-from pi0_jax.convert import agree, change
+from pi0_jax.convert import change
 from pi0_jax.convert.files import RECORD, Format, detect, read_json, write_json
 from pi0_jax.convert.formats import Choices, Weights, open_checkpoint, parameters
+from pi0_jax.convert.lazy import Tensor, pieces, rows_per_piece
 from pi0_jax.convert.remote import is_remote
-from pi0_jax.convert.tensors import Tensor, pieces, rows_per_piece
+from pi0_jax.convert.verify import agree
 from pi0_jax.convert.write import lost, write_checkpoint
-from pi0_jax.partial import lives
 
 _log = logging.getLogger(__name__)
 

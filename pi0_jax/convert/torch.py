@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from pi0_jax.config import ModelConfig
 from pi0_jax.convert.leaves import EXPERTS
-from pi0_jax.convert.table import Rule
+from pi0_jax.convert.rules import Rule
 
 _PALIGEMMA = "paligemma_with_expert.paligemma"
 _VISION = f"{_PALIGEMMA}.model.vision_tower.vision_model"

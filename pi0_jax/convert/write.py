@@ -11,9 +11,9 @@ from pi0_jax import checkpoint
 from pi0_jax.convert import lerobot, openpi, torch
 from pi0_jax.convert.files import Format, write_json
 from pi0_jax.convert.formats import Weights
+from pi0_jax.convert.lazy import Index, Tensor, Tensors, write_orbax, write_safetensors
 from pi0_jax.convert.leaves import is_velocity_expert, leaves, sizes
-from pi0_jax.convert.table import from_ours
-from pi0_jax.convert.tensors import Index, Tensor, Tensors, write_orbax, write_safetensors
+from pi0_jax.convert.rules import from_ours
 
 
 def write_checkpoint(weights: Weights, folder: Path, kind: Format, asset_id: str | None = None) -> None:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 from pi0_jax.batch import Batch
 from pi0_jax.config import AugmentConfig
-from pi0_jax.data.normalize import Mode, NormStats, Stats, affine
+from pi0_jax.data.normalization import Mode, NormStats, Stats, affine
 from pi0_jax.data.robots import Robot
 
 Images = Float[Array, "b h w 3"]

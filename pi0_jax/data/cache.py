@@ -28,10 +28,10 @@ import PIL.Image
 from jaxtyping import Int, UInt8
 from tqdm import tqdm
 
+from pi0_jax.atomic import written
 from pi0_jax.data.source import BadEpisode, Rows, Source
 from pi0_jax.data.transform import resize_with_pad
 from pi0_jax.data.video import decode_picture
-from pi0_jax.partial import written
 
 FRAMES_PER_SHARD = 2048
 DECODED_AT_ONCE = 64

@@ -14,14 +14,14 @@ import tyro
 
 from pi0_jax.config import DatasetConfig, TrainConfig
 from pi0_jax.data.cache import build_cache
-from pi0_jax.data.check import check_part
-from pi0_jax.data.convert import convert
+from pi0_jax.data.lerobot.merge import convert
 from pi0_jax.data.mixture import Part, open_parts, open_source
-from pi0_jax.data.normalize import save_json, stats_to_json
+from pi0_jax.data.normalization import save_json, stats_to_json
 from pi0_jax.data.robots import get_robot, semantics_of
-from pi0_jax.data.show import show
 from pi0_jax.data.source import Source
-from pi0_jax.data.stats import compute_group_stats
+from pi0_jax.data.tools.check import check_part
+from pi0_jax.data.tools.show import show
+from pi0_jax.data.tools.stats import compute_group_stats
 
 Path_ = Annotated[Path, tyro.conf.Positional]
 Config = Annotated[Path, tyro.conf.Positional]
@@ -212,7 +212,7 @@ def convert_(args: Convert, config: TrainConfig) -> None:
 
 def robot_(args: Robot, _: None) -> None:
     """Runs `pi0 data robot`; errors as of `stats`."""
-    from pi0_jax.data.lerobot import LeRobotDataset
+    from pi0_jax.data.lerobot.reader import LeRobotDataset
 
     if args.output.exists():
         raise FileExistsError(f"{args.output} exists. Choose another file with --output.")

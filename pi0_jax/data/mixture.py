@@ -19,8 +19,8 @@ from jaxtyping import Int
 
 from pi0_jax.config import DataConfig, DatasetConfig, PolicyConfig
 from pi0_jax.data.cache import CachedFrames
-from pi0_jax.data.lerobot import LeRobotDataset, find_dataset
-from pi0_jax.data.rlds import PRESETS, RldsDataset
+from pi0_jax.data.lerobot.reader import LeRobotDataset, find_dataset
+from pi0_jax.data.rlds.reader import PRESETS, RldsDataset
 from pi0_jax.data.robots import Robot, get_robot
 from pi0_jax.data.source import ACTION, STATE, Renamed, Source, close_to
 

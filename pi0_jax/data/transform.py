@@ -24,8 +24,8 @@ from jaxtyping import UInt8
 
 from pi0_jax.batch import Observation
 from pi0_jax.config import PolicyConfig
-from pi0_jax.data import normalize as normalization
-from pi0_jax.data.normalize import Mode, Stats
+from pi0_jax.data import normalization as normalization
+from pi0_jax.data.normalization import Mode, Stats
 from pi0_jax.data.robots import Robot, semantics_of
 from pi0_jax.data.tokenizer import Tokenizer
 

@@ -24,7 +24,7 @@ from av.video.reformatter import VideoReformatter
 from jaxtyping import Float, Int, UInt8
 from tqdm import tqdm
 
-from pi0_jax.partial import written
+from pi0_jax.atomic import written
 
 KEY_FRAME_EVERY = 2
 PRESET = "veryfast"

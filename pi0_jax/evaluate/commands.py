@@ -15,7 +15,7 @@ import tyro
 from pi0_jax.evaluate.latency import STRATEGIES, Latency, describe, simulate, summary
 from pi0_jax.evaluate.report import encode_mp4, write_report
 from pi0_jax.evaluate.rollout import roll_out, table
-from pi0_jax.evaluate.suites import get_suite
+from pi0_jax.evaluate.simulators.suites import get_suite
 from pi0_jax.inference.files import format_chunk, load_observation, plot_chunk, save_observation
 from pi0_jax.inference.policy import Policy
 
@@ -256,7 +256,7 @@ def report(args: Report) -> None:
 def record(args: Record) -> None:
     """Runs `pi0 record`; errors as in `infer`."""
     try:
-        from pi0_jax.envs.record import record as record_episodes
+        from pi0_jax.evaluate.simulators.tabletop.record import record as record_episodes
     except ImportError as error:
         raise ValueError("recording needs the simulator: pip install pi0_jax[sim]") from error
     summary = record_episodes(args.path, args.episodes, args.split, args.seed, overwrite=args.overwrite, env=args.env)

@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from pi0_jax.config import RealTimeConfig
 from pi0_jax.evaluate.rollout import check_run, wilson
-from pi0_jax.evaluate.suites import Episode, Suite
-from pi0_jax.inference.chunking import Player, Strategy, real_time, receding_horizon, temporal_ensemble
+from pi0_jax.evaluate.simulators.suites import Episode, Suite
 from pi0_jax.inference.policy import Policy
+from pi0_jax.inference.realtime.player import Player, Strategy, real_time, receding_horizon, temporal_ensemble
 
 STRATEGIES: dict[str, tuple[Callable[[int], Strategy], RealTimeConfig | None]] = {
     "synchronous": (receding_horizon, None),

@@ -23,11 +23,11 @@ from tqdm import tqdm
 
 from pi0_jax import checkpoint
 from pi0_jax.config import TrainConfig
-from pi0_jax.data.lerobot import ACTION, STATE, LeRobotDataset
+from pi0_jax.data.lerobot.reader import ACTION, STATE, LeRobotDataset
 from pi0_jax.data.loader import valid_steps
 from pi0_jax.data.video import VideoWriter
 from pi0_jax.evaluate.rollout import Outcome, Rollout, roll_out, wilson
-from pi0_jax.evaluate.suites import Suite
+from pi0_jax.evaluate.simulators.suites import Suite
 from pi0_jax.inference.policy import Policy
 
 STEPS = (10, 4, 2, 1)

@@ -13,7 +13,7 @@ import numpy as np
 from scipy.stats import binomtest
 from tqdm import tqdm
 
-from pi0_jax.evaluate.suites import Episode, Suite
+from pi0_jax.evaluate.simulators.suites import Episode, Suite
 from pi0_jax.inference.policy import Policy
 
 

@@ -21,10 +21,10 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from pi0_jax.data.normalize import affine
+from pi0_jax.atomic import written
+from pi0_jax.data.normalization import affine
 from pi0_jax.data.robots import semantics_of
 from pi0_jax.inference.policy import Policy, prompt_lengths
-from pi0_jax.partial import written
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 

@@ -18,7 +18,7 @@ from jaxtyping import Float, PRNGKeyArray
 from pi0_jax import checkpoint, pi0
 from pi0_jax.batch import Observation
 from pi0_jax.config import PolicyConfig
-from pi0_jax.data.normalize import Stats, semantics_from_json, stats_from_json
+from pi0_jax.data.normalization import Stats, semantics_from_json, stats_from_json
 from pi0_jax.data.robots import Robot, get_robot
 from pi0_jax.data.tokenizer import Tokenizer
 from pi0_jax.data.transform import Sample, check_observation, make_transform, to_observation

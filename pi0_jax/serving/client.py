@@ -16,7 +16,7 @@ from typing import Any
 from websockets.exceptions import ConnectionClosed, InvalidMessage, InvalidStatus, InvalidURI
 from websockets.sync.client import ClientConnection, connect
 
-from pi0_jax.serving.wire import pack, unpack
+from pi0_jax.serving.msgpack_numpy import pack, unpack
 
 
 class ServerError(RuntimeError):

@@ -16,10 +16,10 @@ import tyro
 
 from pi0_jax.inference.policy import Policy
 from pi0_jax.serving import logs
-from pi0_jax.serving.access import check_address, check_free, read_token, tls_context
-from pi0_jax.serving.served import RobotPolicy, describe_for_roboarena
+from pi0_jax.serving.auth import check_address, check_free, read_token, tls_context
+from pi0_jax.serving.backend import RobotPolicy, describe_for_roboarena
+from pi0_jax.serving.msgpack_numpy import Limits
 from pi0_jax.serving.server import PolicyServer, Settings
-from pi0_jax.serving.wire import Limits
 
 if TYPE_CHECKING:
     from pi0_jax.serving.replicas import Fleet
@@ -172,7 +172,7 @@ def _check_vla_eval(args: Serve, guarded: bool) -> None:
     if guarded:
         raise ValueError("vla-eval's protocol knows no token and no TLS. Use --host 127.0.0.1 and a tunnel (ssh -L).")
     try:
-        import pi0_jax.serving.harness  # noqa: F401
+        import pi0_jax.serving.vla_eval  # noqa: F401
     except ImportError as error:
         raise ValueError(f"--protocol vla-eval needs the harness: pip install 'pi0_jax[vla-eval]' ({error})") from error
 
@@ -181,7 +181,7 @@ def _serve_vla_eval(served: RobotPolicy, args: Serve) -> None:
     import anyio
     from vla_eval.model_servers.serve import serve_async
 
-    from pi0_jax.serving.harness import Pi0ModelServer
+    from pi0_jax.serving.vla_eval import Pi0ModelServer
 
     server = Pi0ModelServer(served)
 

@@ -20,7 +20,7 @@ from ray.exceptions import RayActorError  # pyright: ignore[reportMissingImports
 from pi0_jax import checkpoint
 from pi0_jax.data.robots import get_robot
 from pi0_jax.inference.policy import Policy, check_batch_sizes
-from pi0_jax.serving.served import Prepared, RobotPolicy, check_request, describe
+from pi0_jax.serving.backend import Prepared, RobotPolicy, check_request, describe
 from pi0_jax.serving.session import Session
 
 log = logging.getLogger(__name__)

@@ -26,13 +26,13 @@ from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
-from pi0_jax.serving import page
-from pi0_jax.serving.access import check_address, is_authorized, is_loopback
+from pi0_jax.serving import status_page
+from pi0_jax.serving.auth import check_address, is_authorized, is_loopback
+from pi0_jax.serving.backend import Served
 from pi0_jax.serving.batcher import Batcher, Refused, Stopping
 from pi0_jax.serving.metrics import Metrics
-from pi0_jax.serving.served import Served
+from pi0_jax.serving.msgpack_numpy import Limits, WireError, pack, unpack
 from pi0_jax.serving.session import Session
-from pi0_jax.serving.wire import Limits, WireError, pack, unpack
 
 log = logging.getLogger(__name__)
 
@@ -345,8 +345,8 @@ class PolicyServer:
         if path == "/metrics":
             return _response(connection, generate_latest(self.metrics.registry), {"Content-Type": CONTENT_TYPE_LATEST})
         numbers = (self.state, self.policy.metadata, self.metrics, self._clients, self._batcher.waiting)
-        text = await asyncio.to_thread(page.render, *numbers)
-        return _response(connection, text.encode(), page.HEADERS)
+        text = await asyncio.to_thread(status_page.render, *numbers)
+        return _response(connection, text.encode(), status_page.HEADERS)
 
     def _spawn(self, work) -> asyncio.Task:
         task = asyncio.ensure_future(work)

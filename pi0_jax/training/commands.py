@@ -1,4 +1,4 @@
-"""What `pi0 reflow` and `pi0 plan` do; a dataclass is a command line."""
+"""What `pi0 reflow` does; a dataclass is a command line."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from typing import Annotated
 import tyro
 
 from pi0_jax import checkpoint
-from pi0_jax.config import TrainConfig
 from pi0_jax.training.loop import run
-from pi0_jax.training.plan import describe, find_fitting, make_plan
 
 Positional = Annotated[Path, tyro.conf.Positional]
 
@@ -90,21 +88,3 @@ def reflow(args: Reflow) -> None:
             num_steps=args.num_steps,
         )
     )
-
-
-def plan(config: TrainConfig, topology: str | None) -> None:
-    """Runs `pi0 plan`: prints the plan of a run, and where it does not fit, that of the nearest one that does.
-
-    Raises:
-        ValueError: see `training.plan.make_plan`.
-    """
-    first = make_plan(config, topology)
-    print(describe(first), flush=True)
-    if first.fits:
-        return
-    print("\nIt does not fit. Looking for the nearest settings that do ...", flush=True)
-    found = find_fitting(config, first)
-    if found is None:
-        print("None of those that this command knows do: take more devices.")
-    else:
-        print(f"\nThis fits: {found[0]}\n\n{describe(found[1])}")

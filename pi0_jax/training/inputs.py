@@ -15,10 +15,10 @@ from pi0_jax.checkpoint import Assets
 from pi0_jax.config import AugmentConfig, DatasetConfig, ModelConfig, TrainConfig
 from pi0_jax.data.loader import Loader, eval_batches, make_loader
 from pi0_jax.data.mixture import Part, open_part, open_parts
-from pi0_jax.data.normalize import Stats, read_stats_file, semantics_from_json, stats_from_json, stats_to_json
+from pi0_jax.data.normalization import Stats, read_stats_file, semantics_from_json, stats_from_json, stats_to_json
 from pi0_jax.data.robots import Robot, get_robot, semantics_of
-from pi0_jax.data.stats import compute_group_stats
 from pi0_jax.data.tokenizer import Tokenizer
+from pi0_jax.data.tools.stats import compute_group_stats
 from pi0_jax.data.transform import make_transform
 
 _log = logging.getLogger(__name__)

@@ -17,18 +17,18 @@ from pi0_jax.batch import Batch
 from pi0_jax.checkpoint import CheckpointWriter
 from pi0_jax.config import HostsConfig, TrainConfig
 from pi0_jax.model.attention import report_kernel
-from pi0_jax.training import hosts, optimizer, sharding
+from pi0_jax.training import multihost, optimizer, sharding
 from pi0_jax.training.compilation import Watch, keep_programs
-from pi0_jax.training.folder import delete_run, open_run
 from pi0_jax.training.guard import Diverged
+from pi0_jax.training.init_weights import check_start, first_weights
 from pi0_jax.training.inputs import Inputs, load_inputs
 from pi0_jax.training.interrupt import Interrupted, StopRequest
 from pi0_jax.training.metrics import Reporter, seconds_at_peak
+from pi0_jax.training.partition import flat, table, with_adapters
 from pi0_jax.training.profiling import Profile
 from pi0_jax.training.program import Program, build
-from pi0_jax.training.start import check_start, first_weights
+from pi0_jax.training.run_dir import delete_run, open_run
 from pi0_jax.training.state import TrainState, join, split
-from pi0_jax.training.tune import flat, table, with_adapters
 
 _log = logging.getLogger(__name__)
 
@@ -53,11 +53,11 @@ def run(config: TrainConfig) -> Path:
             `config.skip_in_total` allow. Nothing is saved from then on.
         Interrupted: SIGINT or SIGTERM came to any process; the state is saved.
 
-    One process of several that fails alone ends without returning: see `hosts.ended_together`.
+    One process of several that fails alone ends without returning: see `multihost.ended_together`.
     """
-    hosts.connect(config.hosts)
+    multihost.connect(config.hosts)
     advice = "Continue with --resume, once all processes are gone."
-    with hosts.ended_together((Diverged, Interrupted), advice):
+    with multihost.ended_together((Diverged, Interrupted), advice):
         return _run(config)
 
 
@@ -85,13 +85,13 @@ def _run(config: TrainConfig) -> Path:
     Profile(config.profile, run_dir)
     keep_programs(config.compilation_cache)
     source = open_run(config)
-    hosts.require_same("configuration and newest checkpoint", repr((_shared(config), source)).encode())
+    multihost.require_same("configuration and newest checkpoint", repr((_shared(config), source)).encode())
     resumed = None if source is None else checkpoint.load_assets(source)
     initial = None if config.init_from is None or source is not None else checkpoint.load_assets(config.init_from)
     rows = sharding.local_rows(batch_placement, config.batch_size)
-    with hosts.first_before_others("demonstrations"):
+    with multihost.first_before_others("demonstrations"):
         inputs = load_inputs(config, resumed=resumed, initial=initial, rows=rows)
-    hosts.require_same("the demonstrations", repr((inputs.assets.norm_stats, inputs.assets.tokenizer)).encode())
+    multihost.require_same("the demonstrations", repr((inputs.assets.norm_stats, inputs.assets.tokenizer)).encode())
 
     program = build(config, mesh, inputs.robot, inputs.stats, rows)
     check_start(config, program.shapes)
@@ -99,8 +99,8 @@ def _run(config: TrainConfig) -> Path:
     frozen = (
         () if config.reflow_from is None else (checkpoint.restore_params(config.reflow_from, program.shapes.weights),)
     )
-    with hosts.first_before_others("overwrite"):
-        if config.overwrite and hosts.is_first():
+    with multihost.first_before_others("overwrite"):
+        if config.overwrite and multihost.is_first():
             delete_run(run_dir)
     with CheckpointWriter(
         run_dir, config.keep_checkpoints, keep_every=config.keep_every, keep_best=config.keep_best
@@ -179,11 +179,11 @@ def _train(
     writer: CheckpointWriter, mesh: Mesh,
 ) -> Path:  # fmt: skip
     step, seed = int(state.step), np.uint32(config.seed)
-    saved, vote = step, hosts.Vote(mesh)
+    saved, vote = step, multihost.Vote(mesh)
     reporter = Reporter(
         run_dir, start=step, num_steps=config.num_steps, batch_size=config.batch_size, log_every=config.log_every,
         gauges=getattr(inputs.loader, "gauges", dict), skips=(config.skip_in_row, config.skip_in_total),
-        ideal_seconds=seconds_at_peak(config, mesh, flat(program.shapes.frozen)), write=hosts.is_first(),
+        ideal_seconds=seconds_at_peak(config, mesh, flat(program.shapes.frozen)), write=multihost.is_first(),
     )  # fmt: skip
     signal = None
     watch, profile = Watch(), Profile(config.profile, run_dir / "profile")

@@ -19,7 +19,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers
 
 from pi0_jax.config import OptimConfig
-from pi0_jax.training.rounding import scale_by_adam_8bit
+from pi0_jax.training.low_precision import scale_by_adam_8bit
 
 _BATCH = {"layers", "stack"}
 _HIDDEN = {"embed", "embed_out", "heads", "kv_heads", "head_dim", "mlp"}

@@ -17,14 +17,14 @@ from pi0_jax import pi0
 from pi0_jax.batch import Batch
 from pi0_jax.config import FlowConfig, TrainConfig
 from pi0_jax.data.augment import augment
-from pi0_jax.data.normalize import Stats
+from pi0_jax.data.normalization import Stats
 from pi0_jax.data.robots import Robot
 from pi0_jax.model.heads import Network, make_network
 from pi0_jax.training import optimizer, sharding
 from pi0_jax.training.inputs import trained_augment, trained_model
+from pi0_jax.training.partition import divide, flat, frozen_names, unite
 from pi0_jax.training.state import TrainState, create
 from pi0_jax.training.step import Metrics, make_update
-from pi0_jax.training.tune import divide, flat, frozen_names, unite
 
 
 class Program(NamedTuple):

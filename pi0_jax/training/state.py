@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from pi0_jax.training.tune import divide, flat, rounded, unite
+from pi0_jax.training.partition import divide, flat, rounded, unite
 
 
 class TrainState(NamedTuple):

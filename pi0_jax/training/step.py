@@ -17,7 +17,7 @@ import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from pi0_jax.batch import Batch
-from pi0_jax.training.rounding import average
+from pi0_jax.training.low_precision import average
 from pi0_jax.training.state import TrainState
 
 Draw = Callable[[Batch, PRNGKeyArray], tuple[Any, Int[Array, ""]]]

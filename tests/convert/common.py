@@ -11,8 +11,8 @@ from flax.traverse_util import flatten_dict
 
 from pi0_jax.config import BinConfig, CompactConfig, ExpertConfig, ModelConfig, PolicyConfig
 from pi0_jax.convert.formats import Weights
+from pi0_jax.convert.lazy import in_memory
 from pi0_jax.convert.leaves import leaves, shape_of, sizes
-from pi0_jax.convert.tensors import in_memory
 from pi0_jax.convert.write import write_checkpoint
 from pi0_jax.model.heads import make_network
 from pi0_jax.pi0 import init_params

@@ -12,7 +12,7 @@ import pytest
 from pi0_jax.batch import Observation
 from pi0_jax.convert.change import grow, merge_lora
 from pi0_jax.convert.formats import Choices, params_of
-from pi0_jax.convert.tensors import in_memory, read_all
+from pi0_jax.convert.lazy import in_memory, read_all
 from pi0_jax.model.velocity import VelocityNetwork
 from pi0_jax.pi0 import sample_actions
 from tests.convert.common import tiny_weights

@@ -11,8 +11,8 @@ import pytest
 from pi0_jax import checkpoint
 from pi0_jax.convert.describe import describe, differences, text
 from pi0_jax.convert.formats import Choices, open_checkpoint
+from pi0_jax.convert.lazy import in_memory, open_orbax, open_safetensors, read_all, write_orbax, write_safetensors
 from pi0_jax.convert.run import convert
-from pi0_jax.convert.tensors import in_memory, open_orbax, open_safetensors, read_all, write_orbax, write_safetensors
 from pi0_jax.convert.write import foreign_tensors, write_checkpoint
 from tests.convert.common import DTYPES, MODELS, STATS, save_tiny, tiny_model, tiny_weights
 

@@ -11,8 +11,7 @@ from pi0_jax import cli
 from pi0_jax.config import ExpertConfig
 from pi0_jax.convert import formats
 from pi0_jax.convert.formats import Choices, open_checkpoint
-from pi0_jax.convert.run import convert
-from pi0_jax.convert.tensors import (
+from pi0_jax.convert.lazy import (
     in_memory,
     open_npz,
     open_orbax,
@@ -21,6 +20,7 @@ from pi0_jax.convert.tensors import (
     write_orbax,
     write_safetensors,
 )
+from pi0_jax.convert.run import convert
 from pi0_jax.convert.write import foreign_tensors, write_checkpoint
 from tests.conftest import tiny_config
 from tests.convert.common import save_tiny, tiny_weights, tiny_weights_of_head

@@ -14,8 +14,8 @@ import pytest
 from pi0_jax import cli
 from pi0_jax.convert.describe import differences
 from pi0_jax.convert.formats import Choices, open_checkpoint
+from pi0_jax.convert.lazy import in_memory
 from pi0_jax.convert.run import convert
-from pi0_jax.convert.tensors import in_memory
 from pi0_jax.convert.write import write_checkpoint
 from pi0_jax.data.tokenizer import Tokenizer
 from tests.convert.common import save_tiny, tiny_weights

@@ -12,7 +12,7 @@ from pi0_jax.batch import Batch, Observation
 from pi0_jax.config import AugmentConfig
 from pi0_jax.data import augment as module
 from pi0_jax.data.augment import SYMMETRIES, augment, symmetry_matrices, turn_images
-from pi0_jax.data.normalize import NormStats, normalize_values, unnormalize_values
+from pi0_jax.data.normalization import NormStats, normalize_values, unnormalize_values
 from pi0_jax.data.robots import get_robot
 
 ROBOT = get_robot("tabletop")

@@ -12,17 +12,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from pi0_jax import cli
+from pi0_jax.atomic import partial_path, written
 from pi0_jax.data.cache import CachedFrames, build_cache
-from pi0_jax.data.check import _check_outside, _check_ranges
 from pi0_jax.data.commands import _model_cameras
-from pi0_jax.data.convert import convert
-from pi0_jax.data.lerobot import LeRobotDataset, LeRobotWriter
-from pi0_jax.data.normalize import _finish, compute_stats, load_stats, semantics_from_json
+from pi0_jax.data.lerobot.merge import convert
+from pi0_jax.data.lerobot.reader import LeRobotDataset, LeRobotWriter
+from pi0_jax.data.normalization import _finish, compute_stats, load_stats, semantics_from_json
 from pi0_jax.data.robots import get_robot
-from pi0_jax.data.show import _log_to_rerun
 from pi0_jax.data.sketch import summarise
 from pi0_jax.data.source import BadEpisode, Renamed
-from pi0_jax.partial import partial_path, written
+from pi0_jax.data.tools.check import _check_outside, _check_ranges
+from pi0_jax.data.tools.show import _log_to_rerun
 from tests.data.conftest import FEATURES, episode, write
 from tests.data.formats import CAMERAS, RLDS_KEYS, write_rlds, write_v2
 
@@ -236,7 +236,7 @@ def test_a_stopped_cache_goes_on_and_a_changed_video_makes_it_invalid(copy, tmp_
 
 
 def test_what_a_killed_process_left_is_removed_and_what_a_live_one_writes_is_not(tmp_path):
-    kill = "import os, sys\nfrom pathlib import Path\nfrom pi0_jax.partial import partial_path\n"
+    kill = "import os, sys\nfrom pathlib import Path\nfrom pi0_jax.atomic import partial_path\n"
     kill += "path = partial_path(Path(sys.argv[1]))\n(path / 'a').mkdir(parents=True)\nos.kill(os.getpid(), 9)"
     for name in ("data", "data.other"):
         subprocess.run([sys.executable, "-c", kill, str(tmp_path / name)], check=False)
@@ -301,7 +301,7 @@ def test_the_cache_command_says_what_a_frame_takes(dataset, run, tmp_path):
 def sources(tmp_path):
     yield LeRobotDataset(write_v2(tmp_path / "v2"), decoding="random"), (0, 1, 2, 3, 4)
     pytest.importorskip("tensorflow_datasets")
-    from pi0_jax.data.rlds import RldsDataset
+    from pi0_jax.data.rlds.reader import RldsDataset
 
     yield Renamed(RldsDataset(write_rlds(tmp_path / "rlds"), 5), RLDS_KEYS), (0, 2, 4, 1, 3)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from pi0_jax.data.lerobot import BOOKKEEPING, LeRobotDataset, LeRobotWriter
+from pi0_jax.data.lerobot.reader import BOOKKEEPING, LeRobotDataset, LeRobotWriter
 from tests.data.conftest import FEATURES, LENGTHS, TASKS, episode, write
 
 PARQUETS = (

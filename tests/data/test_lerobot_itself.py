@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pi0_jax.data.convert import convert
-from pi0_jax.data.lerobot import LeRobotDataset
-from pi0_jax.data.rlds import RldsDataset
+from pi0_jax.data.lerobot.merge import convert
+from pi0_jax.data.lerobot.reader import LeRobotDataset
+from pi0_jax.data.rlds.reader import RldsDataset
 from pi0_jax.data.source import Renamed
 from tests.data.formats import RLDS_KEYS, write_rlds, write_v2
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(
 
 def record(root: Path) -> None:
     pytest.importorskip("mujoco", reason="the simulator is not installed: pip install pi0_jax[sim]")
-    from pi0_jax.envs.record import record
+    from pi0_jax.evaluate.simulators.tabletop.record import record
 
     record(root, num_episodes=4, workers=1)
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from pi0_jax.data import loader as loading
-from pi0_jax.data.lerobot import LeRobotDataset, LeRobotWriter
+from pi0_jax.data.lerobot.reader import LeRobotDataset, LeRobotWriter
 from pi0_jax.data.mixture import Part
-from pi0_jax.data.normalize import compute_stats, unnormalize_values
+from pi0_jax.data.normalization import compute_stats, unnormalize_values
 from pi0_jax.data.robots import get_robot
 from pi0_jax.data.tokenizer import Tokenizer
 from pi0_jax.data.transform import make_transform

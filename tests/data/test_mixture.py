@@ -10,13 +10,13 @@ import pytest
 
 from pi0_jax.config import DataConfig, DatasetConfig
 from pi0_jax.data.cache import CachedFrames, build_cache
-from pi0_jax.data.lerobot import LeRobotDataset
+from pi0_jax.data.lerobot.reader import LeRobotDataset
 from pi0_jax.data.loader import eval_batches, make_loader
 from pi0_jax.data.mixture import BLOCK, FrameOrder, Stream, apportion, open_parts
-from pi0_jax.data.normalize import compute_stats
-from pi0_jax.data.rlds import RldsDataset
-from pi0_jax.data.stats import compute_group_stats
+from pi0_jax.data.normalization import compute_stats
+from pi0_jax.data.rlds.reader import RldsDataset
 from pi0_jax.data.tokenizer import Tokenizer
+from pi0_jax.data.tools.stats import compute_group_stats
 from pi0_jax.data.transform import make_transform
 from tests.data.conftest import LENGTHS, write
 from tests.data.formats import RLDS_KEYS, write_rlds, write_v2

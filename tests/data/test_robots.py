@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pi0_jax.config import ModelConfig, PolicyConfig, VisionConfig
-from pi0_jax.data.normalize import NormStats
+from pi0_jax.data.normalization import NormStats
 from pi0_jax.data.robots import ROBOTS, SEMANTICS, get_robot, semantics_of
 from pi0_jax.data.robots.aloha import angle_from_command, angle_from_opening, command_from_angle, opening_from_angle
 from pi0_jax.data.tokenizer import Tokenizer

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from pi0_jax.config import PolicyConfig
-from pi0_jax.data.normalize import compute_stats, finish, merge_summaries, summarise_source
+from pi0_jax.data.normalization import compute_stats, finish, merge_summaries, summarise_source
 from pi0_jax.data.robots import get_robot
 from pi0_jax.data.sketch import SAMPLE, merge, scramble, summarise
-from pi0_jax.data.stats import compute_group_stats
-from tests.data.test_normalize import in_memory
+from pi0_jax.data.tools.stats import compute_group_stats
+from tests.data.test_normalization import in_memory
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_episodes_can_be_summarised_apart_and_merged(monkeypatch):
     source, robot, semantics = dataset_in_memory(), get_robot("ur5"), (*["relative"] * 6, "gripper")
     whole = compute_stats(source, robot, semantics, 4)
     parts = [summarise_source(source, robot, semantics, 4, [episode]) for episode in (2, 0, 1)]
-    monkeypatch.setattr("pi0_jax.data.normalize.ROWS_AT_ONCE", 40)
+    monkeypatch.setattr("pi0_jax.data.normalization.ROWS_AT_ONCE", 40)
     for merged in (finish(merge_summaries(parts)), compute_stats(source, robot, semantics, 4)):
         for key in ("state", "actions"):
             np.testing.assert_array_equal(merged[key].q99, whole[key].q99)
@@ -104,7 +104,7 @@ def test_episodes_can_be_summarised_apart_and_merged(monkeypatch):
 def test_several_processes_give_the_same_statistics(dataset, monkeypatch):
     from tests.data.test_loader import part_of
 
-    monkeypatch.setattr("pi0_jax.data.stats.FRAMES_PER_TASK", 10)
+    monkeypatch.setattr("pi0_jax.data.tools.stats.FRAMES_PER_TASK", 10)
     parts = [part_of(dataset)._replace(source=dataset)]
     one = compute_group_stats(parts, PolicyConfig(), workers=1)["tabletop"]
     two = compute_group_stats(parts, PolicyConfig(), workers=2)["tabletop"]

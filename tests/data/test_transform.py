@@ -7,7 +7,7 @@ import PIL.Image
 import pytest
 
 from pi0_jax.batch import Observation
-from pi0_jax.data.normalize import compute_stats, normalize_values
+from pi0_jax.data.normalization import compute_stats, normalize_values
 from pi0_jax.data.robots import get_robot
 from pi0_jax.data.tokenizer import Tokenizer, discretize
 from pi0_jax.data.transform import (

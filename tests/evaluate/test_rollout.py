@@ -8,7 +8,7 @@ import pytest
 
 from pi0_jax.evaluate import report
 from pi0_jax.evaluate.rollout import roll_out, table, wilson
-from pi0_jax.evaluate.suites import get_suite
+from pi0_jax.evaluate.simulators.suites import get_suite
 from pi0_jax.inference.policy import Policy
 
 pytest.importorskip("mujoco", reason="the simulator is not installed: pip install pi0_jax[sim]")

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from pi0_jax.data.normalize import stats_to_json
+from pi0_jax.data.normalization import stats_to_json
 from pi0_jax.inference.policy import Policy, prompt_lengths
 from tests.policies import STATS, TINY, save_tiny_checkpoint
 

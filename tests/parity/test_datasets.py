@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from pi0_jax.data.lerobot import LeRobotDataset
+from pi0_jax.data.lerobot.reader import LeRobotDataset
 from pi0_jax.data.source import Renamed
 
 
@@ -46,7 +46,7 @@ def test_random_access_gives_the_frames_of_decoding_in_order(versions, fixtures)
 
 def test_rlds_gives_identical_steps_in_both_file_formats_without_tensorflow(fixtures, tmp_path):
     pytest.importorskip("tensorflow_datasets")
-    from pi0_jax.data.rlds import RldsDataset
+    from pi0_jax.data.rlds.reader import RldsDataset
 
     records, arrays = (
         RldsDataset(fixtures / "rlds_tiny" / form / "tiny_rlds", 20, cache=tmp_path)
@@ -66,7 +66,7 @@ def test_every_frame_of_video_is_nearest_to_its_own_picture(fixtures, versions, 
     """RLDS stores the same frames as JPEG, nearer to the truth. The videos are coarse (crf 30, every second frame is
     predicted from the one before), so where little moves a frame comes out as a copy of the one before, never later."""
     pytest.importorskip("tensorflow_datasets")
-    from pi0_jax.data.rlds import RldsDataset
+    from pi0_jax.data.rlds.reader import RldsDataset
 
     rlds = RldsDataset(fixtures / "rlds_tiny/tfrecord/tiny_rlds", 20, cache=tmp_path)
     rlds = Renamed(rlds, {"observation.state": "observation/state"})

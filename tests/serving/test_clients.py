@@ -21,11 +21,11 @@ import numpy as np
 import pytest
 from websockets.sync.client import connect
 
-from pi0_jax.data.normalize import NormStats, stats_to_json
+from pi0_jax.data.normalization import NormStats, stats_to_json
 from pi0_jax.inference.policy import Policy
-from pi0_jax.serving.served import RobotPolicy, describe_for_roboarena
+from pi0_jax.serving.backend import RobotPolicy, describe_for_roboarena
+from pi0_jax.serving.msgpack_numpy import pack, unpack
 from pi0_jax.serving.session import Session
-from pi0_jax.serving.wire import pack, unpack
 from tests.conftest import tiny_config
 from tests.policies import TINY, save_tiny_checkpoint
 from tests.serving.fake import command, serving
@@ -158,7 +158,7 @@ def test_vla_evals_connection_gets_one_action_after_another_of_batched_chunks(po
     from vla_eval.connection import Connection
     from vla_eval.model_servers.serve import serve_async
 
-    from pi0_jax.serving.harness import Pi0ModelServer
+    from pi0_jax.serving.vla_eval import Pi0ModelServer
 
     server = Pi0ModelServer(RobotPolicy(policy, (1, 2)), chunk_size=3)
     actions: dict[int, list[np.ndarray]] = {}
@@ -197,7 +197,7 @@ def test_vla_eval_gets_no_actions_that_are_not_finite_and_batches_beyond_the_com
     pytest.importorskip("vla_eval", reason="vla-eval is not installed: pip install 'pi0_jax[vla-eval]'")
     from vla_eval.model_servers.base import SessionContext
 
-    from pi0_jax.serving.harness import Pi0ModelServer
+    from pi0_jax.serving.vla_eval import Pi0ModelServer
 
     served = RobotPolicy(policy, (1, 2))
     server = Pi0ModelServer(served)

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from pi0_jax.inference.policy import Policy
+from pi0_jax.serving.backend import RobotPolicy
 from pi0_jax.serving.client import Client
-from pi0_jax.serving.served import RobotPolicy
 from tests.serving.fake import command, serving
-from tests.serving.test_served import observation
+from tests.serving.test_backend import observation
 
 
 def drive(uri: str, n: int) -> np.ndarray:

@@ -25,10 +25,10 @@ from websockets.protocol import State
 from websockets.sync.client import connect
 from websockets.uri import parse_uri
 
-from pi0_jax.serving.access import check_free, is_authorized, tls_context
+from pi0_jax.serving.auth import check_free, is_authorized, tls_context
 from pi0_jax.serving.client import Client, ServerError
+from pi0_jax.serving.msgpack_numpy import Limits, pack
 from pi0_jax.serving.server import PolicyServer, Settings
-from pi0_jax.serving.wire import Limits, pack
 from tests.serving.fake import FakePolicy, serving
 
 TOKEN = "a-secret-of-some-length"

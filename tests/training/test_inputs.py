@@ -10,7 +10,7 @@ import pytest
 
 from pi0_jax import pi0
 from pi0_jax.config import AugmentConfig, DataConfig, DatasetConfig, MeshConfig, PolicyConfig, TrainConfig
-from pi0_jax.data.normalize import semantics_from_json, stats_from_json
+from pi0_jax.data.normalization import semantics_from_json, stats_from_json
 from pi0_jax.training import sharding
 from pi0_jax.training.inputs import load_inputs
 from pi0_jax.training.program import build

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from pi0_jax.config import MeshConfig
-from pi0_jax.experiment import load_config
+from pi0_jax.config_file import load_config
 from pi0_jax.training import sharding
 from tests.conftest import tiny_config
 from tests.training.common import OPTIM, harness, random_batch

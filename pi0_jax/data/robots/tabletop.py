@@ -1,4 +1,4 @@
-"""The simulated gantry of `pi0_jax.envs`: a ring that reaches for objects on a table and pushes them."""
+"""The simulated gantry of the tabletop: a ring that reaches for objects on a table and pushes them."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""Conversions held against the frameworks they come from."""

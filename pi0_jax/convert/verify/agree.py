@@ -1,0 +1,272 @@
+"""Whether two checkpoints act alike: one observation, one noise, the same steps through both; and where they part.
+
+Everything runs in float32 with exact matrix products, so that what differs is the weights or the implementation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import unflatten_dict
+
+from pi0_jax.batch import Observation
+from pi0_jax.config import ModelConfig
+from pi0_jax.convert.files import Format
+from pi0_jax.convert.formats import Weights
+from pi0_jax.model.heads import Network, make_network
+from pi0_jax.model.siglip import Block
+from pi0_jax.model.velocity import Prefix, VelocityNetwork
+from pi0_jax.pi0 import sample_actions
+
+Framework = Literal["ours", "lerobot", "openpi-torch"]
+STEPS = 10
+_SEED = 0
+
+Inputs = dict[str, np.ndarray]
+"""images/<i> `[b y x 3]` in [-1, 1] and image_masks/<i> `[b]` for the i-th camera, tokens and token_mask `[b p]`, state
+`[b ad]`, noise `[b ah ad]`."""
+
+
+class Trace(NamedTuple):
+    """What a model made of its inputs."""
+
+    actions: np.ndarray
+    """After `STEPS` Euler steps (DDIM for a diffusion), normalised."""
+    stages: dict[str, np.ndarray]
+    """What was computed on the way, of the first step, in the order of computation; valid tokens only, `[token d]`."""
+
+
+def check_comparable(source: Weights, result: Weights, to: Format, framework: Framework) -> None:
+    """Raises ValueError where the two cannot be run on the same inputs, or not by that framework."""
+    before, after = source.policy.model, result.policy.model
+    if "pi0_fast" in (before.variant, after.variant):
+        raise ValueError(
+            f"--verify-with compares actions, and {source.path} has no action expert; leave it out. The tensors are "
+            "compared bit for bit all the same."
+        )
+    if before.action_horizon != after.action_horizon or len(after.cameras) < len(before.cameras):
+        raise ValueError("--verify-with cannot compare actions across another --horizon, or with fewer cameras.")
+    if after.prompt_length < before.prompt_length:
+        raise ValueError("--verify-with cannot compare actions with a shorter --prompt-length.")
+    if framework != "ours":
+        if framework not in (source.format, to):
+            raise ValueError(
+                f"--verify-with {framework} needs a {framework} folder on one side; this goes from {source.format} to "
+                f"{to}."
+            )
+        _foreign(framework).check_installed()
+
+
+def agreement(source: Weights, result: Weights, framework: Framework, tolerance: float) -> dict[str, Any]:
+    """Runs source and result, one after the other, and compares what they do.
+
+    Args:
+        source, result: of a conversion.
+        framework: "lerobot" and "openpi-torch" run their own folders in that framework; everything else runs here, with
+            the framework's flow times.
+        tolerance: largest difference of normalised actions that counts as agreement.
+
+    Returns:
+        A JSON object: the largest difference, whether it is within the tolerance, and if not, where the two part first.
+    """
+    before, after = source.policy.model, result.policy.model
+    inputs = example(before)
+    a = run(source, inputs, framework)
+    b = run(result, widened(inputs, before, after), framework)
+    difference = float(np.max(np.abs(a.actions - b.actions[..., : before.action_dim])))
+    agree = bool(difference <= tolerance)  # not so where it is nan
+    return {
+        "framework": framework,
+        "largest_difference": difference,
+        "tolerance": tolerance,
+        "agree": agree,
+        "parts_at": None if agree else first_difference(a.stages, b.stages, tolerance),
+        "steps": STEPS,
+        "seed": _SEED,
+    }
+
+
+def first_difference(a: dict[str, np.ndarray], b: dict[str, np.ndarray], tolerance: float) -> str:
+    """The first stage whose relative difference in the L2 norm is above the tolerance, and how large it is."""
+    for name, x in a.items():
+        if name not in b:
+            continue
+        y = b[name][..., : x.shape[-1]]
+        if x.shape != y.shape:
+            return f"{name}: shapes {x.shape} and {y.shape}"
+        relative = float(np.linalg.norm(x - y) / max(float(np.linalg.norm(x)), 1e-30))
+        if not relative <= tolerance:
+            return f"{name}: relative difference {relative:.3g}"
+    return "the solver's steps, after the first"
+
+
+def example(model: ModelConfig) -> Inputs:
+    """Two random observations, and noise. The second lacks a camera, where there are several, and has half a prompt."""
+    rng, size = np.random.default_rng(_SEED), model.vision.image_size
+    found: Inputs = {}
+    for i in range(len(model.cameras)):
+        found[f"images/{i}"] = rng.uniform(-1, 1, (2, size, size, 3)).astype(np.float32)
+        found[f"image_masks/{i}"] = np.array([True, i == 0 or i + 1 < len(model.cameras)])
+    found["tokens"] = rng.integers(0, model.vocab_size, (2, model.prompt_length)).astype(np.int32)
+    found["token_mask"] = np.arange(model.prompt_length) < np.array([[model.prompt_length], [model.prompt_length // 2]])
+    found["state"] = rng.normal(size=(2, model.action_dim)).astype(np.float32)
+    found["noise"] = rng.normal(size=(2, model.action_horizon, model.action_dim)).astype(np.float32)
+    return found
+
+
+def widened(inputs: Inputs, before: ModelConfig, after: ModelConfig) -> Inputs:
+    """The same inputs for a model that was grown: new cameras are absent, new tokens padding, new dimensions zero."""
+    found = dict(inputs)
+    for i in range(len(before.cameras), len(after.cameras)):
+        found[f"images/{i}"] = np.zeros_like(inputs["images/0"])
+        found[f"image_masks/{i}"] = np.zeros(len(inputs["state"]), bool)
+    lengths = {
+        "tokens": after.prompt_length,
+        "token_mask": after.prompt_length,
+        "state": after.action_dim,
+        "noise": after.action_dim,
+    }
+    for name, length in lengths.items():
+        array = inputs[name]
+        found[name] = np.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, length - array.shape[-1])])
+    return found
+
+
+def run_ours(weights: Weights, inputs: Inputs, times: tuple[float, ...] | None = None) -> Trace:
+    """Runs a checkpoint of any format in our network.
+
+    Args:
+        weights, inputs: what to run on what.
+        times: of the equal steps, embedded in double precision, as the PyTorch implementations do; None: as ours does.
+    """
+    model = dataclasses.replace(weights.policy.model, dtype="float32", remat="none")
+    params = unflatten_dict(
+        {path: jnp.asarray(tensor.read(None), jnp.float32) for path, tensor in weights.tensors.items()}, sep="/"
+    )
+    observation = Observation(
+        {name: jnp.asarray(inputs[f"images/{i}"]) for i, name in enumerate(model.cameras)},
+        {name: jnp.asarray(inputs[f"image_masks/{i}"]) for i, name in enumerate(model.cameras)},
+        jnp.asarray(inputs["state"]),
+        jnp.asarray(inputs["tokens"]),
+        jnp.asarray(inputs["token_mask"]),
+    )
+    noise = jnp.asarray(inputs["noise"])
+    with jax.default_matmul_precision("highest"):
+        network = make_network(model) if times is None else DoubleTime(model)
+        found = jax.device_get(_stages(network, params, observation, noise))
+        grid = None if times is None else jnp.asarray(times, jnp.float32)
+        actions = np.asarray(_sample(network, params, observation, noise, grid))
+    cameras = np.array([inputs[f"image_masks/{i}"] for i in range(len(model.cameras))]).reshape(-1)
+    return Trace(actions, valid_stages(found, cameras))
+
+
+def valid_stages(found: dict[str, Any], cameras: np.ndarray) -> dict[str, np.ndarray]:
+    """Names what was computed and leaves out what is padding, which implementations fill in different ways.
+
+    Args:
+        found: any of image_layers `[L c*b s d]`, tokens and mask `[b s d]` and `[b s]`, values `[l b s d]` with
+            values_mask `[b s]`, pooled and velocity.
+        cameras: which images are there, `[c*b]`.
+    """
+    stages = {f"image encoder, layer {i}": x[cameras] for i, x in enumerate(found.get("image_layers", ()))}
+    stages["image and prompt tokens"] = found["tokens"][found["mask"]]
+    for i, x in enumerate(found.get("values", ())):
+        stages[f"backbone, values of layer {i}"] = x[found["values_mask"]]
+    names = {"pooled": "pooled observation", "velocity": "first velocity"}
+    return stages | {names[key]: found[key] for key in names if key in found}
+
+
+class DoubleTime(VelocityNetwork):
+    """Our network with the flow time embedded in double precision, as in the PyTorch implementations.
+
+    openpi's JAX, and so ours, does it in single precision, where the shortest period turns a rounding of the frequency
+    into 1e-4 of the embedding: with steep weights that is most of what the actions differ by.
+    """
+
+    def embed_time(self, time):
+        width = self.config.action.width
+        period = 4e-3 * 1000.0 ** np.linspace(0.0, 1.0, width // 2)
+
+        def embed(time) -> np.ndarray:
+            angle = np.asarray(time, np.float64)[..., None] * (2 * np.pi / period)
+            return np.concatenate([np.sin(angle), np.cos(angle)], axis=-1).astype(np.float32)
+
+        return jax.pure_callback(embed, jax.ShapeDtypeStruct((*time.shape, width), jnp.float32), time)
+
+
+def _foreign(framework: Framework):
+    """The module that runs a folder in another framework."""
+    from pi0_jax.convert.verify import lerobot, openpi_torch
+
+    return {"lerobot": lerobot, "openpi-torch": openpi_torch}[framework]
+
+
+def run(weights: Weights, inputs: Inputs, framework: Framework) -> Trace:
+    """Runs a checkpoint in a framework, if it is of its format; else in our network, at the framework's flow times."""
+    model = weights.policy.model
+    if framework == weights.format:
+        actions, found = _foreign(framework).run(weights.path, model, inputs, STEPS)
+        cameras = np.array([inputs[f"image_masks/{i}"] for i in range(len(model.cameras))]).reshape(-1)
+        return Trace(actions, valid_stages(found, cameras))
+    return run_ours(weights, inputs, None if framework == "ours" else _foreign(framework).times(STEPS))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _sample(network: Network, params, observation: Observation, noise, times=None):
+    if times is None:
+        solver = "ddim" if network.config.prediction in ("epsilon", "v") else "euler"
+        return sample_actions(network, params, observation, noise, num_steps=STEPS, solver=solver)
+    variables: Any = {"params": params}
+    prefix = network.apply(variables, observation, method="prefill")
+
+    def step(x, time):
+        velocity = network.apply(variables, prefix, x, jnp.broadcast_to(time, len(x)), method="velocity")
+        return x + jnp.float32(-1 / STEPS) * velocity, None
+
+    return jax.lax.scan(step, noise, times)[0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _stages(network: Network, params, observation: Observation, noise) -> dict[str, Any]:
+    """What `valid_stages` takes, of one evaluation at time 1."""
+    variables: Any = {"params": params}
+    (tokens, mask), state = network.apply(
+        variables,
+        observation,
+        method="embed_prefix",
+        capture_intermediates=lambda module, method: isinstance(module, Block) and method == "__call__",
+        mutable=["intermediates"],
+    )
+    found = {"tokens": tokens, "mask": mask}
+    if network.config.cameras:
+        found["image_layers"] = state["intermediates"]["image_encoder"]["layers"]["__call__"][0][0]
+    prefix: Any = network.apply(variables, observation, method="prefill")
+    time = jnp.ones(len(noise))
+    if isinstance(network, VelocityNetwork):
+        values, mask = _first_step(network, variables, prefix, noise, time)
+        found |= {"values": values, "values_mask": mask}
+    elif not isinstance(prefix, Prefix):
+        found["pooled"] = prefix
+    if hasattr(network, "velocity"):
+        found["velocity"] = network.apply(variables, prefix, noise, time, method="velocity")
+    return found
+
+
+def _first_step(network: VelocityNetwork, variables, prefix: Prefix, noise, time):
+    """The attention's values of all layers at the prefix, the state and the actions, and which of them are valid.
+
+    Values are not rotated, so they are the same in every implementation.
+    """
+
+    def run(network: VelocityNetwork):
+        return network.run_against(prefix, *network.embed_actions(noise, time))[1][1]
+
+    own: Any = network.apply(variables, method=run)
+    values = jnp.concatenate([prefix.keys_values[1], own], axis=2)
+    mask = jnp.concatenate([prefix.mask, jnp.ones(own.shape[1:3], bool)], axis=1)
+    return values.reshape(*values.shape[:3], -1), mask

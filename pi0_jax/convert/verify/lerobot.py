@@ -1,0 +1,135 @@
+"""Runs a policy folder in LeRobot itself, where it is installed.
+
+LeRobot 0.6 needs Python 3.12. Models of other sizes than the released ones run too: LeRobot's constants are replaced
+for the time of the call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import io
+import json
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+from pi0_jax.config import ModelConfig
+from pi0_jax.convert.verify import torch_policy
+
+
+def check_installed() -> None:
+    """Raises ValueError, with what to install, where LeRobot or torch is not there."""
+    if importlib.util.find_spec("lerobot") is None or importlib.util.find_spec("torch") is None:
+        raise ValueError(
+            "--verify-with lerobot runs LeRobot itself, which is not installed here. In an environment with Python "
+            "3.12 or newer: pip install pi0_jax 'lerobot[pi]==0.6.1', and run the same command there."
+        )
+
+
+def times(steps: int) -> tuple[float, ...]:
+    """When LeRobot evaluates the velocity: at 1 + i·dt, where ours and openpi add dt up."""
+    return tuple(1.0 + i * (-1.0 / steps) for i in range(steps))
+
+
+def run(folder: Path, model: ModelConfig, inputs: dict[str, np.ndarray], steps: int) -> tuple[np.ndarray, dict]:
+    """Loads a folder strictly, passes its processors a vector, and samples from the noise; float32.
+
+    Args:
+        folder: a LeRobot policy.
+        model: its sizes.
+        inputs: as in `agree`.
+        steps: Euler steps.
+
+    Returns:
+        Actions `[b ah ad]`, and what `agree.valid_stages` takes.
+
+    Raises:
+        ValueError: LeRobot does not find every tensor, or finds tensors that it does not know.
+    """
+    check_processors(folder)
+    network = load(folder, model).model
+
+    def sample(images, image_masks, tokens, token_mask, state, noise):
+        observation = [images, image_masks, tokens, token_mask, *([state] if model.variant == "pi0" else [])]
+        return network.sample_actions(*observation, noise=noise, num_steps=steps)
+
+    return torch_policy.trace(network, sample, model, inputs)
+
+
+def load(folder: Path, model: ModelConfig):
+    """LeRobot's policy of a folder, in float32 on the CPU, after a load that left no key over and none out."""
+    config_class = importlib.import_module("lerobot.configs.policies").PreTrainedConfig
+    name, kind = {"pi0": ("pi0", "PI0Policy"), "pi05": ("pi05", "PI05Policy")}[model.variant]
+    module = importlib.import_module(f"lerobot.policies.{name}.modeling_{name}")
+    config = config_class.from_pretrained(folder)
+    config.dtype, config.device, config.compile_model = "float32", "cpu", False
+    said = io.StringIO()
+    with _resized(module, model), contextlib.redirect_stdout(said):
+        policy = getattr(module, kind).from_pretrained(folder, config=config, strict=True)
+    # Where keys are missing it prints a warning and goes on.
+    if "All keys loaded successfully!" not in said.getvalue():
+        raise ValueError(f"LeRobot did not load everything of {folder}:\n{said.getvalue()}")
+    return policy.float().eval()
+
+
+def check_processors(folder: Path) -> None:
+    """Loads both processors in LeRobot, and passes an action through the one that unnormalises.
+
+    Raises:
+        ValueError: it comes out elsewhere than the statistics say.
+    """
+    torch: Any = importlib.import_module("torch")
+
+    for name in ("pi0", "pi05"):
+        importlib.import_module(f"lerobot.policies.{name}.processor_{name}")  # registers the steps
+    pipeline = importlib.import_module("lerobot.processor").PolicyProcessorPipeline
+    converters = importlib.import_module("lerobot.processor.converters")
+    if not (folder / "policy_postprocessor.json").is_file() or not (folder / "norm_stats.json").is_file():
+        return
+    after = pipeline.from_pretrained(
+        folder,
+        config_filename="policy_postprocessor.json",
+        to_transition=converters.policy_action_to_transition,
+        to_output=converters.transition_to_policy_action,
+    )
+    tokenizer = {"tokenizer": lambda *_, **__: None, "tokenizer_name": None}
+    pipeline.from_pretrained(
+        folder, config_filename="policy_preprocessor.json", overrides={"tokenizer_processor": tokenizer}
+    )
+    stats = json.loads((folder / "norm_stats.json").read_text())["norm_stats"]["actions"]
+    mode = json.loads((folder / "config.json").read_text())["normalization_mapping"]["ACTION"]
+    expected = stats["mean"] if mode == "MEAN_STD" else (np.add(stats["q01"], stats["q99"]) / 2).tolist()
+    found = after(torch.zeros(1, len(expected))).numpy()[0]
+    if not np.allclose(found, expected, rtol=1e-5, atol=1e-6):
+        raise ValueError(f"LeRobot's processor of {folder} turns 0 into {found}, and the statistics say {expected}.")
+
+
+@contextlib.contextmanager
+def _resized(module, model: ModelConfig):
+    """Makes LeRobot's module build a model of these sizes; it has those of the released ones as constants."""
+
+    def gemma(variant: str):
+        expert = model.language if variant == "gemma_2b" else model.action
+        heads = (model.num_heads, model.num_kv_heads, model.head_dim)
+        return module.GemmaConfig(expert.width, model.depth, expert.mlp_dim, *heads)
+
+    paligemma, expert = module.PaliGemmaForConditionalGenerationWithPiGemma, module.PiGemmaForCausalLM
+
+    def make_paligemma(config):
+        torch_policy.resize(config, model)
+        return paligemma(config=config)
+
+    def make_expert(config):
+        config.vocab_size = model.vocab_size
+        return expert(config=config)
+
+    with (
+        mock.patch.object(module, "get_gemma_config", gemma),
+        mock.patch.object(module, "PaliGemmaForConditionalGenerationWithPiGemma", make_paligemma),
+        mock.patch.object(module, "PiGemmaForCausalLM", make_expert),
+    ):
+        yield

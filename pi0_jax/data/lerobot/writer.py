@@ -1,0 +1,516 @@
+"""Writes LeRobot v3.0 datasets as lerobot 0.6 writes them, without torch; `reader.py` says what they are.
+
+Quantiles in `meta/stats.json` are those of the dataset here; lerobot stores the mean of each episode's quantiles.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Int, UInt8
+
+from pi0_jax.atomic import partial_path
+from pi0_jax.data.video import KEY_FRAME_EVERY, PRESET, VideoWriter
+
+VERSION = "v3.0"
+DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
+FILES_PER_CHUNK = 1000
+QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
+BOOKKEEPING = {
+    "timestamp": {"dtype": "float32", "shape": (1,), "names": None},
+    "frame_index": {"dtype": "int64", "shape": (1,), "names": None},
+    "episode_index": {"dtype": "int64", "shape": (1,), "names": None},
+    "index": {"dtype": "int64", "shape": (1,), "names": None},
+    "task_index": {"dtype": "int64", "shape": (1,), "names": None},
+}
+"""Columns that every dataset has. `timestamp` is in seconds from the start of the episode."""
+
+STATS_FRAMES, STATS_PIXELS = 100, 150
+"""Image statistics look at so many frames of an episode at most, and at so many rows and columns of each."""
+
+
+class LeRobotWriter:
+    """Writes a LeRobot v3.0 dataset, an episode at a time; use it in a `with` statement.
+
+    Everything is written beside `root` and renamed into place at the end: an error leaves nothing behind.
+
+    Video is H.264 with a key frame at every second frame and at the start of each episode. Colour is kept at full
+    resolution (4:4:4), because 4:2:0 halves it: at 48 px small objects came out 20 dB worse.
+    For large images "yuv420p" takes less space and plays everywhere.
+
+    Args:
+        root: folder to create.
+        fps: frames per second.
+        robot_type: name of the robot, as stored in `meta/info.json`.
+        features: for each feature its dtype, shape and names, as in LeRobot: dtype "video" with shape
+            (height, width, 3) for a camera, a numeric dtype or "bool" with shape (d,) for anything else.
+        overwrite: replace an existing folder.
+        pix_fmt: pixel format of the video.
+        crf: quality of the video, 0 (best) to 51.
+        data_file_mb: size at which the next parquet file is begun, MB.
+        video_file_mb: size at which the next video file is begun, MB.
+
+    Raises:
+        FileExistsError: `root` exists and `overwrite` is not set.
+        ValueError: a feature that cannot be stored.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        fps: int,
+        robot_type: str,
+        features: dict[str, dict[str, Any]],
+        *,
+        overwrite: bool = False,
+        pix_fmt: str = "yuv444p",
+        crf: int = 4,
+        data_file_mb: int = 100,
+        video_file_mb: int = 200,
+    ):
+        self.root = Path(root)
+        self.overwrite = overwrite
+        self._refuse_existing()
+        self.num_episodes = 0
+        self.num_frames = 0
+        self._tasks: dict[str, int] = {}
+        self._episodes: list[dict[str, Any]] = []
+        self._cameras = [name for name, feature in features.items() if feature["dtype"] == "video"]
+        self._features = _storable(features, self._cameras)
+        self._histograms = {camera: np.zeros((3, 256), np.int64) for camera in self._cameras}
+        self._info = {
+            "codebase_version": VERSION,
+            "fps": int(fps),
+            "features": self._features,
+            "total_episodes": 0,
+            "total_frames": 0,
+            "total_tasks": 0,
+            "chunks_size": FILES_PER_CHUNK,
+            "data_files_size_in_mb": data_file_mb,
+            "video_files_size_in_mb": video_file_mb,
+            "data_path": DATA_PATH,
+            "video_path": VIDEO_PATH if self._cameras else None,
+            "robot_type": robot_type,
+            "splits": {},
+        }
+        for camera in self._cameras:
+            height, width, _ = self._features[camera]["shape"]
+            self._features[camera]["info"] = {
+                "video.height": height,
+                "video.width": width,
+                "video.codec": "h264",
+                "video.pix_fmt": pix_fmt,
+                "video.fps": int(fps),
+                "video.channels": 3,
+                "has_audio": False,
+                "video.g": KEY_FRAME_EVERY,
+                "video.crf": crf,
+                "video.preset": PRESET,
+                "video.fast_decode": 0,
+                "video.video_backend": "pyav",
+                "video.extra_options": {},
+                "is_depth_map": False,
+            }
+        self._partial = partial_path(self.root.absolute())
+        self._partial.mkdir(parents=True)
+        numeric = {name: feature for name, feature in self._features.items() if name not in self._cameras}
+        schema = _schema(numeric)
+        self._data = _Files(self._partial, DATA_PATH, data_file_mb, lambda path: _ParquetFile(path, schema))
+        self._videos = {camera: self._video_files(camera) for camera in self._cameras}
+
+    def __enter__(self) -> LeRobotWriter:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is None:
+            self.close()
+        else:
+            self.discard()
+
+    def add_episode(self, frames: dict[str, np.ndarray], task: str | Sequence[str]) -> None:
+        """Appends one episode.
+
+        Args:
+            frames: for each feature its values, `[n, *shape]`; images uint8 RGB.
+            task: the instruction, or one for each frame.
+
+        Raises:
+            ValueError: a feature is missing, unknown, or of the wrong shape or dtype; not finite; no frames.
+        """
+        length = self._check(frames, task)
+        tasks = [task] * length if isinstance(task, str) else list(task)
+        fps, first = self._info["fps"], self.num_frames
+        index = np.arange(length)
+        bookkeeping = {
+            "timestamp": (index / fps).astype(np.float32),
+            "frame_index": index,
+            "episode_index": np.full(length, self.num_episodes),
+            "index": first + index,
+            "task_index": np.array([self._tasks.setdefault(task, len(self._tasks)) for task in tasks]),
+        }
+        columns = {
+            name: np.asarray(frames[name], feature["dtype"]) if name in frames else bookkeeping[name][:, None]
+            for name, feature in self._features.items()
+            if name not in self._cameras
+        }
+        self._data.for_episode().write(columns)
+        row: dict[str, Any] = {
+            "episode_index": self.num_episodes,
+            "tasks": list(dict.fromkeys(tasks)),
+            "length": length,
+            "data/chunk_index": self._data.chunk_index,
+            "data/file_index": self._data.file_index,
+            "dataset_from_index": first,
+            "dataset_to_index": first + length,
+        }
+        stats = {}
+        for camera, files in self._videos.items():
+            video = files.for_episode()
+            start = video.num_frames
+            video.write(frames[camera])
+            row[f"videos/{camera}/chunk_index"] = files.chunk_index
+            row[f"videos/{camera}/file_index"] = files.file_index
+            row[f"videos/{camera}/from_timestamp"] = start / fps
+            row[f"videos/{camera}/to_timestamp"] = video.num_frames / fps
+            histogram, count = _histogram(frames[camera])
+            self._histograms[camera] += histogram
+            stats[camera] = _image_stats(histogram, count)
+        stats |= {name: _column_stats(column) for name, column in columns.items()}
+        for name in self._features:
+            row |= {f"stats/{name}/{key}": value for key, value in stats[name].items()}
+        row |= {"meta/episodes/chunk_index": 0, "meta/episodes/file_index": 0}
+        self._episodes.append(row)
+        self.num_episodes += 1
+        self.num_frames += length
+
+    def close(self) -> None:
+        """Writes what describes the whole dataset and moves the folder into place.
+
+        Raises:
+            ValueError: there are no episodes.
+            FileExistsError: `root` has appeared in the meantime and `overwrite` is not set.
+        """
+        try:
+            if not self._episodes:
+                raise ValueError(f"no episode was added to {self.root}: a dataset holds at least one.")
+            self._close_files()
+            self._write_meta()
+            self._refuse_existing()
+            if self.root.exists():
+                old = self._partial.with_suffix(".old")
+                self.root.rename(old)
+                self._partial.rename(self.root)
+                shutil.rmtree(old)
+            else:
+                self._partial.rename(self.root)
+        except BaseException:
+            self.discard()
+            raise
+
+    def discard(self) -> None:
+        """Removes all that was written; an existing dataset at `root` stays as it was."""
+        try:
+            self._close_files()
+        finally:
+            shutil.rmtree(self._partial, ignore_errors=True)
+
+    def _video_files(self, camera: str) -> _Files[VideoWriter]:
+        info = self._features[camera]["info"]
+        size = info["video.height"], info["video.width"]
+        template = VIDEO_PATH.replace("{video_key}", camera)
+
+        def open_file(path: Path) -> VideoWriter:
+            return VideoWriter(path, size, info["video.fps"], info["video.pix_fmt"], info["video.crf"])
+
+        return _Files(self._partial, template, self._info["video_files_size_in_mb"], open_file)
+
+    def _refuse_existing(self) -> None:
+        if self.root.exists() and not self.overwrite:
+            raise FileExistsError(f"{self.root} exists. Choose another folder, or pass overwrite=True to replace it.")
+
+    def _close_files(self) -> None:
+        for files in (self._data, *self._videos.values()):
+            files.close()
+
+    def _check(self, frames: dict[str, np.ndarray], task: str | Sequence[str]) -> int:
+        expected = [name for name in self._features if name not in BOOKKEEPING]
+        if sorted(frames) != sorted(expected):
+            raise ValueError(f"the episode has features {sorted(frames)}; the dataset was given {sorted(expected)}.")
+        if not all(text.strip() for text in ([task] if isinstance(task, str) else task)):
+            raise ValueError("the episode's task is empty; it is the instruction that the policy will read.")
+        lengths = {name: len(values) for name, values in frames.items()}
+        if len(set(lengths.values())) != 1 or 0 in lengths.values():
+            raise ValueError(f"features of an episode need one common length of at least 1; they have {lengths}.")
+        if not isinstance(task, str) and len(task) != len(frames[expected[0]]):
+            raise ValueError(f"the episode has {len(task)} tasks and {len(frames[expected[0]])} frames.")
+        for name, values in frames.items():
+            shape = tuple(self._features[name]["shape"])
+            dtype = np.dtype(np.uint8 if name in self._cameras else self._features[name]["dtype"])
+            castable = values.dtype == dtype or (name not in self._cameras and np.can_cast(values, dtype, "same_kind"))
+            if values.shape[1:] != shape or not castable:
+                raise ValueError(
+                    f"feature {name!r} came as {values.dtype}{list(values.shape)}; expected {dtype}{['n', *shape]}."
+                )
+            if values.dtype.kind == "f" and not np.isfinite(values).all():
+                raise ValueError(f"feature {name!r} holds NaN or infinity in frames {_rows_not_finite(values)}.")
+        return len(frames[expected[0]])
+
+    def _write_meta(self) -> None:
+        meta = self._partial / "meta"
+        (meta / "episodes/chunk-000").mkdir(parents=True)
+        pq.write_table(pa.Table.from_pylist(self._episodes), meta / "episodes/chunk-000/file-000.parquet")
+        write_tasks(list(self._tasks), meta / "tasks.parquet")
+        files = sorted(self._partial.glob("data/*/*.parquet"))
+        stats = {}
+        for name, feature in self._features.items():
+            if name in self._cameras:
+                count = sum(row[f"stats/{name}/count"][0] for row in self._episodes)
+                stats[name] = _image_stats(self._histograms[name], count)
+            else:
+                stats[name] = _column_stats(_read_column(files, name, tuple(feature["shape"])))
+        self._info |= {
+            "total_episodes": self.num_episodes,
+            "total_frames": self.num_frames,
+            "total_tasks": len(self._tasks),
+            "splits": {"train": f"0:{self.num_episodes}"},
+        }
+        (meta / "stats.json").write_text(json.dumps(stats, indent=4))
+        (meta / "info.json").write_text(json.dumps(self._info, indent=4, ensure_ascii=False))
+
+
+def write_tasks(tasks: list[str], path: Path) -> None:
+    """Writes `meta/tasks.parquet`, the instructions by task index."""
+    table = pa.table({"task_index": pa.array(range(len(tasks)), pa.int64()), "task": tasks})
+    pq.write_table(table.replace_schema_metadata({"pandas": json.dumps(_PANDAS_INDEX)}), path)
+
+
+def merge_stats(
+    files: list[Path], features: dict[str, dict[str, Any]], cameras: list[str], pieces: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """The content of `meta/stats.json` for datasets that were put together.
+
+    Columns are read again, so that theirs are exact. Pictures are not: mean and range follow from the pieces', the
+    deviation too, and quantiles are the pieces' mean, weighted, which is what lerobot stores for every feature.
+
+    Args:
+        files: the data files.
+        features: of the dataset.
+        cameras: those that are video.
+        pieces: `meta/stats.json` of each dataset.
+    """
+    stats = {}
+    for name, feature in features.items():
+        if name not in cameras:
+            stats[name] = _column_stats(_read_column(files, name, tuple(feature["shape"])))
+            continue
+        entries = [{key: np.array(value) for key, value in piece[name].items()} for piece in pieces]
+        counts = np.array([entry["count"][0] for entry in entries], np.float64)
+        weights = counts / counts.sum()
+
+        def mean(key: str) -> np.ndarray:
+            return np.sum([weight * entry[key] for weight, entry in zip(weights, entries, strict=True)], 0)
+
+        square = np.sum([w * (e["std"] ** 2 + e["mean"] ** 2) for w, e in zip(weights, entries, strict=True)], 0)
+        found = {"min": np.min([e["min"] for e in entries], 0), "max": np.max([e["max"] for e in entries], 0)}
+        found |= {"mean": mean("mean"), "std": np.sqrt(np.maximum(square - mean("mean") ** 2, 0))}
+        found |= {"count": np.array([int(counts.sum())])} | {key: mean(key) for key in QUANTILES}
+        stats[name] = {key: value.tolist() for key, value in found.items()}
+    return stats
+
+
+_PANDAS_INDEX = {
+    "index_columns": ["task"],
+    "column_indexes": [
+        {
+            "name": None,
+            "field_name": None,
+            "pandas_type": "unicode",
+            "numpy_type": "object",
+            "metadata": {"encoding": "UTF-8"},
+        }
+    ],
+    "columns": [
+        {
+            "name": "task_index",
+            "field_name": "task_index",
+            "pandas_type": "int64",
+            "numpy_type": "int64",
+            "metadata": None,
+        },
+        {"name": "task", "field_name": "task", "pandas_type": "unicode", "numpy_type": "object", "metadata": None},
+    ],
+    "attributes": {},
+    "creator": {"library": "pyarrow", "version": pa.__version__},
+    "pandas_version": "2.3.3",
+}
+"""What pandas stores in a parquet file whose index is the column `task`, which is how lerobot reads it."""
+
+
+class _File(Protocol):
+    @property
+    def num_bytes(self) -> int: ...
+
+    def close(self) -> None: ...
+
+
+File = TypeVar("File", bound=_File)
+
+
+class _Files(Generic[File]):
+    """Numbered files of bounded size. The next is begun when an episode as large as the last would not fit."""
+
+    def __init__(self, root: Path, template: str, limit_mb: float, open_file: Callable[[Path], File]):
+        self._root, self._template, self._limit, self._open = root, template, limit_mb * 1024**2, open_file
+        self._current: File | None = None
+        self._number = -1
+        self._before = 0
+
+    @property
+    def chunk_index(self) -> int:
+        return self._number // FILES_PER_CHUNK
+
+    @property
+    def file_index(self) -> int:
+        return self._number % FILES_PER_CHUNK
+
+    def for_episode(self) -> File:
+        """The file that the coming episode goes to."""
+        if self._current is not None:
+            size = self._current.num_bytes
+            if size + (size - self._before) > self._limit:
+                self.close()
+            self._before = size
+        if self._current is None:
+            self._number += 1
+            self._before = 0
+            path = self._root / self._template.format(chunk_index=self.chunk_index, file_index=self.file_index)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._current = self._open(path)
+        return self._current
+
+    def close(self) -> None:
+        if self._current is not None:
+            current, self._current = self._current, None
+            current.close()
+
+
+class _ParquetFile:
+    """A parquet file with a row group an episode."""
+
+    def __init__(self, path: Path, schema: pa.Schema):
+        self._schema = schema
+        self._file = path.open("wb")
+        self._writer = pq.ParquetWriter(self._file, schema)
+
+    @property
+    def num_bytes(self) -> int:
+        return self._file.tell()
+
+    def write(self, columns: dict[str, np.ndarray]) -> None:
+        arrays = [
+            pa.array(column[:, 0])
+            if column.shape[1] == 1
+            else pa.FixedSizeListArray.from_arrays(pa.array(column.ravel()), type=self._schema.field(name).type)
+            for name, column in columns.items()
+        ]
+        self._writer.write_table(pa.Table.from_arrays(arrays, schema=self._schema))
+
+    def close(self) -> None:
+        self._writer.close()
+        self._file.close()
+
+
+def _storable(features: dict[str, dict[str, Any]], cameras: list[str]) -> dict[str, dict[str, Any]]:
+    """`features` in LeRobot's form, followed by the bookkeeping columns."""
+    result = {}
+    for name, feature in features.items():
+        shape, dtype = tuple(int(size) for size in feature["shape"]), feature["dtype"]
+        names = feature.get("names")
+        if name in cameras:
+            names = names or ["height", "width", "channels"]
+            if len(shape) != 3 or shape[2] != 3:
+                raise ValueError(f"camera {name!r} has shape {shape}; expected (height, width, 3).")
+            if shape[0] % 2 or shape[1] % 2:
+                raise ValueError(f"camera {name!r} has shape {shape}; video needs an even height and width.")
+        else:
+            try:
+                kind = np.dtype(dtype).kind
+            except TypeError:
+                kind = None
+            if kind not in ("f", "i", "u", "b") or len(shape) != 1 or name in BOOKKEEPING:
+                raise ValueError(
+                    f"feature {name!r} has dtype {dtype!r} and shape {shape}; expected 'video' and (height, width, 3), "
+                    f"or a number type and (d,). The names {list(BOOKKEEPING)} are added by the writer."
+                )
+        result[name] = {"dtype": dtype, "shape": shape, "names": names}
+    return result | {name: dict(feature) for name, feature in BOOKKEEPING.items()}
+
+
+def _schema(features: dict[str, dict[str, Any]]) -> pa.Schema:
+    """Arrow types of the data files, and the description of them that the `datasets` library looks for."""
+    fields, described = [], {}
+    for name, feature in features.items():
+        value = {"dtype": feature["dtype"], "_type": "Value"}
+        element, size = pa.from_numpy_dtype(np.dtype(feature["dtype"])), feature["shape"][0]
+        if size == 1:
+            fields.append(pa.field(name, element))
+            described[name] = value
+        else:
+            fields.append(pa.field(name, pa.list_(pa.field("element", element), size)))
+            described[name] = {"feature": value, "length": size, "_type": "List"}
+    return pa.schema(fields, metadata={"huggingface": json.dumps({"info": {"features": described}})})
+
+
+def _column_stats(values: np.ndarray) -> dict[str, list[Any]]:
+    x = values.astype(np.float64)
+    moments = {"min": x.min(0), "max": x.max(0), "mean": x.mean(0), "std": x.std(0), "count": np.array([len(x)])}
+    quantiles = dict(zip(QUANTILES, np.quantile(x, list(QUANTILES.values()), axis=0), strict=True))
+    return {key: value.tolist() for key, value in (moments | quantiles).items()}
+
+
+def _histogram(images: UInt8[np.ndarray, "n h w 3"]) -> tuple[Int[np.ndarray, "3 256"], int]:
+    """How often each value occurs in a regular sample of the pixels, by channel, and the frames looked at."""
+    frames = images[:: math.ceil(len(images) / STATS_FRAMES)]
+    stride = math.ceil(max(images.shape[1:3]) / STATS_PIXELS)
+    pixels = frames[:, ::stride, ::stride].reshape(-1, 3)
+    return np.stack([np.bincount(channel, minlength=256) for channel in pixels.T]), len(frames)
+
+
+def _image_stats(histogram: Int[np.ndarray, "3 256"], count: int) -> dict[str, list[Any]]:
+    """Statistics in [0, 1] by channel, shaped (3, 1, 1) as lerobot shapes them."""
+    values, total = np.arange(256) / 255, histogram.sum(1)
+    mean = histogram @ values / total
+    std = np.sqrt(np.maximum(histogram @ values**2 / total - mean**2, 0))
+    cumulative = histogram.cumsum(1)
+
+    def at(share: float) -> np.ndarray:
+        return values[(cumulative >= np.maximum(1, share * total)[:, None]).argmax(1)]
+
+    stats = {"min": at(0), "max": at(1), "mean": mean, "std": std}
+    quantiles = {key: at(share) for key, share in QUANTILES.items()}
+    shaped = {key: value.reshape(3, 1, 1).tolist() for key, value in (stats | quantiles).items()}
+    return {**{key: shaped[key] for key in stats}, "count": [count], **{key: shaped[key] for key in quantiles}}
+
+
+def _rows_not_finite(values: np.ndarray) -> list[int]:
+    return np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(1))[:5].tolist()
+
+
+def _read_column(files: list[Path], name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """A column of files that were just written, `[n, *shape]`."""
+    parts = []
+    for path in files:
+        column = pq.ParquetFile(path).read(columns=[name])[name].combine_chunks()
+        flat = column if shape == (1,) else column.flatten()
+        parts.append(flat.to_numpy(zero_copy_only=False).reshape(len(column), *shape))
+    return np.concatenate(parts)

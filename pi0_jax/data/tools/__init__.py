@@ -1,0 +1,1 @@
+"""What `pi0 data` does with demonstrations."""

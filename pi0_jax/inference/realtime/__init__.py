@@ -1,0 +1,1 @@
+"""Acting while the policy computes."""

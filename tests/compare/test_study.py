@@ -1,0 +1,145 @@
+"""A comparison runs its cells in order, each once, and its page says what they measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pi0_jax.compare import cells, report
+from pi0_jax.compare.commands import Compare, configure
+from pi0_jax.compare.run import CellFailed, run_cells
+from pi0_jax.config import (
+    BinConfig,
+    CompareConfig,
+    Contender,
+    DataConfig,
+    FlowConfig,
+    OptimConfig,
+    PolicyConfig,
+    TrainConfig,
+)
+from pi0_jax.evaluate.rollout import Outcome, Rollout
+from tests.conftest import tiny_config
+
+pytest.importorskip("mujoco", reason="the simulator is not installed: pip install pi0_jax[sim]")
+
+MODEL = tiny_config(action_dim=6, vocab_size=512, prompt_length=16)
+
+
+def predicting(kind: str):
+    return dataclasses.replace(MODEL, prediction=kind, bins=BinConfig(count=16, dims=3))
+
+
+def comparison(folder: Path, **changes) -> CompareConfig:
+    """A comparison of two tiny contenders and a straightened one."""
+    train = TrainConfig(
+        policy=PolicyConfig(model=MODEL, normalization="quantile"),
+        optim=OptimConfig(peak_lr=1e-3, warmup_steps=1, ema_decay=0.9),
+        data=DataConfig(str(folder / "data"), str(folder / "held_out")),
+        batch_size=8,
+        num_steps=2,
+    )
+    contenders = {
+        "reflow": Contender(MODEL, FlowConfig(), evaluations=(1,), teacher="flow"),
+        "flow": Contender(MODEL, FlowConfig(), evaluations=(1, 2)),
+        "bins": Contender(predicting("bins"), FlowConfig(), solvers=("argmax",), evaluations=(1,)),
+    }
+    config = CompareConfig(
+        train, contenders, FlowConfig(mean_draw=True), backbone_steps=2, seeds=(0, 1), episodes=6,
+        run_dir=str(folder / "runs"), quick={"seeds": (3,), "evaluations": (2,), "num_steps": 1},
+    )  # fmt: skip
+    return dataclasses.replace(config, **changes)
+
+
+def test_every_cell_comes_after_those_it_needs(tmp_path):
+    config = comparison(tmp_path)
+    order = cells.cells(config)
+    assert len(order) == len(set(order)) == 7
+    for cell in order:
+        assert all(order.index(other) < order.index(cell) for other in cells.needs(config, *cell))
+    assert cells.needs(config, 1, "reflow") == [(1, "flow")]
+
+
+def test_contenders_differ_in_what_they_are_and_in_nothing_else(tmp_path):
+    config = comparison(tmp_path)
+    runs = [cells.training(config, 0, name) for name in ("flow", "bins")]
+    assert runs[0].init_from == runs[1].init_from == str(cells.folder(config, 0, cells.BACKBONE))
+    same = [dataclasses.replace(r, policy=config.train.policy, flow=FlowConfig(), run_dir="") for r in runs]
+    assert same[0] == same[1]
+    straight = cells.training(config, 0, "reflow")
+    assert straight.reflow_from == straight.init_from == str(cells.folder(config, 0, "flow"))
+
+
+def test_the_command_line_sets_otherwise_and_refuses_what_is_not_there(tmp_path):
+    config = comparison(tmp_path)
+    quick = configure(config, Compare(Path("x"), quick=True, contenders=("flow", "bins"), episodes=12))
+    assert (quick.seeds, quick.train.num_steps, quick.episodes) == ((3,), 1, 12)
+    assert {name: c.evaluations for name, c in quick.contenders.items()} == {"flow": (2,), "bins": (1,)}
+    assert quick.run_dir != config.run_dir
+    with pytest.raises(ValueError, match="Did you mean 'flow'"):
+        configure(config, Compare(Path("x"), contenders=("flo",)))
+    with pytest.raises(ValueError, match="'flow' is another one's teacher"):
+        configure(config, Compare(Path("x"), contenders=("reflow",)))
+
+
+def test_intervals_over_seeds_are_students():
+    interval = report.over_seeds([0.8, 0.9, 1.0], 0.0, 1.0)
+    assert interval.mean == pytest.approx(0.9)
+    assert interval.low == pytest.approx(0.9 - 4.302653 * 0.1 / np.sqrt(3), rel=1e-5)
+    assert interval.high == 1.0
+    assert report.over_seeds([0.5]) == (0.5, 0.5, 0.5)
+
+
+def test_jitter_is_the_third_difference_of_what_was_executed():
+    t = np.arange(9.0)[:, None]
+    smooth, rough = t**2, (-1.0) ** t
+
+    def of(actions):
+        return cells.jitter(Rollout((Outcome(0, "a", "b", True, 9, actions),), 1, (1.0,)))
+
+    assert of(smooth) == pytest.approx(0, abs=1e-18)
+    assert of(rough) == pytest.approx(64)
+
+
+def test_a_loop_is_covered_by_chunks_longer_than_their_latency():
+    waiting, beside = report.coverage(0.1, 10, 100.0)
+    assert (waiting, beside) == (0.5, 1.0)
+    assert report.coverage(0.1, 10, 500.0)[1] == pytest.approx(0.2)
+
+
+def test_a_cell_that_fails_is_named_with_its_log_and_nothing_else_is_lost(tmp_path):
+    config = comparison(tmp_path, seeds=(0,))
+    with pytest.raises(CellFailed, match=r"seed 0, backbone failed with exit code .*log is .*backbone\.txt") as error:
+        run_cells(config, ["compare", str(tmp_path / "none.py")], 1)
+    assert "there is no config" in str(error.value)
+    with pytest.raises(ValueError, match="nothing to compare"):
+        report.write_comparison(config)
+
+
+def test_cells_train_measure_and_make_a_page(tmp_path, monkeypatch):
+    from pi0_jax.evaluate.simulators.tabletop.record import record
+
+    monkeypatch.setattr(cells, "CONTROL_STEPS", (2,))
+    monkeypatch.setattr(report, "CONTROL_STEPS", (2,))
+    for module in (cells, report):
+        monkeypatch.setattr(module, "HORIZONS", (6,))
+    record(tmp_path / "data", 6, "train", 0)
+    record(tmp_path / "held_out", 6, "validation", 0)
+    config = comparison(tmp_path, seeds=(0,))
+    config = dataclasses.replace(config, contenders={n: c for n, c in config.contenders.items() if n != "reflow"})
+    for cell in cells.cells(config):
+        cells.run_cell(config, *cell)
+        assert cells.is_done(config, *cell)
+    flow = json.loads((cells.folder(config, 0, "flow") / "cell.json").read_text())
+    assert [row["evaluations"] for row in flow["rows"]] == [1, 2]
+    assert all(row["episodes"] == 6 and row["error"] > 0 and row["latency_ms"] > 0 for row in flow["rows"])
+    assert flow["straightness"]["euler"] > 0
+    page = report.write_comparison(config).read_text()
+    assert page.count("<img") == 4
+    figures = json.loads((tmp_path / "runs" / "compare.json").read_text())
+    assert set(figures["policies"]) == {"flow", "bins"}
+    assert figures["policies"]["bins"]["straightness"] is None

@@ -1,0 +1,238 @@
+"""A plan says what the compiled program and its real arrays take."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tyro
+
+from pi0_jax import cli, flops
+from pi0_jax.config import FlowConfig, MeshConfig, OptimConfig, PolicyConfig, TrainConfig
+from pi0_jax.plan import estimate as planning
+from pi0_jax.plan.estimate import REMATS, Device, alternatives, describe, find_fitting, make_plan
+from pi0_jax.plan.hlo_collectives import traffic
+from pi0_jax.training import sharding
+from tests.conftest import tiny_config
+from tests.training.common import random_batch
+from tests.training.test_sharding import held
+
+MODEL = tiny_config("pi0", cameras=("top",), action_dim=8, depth=4, dtype="float32", remat="full")
+CONFIG = TrainConfig(
+    policy=PolicyConfig(model=MODEL),
+    flow=FlowConfig(),
+    optim=OptimConfig(name="adamw", warmup_steps=2, ema_decay=0.9),
+    mesh=MeshConfig(data=1, fsdp=-1),
+    batch_size=64,
+)
+
+
+@pytest.fixture(scope="module")
+def plan() -> planning.Plan:
+    return make_plan(CONFIG)
+
+
+def test_what_a_plan_says_is_held_is_what_the_arrays_hold(plan):
+    mesh = sharding.make_mesh(CONFIG.mesh)
+    program, _ = planning._program(CONFIG, mesh)
+    state = program.start(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), program.shapes.params))
+    for name, part in (
+        ("parameters", state.params),
+        ("optimizer", (state.step, state.opt_state)),
+        ("average", state.ema),
+    ):
+        assert plan.held[name] == max(held(part)), name
+    batch = jax.device_put(random_batch(MODEL, 64), sharding.batch_sharding(mesh, 64))
+    assert plan.held["batch"] == max(held(batch))
+
+
+def test_the_peak_of_a_plan_is_the_compilers(plan):
+    mesh = sharding.make_mesh(CONFIG.mesh)
+    program, batch = planning._program(CONFIG, mesh)
+    lowered = program.update.lower(jax.ShapeDtypeStruct((), np.uint32), program.shapes, batch)
+    memory = lowered.compile().memory_analysis()
+    total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    assert not plan.estimated
+    assert plan.peak == pytest.approx(total, rel=0.1)
+    assert sum(plan.held.values()) == pytest.approx(memory.argument_size_in_bytes, rel=0.1)
+
+
+def test_what_the_backward_pass_keeps_shrinks_with_the_policy_and_grows_with_the_batch():
+    kept = [planning.kept_for_backward(planning._with_model(CONFIG, remat=name)) for name in REMATS]
+    assert kept == sorted(kept, reverse=True)
+    # At least each layer's input, float32: 4 image tokens and the prompt, state and actions.
+    prefix, suffix = MODEL.prompt_length + 4, 1 + MODEL.action_horizon
+    least = 4 * (MODEL.depth - 1) * (prefix * MODEL.language.width + suffix * MODEL.action.width)
+    assert least < kept[-1] < 4 * least
+
+
+def test_work_is_the_matrix_products_of_a_sample_times_the_batch(plan):
+    assert plan.flops == pytest.approx(64 / 8 * flops.training(MODEL, CONFIG.flow), rel=0.02)
+
+
+def program(function, *shapes: tuple[int, ...]):
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.P("x")
+    mapped = jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=jax.NamedSharding(mesh, spec)) for shape in shapes]
+    return jax.jit(mapped).lower(*arrays).compile().as_text()
+
+
+@pytest.mark.parametrize(
+    ("kind", "function", "sent"),
+    [
+        ("all-gather", lambda x: jax.lax.all_gather(x, "x", tiled=True), 800 * 4 * 7 / 8),
+        ("all-reduce", lambda x: jax.lax.psum(x, "x"), 2 * 100 * 4 * 7 / 8),
+        ("reduce-scatter", lambda x: jax.lax.psum_scatter(x, "x", tiled=True), 96 * 4 * 7 / 8),
+        ("all-to-all", lambda x: jax.lax.all_to_all(x, "x", 0, 0, tiled=True), 96 * 4 * 7 / 8),
+        ("collective-permute", lambda x: jax.lax.ppermute(x, "x", [(i, (i + 1) % 8) for i in range(8)]), 100 * 4),
+    ],
+)
+def test_bytes_of_each_collective(kind, function, sent):
+    size = 768 if kind in ("reduce-scatter", "all-to-all") else 800
+    found = traffic(program(function, (size,)))
+    assert found[kind] == pytest.approx(sent)
+    assert sum(found.values()) == found[kind]
+
+
+def test_a_collective_in_a_loop_in_a_loop_counts_every_round():
+    def rounds(x):
+        def inner(carry, _):
+            return jax.lax.psum(jnp.sin(carry), "x"), None
+
+        def outer(carry, _):
+            return jax.lax.scan(inner, carry, None, length=5)[0], None
+
+        return jax.lax.scan(outer, x, None, length=3)[0]
+
+    assert traffic(program(rounds, (800,)))["all-reduce"] == pytest.approx(15 * 2 * 100 * 4 * 7 / 8)
+
+
+def test_what_an_update_sends_under_fsdp_is_its_weights_and_gradients(plan):
+    size = plan.held["parameters"] * 8
+    assert 2 * size < sum(plan.sent.values()) < 8 * size
+
+
+TPU_TEXT = """
+%async.1 (p: bf16[8,16]) -> bf16[128,16] {
+  %all-gather.1 = bf16[128,16]{1,0:T(8,128)} all-gather(%p), channel_id=7, replica_groups=mesh['a'=16,'b'=2] {'a'}, dimensions={0}
+}
+
+%async.2 (p: bf16[8,16]) -> bf16[128,16] {
+  %all-gather.2 = bf16[128,16]{1,0:T(8,128)} all-gather(%p), channel_id=7, replica_groups=mesh['a'=16,'b'=2] {'a'}, dimensions={0}
+}
+
+%condition (c: (u32[], f32[4])) -> pred[] {
+  %bound = u32[]{:T(128)} constant(27)
+  ROOT %compare = pred[] compare(%index, %bound), direction=LT
+}
+
+%body (c: (u32[], f32[4])) -> (u32[], f32[4]) {
+  %f.1 = bf16[128,16] fusion(%x), kind=kCustom, calls=%async.1
+  %f.2 = bf16[128,16] fusion(%x), kind=kCustom, calls=%async.2
+  %s = (bf16[72]{0}, bf16[72]{0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%x), channel_id=8, source_target_pairs={{0,1},{1,0}}
+}
+
+ENTRY %main (x: f32[4]) -> f32[4] {
+  %w = (u32[], f32[4]) while(%tuple), condition=%condition, body=%body
+}
+"""  # noqa: E501
+
+
+def test_pieces_of_one_collective_over_fusions_of_a_tpu_count_once():
+    found = traffic(TPU_TEXT)
+    assert found["all-gather"] == 27 * 128 * 16 * 2 * 15 / 16
+    assert found["collective-permute"] == pytest.approx(27 * 72 * 2, rel=0.05)  # its two words count too
+    with pytest.raises(ValueError, match="rounds are not known"):
+        traffic(TPU_TEXT.replace("constant(27)", "parameter(1)"))
+
+
+def test_ways_to_need_less_memory_come_in_order_of_what_they_change():
+    config = dataclasses.replace(planning._with_model(CONFIG, remat="matmuls"), mesh=MeshConfig(data=-1))
+    ways = list(alternatives(config, sharding.make_mesh(config.mesh), lambda config: 0.0))
+    assert [flags.split(" --")[-1] for flags, _ in ways] == [
+        "mesh.fsdp -1",
+        "policy.model.remat gate_up",
+        "policy.model.remat full",
+        "parts 2",
+        "parts 4",
+        "parts 8",
+        "optim.ema-dtype bfloat16",
+        "optim.name adamw_8bit",
+        "optim.ema-decay None",
+        "tune.recipe lora",
+    ]
+    assert "--optim" not in ways[-1][0]
+    assert tyro.cli(TrainConfig, default=config, args=ways[-1][0].split()) == ways[-1][1]
+    ways = list(alternatives(config, sharding.make_mesh(config.mesh), lambda config: float(config.parts)))
+    assert "--parts 8" in ways[5][0]
+    assert all("--parts" not in flags for flags, _ in ways[6:])
+
+
+def test_the_nearest_settings_that_fit_are_found(monkeypatch):
+    monkeypatch.setattr(planning, "make_plan", functools.partial(make_plan, compiled=False))
+    config = dataclasses.replace(planning._with_model(CONFIG, remat="none"), mesh=MeshConfig(data=-1))
+    for enough in (planning._with_model(CONFIG, remat="full"), None):
+        memory = 0.0 if enough is None else 1.01 * make_plan(enough, "h100:8", compiled=False).peak
+        monkeypatch.setitem(planning.GPUS, "h100", Device(memory, 1e12, 1e12, 1e11))
+        first = make_plan(config, "h100:8", compiled=False)
+        assert not first.fits
+        found = find_fitting(config, first)
+        if enough is None:
+            assert found is None
+        else:
+            assert found is not None
+            assert found[1].fits
+            assert found[0] == "--mesh.data 1 --mesh.fsdp -1 --policy.model.remat full"
+
+
+def test_a_plan_is_printed_with_what_is_compiled_and_what_is_estimated(plan):
+    text = describe(plan)
+    assert "8 devices, mesh data 1 x fsdp 8" in text
+    assert "of the compiler" in text
+    known = make_plan(CONFIG, "h100:8", compiled=False)
+    text = describe(known)
+    assert re.search(r"temporaries .*estimated", text)
+    assert re.search(r"peak .* of 84\.\d+ GB: fits", text)
+    assert "a step takes at least" in text
+
+
+def test_the_command_takes_the_flags_of_training(monkeypatch, tmp_path, capsys):
+    (tmp_path / "config.py").write_text(
+        "from pi0_jax.config import *\nfrom tests.plan.test_plan import CONFIG\nconfig = CONFIG\n"
+    )
+    monkeypatch.setattr("pi0_jax.training.commands.make_plan", functools.partial(make_plan, compiled=False))
+    command = ["plan", str(tmp_path / "config.py"), "--topology", "h100:8", "--batch-size", "16"]
+    assert cli.main(command) == 0
+    assert "h100:8: 8 devices, mesh data 1 x fsdp 8 x tensor 1, batch 16" in capsys.readouterr().out
+    assert cli.main([*command[:3], "h1000:8"]) == 1
+    assert "v5e:4x8" in capsys.readouterr().err
+
+
+def test_a_plan_for_a_tpu_without_its_compiler_or_of_no_shape_says_what_to_do(monkeypatch):
+    def refuse(*args, **options):
+        raise RuntimeError("cannot generate TPU topology")
+
+    monkeypatch.setattr(planning.topologies, "get_topology_desc", refuse)
+    monkeypatch.setattr(planning.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'pi0_jax\[tpu\]'"):
+        make_plan(CONFIG, "v5e:4x4")
+    monkeypatch.setattr(planning.importlib.util, "find_spec", lambda name: True)
+    with pytest.raises(ValueError, match=r"no topology v5e:4: cannot generate.*2x2, 2x4, 4x4"):
+        make_plan(CONFIG, "v5e:4")
+
+
+def test_a_tpu_that_is_not_there_is_compiled_for():
+    pytest.importorskip("libtpu", reason="plans for TPUs need the extra tpu")
+    found = make_plan(dataclasses.replace(CONFIG, batch_size=8), "v5e:2x2")
+    assert not found.estimated
+    assert found.mesh["fsdp"] == 4
+    assert found.temporaries > 0
+    assert sum(found.sent.values()) > 2 * found.held["parameters"]
+    for topology, chips in {"v4:2x2x1": 4, "v5p:2x2x2": 8, "v6e:1x1": 1}.items():
+        assert len(planning.find_devices(topology)[1]) == chips
