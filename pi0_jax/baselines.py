@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pi0_jax.batch import Batch, Observation
 from pi0_jax.config import FlowConfig, ModelConfig
 from pi0_jax.flow import bins
-from pi0_jax.model.bins import BinNetwork
+from pi0_jax.model.head.tokens import BinNetwork
 from pi0_jax.model.heads import Network
 
 BINS = ("bins", "bin_sequence")
@@ -20,7 +18,7 @@ BINS = ("bins", "bin_sequence")
 def to_bins(network: Network, actions: Float[Array, "b ah ad"]) -> Int[Array, "b ah d"]:
     """The bins of the dimensions that the network predicts."""
     assert isinstance(network, BinNetwork)
-    return bins.to_bins(actions[..., : network.dims], network.config.bins.count)
+    return bins.to_bins(actions[..., : network.dims], network.bins)
 
 
 def bins_loss(
@@ -36,7 +34,8 @@ def bins_loss(
         total: bins that count in the whole batch.
     """
     target = to_bins(network, batch.actions)
-    logits: Any = network.apply({"params": params}, observation, target)
+    assert isinstance(network, BinNetwork)
+    logits = network.logits(params, observation, target)
     return bins.bin_loss(logits, target, counted_bins(network.config, batch, flow), total)
 
 
@@ -49,8 +48,7 @@ def counted_bins(config: ModelConfig, batch: Batch, flow: FlowConfig) -> Bool[Ar
 
 def decode_bins(network: Network, params, observation: Observation) -> Float[Array, "b ah ad"]:
     """The middles of the likeliest bins; dimensions without bins are 0."""
-    config = network.config
-    prefix = network.apply({"params": params}, observation, method="prefill")
-    decoded: Any = network.apply({"params": params}, prefix, method="decode")
-    actions = bins.from_bins(decoded, config.bins.count)
+    assert isinstance(network, BinNetwork)
+    config, decoded = network.config, network.decode(params, network.prefill(params, observation))
+    actions = bins.from_bins(decoded, network.bins)
     return jnp.pad(actions, ((0, 0), (0, 0), (0, config.action_dim - actions.shape[-1])))

@@ -41,11 +41,7 @@ Condition = Literal["prompt", "images", "both"]
 
 def init_params(network: Network, key: PRNGKeyArray):
     """Random parameters as linen's boxed tree, which carries the logical axis names (`flax.linen.meta.unbox`)."""
-    config = network.config
-    observation, x, time = example_inputs(config, batch_size=1)
-    if config.prediction in baselines.BINS:
-        return network.init(key, observation, baselines.to_bins(network, x))["params"]
-    return network.init(key, observation, x, time)["params"]
+    return network.init(key)
 
 
 def example_inputs(config: ModelConfig, batch_size: int) -> tuple[Observation, Array, Array]:
@@ -148,7 +144,7 @@ def error(
     if teacher is not None:
         actions: Any = sample_actions(network, teacher, batch.observation, noise[:, 0], num_steps=flow.reflow_steps)
     actions = jnp.broadcast_to(jax.lax.stop_gradient(actions)[:, None], noise.shape)
-    predict: Any = functools.partial(network.apply, {"params": params})
+    predict: Any = functools.partial(network.joint, params)
     if config.prediction in ("epsilon", "v"):
         x, target = diffusion.diffuse(actions, noise, time, config.prediction)
         predicted = predict(observation, x, time)
@@ -231,11 +227,8 @@ def sample_actions(
     real_time = real_time or RealTimeConfig()
     if previous is not None:
         check_real_time(network.config, real_time)
-        # Guidance has a backward pass, in which there is nothing to save memory for.
-        network = network.clone(config=dataclasses.replace(network.config, remat="none"))
     if solver == "ddpm" and keys is None and prediction in ("epsilon", "v"):
         raise ValueError("ddpm adds noise on the way: give `keys`, one a chunk; ddim needs none.")
-    apply: Any = functools.partial(network.apply, {"params": params})
     observation = scale_images(observation)
     if prediction in baselines.BINS:
         actions = baselines.decode_bins(network, params, observation)
@@ -243,12 +236,11 @@ def sample_actions(
     if guided:
         told, untold = observation, without(observation, guidance_without)
         observation = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), told, untold)
-    prefix = apply(observation, method="prefill")
+    prefix = network.prefill(params, observation)
     span = (taught_span(num_steps),) if prediction == "average_velocity" else ()
 
     def velocity(x, time) -> Any:
-        rest = (jnp.broadcast_to(jnp.float32(value), x.shape[: jnp.ndim(value) or 1]) for value in (time, *span))
-        return apply(prefix, x, *rest, method="velocity")
+        return network.velocity(params, prefix, x, *map(jnp.float32, (time, *span)))
 
     steered = classifier_free(velocity, guidance_scale) if guided else velocity
     if prediction in ("epsilon", "v"):
