@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 
@@ -40,3 +41,12 @@ class Batch(NamedTuple):
     """False for steps after the episode's end."""
     dim_mask: Bool[Array, "*b ad"]
     """False for dimensions that the robot does not have."""
+
+
+def scale_images(observation: Observation) -> Observation:
+    """uint8 images to float32 in [-1, 1]; float images pass unchanged."""
+    images = {
+        name: image.astype(jnp.float32) / 255.0 * 2.0 - 1.0 if image.dtype == jnp.uint8 else image
+        for name, image in observation.images.items()
+    }
+    return observation._replace(images=images)

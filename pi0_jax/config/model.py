@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 Variant = Literal["pi0", "pi05", "pi0_fast"]
 Dtype = Literal["bfloat16", "float32"]
@@ -51,11 +51,15 @@ class ExpertConfig:
 class Expert:
     """Head of π0 and π0.5: action tokens of the action expert, which attend to the whole observation in every layer."""
 
+    time_per_action: ClassVar[bool] = True
+    """Whether each action of a chunk may have its own flow time."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Compact:
     """Small head: an MLP from the pooled observation, the noisy chunk and the flow time."""
 
+    time_per_action: ClassVar[bool] = False
     width: int = 1024
     depth: int = 3
     """Hidden layers."""

@@ -23,6 +23,7 @@ from scipy.optimize import linear_sum_assignment
 Rows = Float[Array, "b *e"]
 """One row per example."""
 
+
 @dataclasses.dataclass(frozen=True)
 class Independent:
     """Noise is paired with actions at random."""
@@ -91,7 +92,9 @@ def assignment(cost: Float[Array, "b b"]) -> Int[Array, "b"]:
     return jax.pure_callback(solve, shape, jax.lax.stop_gradient(cost), vmap_method="sequential")
 
 
-def sinkhorn(cost: Float[Array, "b b"], regularization: float | Float[Array, ""], num_iterations: int = 100) -> Float[Array, "b b"]:
+def sinkhorn(
+    cost: Float[Array, "b b"], regularization: float | Float[Array, ""], num_iterations: int = 100
+) -> Float[Array, "b b"]:
     """Logarithm of the entropic transport plan between uniform margins (Cuturi 2013, arXiv 1306.0895), `[b b]`.
 
     Args:

@@ -19,7 +19,9 @@ SAMPLERS: dict[str, type] = {
     name: kind
     for module in _modules
     for name, kind in vars(module).items()
-    if dataclasses.is_dataclass(kind) and isinstance(kind, type) and kind.__module__ == module.__name__
+    if dataclasses.is_dataclass(kind)
+    and isinstance(kind, type)
+    and kind.__module__ == module.__name__
     and (kind is Greedy or (issubclass(kind, Solver) and kind.step is not Solver.step and name != "RungeKutta"))
 }
 """Name to class, for configurations and the command line."""

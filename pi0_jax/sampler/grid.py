@@ -42,8 +42,10 @@ def power_grid(num_steps: int, power: float = 1.0) -> Grid:
         UserError: fewer than one step, or a power that is not positive.
     """
     if num_steps < 1 or not power > 0:
-        raise UserError(f"a grid of num_steps {num_steps} with grid_power {power}; a solver needs at least 1 step and a "
-                        "positive power.")
+        raise UserError(
+            f"a grid of num_steps {num_steps} with grid_power {power}; a solver needs at least 1 step and a "
+            "positive power."
+        )
     return euler_grid(num_steps) if power == 1 else grid_of((1 - np.arange(num_steps + 1) / num_steps) ** power)
 
 

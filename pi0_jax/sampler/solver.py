@@ -14,9 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from pi0_jax.config.objective import Path, Predicts, Straight
-from pi0_jax.flow.path import Chunk, Estimate, Path, Predicts, Straight, Velocity, estimate, to_velocity
 from pi0_jax.errors import UserError
+from pi0_jax.flow.path import Chunk, Estimate, Path, Predicts, Straight, Velocity, estimate, to_velocity
 from pi0_jax.sampler.grid import Grid, power_grid
 
 State = Any
@@ -109,7 +108,9 @@ def integrate(
     return _scan(flow, noise, solver, grid, features, keys, project, path=False)
 
 
-def trajectory(flow: Flow | Velocity, noise: Float[Array, "*b ah ad"], solver: Solver, **how: Any) -> Float[Array, "n *b ah ad"]:
+def trajectory(
+    flow: Flow | Velocity, noise: Float[Array, "*b ah ad"], solver: Solver, **how: Any
+) -> Float[Array, "n *b ah ad"]:
     """All points from t = 1 to t = 0, `[num_steps + 1, *b, ah, ad]`; arguments of `integrate`."""
     defaults: dict[str, Any] = {"grid": None, "features": None, "keys": None, "project": lambda x: x}
     return _scan(flow, noise, solver, **(defaults | how), path=True)
