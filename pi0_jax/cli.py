@@ -121,8 +121,7 @@ def _train(args: list[str]) -> int:
         run(config)
     except Interrupted as error:
         flags = [flag for flag in args if flag not in ("--resume", "--overwrite")]
-        message = str(error).removesuffix("Continue with --resume.")
-        error.args = (f"{message}Continue with: pi0 train {shlex.join([*flags, '--resume'])}",)
+        error.resume = f"pi0 train {shlex.join([*flags, '--resume'])}"
         raise
     return 0
 
