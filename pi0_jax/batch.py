@@ -15,6 +15,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from pi0_jax.config import ModelConfig
+
 
 class Observation(NamedTuple):
     """What the policy sees at one moment. Order of cameras is `ModelConfig.cameras`, never the dict's."""
@@ -50,3 +52,15 @@ def scale_images(observation: Observation) -> Observation:
         for name, image in observation.images.items()
     }
     return observation._replace(images=images)
+
+
+def example_observation(model: ModelConfig, batch_size: int) -> Observation:
+    """Zeros in the shapes that a network takes."""
+    size = model.vision.image_size
+    return Observation(
+        images={name: jnp.zeros((batch_size, size, size, 3)) for name in model.cameras},
+        image_masks={name: jnp.ones(batch_size, bool) for name in model.cameras},
+        state=jnp.zeros((batch_size, model.action_dim)),
+        prompt=jnp.zeros((batch_size, model.prompt_length), jnp.int32),
+        prompt_mask=jnp.ones((batch_size, model.prompt_length), bool),
+    )

@@ -18,24 +18,14 @@ from __future__ import annotations
 from typing import Any
 
 import flax.linen as nn
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from pi0_jax.batch import Batch, Observation
-from pi0_jax.config import ModelConfig, PolicyConfig
+from pi0_jax.config import PolicyConfig
 from pi0_jax.errors import UserError
-from pi0_jax.objective import Metrics, Objective, Params, SampleOptions, make_objective
+from pi0_jax.objective import Metrics, Objective, Params, SampleOptions
+from pi0_jax.objective import make_objective as make_objective
 from pi0_jax.sampler import trajectory
-
-__all__ = [
-    "SampleOptions",
-    "init_params",
-    "loss",
-    "make_objective",
-    "sample_actions",
-    "sample_path",
-    "sampling_options",
-]
 
 
 def init_params(objective: Objective, key: Key[Array, ""]) -> Params:
@@ -73,7 +63,7 @@ def sample_actions(
     params: Params,
     observation: Observation,
     noise: Float[Array, "b ah ad"],
-    options: SampleOptions = SampleOptions(),  # noqa: B008  (a NamedTuple)
+    options: SampleOptions = SampleOptions(),
 ) -> Float[Array, "b ah ad"]:
     """Turns noise into action chunks.
 
@@ -122,16 +112,4 @@ def sampling_options(policy: PolicyConfig) -> SampleOptions:
         options
         if guidance is None
         else options._replace(guidance_scale=guidance.scale, guidance_without=guidance.without)
-    )
-
-
-def example_observation(model: ModelConfig, batch_size: int) -> Observation:
-    """Zeros in the shapes that a network takes."""
-    size = model.vision.image_size
-    return Observation(
-        images={name: jnp.zeros((batch_size, size, size, 3)) for name in model.cameras},
-        image_masks={name: jnp.ones(batch_size, bool) for name in model.cameras},
-        state=jnp.zeros((batch_size, model.action_dim)),
-        prompt=jnp.zeros((batch_size, model.prompt_length), jnp.int32),
-        prompt_mask=jnp.ones((batch_size, model.prompt_length), bool),
     )

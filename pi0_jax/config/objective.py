@@ -52,7 +52,7 @@ class Gaussian(_Regression):
     coupling: Coupling = Independent()
     """Which noise goes with which actions of a batch."""
     regression_draw: bool = False
-    """Take one of the draws at x = 0, t = 1 instead of at random: its target is minus the conditional mean action, which
+    """Take one of the draws at x = 0, t = 1 instead of at random: its target is minus the conditional mean action. That
     is behaviour cloning by regression, and no noise hides from the network what the instruction means."""
     regression_warmup_steps: int = 0
     """Train on that draw alone for so many steps at first. A network that starts from random weights has to find out

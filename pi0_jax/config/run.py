@@ -36,8 +36,8 @@ class TrainConfig:
     batch_size: int = 32
     """Observations per update, over all devices."""
     grad_accum_steps: int = 1
-    """Microbatches that each device computes its examples in, one after another; divides activation memory by this. Losses and
-    weights are those of one batch, within rounding."""
+    """Microbatches that each device computes its examples in, one after another; divides activation memory by this.
+    Losses and weights are those of one batch, within rounding."""
     num_steps: int = 30_000
     max_consecutive_skips: int = 5
     """Consecutive updates that are skipped, because their loss or gradient is NaN or infinite, before the run stops. A

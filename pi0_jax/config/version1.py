@@ -1,7 +1,7 @@
 """Reads the configurations that checkpoints of format version 1 hold (up to November 2026).
 
-Then one string, `ModelConfig.prediction`, stood for path, target, loss, sampler and head together, and `FlowConfig` for the
-rest of the objective; `upgrade` makes values of them.
+Then one string, `ModelConfig.prediction`, stood for path, target, loss, sampler and head together, and `FlowConfig` for
+the rest of the objective; `upgrade` makes values of them.
 """
 
 from __future__ import annotations

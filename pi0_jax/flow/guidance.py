@@ -14,8 +14,8 @@ def classifier_free(both: Velocity, scale: float | Float[Array, ""]) -> Velocity
     It is computed as v_cond + (scale − 1) · (v_cond − v_uncond), so that at scale 1 the result is v_cond exactly.
 
     Args:
-        both: prediction for a batch of 2b: conditional, then unconditional. Any of those in `path.py`, since all are linear
-            in one another.
+        both: prediction for a batch of 2b: conditional, then unconditional. Any of those in `path.py`, since all are
+            linear in one another.
         scale: 0 ignores the condition, 1 follows it, larger values exaggerate it; may be traced.
 
     Returns:

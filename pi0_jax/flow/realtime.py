@@ -60,13 +60,13 @@ def real_time_chunking(
     schedule: Schedule = "exp",
     max_guidance: float | Float[Array, ""] = 5.0,
     *,
-    path: Path = Straight(),  # noqa: B008  (frozen)
+    path: Path = Straight(),
     through_network: bool = True,
 ) -> Velocity:
     """Real-time chunking (arXiv 2506.07339, algorithm 1): pulls a sample towards the previous chunk's actions.
 
-    How far the one-step denoised estimate is from the previous actions, weighted by `prefix_weights`, is carried back to
-    x by the vector-Jacobian product of the estimate (ΠGDM guidance, Song et al. 2023), network included, so one
+    How far the one-step denoised estimate is from the previous actions, weighted by `prefix_weights`, is carried back
+    to x by the vector-Jacobian product of the estimate (ΠGDM guidance, Song et al. 2023), network included, so one
     evaluation costs a backward pass as well.
 
     Args:
@@ -103,7 +103,7 @@ def real_time_chunking(
 def guidance_factor(
     time: Time,
     max_guidance: float | Float[Array, ""],
-    path: Path = Straight(),  # noqa: B008  (frozen)
+    path: Path = Straight(),
 ) -> Float[Array, ""]:
     """Factor of the correction, (alpha² + sigma²) (sigma'/sigma - alpha'/alpha), at most `max_guidance`.
 
@@ -119,8 +119,8 @@ def guidance_factor(
 def continue_prefix(velocity: Velocity, previous: Previous) -> tuple[Velocity, Callable[[Chunk], Chunk]]:
     """Training-time real-time chunking (arXiv 2512.05964): for networks that learned to go on from clean actions.
 
-    The first `delay` actions are the previous chunk's from the start and stay, bit for bit; the network sees them at flow
-    time 0. `Previous.end` has no part in it.
+    The first `delay` actions are the previous chunk's from the start and stay, bit for bit; the network sees them at
+    flow time 0. `Previous.end` has no part in it.
 
     Args:
         velocity: takes one time per action, `[b ah]`.

@@ -55,15 +55,15 @@ class Objective(NamedTuple):
     network: Any
     """With `init(key)`, the parameters in boxes that carry logical axis names."""
     draw: Callable[[Batch, Key[Array, ""], Array | int], tuple[Draws, Float[Array, ""]]]
-    """All randomness of a whole batch at a step of training: the draws, and how many entries of them the loss counts."""
+    """All randomness of a batch at a step of training: the draws, and how many entries of them the loss counts."""
     loss: Callable[..., tuple[Float[Array, ""], Metrics]]
-    """Of parameters, the draws of any microbatch, the count of the whole batch, and the teacher's parameters if there is
-    one. Losses of microbatches add up to that of the batch."""
+    """Of parameters, the draws of any microbatch, the count of the whole batch, and the teacher's parameters if there
+    is one. Losses of microbatches add up to that of the batch."""
     sample: Callable[[Params, Observation, Float[Array, "b ah ad"], SampleOptions], Float[Array, "b ah ad"]]
     """Normalised, padded actions, float32, from observations and standard normal noise."""
     flow: Callable[[Params, Observation, SampleOptions], tuple[Flow, Callable[[Chunk], Chunk]]] | None = None
-    """What a solver integrates for given observations, guidance included, and what it does to each point; None: there is
-    nothing to integrate, guide or continue."""
+    """What a solver integrates for given observations, guidance included, and what it does to each point; None: there
+    is nothing to integrate, guide or continue."""
     features: Callable[[Params, Sampler], Any] | None = None
     """What the network computes of the sampler's times alone, one row per step."""
     teacher: str | None = None

@@ -95,7 +95,8 @@ def integrate(
         noise: the point at t = 1.
         solver: how.
         grid: times of the steps; None: the solver's own.
-        features: tree whose arrays have one row per step: further arguments of the prediction (`Network.time_features`).
+        features: tree whose arrays have one row per step: further arguments of the prediction
+            (`Network.time_features`).
         keys: one per chunk, for stochastic solvers.
         project: applied to the point before the first step and after each.
 

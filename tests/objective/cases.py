@@ -1,4 +1,4 @@
-"""The objectives and heads whose numbers `tests/goldens/objectives.json` holds, as version 1 of this package gave them."""
+"""The objectives and heads whose numbers, as version 1 of this package gave them, `tests/goldens` holds."""
 
 from pi0_jax.config import (
     Beta,

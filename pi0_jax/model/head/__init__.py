@@ -71,7 +71,9 @@ class _Adapter:
         )
         if self.dims:
             return self._module.init(key, observation, jnp.zeros((1, c.action_horizon, self.dims), jnp.int32))["params"]
-        return self._module.init(key, observation, jnp.zeros((1, c.action_horizon, c.action_dim)), jnp.zeros(1))["params"]
+        return self._module.init(key, observation, jnp.zeros((1, c.action_horizon, c.action_dim)), jnp.zeros(1))[
+            "params"
+        ]
 
     def joint(self, params, observation, x, time, span=None):
         return self._call(params, "__call__", observation, x, time, *(() if span is None else (span,)))
