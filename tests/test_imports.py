@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "flops": {"config", "batch", "model", "pi0"},
     "config_json": set(),
     "checkpoint": {"compat", "config", "config_json"},
-    "training": {"compat", "config", "errors", "batch", "data", "model", "pi0", "checkpoint", "flops"},
+    "training": {"atomic", "compat", "config", "errors", "batch", "data", "model", "pi0", "checkpoint", "flops"},
     "plan": {"compat", "config", "errors", "batch", "data", "model", "pi0", "checkpoint", "flops", "training"},
     "inference": {"atomic", "config", "batch", "data", "model", "flow", "pi0", "checkpoint"},
     "serving": {"config", "data", "inference", "checkpoint"},
