@@ -54,7 +54,7 @@ RENAMED = {
 
 
 def load_config(path: str | Path, kind: type[Config]) -> Config:
-    """Executes a Python file and returns its `config`. The file may import others beside it (`from configs.x import y`).
+    """Executes a Python file and returns its `config`. It may import from its folder (`from configs.x import config`).
 
     Args:
         path: the file.
@@ -94,7 +94,7 @@ def load_config(path: str | Path, kind: type[Config]) -> Config:
 def parse(config: Config, args: list[str], *, prog: str, description: str) -> Config:
     """The configuration with fields set anew by flags, `--optim.peak-lr 3e-4`.
 
-    Where a field may be one of several classes, `--policy.sampler Heun` chooses, and `--policy.sampler.num-steps 5` sets
+    Where a field may be one of several classes, `--policy.sampler Heun` chooses, `--policy.sampler.num-steps 5` sets
     a field of the chosen one; fields that both classes have keep their values.
 
     Args:
