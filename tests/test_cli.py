@@ -125,7 +125,7 @@ def test_an_error_of_ours_keeps_its_traceback(configs, monkeypatch):
         cli.main(["train", "configs/good.py"])
 
 
-@pytest.mark.parametrize(("error", "code"), [("KeyboardInterrupt()", 130), ("Interrupted('stopped', 15)", 0)])
+@pytest.mark.parametrize(("error", "code"), [("KeyboardInterrupt()", 130), ("Interrupted(5, 'run/5', 15)", 0)])
 def test_a_signal_gives_the_shells_exit_code(configs, monkeypatch, error, code):
     import pi0_jax.training.loop
     from pi0_jax.training.interrupt import Interrupted

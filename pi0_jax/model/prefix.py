@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Key
 
 from pi0_jax.batch import Observation
 from pi0_jax.config import ModelConfig
+from pi0_jax.errors import UserError
 from pi0_jax.model import gemma, layers, siglip
 from pi0_jax.model.declare import Declare, Leaf, Spec, linear
 from pi0_jax.model.layers import Record
@@ -46,7 +47,7 @@ class PrefixNetwork:
         """The head's own parameters."""
         raise NotImplementedError
 
-    def init(self, key: PRNGKeyArray) -> dict[str, Any]:
+    def init(self, key: Key[Array, ""]) -> dict[str, Any]:
         """Random parameters in linen's boxes, which carry the logical axis names (`flax.linen.meta.unbox`)."""
         return Declare(MappingProxyType(self.spec)).init(key, method="declare")["params"]
 
@@ -67,12 +68,12 @@ class PrefixNetwork:
         All cameras go through the encoder as one batch.
 
         Raises:
-            ValueError: the observation lacks a camera of the config.
+            UserError: the observation lacks a camera of the config.
         """
         c = self.config
         missing = [name for name in c.cameras if name not in observation.images]
         if missing:
-            raise ValueError(
+            raise UserError(
                 f"the observation lacks cameras {missing}; it has {sorted(observation.images)}. "
                 "Rename them in the robot, mask them with `image_masks`, or leave them out of `ModelConfig.cameras`."
             )

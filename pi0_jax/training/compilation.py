@@ -10,20 +10,19 @@ from typing import Any
 
 import jax
 from jax import monitoring
-from jax.experimental.compilation_cache import compilation_cache
 
-_COMPILED = "/jax/core/compile/backend_compile_duration"
-_FOUND = "/jax/compilation_cache/cache_hits"
+from pi0_jax import compat
+
 _log = logging.getLogger(__name__)
 
 
 def keep_programs(folder: str | None) -> None:
     """Makes JAX keep compiled programs in a folder, so that another run of the same programs starts sooner.
 
-    Where JAX was told already, by JAX_COMPILATION_CACHE_DIR or JAX_ENABLE_COMPILATION_CACHE, that stays.
+    JAX_COMPILATION_CACHE_DIR and JAX_ENABLE_COMPILATION_CACHE take precedence.
 
     Args:
-        folder: where; "default" is `compiled` in PI0_CACHE, or in ~/.cache/pi0_jax. None: programs are not kept.
+        folder: to keep them in; "default" is `compiled` in PI0_CACHE, or in ~/.cache/pi0_jax. None: nowhere.
     """
     if folder is None:
         return
@@ -32,25 +31,22 @@ def keep_programs(folder: str | None) -> None:
     wanted = str(Path(folder).expanduser().absolute())
     if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
         jax.config.update("jax_compilation_cache_dir", wanted)
-        compilation_cache.reset_cache()  # what was compiled before the folder was known settled that there is none
+        compat.reset_compilation_cache()  # JAX latches "no cache folder" at the first compilation
 
 
-class Watch:
-    """Counts what is compiled, and says why where a program is compiled again.
-
-    Counting begins with the block that it is the context of.
-    """
+class CompileMonitor:
+    """A context that counts compilations, and says why a program is compiled again."""
 
     def __init__(self):
-        self.programs = self.found = 0
-        """Programs that were compiled, and how many of them were found in the folder of `keep_programs`."""
+        self.programs = self.cache_hits = 0
+        """Programs compiled, and how many of them were found in the folder of `keep_programs`."""
         self.seconds = 0.0
-        """That compiling took."""
+        """Total compilation time."""
         self.again = 0
         """Calls that compiled a program which had been compiled before."""
         self._seen: dict[str, dict[str, str]] = {}
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> CompileMonitor:
         monitoring.register_event_duration_secs_listener(self._compiled)
         monitoring.register_event_listener(self._event)
         return self
@@ -60,11 +56,11 @@ class Watch:
         monitoring.unregister_event_listener(self._event)
 
     def _compiled(self, event: str, duration_secs: float, **_):
-        if event == _COMPILED:
+        if event == compat.COMPILE_EVENT:
             self.programs, self.seconds = self.programs + 1, self.seconds + duration_secs
 
     def _event(self, event: str, **_):
-        self.found += event == _FOUND
+        self.cache_hits += event == compat.CACHE_HIT_EVENT
 
     def call(self, name: str, function: Callable, *args: Any) -> Any:
         """Calls a compiled function; a second program of the same name is a warning."""
@@ -85,7 +81,7 @@ class Watch:
 
     def summary(self) -> str:
         """What was compiled, in words."""
-        kept = f", {self.found} of them found compiled" if self.found else ""
+        kept = f", {self.cache_hits} of them found in the cache" if self.cache_hits else ""
         again = f"; {self.again} AGAIN" if self.again else "; none twice"
         return f"compiled {self.programs} programs in {self.seconds:.1f} s{kept}{again}"
 

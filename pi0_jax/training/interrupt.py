@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import sys
 import threading
+from pathlib import Path
 
 
+@dataclasses.dataclass(eq=False)
 class Interrupted(Exception):
     """The run was asked to stop and has saved its state.
 
@@ -15,9 +18,21 @@ class Interrupted(Exception):
     sees a job that ended in order.
     """
 
-    def __init__(self, message: str, number: int):
-        super().__init__(message)
-        self.exit_code = 0 if number == signal.SIGTERM else 128 + number
+    step: int
+    """Updates made."""
+    folder: Path
+    """Checkpoint of that step."""
+    number: int
+    """Signal that came."""
+    resume: str = "--resume"
+    """Flag, or command, that continues the run."""
+
+    def __str__(self) -> str:
+        return f"stopped at step {self.step}. Last checkpoint: {self.folder}. Continue with: {self.resume}"
+
+    @property
+    def exit_code(self) -> int:
+        return 0 if self.number == signal.SIGTERM else 128 + self.number
 
 
 class StopRequest:
@@ -41,6 +56,6 @@ class StopRequest:
     def _handle(self, number: int, _frame):
         if self.number is not None:
             os.write(sys.stderr.fileno(), b"\nquitting at once; --resume continues from the last complete checkpoint\n")
-            os._exit(128 + number)
+            os._exit(128 + number)  # without the handlers of threads that may hold locks
         self.number = number
         os.write(sys.stderr.fileno(), b"\nfinishing this step and saving; once more to quit at once\n")

@@ -18,14 +18,14 @@ from pi0_jax.checkpoint import CheckpointWriter
 from pi0_jax.config import HostsConfig, TrainConfig
 from pi0_jax.model.attention import report_kernel
 from pi0_jax.training import multihost, optimizer, sharding
-from pi0_jax.training.compilation import Watch, keep_programs
+from pi0_jax.training.compilation import CompileMonitor, keep_programs
 from pi0_jax.training.guard import Diverged
 from pi0_jax.training.init_weights import check_start, first_weights
 from pi0_jax.training.inputs import Inputs, load_inputs
 from pi0_jax.training.interrupt import Interrupted, StopRequest
 from pi0_jax.training.metrics import Reporter, seconds_at_peak
 from pi0_jax.training.partition import flat, table, with_adapters
-from pi0_jax.training.profiling import Profile
+from pi0_jax.training.profiling import Profile, parse_span
 from pi0_jax.training.program import Program, build
 from pi0_jax.training.run_dir import delete_run, open_run
 from pi0_jax.training.state import TrainState, join, split
@@ -82,7 +82,7 @@ def _run(config: TrainConfig) -> Path:
     batch_placement = sharding.batch_sharding(mesh, config.batch_size, config.parts)
     optimizer.make_schedule(config.optim, config.num_steps)  # refuses what cannot work, before data are read
     run_dir = Path(config.run_dir).expanduser()
-    Profile(config.profile, run_dir)
+    parse_span(config.profile)
     keep_programs(config.compilation_cache)
     source = open_run(config)
     multihost.require_same("configuration and newest checkpoint", repr((_shared(config), source)).encode())
@@ -151,7 +151,7 @@ def restore(folder: Path, shapes: TrainState) -> TrainState:
 
 
 def validate(
-    config: TrainConfig, program: Program, weights, validation: Callable[[], Iterator[Batch]], watch: Watch
+    config: TrainConfig, program: Program, weights, validation: Callable[[], Iterator[Batch]], watch: CompileMonitor
 ) -> dict[str, float]:
     """Measures weights on held-out demonstrations, with the same noise and times whenever it is asked.
 
@@ -182,11 +182,11 @@ def _train(
     saved, vote = step, multihost.Vote(mesh)
     reporter = Reporter(
         run_dir, start=step, num_steps=config.num_steps, batch_size=config.batch_size, log_every=config.log_every,
-        gauges=getattr(inputs.loader, "gauges", dict), skips=(config.skip_in_row, config.skip_in_total),
+        gauges=getattr(inputs.loader, "gauges", dict), max_skips=(config.skip_in_row, config.skip_in_total),
         ideal_seconds=seconds_at_peak(config, mesh, flat(program.shapes.frozen)), write=multihost.is_first(),
     )  # fmt: skip
     signal = None
-    watch, profile = Watch(), Profile(config.profile, run_dir / "profile")
+    watch, profile = CompileMonitor(), Profile(parse_span(config.profile), run_dir / "profile")
     with reporter, watch, profile, StopRequest() as stop:
         try:
             while step < config.num_steps and (signal := vote(stop.number)) is None:
@@ -218,12 +218,11 @@ def _train(
             raise Diverged(f"{error}. {_kept(run_dir, checkpoint.latest_step(run_dir))} {advice}") from error
         writer.wait()
     _log.info("%s", watch.summary())
-    if signal is not None and step < config.num_steps:
-        raise Interrupted(f"stopped at step {step}. {_kept(run_dir, step)} Continue with --resume.", signal)
     folder = run_dir / "checkpoints" / str(step)
-    simulated = inputs.robot.name == "tabletop"
-    command = f"pi0 report {run_dir}" if simulated else f"pi0 infer {run_dir} --write-example observation.npz"
-    _log.info("done: %s\nNext, see how the policy does: %s", folder, command)
+    if signal is not None and step < config.num_steps:
+        raise Interrupted(step, folder, signal)
+    _log.info("done: %s\nTry it: pi0 infer %s --write-example observation.npz", folder, run_dir)
+    _log.info("Evaluate it: pi0 report %s", run_dir)
     return folder
 
 

@@ -1,9 +1,9 @@
 """Numbers of a run: `metrics.jsonl`, TensorBoard event files, and the progress line on the terminal.
 
-`metrics.jsonl` holds what the run computes, and reads the same however often the run was stopped: one row for each
-update, and one for each validation; `step` counts updates, so the row of step n is the n-th update and a checkpoint n
-holds its result. Floats are written so that they read back exactly. What depends on the machine is in `timing.jsonl`:
-for each update its seconds, and the share of them spent waiting for its batch.
+`metrics.jsonl` holds what the run computes, and reads the same however often the run was stopped: one row per update,
+and one per validation; `step` counts updates, so the row of step n is the n-th update and checkpoint n holds its
+result. Floats are written so that they read back exactly. What depends on the machine is in `timing.jsonl`: per update
+its seconds, and the fraction of them spent waiting for its batch.
 """
 
 from __future__ import annotations
@@ -21,12 +21,11 @@ from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
-from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from pi0_jax import flops
+from pi0_jax.atomic import written
 from pi0_jax.config import TrainConfig
 from pi0_jax.training.guard import Guard, skipped_before
 from pi0_jax.training.inputs import trained_model
@@ -35,7 +34,7 @@ from pi0_jax.training.step import Metrics
 FILE = "metrics.jsonl"
 TIMING_FILE = "timing.jsonl"
 WAIT_TO_REPORT = 0.2
-"""Share of waiting for batches above which the log says so."""
+"""Fraction of the time spent waiting for batches above which the log says so."""
 _ADVICE = {
     "input_pictures": "reading pictures; decode them once (pi0 data cache)",
     "input_columns": "reading columns",
@@ -56,7 +55,7 @@ class Reporter:
         batch_size: int,
         log_every: int,
         gauges: Callable[[], dict[str, float]] = dict,
-        skips: tuple[int, int] = (0, 0),
+        max_skips: tuple[int, int] = (0, 0),
         ideal_seconds: float | None = None,
         write: bool = True,
     ):
@@ -66,27 +65,26 @@ class Reporter:
             run_dir: the run's folder.
             start: updates made so far; rows of later ones, from a run that was killed, are dropped.
             num_steps: updates at the end of the run.
-            batch_size: samples an update, for the rate.
+            batch_size: samples per update, for the rate.
             log_every: updates between lines on the terminal and points in TensorBoard.
-            gauges: what `data.loader.Loader.gauges` measured since it was asked last; asked once an update.
-            skips: updates in a row, and in all, that may be skipped because they are not finite.
-            ideal_seconds: that an update would take at the devices' peak (`seconds_at_peak`); None: not known.
-            write: False for processes that only help: they check the numbers, and write and show nothing.
+            gauges: `data.loader.Loader.gauges`, measured since the last call; called once per update.
+            max_skips: consecutive updates, and updates in total, that may be skipped because they are not finite.
+            ideal_seconds: duration of an update at the devices' peak (`seconds_at_peak`); None: unknown.
+            write: False for all processes but the first: they check the numbers, and write and show nothing.
         """
-        self._guard = Guard(*skips, before=skipped_before(run_dir / FILE, start))
+        self._guard = Guard(*max_skips, before=skipped_before(run_dir / FILE, start))
         rows, timing = (run_dir / name if write else Path(os.devnull) for name in (FILE, TIMING_FILE))
         if write:
             drop_rows_after(rows, start)
             drop_rows_after(timing, start)
         self._rows = rows.open("a", buffering=1)
         self._timing = timing.open("a", buffering=1)
-        self._gauges, self._asked = gauges, time.perf_counter()
+        self._gauges, self._gauged_at = gauges, time.perf_counter()
         self._gauged: list[tuple[float, dict[str, float]]] = []
         """Seconds and gauges of the updates since the last line on the terminal."""
         self._first_line = True
-        self._events = EventsWriter(str(run_dir / "events")) if write else None
-        if start and self._events is not None:  # makes TensorBoard drop later points, of a run that was killed
-            self._events.write_event(Event(step=start + 1, session_log=SessionLog(status=SessionLog.START)))
+        # TensorBoard drops the points from `purge_step` on, of a run that was killed.
+        self._events = SummaryWriter(str(run_dir), purge_step=start + 1 if start else None, write_to_disk=write)
         hidden = None if write else True  # None: where there is no terminal
         self._bar = tqdm(total=num_steps, initial=start, unit="step", dynamic_ncols=True, disable=hidden)
         self._batch_size, self._log_every, self._ideal = batch_size, log_every, ideal_seconds
@@ -102,21 +100,20 @@ class Reporter:
         with contextlib.suppress(OSError):  # every write was flushed, so an error has been raised before
             self._rows.close()
             self._timing.close()
-            if self._events is not None:
-                self._events.close()
+            self._events.close()
 
     def push(self, step: int, metrics: Metrics):
         """Takes the metrics of an update that may still be running, and reports the update before it.
 
         Raises:
-            Diverged: that one was not finite, and one too many.
+            Diverged: that update was one skipped update too many.
         """
         self.flush()
         self._pending = (step, metrics)
         if gauges := self._gauges():
             now = time.perf_counter()
-            self._gauged.append((now - self._asked, gauges))
-            self._asked = now
+            self._gauged.append((now - self._gauged_at, gauges))
+            self._gauged_at = now
             with self._explained():
                 row = {"step": step, "seconds": round(self._gauged[-1][0], 6), "input_wait": gauges["input_wait"]}
                 self._timing.write(json.dumps(row) + "\n")
@@ -125,7 +122,7 @@ class Reporter:
         """Waits for the update that was pushed last and reports it.
 
         Raises:
-            Diverged: it was not finite, and one too many.
+            Diverged: it was one skipped update too many.
         """
         if self._pending is None:
             return
@@ -144,7 +141,7 @@ class Reporter:
         self._write_row(step, values)
         self._plot(step, values)
         _log.info("step %d: %s", step, _text(values))
-        self._since = (step, time.monotonic())  # what took this long was no training
+        self._since = (step, time.monotonic())  # validation does not count as training time
 
     def _show(self, step: int, values: dict[str, float]):
         assert self._since is not None
@@ -160,35 +157,33 @@ class Reporter:
         if gauges.get("input_wait", 0) > WAIT_TO_REPORT:
             slowest = max(_ADVICE, key=lambda name: gauges.get(name, 0))
             _log.warning(
-                "data are the bottleneck: %.0f %% of the time went by waiting for batches, whose preparation is for "
-                "%.0f %% %s. More --data.num-threads, or --data.num-workers, may help too.",
-                100 * gauges["input_wait"], 100 * gauges.get(slowest, 0), _ADVICE[slowest],
-            )  # fmt: skip
+                "data are the bottleneck: %.0f %% of the time was spent waiting for batches, %.0f %% of whose "
+                "preparation is %s. More --data.num-threads, or --data.num-workers, may help too.",
+                100 * gauges["input_wait"],
+                100 * gauges.get(slowest, 0),
+                _ADVICE[slowest],
+            )
         self._bar.set_postfix_str(_text(shown), refresh=False)
         if self._bar.disable:
             left = tqdm.format_interval(seconds * (self._bar.total - step)) if step > before else "?"
             _log.info("step %d of %d: %s, left %s", step, self._bar.total, _text(shown), left)
 
     def _mean_gauges(self) -> dict[str, float]:
-        """Gauges since the last line, each update by its seconds; the first update compiles and is left out."""
-        some = self._gauged[1:] if self._first_line else self._gauged
+        """Mean gauges since the last line, weighted by seconds; the first update compiles and is left out."""
+        updates = self._gauged[1:] if self._first_line else self._gauged
         self._first_line, self._gauged = False, []
-        total = sum(seconds for seconds, _ in some)
+        total = sum(seconds for seconds, _ in updates)
         if not total:
             return {}
-        return {name: sum(s * gauges[name] for s, gauges in some) / total for name in some[0][1]}
+        return {name: sum(s * gauges[name] for s, gauges in updates) / total for name in updates[0][1]}
 
     def _write_row(self, step: int, values: dict[str, float]):
         with self._explained():
             self._rows.write(json.dumps({"step": step} | values) + "\n")
 
     def _plot(self, step: int, values: dict[str, float]):
-        if self._events is None:
-            return
-        summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
-        with self._explained():
-            self._events.write_event(Event(step=step, wall_time=time.time(), summary=summary))
-            self._events.flush()
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -232,9 +227,8 @@ def drop_rows_after(path: Path, step: int):
                 kept.append(line + "\n")
         except (ValueError, KeyError):
             continue
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, path)
+    with written(path) as partial:
+        partial.write_text("".join(kept))
 
 
 def _text(values: dict[str, float]) -> str:

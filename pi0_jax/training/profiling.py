@@ -8,28 +8,42 @@ from pathlib import Path
 
 import jax
 
+from pi0_jax.errors import UserError
+
 _log = logging.getLogger(__name__)
+
+
+Span = tuple[int, int]
+"""The first update to record, and the first one after it that is not."""
+
+
+def parse_span(text: str | None) -> Span | None:
+    """`TrainConfig.profile`, START:STOP, as numbers.
+
+    Raises:
+        UserError: an invalid span.
+    """
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    if match is None or not 0 < int(match[1]) < int(match[2]):
+        raise UserError(
+            f"profile is {text!r}; expected START:STOP, the number of the first update to record and of the first "
+            "one not to, such as 100:105."
+        )
+    return int(match[1]), int(match[2])
 
 
 class Profile:
     """Records updates of a run.
 
     Args:
-        span: START:STOP, the first update to record and the first one after that which is not; None: records nothing.
-        folder: for the trace.
-
-    Raises:
-        ValueError: a span that is none.
+        span: the updates to record; None: none.
+        folder: of the trace.
     """
 
-    def __init__(self, span: str | None, folder: Path):
-        match = re.fullmatch(r"(\d+):(\d+)", span or "")
-        if span is not None and (match is None or not 0 < int(match[1]) < int(match[2])):
-            raise ValueError(
-                f"profile is {span!r}; expected START:STOP, the number of the first update to record and of the first "
-                "one not to, such as 100:105."
-            )
-        self._start, self._stop = (int(match[1]), int(match[2])) if match else (0, 0)
+    def __init__(self, span: Span | None, folder: Path):
+        self._start, self._stop = span or (0, 0)
         self._folder, self._running = folder, False
 
     def __enter__(self) -> Profile:
@@ -39,7 +53,7 @@ class Profile:
         self._end()
 
     def before(self, update: int, waiting_for) -> None:
-        """To be told the number of every update before it is made, and arrays that those before it made."""
+        """To be called before every update, with its number and arrays that the updates before it made."""
         if update == self._start and not self._running:
             jax.block_until_ready(waiting_for)
             jax.profiler.start_trace(str(self._folder))

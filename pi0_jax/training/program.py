@@ -16,13 +16,13 @@ from jaxtyping import Array, PRNGKeyArray
 from pi0_jax import pi0
 from pi0_jax.batch import Batch
 from pi0_jax.config import FlowConfig, TrainConfig
-from pi0_jax.data.augment import augment
+from pi0_jax.data.augment import make_augment
 from pi0_jax.data.normalization import Stats
 from pi0_jax.data.robots import Robot
 from pi0_jax.model.heads import Network, make_network
 from pi0_jax.training import optimizer, sharding
-from pi0_jax.training.inputs import trained_augment, trained_model
-from pi0_jax.training.partition import divide, flat, frozen_names, unite
+from pi0_jax.training.inputs import trained_model
+from pi0_jax.training.partition import combine, flat, frozen_names, partition
 from pi0_jax.training.state import TrainState, create
 from pi0_jax.training.step import Metrics, make_update
 
@@ -69,7 +69,7 @@ def build(config: TrainConfig, mesh: Mesh, robot: Robot, stats: Stats, rows: np.
     network = make_network(config.policy.model)
     weights = jax.eval_shape(functools.partial(pi0.init_params, network), jax.random.key(0))
     frozen = frozen_names(config.tune, config.policy.model, flat(weights))
-    boxed = divide(weights, frozen)[0]
+    boxed = partition(weights, frozen)[0]
     computed = make_network(trained_model(config))
     transform = optimizer.make_optimizer(config.optim, schedule, boxed)
     ema = None if config.optim.ema_decay is None else config.optim.ema_dtype
@@ -83,14 +83,12 @@ def build(config: TrainConfig, mesh: Mesh, robot: Robot, stats: Stats, rows: np.
     def compiled_update(flow: FlowConfig):
         draw = functools.partial(pi0.draw, computed.config, flow=flow, reflow=config.reflow_from is not None)
         whole = sharding.keep_batch_divided(mesh, functools.partial(_error, computed, flow, config.parts))
-        augmented = functools.partial(
-            augment, config=trained_augment(config), robot=robot, stats=stats, mode=config.policy.normalization
-        )
+        augmented = make_augment(config.augment, robot, stats, config.policy.normalization, config.policy.model.cameras)
 
         # The seed is an argument, so that runs which differ in it alone share their compiled programs.
         def update(seed, state: TrainState, *rest):
             def error(params, *args):
-                return whole(unite(params, state.frozen), *args)
+                return whole(combine(params, state.frozen), *args)
 
             make = make_update(
                 draw, error, augmented, transform, schedule, ema_decay=config.optim.ema_decay, seed=seed,

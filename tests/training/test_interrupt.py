@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -19,7 +20,9 @@ def test_a_signal_is_noted_and_the_program_goes_on(number, code):
         signal.raise_signal(number)
         assert stop.number == number
     assert signal.getsignal(number) is before
-    assert Interrupted("stopped", number).exit_code == code
+    stopped = Interrupted(5, Path("run/checkpoints/5"), number)
+    assert stopped.exit_code == code
+    assert str(stopped) == "stopped at step 5. Last checkpoint: run/checkpoints/5. Continue with: --resume"
 
 
 def test_a_second_signal_quits_at_once():

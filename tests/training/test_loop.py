@@ -134,7 +134,7 @@ def test_updates_that_are_not_finite_are_skipped_and_then_stop_with_step_and_las
         return inputs._replace(loader=Poisoned(inputs.loader, steps=(2, 3)))
 
     monkeypatch.setattr("pi0_jax.training.loop.load_inputs", load)
-    with pytest.raises(Diverged, match=r"step 3, after 1 .* skipped.*checkpoints/2\. Lower --optim\.peak-lr"):
+    with pytest.raises(Diverged, match=r"step 3, after skipping 1 .*checkpoints/2\. Lower --optim\.peak-lr"):
         run(dataclasses.replace(fresh, save_every=1, skip_in_row=1))
     assert [(row["step"], row["skipped"]) for row in rows(fresh.run_dir)] == [(1, 0), (2, 1), (3, 1)]
     for leaf in jax.tree.leaves(checkpoint.restore_params(fresh.run_dir)):
@@ -182,7 +182,7 @@ def test_overwrite_starts_anew_but_deletes_nothing_before_the_data_is_known_to_b
         ({"save_every": 0}, "save_every is 0"),
         ({"batch_size": 12}, "--batch-size 8"),
         ({"optim": OptimConfig(decay_steps=9)}, r"--optim\.warmup-steps"),
-        ({"policy": PolicyConfig(robot="tabletpo")}, "did you mean 'tabletop'"),
+        ({"policy": PolicyConfig(robot="tabletpo")}, "Did you mean 'tabletop'"),
         ({"init_from": "nowhere"}, "no checkpoint at"),
     ],
 )

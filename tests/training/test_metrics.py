@@ -60,7 +60,9 @@ def test_waiting_for_batches_is_kept_apart_and_reported_with_its_stage(tmp_path,
     assert [row["step"] for row in timing] == [1, 2, 3, 4]
     assert {row["input_wait"] for row in timing} == {0.6}
     assert all("input_wait" not in row for row in rows(tmp_path))
-    assert "60 % of the time went by waiting for batches, whose preparation is for 70 % reading pictures" in caplog.text
+    assert (
+        "60 % of the time was spent waiting for batches, 70 % of whose preparation is reading pictures" in caplog.text
+    )
     tags = {value.tag for event in events(tmp_path) for value in event.summary.value}
     assert {"input_wait", "input_pictures"} <= tags
 

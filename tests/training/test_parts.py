@@ -108,12 +108,12 @@ def test_skipped_updates_are_counted_in_a_row_and_in_all_and_end_the_run(caplog)
     guard = Guard(2, 4)
     for step, values in enumerate([bad, bad, good, bad, bad], 1):
         guard.see(step, values)
-    assert "loss is nan at step 5: the update was skipped, the 2. in a row and the 4. in all" in caplog.text
-    with pytest.raises(Diverged, match="loss is nan at step 6, after 2 updates in a row and 4 in all were skipped"):
+    assert "loss is nan at step 5: update skipped (2 consecutive, 4 in total)" in caplog.text
+    with pytest.raises(Diverged, match="loss is nan at step 6, after skipping 2 consecutive updates, 4 in total"):
         guard.see(6, bad)
     guard = Guard(9, 4, before=(0, 4))
     guard.see(7, good)
-    with pytest.raises(Diverged, match="step 8, after 0 updates in a row and 4 in all"):
+    with pytest.raises(Diverged, match="step 8, after skipping 0 consecutive updates, 4 in total"):
         guard.see(8, bad)
     with pytest.raises(Diverged, match="param_norm is inf"):
         Guard(9, 9).see(1, good | {"param_norm": float("inf")})

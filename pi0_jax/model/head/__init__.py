@@ -1,36 +1,37 @@
-"""Networks by their heads, and what objectives may ask of them.
+"""Networks by their heads, and what an objective may ask of them.
 
-A head is one file here and one dataclass in `config.model` of the same name; `make_head` finds it.
+The class of `ModelConfig.head` names its file: `Compact` is `head/compact.py`, which has `network(config, span)`. So a
+new head is a class in `config/model.py` and a file here.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+import importlib
+from typing import Any, Protocol, runtime_checkable
 
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key
 
 from pi0_jax.batch import Observation
-from pi0_jax.config import ModelConfig
-from pi0_jax.model.head.compact import CompactNetwork
-from pi0_jax.model.head.expert import ExpertNetwork
+from pi0_jax.config import ModelConfig, Tokens
+
+Params = dict[str, Any]
+"""Parameters of training, or folded ones (`model.fold`); the same functions run both."""
 
 
+@runtime_checkable
 class Network(Protocol):
-    """Predicts something of the shape of a noisy chunk, given observation, chunk and flow time.
-
-    Parameters are those of training or folded ones; the same functions run both.
-    """
+    """Predicts something of the shape of a noisy chunk, given observation, chunk and flow time."""
 
     @property
     def config(self) -> ModelConfig: ...
 
-    def init(self, key: PRNGKeyArray) -> dict[str, Any]:
+    def init(self, key: Key[Array, ""]) -> Params:
         """Random parameters in linen's boxes, which carry the logical axis names."""
         ...
 
     def joint(
         self,
-        params: dict[str, Any],
+        params: Params,
         observation: Observation,
         x: Float[Array, "b *s ah ad"],
         time: Float[Array, "b ..."],
@@ -39,13 +40,13 @@ class Network(Protocol):
         """The prediction in one pass over the observation and all draws, for training."""
         ...
 
-    def prefill(self, params: dict[str, Any], observation: Observation) -> Any:
+    def prefill(self, params: Params, observation: Observation) -> Any:
         """All that depends on neither the chunk nor the time."""
         ...
 
     def velocity(
         self,
-        params: dict[str, Any],
+        params: Params,
         prefix: Any,
         x: Float[Array, "b ah ad"],
         time: Float[Array, "..."],
@@ -55,33 +56,51 @@ class Network(Protocol):
         """The prediction against what `prefill` gave, with `time_features` of that time where they are known."""
         ...
 
-    def time_features(
-        self, params: dict[str, Any], time: Float[Array, "..."], span: Float[Array, "..."] | None = None
-    ) -> Any:
+    def time_features(self, params: Params, time: Float[Array, "..."], span: Float[Array, "..."] | None = None) -> Any:
         """What depends on the time alone; the first axes of its arrays are those of the time."""
         ...
 
 
+@runtime_checkable
 class TokenNetwork(Protocol):
     """Gives logits of action tokens, and decodes them."""
 
     @property
     def config(self) -> ModelConfig: ...
 
-    def init(self, key: PRNGKeyArray) -> dict[str, Any]:
+    @property
+    def dims(self) -> int:
+        """Number of action dimensions that have tokens."""
+        ...
+
+    def init(self, key: Key[Array, ""]) -> Params:
         """Random parameters in linen's boxes, which carry the logical axis names."""
         ...
 
-    def prefill(self, params: dict[str, Any], observation: Observation) -> Any:
+    def prefill(self, params: Params, observation: Observation) -> Any:
         """All that does not depend on the tokens."""
         ...
 
     def logits(
-        self, params: dict[str, Any], observation: Observation, tokens: Int[Array, "b ah d"]
+        self, params: Params, observation: Observation, tokens: Int[Array, "b ah d"]
     ) -> Float[Array, "b ah d k"]:
         """Logits of all tokens in one pass."""
         ...
 
-    def decode(self, params: dict[str, Any], prefix: Any) -> Int[Array, "b ah d"]:
+    def decode(self, params: Params, prefix: Any) -> Int[Array, "b ah d"]:
         """The likeliest tokens."""
         ...
+
+
+def make_head(model: ModelConfig, span: bool = False) -> Network:
+    """The network of a model's head; with `span` it takes a second time."""
+    return importlib.import_module(f"{__name__}.{type(model.head).__name__.lower()}").network(model, span)
+
+
+def make_tokens(model: ModelConfig, tokens: Tokens) -> TokenNetwork:
+    """The network of action tokens.
+
+    Raises:
+        UserError: the model's head has none.
+    """
+    return importlib.import_module(f"{__name__}.tokens").network(model, tokens)

@@ -7,8 +7,6 @@ observation again. Trains and samples through the same loss and solvers as the a
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -16,6 +14,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from pi0_jax.batch import Observation
+from pi0_jax.config import Compact, ModelConfig
+from pi0_jax.config.model import Pooling
 from pi0_jax.model import gemma, layers
 from pi0_jax.model.declare import Leaf, Spec, linear
 from pi0_jax.model.gemma import Segment
@@ -33,9 +33,15 @@ class CompactNetwork(PrefixNetwork):
     experts = ("language",)
 
     @property
+    def head(self) -> Compact:
+        """The head's sizes."""
+        assert isinstance(self.config.head, Compact)
+        return self.config.head
+
+    @property
     def head_spec(self) -> Spec:
         c, d = self.config, self.config.language.width
-        head = c.compact
+        head = self.head
         chunk, width, observed = c.action_horizon * c.action_dim, head.width, head.time_width + d
         spec: Spec = {"state_in": linear(c.action_dim, d, ("action", "embed"))} if c.variant == "pi0" else {}
         if head.pooling == "attention":
@@ -78,13 +84,13 @@ class CompactNetwork(PrefixNetwork):
         segment = Segment("language", tokens, np.zeros(tokens.shape[1], int), valid=mask)
         (outputs,), _ = gemma.forward(self.config, params["backbone"], [segment], remat=remat, record=record)
         assert outputs is not None
-        return pool(outputs.astype(jnp.float32), mask, self.config.compact.pooling, params.get("pooling_query"))
+        return pool(outputs.astype(jnp.float32), mask, self.head.pooling, params.get("pooling_query"))
 
     def time_features(
         self, params: Spec, time: Float[Array, "*time"], span: Float[Array, "*time"] | None = None
     ) -> Float[Array, "*time e"]:
         """What depends on the time alone."""
-        width = self.config.compact.time_width
+        width = self.head.time_width
         embedded = embed_time(time, width)
         if self.span:
             spans = embed_time(jnp.zeros_like(time) if span is None else span, width)
@@ -107,8 +113,8 @@ class CompactNetwork(PrefixNetwork):
         observed = [jnp.broadcast_to(y, (*chunks, y.shape[-1])) for y in (features, observation)]
         condition = jnp.concatenate(observed, axis=-1)
         h = x.astype(jnp.float32).reshape(*chunks, -1)
-        names = [f"_{i}" for i in range(self.config.compact.depth)]
-        if self.config.compact.conditioning == "concat":
+        names = [f"_{i}" for i in range(self.head.depth)]
+        if self.head.conditioning == "concat":
             h = jnp.concatenate([h, condition], axis=-1)
             for i in names:
                 h = jax.nn.silu(layers.linear(h, params[f"hidden{i}"]))
@@ -122,10 +128,15 @@ class CompactNetwork(PrefixNetwork):
         return layers.linear(h, params["chunk_out"]).reshape(x.shape)
 
 
+def network(config: ModelConfig, span: bool = False) -> CompactNetwork:
+    """The network of the head `Compact`."""
+    return CompactNetwork(config, span)
+
+
 def pool(
     tokens: Float[Array, "b s d"],
     mask: Bool[Array, "b s"],
-    pooling: Literal["last", "mean", "attention"],
+    pooling: Pooling,
     query: Float[Array, "d"] | None = None,
 ) -> Float[Array, "b d"]:
     """One vector of the valid tokens: the last of them, their mean, or what the query attends to; zeros if none is."""

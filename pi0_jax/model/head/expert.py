@@ -21,6 +21,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pi0_jax.batch import Observation
+from pi0_jax.config import ModelConfig
+from pi0_jax.errors import UserError
 from pi0_jax.model import gemma, layers
 from pi0_jax.model.declare import Spec, linear
 from pi0_jax.model.gemma import Modulations, Prefix, Segment
@@ -34,7 +36,7 @@ class ActionTokenNetwork(PrefixNetwork):
 
     def __post_init__(self):
         if self.config.variant not in ("pi0", "pi05"):
-            raise ValueError(
+            raise UserError(
                 f"a model of variant {self.config.variant!r} has no velocity and cannot run or train yet; "
                 "`pi0 convert` carries its weights between formats. The variants that run are pi0 and pi05."
             )
@@ -239,6 +241,15 @@ class ExpertNetwork(ActionTokenNetwork):
 
     def _project(self, params: Spec, outputs: Float[Array, "b t e"]) -> Float[Array, "b t ad"]:
         return layers.linear(outputs.astype(jnp.float32), params["action_out"])
+
+
+def network(config: ModelConfig, span: bool = False) -> ExpertNetwork:
+    """The network of the head `Expert`.
+
+    Raises:
+        UserError: a variant that does not run.
+    """
+    return ExpertNetwork(config, span)
 
 
 def zero_linear(inputs: int, outputs: int) -> Spec:

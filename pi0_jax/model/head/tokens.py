@@ -16,6 +16,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pi0_jax.batch import Observation
+from pi0_jax.config import Expert, ModelConfig, Tokens
+from pi0_jax.errors import UserError
 from pi0_jax.model import gemma, layers
 from pi0_jax.model.declare import Leaf, Spec, linear
 from pi0_jax.model.gemma import Prefix, Segment
@@ -126,3 +128,14 @@ class BinNetwork(ActionTokenNetwork):
     def _logits(self, params: Spec, outputs: Float[Array, "b t e"]) -> Float[Array, "b ah d k"]:
         logits = layers.linear(outputs.astype(jnp.float32), params["logits_out"])
         return logits.reshape(len(logits), self.config.action_horizon, self.dims, self.bins)
+
+
+def network(config: ModelConfig, tokens: Tokens) -> BinNetwork:
+    """The network of action tokens.
+
+    Raises:
+        UserError: the model has no action expert.
+    """
+    if not isinstance(config.head, Expert):
+        raise UserError(f"action tokens need the head Expert; policy.model.head is {type(config.head).__name__}.")
+    return BinNetwork(config, tokens.bins, tokens.dims, tokens.order)
