@@ -41,7 +41,7 @@ COMMANDS = {
     ),
     "reflow": ("training", "straighten a policy's flow, for fewer steps: pi0 reflow runs/tabletop runs/straight"),
     "compare": ("compare", "train and compare kinds of policies: pi0 compare configs/compare_tabletop.py"),
-    "record": ("evaluate", "record demonstrations in the tabletop simulator: pi0 record data/tabletop"),
+    "record": ("evaluate", "record demonstrations in a simulator: pi0 record data/tabletop --env tabletop"),
     "convert": (
         "convert",
         "turn openpi, LeRobot or big_vision weights into ours, and back: pi0 convert SRC DST --to lerobot",

@@ -444,39 +444,3 @@ class TrainConfig:
     keep_best: int = 0
     """Checkpoints kept besides, those with the lowest validation loss; `save_every` has to be a multiple of
     `validate_every`, so that it is known when one is saved."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Contender:
-    """One kind of policy in a comparison: what differs from the others."""
-
-    model: ModelConfig
-    flow: FlowConfig
-    solvers: tuple[str, ...] = ("euler",)
-    """Each is measured on the same weights."""
-    evaluations: tuple[int, ...] = (1, 2, 4, 10, 50, 100)
-    """Network evaluations a chunk to measure at."""
-    teacher: str | None = None
-    """Contender whose flow this one straightens (reflow); it starts from that one's weights."""
-
-
-@dataclasses.dataclass(frozen=True)
-class CompareConfig:
-    """A comparison: every contender is trained alike and measured alike, once a seed."""
-
-    train: TrainConfig
-    """What all have in common: data, optimizer, batch, steps."""
-    contenders: dict[str, Contender]
-    backbone: FlowConfig
-    """Objective of a run of `train.policy` before all others, which all seeds of all contenders start from."""
-    backbone_parts: tuple[str, ...] = ("image_encoder", "image_projector", "embedding", "backbone/layers/language")
-    """What each contender takes over from that run; its head starts from random weights."""
-    backbone_steps: int = 2000
-    seeds: tuple[int, ...] = (0, 1, 2)
-    env: str = "tabletop"
-    """Simulator for the closed loop."""
-    episodes: int = 66
-    """Episodes for each contender, solver and number of evaluations."""
-    run_dir: str = "runs/compare"
-    quick: dict[str, object] = dataclasses.field(default_factory=dict)
-    """What `pi0 compare --quick` sets otherwise."""

@@ -121,14 +121,14 @@ def test_a_cell_that_fails_is_named_with_its_log_and_nothing_else_is_lost(tmp_pa
 
 
 def test_cells_train_measure_and_make_a_page(tmp_path, monkeypatch):
-    from pi0_jax.evaluate.simulators.tabletop.record import record
+    from pi0_jax.evaluate.record import Source, record
 
     monkeypatch.setattr(cells, "CONTROL_STEPS", (2,))
     monkeypatch.setattr(report, "CONTROL_STEPS", (2,))
     for module in (cells, report):
         monkeypatch.setattr(module, "HORIZONS", (6,))
-    record(tmp_path / "data", 6, "train", 0)
-    record(tmp_path / "held_out", 6, "validation", 0)
+    record(tmp_path / "data", Source("tabletop"), 6)
+    record(tmp_path / "held_out", Source("tabletop", "validation"), 6)
     config = comparison(tmp_path, seeds=(0,))
     config = dataclasses.replace(config, contenders={n: c for n, c in config.contenders.items() if n != "reflow"})
     for cell in cells.cells(config):
