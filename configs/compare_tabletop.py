@@ -7,7 +7,8 @@ import dataclasses
 import runpy
 from pathlib import Path
 
-from pi0_jax.config import BinConfig, CompactConfig, CompareConfig, Contender, FlowConfig
+from pi0_jax.compare.config import Changes, CompareConfig, Contender
+from pi0_jax.config import BinConfig, CompactConfig, FlowConfig
 
 base = runpy.run_path(str(Path(__file__).with_name("tabletop.py")))["config"]
 model = base.policy.model
@@ -33,6 +34,7 @@ def predicting(kind, **changes):
 
 config = CompareConfig(
     train=train,
+    env="tabletop",
     contenders={
         "flow": Contender(model, flow),
         # At this weight two thirds of the noises of a batch change places; at 0.1 none does.
@@ -58,12 +60,12 @@ config = CompareConfig(
     # Fewer steps leave the backbone deaf to the instruction: it begins to listen after about 1000.
     backbone=FlowConfig(mean_draw=True),
     backbone_steps=2200,
-    quick={
-        "seeds": (0,),
-        "backbone_steps": 1400,
-        "num_steps": 150,
-        "episodes": 60,
-        "evaluations": (1, 10),
-        "contenders": ("flow", "reflow", "diffusion-v", "bins"),
-    },
+    quick=Changes(
+        seeds=(0,),
+        backbone_steps=1400,
+        num_steps=150,
+        episodes=60,
+        evaluations=(1, 10),
+        contenders=("flow", "reflow", "diffusion-v", "bins"),
+    ),
 )

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from pi0_jax import cli
-from pi0_jax.config import CompareConfig, TrainConfig
+from pi0_jax.compare.config import CompareConfig
+from pi0_jax.config import TrainConfig
 from pi0_jax.config_file import load_config
 
 ROOT = Path(__file__).parents[1]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 import time
 from pathlib import Path
@@ -15,10 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from pi0_jax import checkpoint
-from pi0_jax.config import CompareConfig, PolicyConfig, TrainConfig
-from pi0_jax.evaluate.report import HeldOut, held_out
+from pi0_jax.atomic import written
+from pi0_jax.compare.config import CompareConfig
+from pi0_jax.config import PolicyConfig, TrainConfig
+from pi0_jax.evaluate.chunk_errors import HeldOut, held_out
 from pi0_jax.evaluate.rollout import Rollout, roll_out
-from pi0_jax.evaluate.simulators.suites import get_suite
+from pi0_jax.evaluate.simulators import get_simulator
 from pi0_jax.flow.straightness import straightness
 from pi0_jax.inference.policy import Policy
 from pi0_jax.training.loop import run
@@ -69,7 +70,7 @@ def training(config: CompareConfig, seed: int, name: str) -> TrainConfig:
         teacher = str(folder(config, seed, contender.teacher))
         return dataclasses.replace(train, init_from=teacher, reflow_from=teacher)
     backbone = str(folder(config, seed, BACKBONE))
-    return dataclasses.replace(train, init_from=backbone, init_parts=config.backbone_parts)
+    return dataclasses.replace(train, init_from=backbone, init_parts=config.backbone_subtrees)
 
 
 def run_cell(config: CompareConfig, seed: int, name: str) -> None:
@@ -88,9 +89,8 @@ def run_cell(config: CompareConfig, seed: int, name: str) -> None:
     figures: dict[str, Any] = {"name": name, "seed": seed, "training_seconds": time.monotonic() - begin}
     if name != BACKBONE:
         figures |= measure(config, seed, name)
-    temporary = path / (CELL + ".tmp")
-    temporary.write_text(json.dumps(figures, indent=1) + "\n")
-    os.replace(temporary, path / CELL)
+    with written(path / CELL) as file:
+        file.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 def measure(config: CompareConfig, seed: int, name: str) -> dict[str, Any]:
@@ -101,13 +101,13 @@ def measure(config: CompareConfig, seed: int, name: str) -> dict[str, Any]:
         diffusions, by solver; sizes, seconds and versions.
     """
     contender, path = config.contenders[name], folder(config, seed, name)
-    data = held_out(checkpoint.load_assets(path).train, Policy.load(path))
+    data = held_out(checkpoint.load_assets(path).train, Policy.load(path).robot)
     assert data is not None, "a comparison needs held-out demonstrations: data.validation_path"
     rows, paths, straight = [], {}, {}
     for solver in contender.solvers:
         policy = Policy.load(path, solver=_solver(solver))
         for evaluations in contender.evaluations:
-            rows.append({"solver": solver, **_measure_one(policy, config, data, seed, evaluations)})
+            rows.append({"sampler": solver, **_measure_one(policy, config, data, seed, evaluations)})
         if contender.model.prediction not in ("bins", "bin_sequence") and solver != "ddpm":
             keys = jax.random.split(jax.random.key(seed), BATCH)
             points = policy.paths(data.observations[:BATCH], keys, STRAIGHTNESS_STEPS)
@@ -132,8 +132,8 @@ def _measure_one(policy: Policy, config: CompareConfig, data: HeldOut, seed: int
     begin = time.monotonic()
     # Discretised actions are decoded in as many evaluations as they need, whatever the number of steps.
     steps = 1 if policy.config.model.prediction in ("bins", "bin_sequence") else evaluations
-    suite = get_suite(config.env)
-    rollout = roll_out(policy, suite, config.episodes, seed=1000 + seed, num_steps=steps, batch_size=BATCH)
+    simulator = get_simulator(config.env)
+    rollout = roll_out(policy, simulator, config.episodes, seed=1000 + seed, num_steps=steps, batch_size=BATCH)
     keys = jax.random.split(jax.random.key(0), len(data.observations))
     error = np.concatenate(
         [
@@ -176,12 +176,14 @@ def latency(policy: Policy, observation: dict[str, Any], num_steps: int, repeats
     return float(np.median(seconds[1:]))
 
 
-def control_latencies(config: CompareConfig, run: Path) -> dict[str, dict[str, float]]:
-    """Seconds a chunk by horizon and Euler steps, for the network of a run widened to other horizons.
+def control_latencies(config: CompareConfig) -> dict[str, dict[str, float]]:
+    """Seconds per chunk by horizon and Euler steps, for the first flow's network widened to other horizons.
 
-    The weights do not depend on the horizon, so those of the run serve for all.
+    The weights do not depend on the horizon, so those of one run serve for all.
     """
-    observation = get_suite(config.env).start(0, 0, distract=False).observe()
+    first = next(name for name, contender in config.contenders.items() if contender.model.prediction == "velocity")
+    run = folder(config, config.seeds[0], first)
+    observation = get_simulator(config.env).start(0, 0).observe()
     table: dict[str, dict[str, float]] = {}
     assets = checkpoint.load_assets(run)
     for horizon in HORIZONS:

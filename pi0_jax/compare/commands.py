@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -74,9 +74,10 @@ def compare(args: Compare) -> None:
 
 def configure(config: CompareConfig, args: Compare) -> CompareConfig:
     """The configuration with what the command line changes; what that leaves open is as `quick` says, if it asks so."""
-    if args.quick:
-        quick = dataclasses.asdict(config.quick) | {"run_dir": config.quick.run_dir or f"{config.run_dir}-quick"}
-        given = {name: getattr(args, name) for name in quick}
-        quick |= {name: value for name, value in given.items() if value is not None}
-        return config.changed(Changes(**quick))
-    return config.changed(args)
+    if not args.quick:
+        return config.changed(args)
+    chosen: dict[str, Any] = {"run_dir": config.quick.run_dir or f"{config.run_dir}-quick"}
+    for field in dataclasses.fields(Changes):
+        if (value := getattr(args, field.name)) is not None:
+            chosen[field.name] = value
+    return config.changed(dataclasses.replace(config.quick, **chosen))

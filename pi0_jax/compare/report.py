@@ -279,14 +279,14 @@ def _bars(policies: dict[str, Any]) -> bytes:
     return figure_svg(figure)
 
 
-def _paths(done: list[dict[str, Any]], most: int = 4) -> bytes:
+def _paths(done: list[dict[str, Any]]) -> bytes:
     """Sampled coordinates from noise to action, of the first seed's contenders."""
     first = min(cell["seed"] for cell in done)
-    drawn = [(c["name"], np.array(p)) for c in done if c["seed"] == first for p in c["paths"].values()][:most]
-    figure, axes = new_figure(len(drawn), height=2.8, sharey=True)
-    for a, (name, paths) in zip(axes, drawn, strict=True):
+    drawn = [(c["name"], np.array(p)) for c in done if c["seed"] == first for p in list(c["paths"].values())[:1]]
+    figure, axes = new_figure(max(1, len(drawn)), height=2.8, sharey=True)
+    for a, (name, paths) in zip(axes, drawn, strict=False):
         a.plot(np.linspace(1, 0, paths.shape[1]), paths.T, color=BLUE, alpha=0.5, linewidth=0.8)
-        a.set_title(name, fontsize=10)
+        a.set_title(name, fontsize=8)
         a.set_xlabel("t")
         a.invert_xaxis()
     return figure_svg(figure)

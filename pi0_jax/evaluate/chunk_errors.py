@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -12,14 +12,14 @@ from jaxtyping import Bool, Float
 from pi0_jax.config import DatasetConfig, TrainConfig
 from pi0_jax.data.loader import valid_steps
 from pi0_jax.data.mixture import Part, open_part, open_parts
-from pi0_jax.data.robots import Robot
+from pi0_jax.data.robots import RawObservation, Robot
 from pi0_jax.data.source import STATE
 
 
 class HeldOut(NamedTuple):
     """Frames of held-out demonstrations, and what the expert did from there."""
 
-    observations: list[dict[str, Any]]
+    observations: list[RawObservation]
     expert: Float[np.ndarray, "b ah d"]
     """Robot units."""
     valid: Bool[np.ndarray, "b ah"]
@@ -49,7 +49,8 @@ def held_out(train: TrainConfig | None, robot: Robot, count: int = 256) -> HeldO
         for part, rows, start in zip(parts, frames, begin, strict=False)
     ]
     observations = [raw for each in found for raw in each.observations]
-    return HeldOut(observations, *(np.concatenate([each[i] for each in found]) for i in (1, 2)))
+    expert, valid = np.concatenate([each.expert for each in found]), np.concatenate([each.valid for each in found])
+    return HeldOut(observations, expert, valid)
 
 
 def _alike(one: Robot, other: Robot) -> bool:
@@ -62,12 +63,11 @@ def _read(part: Part, rows: np.ndarray, train: TrainConfig) -> HeldOut:
     source, horizon = part.source, train.policy.model.action_horizon
     expert, inside = source.chunk(rows, horizon)
     images = {camera: source.images(feature, rows) for feature, camera in part.robot.cameras.items()}
+    state = source.columns(STATE)[rows]
     observations = [
-        {
-            "images": {camera: pixels[i] for camera, pixels in images.items()},
-            "state": source.columns(STATE)[row],
-            "prompt": source.task(row),
-        }
+        RawObservation(
+            images={camera: pixels[i] for camera, pixels in images.items()}, state=state[i], prompt=source.task(row)
+        )
         for i, row in enumerate(rows)
     ]
     return HeldOut(observations, expert, inside & valid_steps(source, rows, horizon))

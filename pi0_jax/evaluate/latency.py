@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import cast
 
 import numpy as np
 
 from pi0_jax.config import RealTimeConfig
+from pi0_jax.data.robots import RawObservation
 from pi0_jax.errors import UserError
-from pi0_jax.evaluate.rollout import BatchPolicy, Rate, closed_loop, success_rate
+from pi0_jax.evaluate.rollout import BatchPolicy, closed_loop, success_rate
 from pi0_jax.evaluate.simulators import Episode, Simulator
 from pi0_jax.inference.realtime.player import Ask, Player, Strategy, real_time, receding_horizon, temporal_ensemble
 
@@ -156,9 +157,9 @@ class _Run:
             return self._ask is not None
         return False
 
-    def observe(self) -> dict[str, Any]:
+    def observe(self) -> RawObservation:
         assert self._ask is not None
-        return self.episode.observe() | self._ask.told()
+        return cast(RawObservation, self.episode.observe() | self._ask.told())
 
     def receive(self, chunk: np.ndarray) -> None:
         """Lets an answer begin its way."""
@@ -217,7 +218,7 @@ def describe(strategy: str, latency: Latency, figures: dict[str, float]) -> str:
     """A run's figures as text for a terminal."""
     steady = f"{latency.typical:g}" + (f" ± {latency.jitter:g}" if latency.jitter else "")
     lost = f", {latency.drop:.0%} lost" if latency.drop else ""
-    rate = Rate(*(figures[name] for name in Rate._fields))
+    rate = success_rate(int(figures["successes"]), int(figures["episodes"]))
     return (
         f"{strategy}, {steady} ms{lost}: {rate}\n"
         f"{figures['seconds']:.2f} s to success, {figures['held']:.1f} steps held, delay {figures['delay']:.1f} steps\n"

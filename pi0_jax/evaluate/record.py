@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import functools
 import json
-import multiprocessing
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,12 +13,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from pi0_jax.data.pool import run_tasks
 from pi0_jax.data.robots import Robot, get_robot
 from pi0_jax.errors import UserError
 from pi0_jax.evaluate.simulators import MAX_ATTEMPTS, MAX_DEMONSTRATIONS, Episode, Simulator, get_simulator
 
-BLOCK = 128
-"""Episodes handed to the worker processes at a time, which bounds what waits in memory."""
+BLOCK = 512
+"""Episodes per round of worker processes, which bounds how many wait in memory."""
 MIN_SHARE = 16
 """Episodes that make another worker process worth its start."""
 
@@ -140,13 +139,9 @@ def demonstrations(source: Source, num_episodes: int, workers: int | None = None
     _simulator(source.simulator, source.options)  # fails here rather than in a worker
     collect = functools.partial(_collect, source=source)
     workers = min(workers or os.cpu_count() or 1, -(-num_episodes // MIN_SHARE))
-    if workers == 1:
-        yield from map(collect, range(num_episodes))
-        return
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
-        for start in range(0, num_episodes, BLOCK):
-            yield from pool.map(collect, range(start, min(start + BLOCK, num_episodes)), chunksize=4)
+    for start in range(0, num_episodes, BLOCK):
+        tasks = [(number,) for number in range(start, min(start + BLOCK, num_episodes))]
+        yield from run_tasks(collect, tasks, workers, ordered=True)
 
 
 def features(demonstration: Demonstration, robot: Robot) -> dict[str, dict[str, Any]]:

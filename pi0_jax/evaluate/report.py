@@ -95,7 +95,9 @@ def write_report(
     }
     observation = simulator.start(0, seed).observe()
     success = rates[STEPS[0]]
-    sections = [("Success by instruction", _success_plot(success), "Bars are 95 % Wilson intervals.")]
+    sections: list[tuple[str, bytes | None, str]] = [
+        ("Success by instruction", _success_plot(success), "Bars are 95 % Wilson intervals.")
+    ]
     if control is not None:
         text = (
             "Where the instruction asks for something <em>else</em>, the scored task is done in "

@@ -17,7 +17,7 @@ from scipy.stats import binomtest
 from tqdm import tqdm
 
 from pi0_jax.config import PolicyConfig
-from pi0_jax.data.robots import Robot
+from pi0_jax.data.robots import RawObservation, Robot
 from pi0_jax.errors import UserError
 from pi0_jax.evaluate.simulators import Episode, Simulator
 
@@ -26,8 +26,11 @@ from pi0_jax.evaluate.simulators import Episode, Simulator
 class BatchPolicy(Protocol):
     """What the closed loop needs of `inference.policy.Policy`."""
 
-    robot: Robot
-    config: PolicyConfig
+    @property
+    def robot(self) -> Robot: ...
+
+    @property
+    def config(self) -> PolicyConfig: ...
 
     def infer_batch(self, observations: Sequence[Any], keys: Any, num_steps: int | None = None, /) -> np.ndarray: ...
 
@@ -96,9 +99,14 @@ class Rollout:
 class Driver(Protocol):
     """Executes the policy's chunks in one episode."""
 
-    episode: Episode
-    index: int
-    over: bool
+    @property
+    def episode(self) -> Episode: ...
+
+    @property
+    def index(self) -> int: ...
+
+    @property
+    def over(self) -> bool: ...
 
     @property
     def step(self) -> int:
@@ -109,7 +117,7 @@ class Driver(Protocol):
         """Whether the policy has to answer now."""
         ...
 
-    def observe(self) -> dict[str, Any]:
+    def observe(self) -> RawObservation:
         """What the policy is asked with."""
         ...
 
@@ -158,9 +166,7 @@ def closed_loop(
         UserError: the simulator is another robot's, or there is nothing to run.
     """
     if policy.robot.name != simulator.robot:
-        raise UserError(
-            f"this policy is for the robot {policy.robot.name!r}; the environment has {simulator.robot!r}."
-        )
+        raise UserError(f"this policy is for the robot {policy.robot.name!r}; the environment has {simulator.robot!r}.")
     if num_episodes < 1 or batch_size < 1:
         raise UserError(f"{num_episodes} episodes in batches of {batch_size}; both have to be at least 1.")
     batch_size, base = min(batch_size, num_episodes), jax.random.key(seed)
@@ -174,7 +180,9 @@ def closed_loop(
             if asking:
                 observations = list(threads.map(lambda driver: driver.observe(), asking))
                 rows = [*range(len(asking))] + [0] * (batch_size - len(asking))
-                index, step = (np.array(x) for x in zip(*((asking[i].index, asking[i].step) for i in rows), strict=True))
+                index, step = (
+                    np.array(x) for x in zip(*((asking[i].index, asking[i].step) for i in rows), strict=True)
+                )
                 begun = time.perf_counter()
                 chunks = policy.infer_batch([observations[i] for i in rows], noise_keys(base, index, step), num_steps)
                 seconds.append(time.perf_counter() - begun)
@@ -248,7 +256,7 @@ class _Slot:
     def asks(self) -> bool:
         return True
 
-    def observe(self) -> dict[str, Any]:
+    def observe(self) -> RawObservation:
         raw = self.episode.observe()
         self._prompt = self._prompt or raw["prompt"]
         return raw

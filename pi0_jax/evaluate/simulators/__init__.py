@@ -7,8 +7,8 @@ The module `NAME.py` of the simulator NAME defines two things, and imports what 
     def make(*, camera: str = "top") -> Simulator:    # the keywords are its options: --env-options camera=side
         ...
 
-`gym.GymSimulator` makes one of any Gymnasium environment. An option `counterfactual` (the instruction asks for something
-else than what is scored) is a control of language grounding, which `pi0 report` then runs.
+`gym.GymSimulator` makes one of any Gymnasium environment. An option `counterfactual` (the instruction asks for
+something else than what is scored) is a control of language grounding, which `pi0 report` then runs.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from pi0_jax.data.robots import RawObservation
 from pi0_jax.errors import UserError, did_you_mean
 
 MAX_DEMONSTRATIONS, MAX_ATTEMPTS = 100_000, 10
@@ -33,12 +34,17 @@ MAX_DEMONSTRATIONS, MAX_ATTEMPTS = 100_000, 10
 class Episode(Protocol):
     """One running episode. `observe` is called only when the policy is asked, so that rendering costs little."""
 
-    task: str
-    """Name of the task that is scored."""
-    seed: int
-    """Seed of the layout."""
+    @property
+    def task(self) -> str:
+        """Name of the task that is scored."""
+        ...
 
-    def observe(self) -> dict[str, Any]:
+    @property
+    def seed(self) -> int:
+        """Seed of the layout."""
+        ...
+
+    def observe(self) -> RawObservation:
         """The policy's raw observation."""
         ...
 
@@ -67,12 +73,20 @@ class Episode(Protocol):
 class Simulator(Protocol):
     """A simulator with its tasks."""
 
-    robot: str
-    """Name of the robot in `pi0_jax.data.robots`."""
-    fps: int
-    """Actions per second."""
-    tasks: tuple[str, ...]
-    """Names of the tasks, in the order of reports; episode i is of task i modulo their number."""
+    @property
+    def robot(self) -> str:
+        """Name of the robot in `pi0_jax.data.robots`."""
+        ...
+
+    @property
+    def fps(self) -> int:
+        """Actions per second."""
+        ...
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks, in the order of reports; episode i is of task i modulo their number."""
+        ...
 
     def start(self, index: int, seed: int, split: str = "evaluation", attempt: int = 0) -> Episode:
         """Begins an episode with a layout of its own.

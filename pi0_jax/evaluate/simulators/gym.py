@@ -1,28 +1,30 @@
 """Any Gymnasium environment as a simulator.
 
-    GymSimulator(
-        make=lambda task: gymnasium.make("gym_pusht/PushT-v0", obs_type="pixels_agent_pos"),
-        robot="pusht",
-        fps=10,
-        tasks=("push_t",),
-        observe=lambda env, seen: {
-            "images": {"top": seen["pixels"]}, "state": seen["agent_pos"], "prompt": "push the T onto its outline"
-        },
-        success=lambda info: info["is_success"],
-    )
+GymSimulator(
+    make=lambda task: gymnasium.make("gym_pusht/PushT-v0", obs_type="pixels_agent_pos"),
+    robot="pusht",
+    fps=10,
+    tasks=("push_t",),
+    observe=lambda env, seen: {
+        "images": {"top": seen["pixels"]}, "state": seen["agent_pos"], "prompt": "push the T onto its outline"
+    },
+    success=lambda info: info["is_success"],
+)
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import gymnasium
 import numpy as np
 
+from pi0_jax.data.robots import RawObservation
 from pi0_jax.errors import UserError
 
+E = TypeVar("E", bound=gymnasium.Env)
 SPLITS = ("train", "validation", "evaluation")
 
 
@@ -37,31 +39,31 @@ class Start(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class GymSimulator:
+class GymSimulator(Generic[E]):
     """A `Simulator` made of functions on a Gymnasium environment."""
 
-    make: Callable[[str], gymnasium.Env]
+    make: Callable[[str], E]
     """An environment for the task of that name. It is used for one episode after another."""
     robot: str
     fps: int
     tasks: tuple[str, ...]
-    observe: Callable[[gymnasium.Env, Any], dict[str, Any]]
-    """From the environment and what it returned last to the raw observation: `images` by camera, `state`, `prompt`."""
+    observe: Callable[[E, Any], RawObservation]
+    """From the environment and what it returned last to the raw observation"""
     action: Callable[[np.ndarray], Any] = lambda action: action
     """From the robot's action to the environment's."""
     success: Callable[[dict[str, Any]], bool] = lambda info: info["success"]
     """Whether the episode succeeded, from a step's `info`."""
     layout: Callable[[int, int, str, int], Start] | None = None
     """How `start(index, seed, split, attempt)` begins; None: the tasks in turn, and a seed drawn from all four."""
-    picture: Callable[[gymnasium.Env], Any] = lambda env: env.render()
+    picture: Callable[[E], Any] = lambda env: env.render()
     """A picture for people; by default the environment's, which needs `render_mode="rgb_array"`."""
-    expert: Callable[[gymnasium.Env, Any], np.ndarray] | None = None
+    expert: Callable[[E, Any], np.ndarray] | None = None
     """The robot's action by a scripted expert, from what `observe` gets."""
     random_action: Callable[[np.random.Generator], np.ndarray] | None = None
     """A random action of the robot's, for noise while recording; None: uniform over the (bounded) action space."""
-    _idle: dict[str, list[gymnasium.Env]] = dataclasses.field(default_factory=dict, repr=False)
+    _idle: dict[str, list[E]] = dataclasses.field(default_factory=dict, repr=False)
 
-    def start(self, index: int, seed: int, split: str = "evaluation", attempt: int = 0) -> GymEpisode:
+    def start(self, index: int, seed: int, split: str = "evaluation", attempt: int = 0) -> GymEpisode[E]:
         start = (self.layout or self._layout)(index, seed, split, attempt)
         idle = self._idle.setdefault(start.task, [])
         return GymEpisode(self, idle.pop() if idle else self.make(start.task), start)
@@ -71,15 +73,15 @@ class GymSimulator:
         return Start(self.tasks[index % len(self.tasks)], int(words[0]))
 
 
-class GymEpisode:
+class GymEpisode(Generic[E]):
     """One episode in an environment."""
 
-    def __init__(self, simulator: GymSimulator, env: gymnasium.Env, start: Start):
+    def __init__(self, simulator: GymSimulator[E], env: E, start: Start):
         self._simulator, self._env = simulator, env
         self.task, self.seed = start.task, start.seed
         self._observation, _ = env.reset(seed=start.seed, options=start.options)
 
-    def observe(self) -> dict[str, Any]:
+    def observe(self) -> RawObservation:
         return self._simulator.observe(self._env, self._observation)
 
     def step(self, action: np.ndarray) -> tuple[bool, bool]:

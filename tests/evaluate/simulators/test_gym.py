@@ -139,7 +139,13 @@ def test_environments_are_used_again_and_what_is_missing_is_said():
         return gymnasium.make("CartPole-v1", render_mode="rgb_array").unwrapped
 
     simulator = GymSimulator(
-        make, "tabletop", 5, ("stand",), observe=lambda env, state: {"state": state}, action=int, success=lambda _: False
+        make,
+        "tabletop",
+        5,
+        ("stand",),
+        observe=lambda env, state: {"state": state},
+        action=int,
+        success=lambda _: False,
     )
     for seed in range(3):
         episode = simulator.start(0, seed)

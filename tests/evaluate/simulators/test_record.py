@@ -6,14 +6,12 @@ import numpy as np
 import pytest
 
 import pi0_jax.data.lerobot.reader as lerobot
-from pi0_jax.evaluate.simulators.tabletop.expert import expert_action
 from pi0_jax.data.robots import get_robot
 from pi0_jax.evaluate.record import Noise, Source, demonstrations, features, record
+from pi0_jax.evaluate.simulators.tabletop.expert import expert_action
 from pi0_jax.evaluate.simulators.tabletop.scene import MAX_ACTION
 from pi0_jax.evaluate.simulators.tabletop.tabletop import TabletopEnv
 from pi0_jax.evaluate.simulators.tabletop.tasks import TASK_SETS, TASKS, find_task
-
-
 
 
 def source(image_size: int = 8, **changes) -> Source:

@@ -32,7 +32,8 @@ def make(*, tasks: str = "objects", counterfactual: bool = False, image_size: in
         counterfactual: the instruction names another object than the one that is scored.
         image_size: side of the observed images, pixels.
     """
-    require_package("mujoco", "sim")
+    for package in ("gymnasium", "mujoco"):
+        require_package(package, "sim", "the tabletop")
     from pi0_jax.evaluate.simulators.gym import GymSimulator, Start
     from pi0_jax.evaluate.simulators.tabletop.expert import expert_action
     from pi0_jax.evaluate.simulators.tabletop.scene import CONTROL_HZ, MAX_ACTION

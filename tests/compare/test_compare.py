@@ -11,11 +11,10 @@ import pytest
 
 from pi0_jax.compare import cells, report
 from pi0_jax.compare.commands import Compare, configure
+from pi0_jax.compare.config import Changes, CompareConfig, Contender
 from pi0_jax.compare.run import CellFailed, run_cells
 from pi0_jax.config import (
     BinConfig,
-    CompareConfig,
-    Contender,
     DataConfig,
     FlowConfig,
     OptimConfig,
@@ -49,8 +48,8 @@ def comparison(folder: Path, **changes) -> CompareConfig:
         "bins": Contender(predicting("bins"), FlowConfig(), solvers=("argmax",), evaluations=(1,)),
     }
     config = CompareConfig(
-        train, contenders, FlowConfig(mean_draw=True), backbone_steps=2, seeds=(0, 1), episodes=6,
-        run_dir=str(folder / "runs"), quick={"seeds": (3,), "evaluations": (2,), "num_steps": 1},
+        train, contenders, FlowConfig(mean_draw=True), "tabletop", backbone_steps=2, seeds=(0, 1), episodes=6,
+        run_dir=str(folder / "runs"), quick=Changes(seeds=(3,), evaluations=(2,), num_steps=1),
     )  # fmt: skip
     return dataclasses.replace(config, **changes)
 
@@ -123,6 +122,8 @@ def test_a_cell_that_fails_is_named_with_its_log_and_nothing_else_is_lost(tmp_pa
 def test_cells_train_measure_and_make_a_page(tmp_path, monkeypatch):
     from pi0_jax.evaluate.record import Source, record
 
+    monkeypatch.setattr(cells, "BATCH", 6)
+    monkeypatch.setattr(cells, "STRAIGHTNESS_STEPS", 2)
     monkeypatch.setattr(cells, "CONTROL_STEPS", (2,))
     monkeypatch.setattr(report, "CONTROL_STEPS", (2,))
     for module in (cells, report):
