@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from pi0_jax.config import FlowConfig, ModelConfig, TrainConfig
+from pi0_jax.config import ModelConfig, ObjectiveConfig, Reflow, TrainConfig
 from pi0_jax.config.replace import replace
 from pi0_jax.errors import UserError, did_you_mean
+from pi0_jax.sampler import Euler, Sampler
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,13 +15,17 @@ class Contender:
     """One kind of policy in a comparison: what differs from the others."""
 
     model: ModelConfig
-    flow: FlowConfig
-    solvers: tuple[str, ...] = ("euler",)
-    """Each is measured on the same weights."""
+    objective: ObjectiveConfig
+    """`Reflow.teacher` is the name of another contender here."""
+    samplers: dict[str, Sampler] = dataclasses.field(default_factory=lambda: {"Euler": Euler()})
+    """By a label; each is measured on the same weights."""
     evaluations: tuple[int, ...] = (1, 2, 4, 10, 50, 100)
     """Network evaluations per chunk to measure at."""
-    teacher: str | None = None
-    """Contender whose flow this one straightens (reflow); it starts from that one's weights."""
+
+    @property
+    def teacher(self) -> str | None:
+        """Contender whose flow this one straightens; it starts from that one's weights."""
+        return self.objective.teacher if isinstance(self.objective, Reflow) else None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +55,7 @@ class CompareConfig:
     train: TrainConfig
     """What all have in common: data, optimizer, batch, steps."""
     contenders: dict[str, Contender]
-    backbone: FlowConfig
+    backbone: ObjectiveConfig
     """Objective of a run of `train.policy` before all others, which all seeds of all contenders start from."""
     env: str
     """Simulator for the closed loop."""
@@ -59,7 +64,7 @@ class CompareConfig:
     backbone_steps: int = 2000
     seeds: tuple[int, ...] = (0, 1, 2)
     episodes: int = 66
-    """Episodes for each contender, solver and number of evaluations."""
+    """Episodes for each contender, sampler and number of evaluations."""
     run_dir: str = "runs/compare"
     quick: Changes = Changes()
     """What `pi0 compare --quick` changes."""

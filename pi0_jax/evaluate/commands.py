@@ -13,7 +13,9 @@ import jax
 import numpy as np
 import tyro
 
-from pi0_jax.errors import UserError
+from pi0_jax.checkpoint import load_assets
+from pi0_jax.config import Guidance, PolicyConfig
+from pi0_jax.errors import UserError, did_you_mean
 from pi0_jax.evaluate.latency import STRATEGIES, Latency, describe, simulate, summary
 from pi0_jax.evaluate.page import encode_mp4
 from pi0_jax.evaluate.record import Source
@@ -23,6 +25,7 @@ from pi0_jax.evaluate.rollout import Rate, roll_out
 from pi0_jax.evaluate.simulators import Simulator, find_simulator, get_simulator, has_option
 from pi0_jax.inference.files import format_chunk, load_observation, plot_chunk, save_observation
 from pi0_jax.inference.policy import Policy
+from pi0_jax.sampler import SAMPLERS
 
 Run = Annotated[Path, tyro.conf.Positional]
 
@@ -62,8 +65,8 @@ class Infer:
     """Seed of the noise, and of the simulator's layouts."""
     num_steps: int | None = None
     """Solver steps from noise to actions; the checkpoint's own number by default."""
-    solver: Literal["euler", "midpoint", "heun", "rk4", "ddim", "ddpm"] | None = None
-    """Solver; the checkpoint's own by default. ddim and ddpm are for diffusion policies."""
+    sampler: str | None = None
+    """Sampler, such as Heun or DDIM (`pi0_jax.sampler`); the checkpoint's own by default."""
     grid_power: float | None = None
     """Above 1, more of the solver's steps are near the data; the checkpoint's own by default."""
     guidance_scale: float | None = None
@@ -159,13 +162,9 @@ def infer(args: Infer) -> None:
     simulator = None if args.env is None else get_simulator(args.env, **_options(args.env_options))
     if args.observation is not None and not args.observation.is_file():
         load_observation(args.observation)  # fails before the weights are read
-    settings = ("num_steps", "solver", "grid_power", "guidance_scale", "execute_steps")
-    changes: dict[str, Any] = {name: value for name in settings if (value := getattr(args, name)) is not None}
     if args.strategy is None and (args.latency or args.jitter or args.drop):
         raise UserError("--latency, --jitter and --drop need a --strategy, which says what the robot does meanwhile.")
-    if args.strategy is not None and (real_time := STRATEGIES[args.strategy][1]) is not None:
-        changes["real_time"] = real_time
-    policy = Policy.load(args.run, bits=args.bits, **changes)
+    policy = Policy.load(args.run, bits=args.bits, **_changes(args, load_assets(args.run).policy))
     if args.write_example is not None:
         save_observation(args.write_example, policy.robot.example())
         print(f"wrote {args.write_example}; fill it in, then: pi0 infer {args.run} --observation {args.write_example}")
@@ -267,6 +266,33 @@ def record(args: Record) -> None:
     source = Source(args.env, args.split, args.seed, options=tuple(_options(args.env_options).items()))
     summary = record_demonstrations(args.path, source, args.episodes, overwrite=args.overwrite)
     print(f"{args.episodes} demonstrations, {summary['frames']} frames: {args.path}")
+
+
+def _changes(args: Infer, policy: PolicyConfig) -> dict[str, Any]:
+    """Fields of the checkpoint's policy that the flags set anew."""
+    changes: dict[str, Any] = {}
+    sampler = policy.sampler
+    if args.sampler is not None:
+        kinds = {name.lower(): kind for name, kind in SAMPLERS.items()}
+        if args.sampler.lower() not in kinds:
+            hint = did_you_mean(args.sampler, SAMPLERS)
+            raise UserError(f"--sampler is {args.sampler!r}; choose {', '.join(SAMPLERS)}.{hint}")
+        kind, fields = kinds[args.sampler.lower()], dataclasses.asdict(sampler)
+        sampler = kind(**{field.name: fields[field.name] for field in dataclasses.fields(kind) if field.name in fields})
+    for name in ("num_steps", "grid_power"):
+        if (value := getattr(args, name)) is not None:
+            if not hasattr(sampler, name):
+                raise UserError(f"--{name.replace('_', '-')} means nothing to the sampler {type(sampler).__name__}.")
+            sampler = dataclasses.replace(sampler, **{name: value})
+    if sampler != policy.sampler:
+        changes["sampler"] = sampler
+    if (scale := args.guidance_scale) is not None:
+        changes["guidance"] = None if scale == 1 else dataclasses.replace(policy.guidance or Guidance(), scale=scale)
+    if args.execute_steps is not None:
+        changes["execute_steps"] = args.execute_steps
+    if args.strategy is not None and (real_time := STRATEGIES[args.strategy][1]) is not None:
+        changes["real_time"] = real_time
+    return changes
 
 
 def _options(texts: tuple[str, ...]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ instructions where the simulator has them, and the error of chunks against held-
 
 from __future__ import annotations
 
-import dataclasses
 import html
 import json
 from pathlib import Path
@@ -249,7 +248,7 @@ def _settings(train: TrainConfig | None) -> str:
         "batch": train.batch_size,
         "optimizer": train.optim.name,
         "peak learning rate": train.optim.peak_lr,
-        "objective": json.dumps(dataclasses.asdict(train.flow)),
+        "objective": train.policy.objective,
         "seed": train.seed,
     }
     return table((), settings.items())

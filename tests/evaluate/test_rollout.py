@@ -92,7 +92,7 @@ def test_an_unknown_environment_and_another_robots_policy_are_refused(policy, si
 
 
 def test_the_report_is_one_file_with_everything_in_it(policy, checkpoint_folder, simulator, tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "STEPS", (policy.config.num_steps, 1))
+    monkeypatch.setattr(report, "STEPS", (policy.config.sampler.num_steps, 1))
     (checkpoint_folder / "metrics.jsonl").write_text(
         "".join(f'{{"step": {i}, "loss": {1 / i}, "grad_norm": 1.0}}\n' for i in range(1, 5))
         + '{"step": 4, "validation_loss": 0.5}\n'
@@ -110,7 +110,7 @@ def test_the_report_is_one_file_with_everything_in_it(policy, checkpoint_folder,
         "Training",
     ):
         assert title in page
-    assert set(figures["success_by_steps"]) == {1, policy.config.num_steps}
+    assert set(figures["success_by_steps"]) == {1, policy.config.sampler.num_steps}
     assert (tmp_path / "report.json").is_file()
 
 
