@@ -31,8 +31,19 @@ MAY_IMPORT = {
     "inference": {"atomic", "config", "batch", "data", "model", "flow", "pi0", "checkpoint"},
     "serving": {"config", "data", "inference", "checkpoint"},
     "convert": {"atomic", "config", "batch", "model", "pi0", "checkpoint", "data"},
-    "evaluate": {"errors", "config", "data", "inference", "checkpoint"},
-    "compare": {"errors", "atomic", "config", "config_file", "flow", "training", "inference", "evaluate", "checkpoint"},
+    "evaluate": {"config", "data", "inference", "checkpoint", "sampler"},
+    "compare": {
+        "atomic",
+        "config",
+        "config_file",
+        "data",
+        "flow",
+        "sampler",
+        "training",
+        "inference",
+        "evaluate",
+        "checkpoint",
+    },
     "cli": {"config", "config_file", "data", "training", "evaluate", "compare", "plan"},
 }
 """Room to the rooms it may import, beside `errors`. A room is a folder or a module at the top of the package."""

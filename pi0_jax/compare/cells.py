@@ -24,7 +24,7 @@ from pi0_jax.evaluate.rollout import Rollout, roll_out
 from pi0_jax.evaluate.simulators import get_simulator
 from pi0_jax.flow.straightness import straightness
 from pi0_jax.inference.policy import Policy
-from pi0_jax.sampler import Euler, Sampler
+from pi0_jax.sampler import Euler
 from pi0_jax.sampler.solver import Solver
 from pi0_jax.training.loop import run
 
@@ -114,16 +114,11 @@ def measure(config: CompareConfig, seed: int, name: str) -> dict[str, Any]:
     for label, sampler in contender.samplers.items():
         policy = Policy.load(path, sampler=sampler)
         for evaluations in contender.evaluations:
-            rollout = roll_out(
-                policy,
-                simulator,
-                config.episodes,
-                1000 + seed,
-                num_steps=_steps(sampler, evaluations),
-                batch_size=BATCH,
-            )
-            row = _figures(policy, rollout, data, _steps(sampler, evaluations))
-            rows.append({"sampler": label, "evaluations": evaluations, **row})
+            # Action tokens are decoded in as many evaluations as they need.
+            steps = evaluations if isinstance(sampler, Solver) else None
+            rollout = roll_out(policy, simulator, config.episodes, 1000 + seed, num_steps=steps, batch_size=BATCH)
+            figures = _figures(policy, rollout, data, steps)
+            rows.append({"sampler": label, "evaluations": evaluations, **figures})
         if isinstance(sampler, Solver) and not sampler.stochastic:
             keys = jax.random.split(jax.random.key(seed), BATCH)
             points = policy.paths(data.observations[:BATCH], keys, STRAIGHTNESS_STEPS)
@@ -138,11 +133,6 @@ def measure(config: CompareConfig, seed: int, name: str) -> dict[str, Any]:
         "device": str(jax.devices()[0].device_kind),
         "jax": jax.__version__,
     }
-
-
-def _steps(sampler: Sampler, evaluations: int) -> int | None:
-    """Solver steps; action tokens are decoded in as many evaluations as they need."""
-    return evaluations if isinstance(sampler, Solver) else None
 
 
 def _figures(policy: Policy, rollout: Rollout, data: HeldOut, steps: int | None) -> dict[str, Any]:

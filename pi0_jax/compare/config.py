@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 from pi0_jax.config import ModelConfig, ObjectiveConfig, Reflow, TrainConfig
 from pi0_jax.config.replace import replace
@@ -17,7 +18,7 @@ class Contender:
     model: ModelConfig
     objective: ObjectiveConfig
     """`Reflow.teacher` is the name of another contender here."""
-    samplers: dict[str, Sampler] = dataclasses.field(default_factory=lambda: {"Euler": Euler()})
+    samplers: Mapping[str, Sampler] = dataclasses.field(default_factory=lambda: {"Euler": Euler()})
     """By a label; each is measured on the same weights."""
     evaluations: tuple[int, ...] = (1, 2, 4, 10, 50, 100)
     """Network evaluations per chunk to measure at."""
