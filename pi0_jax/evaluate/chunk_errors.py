@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 
 from pi0_jax.config import DatasetConfig, TrainConfig
 from pi0_jax.data.loader import valid_steps
-from pi0_jax.data.mixture import Part, open_part, open_parts
+from pi0_jax.data.mixture import OpenDataset, open_dataset, open_datasets
 from pi0_jax.data.robots import RawObservation, Robot
 from pi0_jax.data.source import STATE
 
@@ -35,18 +35,20 @@ def held_out(train: TrainConfig | None, robot: Robot, count: int = 256) -> HeldO
     if train is None:
         return None
     try:
-        parts = [part for part in open_held_out(train) if _alike(part.robot, robot)]
+        datasets = [dataset for dataset in open_held_out(train) if _alike(dataset.robot, robot)]
     except FileNotFoundError:  # the run came from elsewhere
         return None
-    frames = [np.flatnonzero(np.isin(p.source.episode_of(np.arange(p.source.num_frames)), p.held_out)) for p in parts]
+    frames = [
+        np.flatnonzero(np.isin(p.source.episode_of(np.arange(p.source.num_frames)), p.held_out)) for p in datasets
+    ]
     total = sum(map(len, frames))
     if total == 0:
         return None
     chosen = np.linspace(0, total - 1, min(count, total)).astype(int)
     begin = np.cumsum([0, *map(len, frames)])
     found = [
-        _read(part, rows[chosen[(chosen >= start) & (chosen < start + len(rows))] - start], train)
-        for part, rows, start in zip(parts, frames, begin, strict=False)
+        _read(dataset, rows[chosen[(chosen >= start) & (chosen < start + len(rows))] - start], train)
+        for dataset, rows, start in zip(datasets, frames, begin, strict=False)
     ]
     observations = [raw for each in found for raw in each.observations]
     expert, valid = np.concatenate([each.expert for each in found]), np.concatenate([each.valid for each in found])
@@ -59,10 +61,10 @@ def _alike(one: Robot, other: Robot) -> bool:
     return cameras and (one.state, one.actions) == (other.state, other.actions)
 
 
-def _read(part: Part, rows: np.ndarray, train: TrainConfig) -> HeldOut:
-    source, horizon = part.source, train.policy.model.action_horizon
+def _read(dataset: OpenDataset, rows: np.ndarray, train: TrainConfig) -> HeldOut:
+    source, horizon = dataset.source, train.policy.model.action_horizon
     expert, inside = source.chunk(rows, horizon)
-    images = {camera: source.images(feature, rows) for feature, camera in part.robot.cameras.items()}
+    images = {camera: source.images(feature, rows) for feature, camera in dataset.robot.cameras.items()}
     state = source.columns(STATE)[rows]
     observations = [
         RawObservation(
@@ -73,12 +75,12 @@ def _read(part: Part, rows: np.ndarray, train: TrainConfig) -> HeldOut:
     return HeldOut(observations, expert, inside & valid_steps(source, rows, horizon))
 
 
-def open_held_out(train: TrainConfig) -> Sequence[Part]:
+def open_held_out(train: TrainConfig) -> Sequence[OpenDataset]:
     """The datasets of a run that have held-out episodes."""
     if train.data.validation_path is not None:
         data = dataclasses.replace(train.data, validation_share=0.0, cache=None)
-        part = open_part(DatasetConfig(train.data.validation_path), data, train.policy)
-        return [part._replace(held_out=part.training)]
+        dataset = open_dataset(DatasetConfig(train.data.validation_path), data, train.policy)
+        return [dataset._replace(held_out=dataset.training)]
     if train.data.validation_share == 0:
         return []
-    return [part for part in open_parts(train.data, train.policy) if len(part.held_out)]
+    return [dataset for dataset in open_datasets(train.data, train.policy) if len(dataset.held_out)]

@@ -12,12 +12,12 @@ from typing import cast
 
 import numpy as np
 
+from pi0_client.player import Player, Query, Strategy, real_time, receding_horizon, temporal_ensemble
 from pi0_jax.config import RealTimeConfig
 from pi0_jax.data.robots import RawObservation
 from pi0_jax.errors import UserError
 from pi0_jax.evaluate.rollout import BatchPolicy, closed_loop, success_rate
 from pi0_jax.evaluate.simulators import Episode, Simulator
-from pi0_jax.inference.realtime.player import Ask, Player, Strategy, real_time, receding_horizon, temporal_ensemble
 
 STRATEGIES: dict[str, tuple[Callable[[int], Strategy], RealTimeConfig | None]] = {
     "synchronous": (receding_horizon, None),
@@ -136,7 +136,7 @@ class _Run:
     over: bool = False
 
     def __post_init__(self):
-        self._ask: Ask | None = None
+        self._query: Query | None = None
         self._chunk: np.ndarray | None = None
         self._due = 0.0
         self._success = False
@@ -152,14 +152,14 @@ class _Run:
     def asks(self) -> bool:
         """Takes in what has come by now; returns whether the policy is to be asked."""
         self._take_in()
-        if self._ask is None:
-            self._ask = self.player.ask()
-            return self._ask is not None
+        if self._query is None:
+            self._query = self.player.query()
+            return self._query is not None
         return False
 
     def observe(self) -> RawObservation:
-        assert self._ask is not None
-        return cast(RawObservation, self.episode.observe() | self._ask.told())
+        assert self._query is not None
+        return cast(RawObservation, self.episode.observe() | self._query.as_request())
 
     def receive(self, chunk: np.ndarray) -> None:
         """Lets an answer begin its way."""
@@ -181,17 +181,17 @@ class _Run:
         return Trace(self.episode.task, self._success, actions, chunks, tuple(self._delays), tuple(self._breaks))
 
     def _take_in(self) -> None:
-        if self._ask is None or self.step * self.period < self._due - 1e-6:
+        if self._query is None or self.step * self.period < self._due - 1e-6:
             return
         if self._chunk is None:
-            self.player.lose()
+            self.player.abandon()
         else:
             before = self.player.due()
             self._delays.append(self.player.receive(self._chunk))
             after = self.player.due()
             if before is not None and after is not None:
                 self._breaks.append(float(np.linalg.norm(after - before)))
-        self._ask = self._chunk = None
+        self._query = self._chunk = None
 
 
 def summary(traces: list[Trace], fps: float) -> dict[str, float]:
