@@ -19,9 +19,6 @@ from pi0_jax.inference.policy import Policy, check_batch_sizes
 from pi0_jax.serving.backend import Session
 from pi0_jax.serving.client_formats import read_executed, read_request, read_seed
 
-RESET_POSE = {"aloha": [0.0, -1.5, 1.5, 0.0, 0.0, 0.0]}
-"""Where openpi's client moves a robot's arms before an episode, radians; openpi's metadata say so too."""
-
 
 @dataclasses.dataclass(frozen=True)
 class ValidatedRequest:
@@ -152,7 +149,7 @@ def describe(config: PolicyConfig, real_time: bool = False) -> dict[str, Any]:
         "fps": robot.fps,
         "real_time": real_time,
     }
-    return metadata | ({"reset_pose": RESET_POSE[robot.name]} if robot.name in RESET_POSE else {})
+    return metadata | ({"reset_pose": list(robot.clients.reset_pose)} if robot.clients.reset_pose else {})
 
 
 def describe_for_roboarena(config: PolicyConfig) -> dict[str, Any]:

@@ -15,9 +15,7 @@ from tests.serving.fake import STATE, FakePolicy, serving
 
 
 def test_the_client_loads_nothing_heavy():
-    code = (
-        "import sys, pi0_client.client, pi0_client.executor; print(*{name.partition('.')[0] for name in sys.modules})"
-    )
+    code = "import sys, pi0_client.client, pi0_client.executor; print(*{n.partition('.')[0] for n in sys.modules})"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert {"numpy", "msgpack", "websockets"} <= set(loaded)
     assert not {"pi0_jax", "jax", "flax", "scipy", "matplotlib", "prometheus_client", "PIL", "pyarrow"} & set(loaded)
