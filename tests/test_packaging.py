@@ -67,14 +67,15 @@ def test_the_client_declares_what_it_imports_and_needs_no_jax():
 
 
 def test_extras_in_messages_and_documents_exist():
-    texts = [path.read_text() for folder in ("pi0_jax", "docs", "launch") for path in (ROOT / folder).rglob("*.*")
-             if path.suffix in (".py", ".md", ".sh")] + [(ROOT / "README.md").read_text(), (ROOT / "Makefile").read_text()]  # fmt: skip
-    for text in texts:
-        assert "pip install pi0_jax" not in text and "pip install 'pi0_jax" not in text, "it is on no package index"
-        found = re.findall(r"install [^\n]*'\.\[([a-z0-9,-]+)\]'", text) + re.findall(
-            r'require_package\(\s*"[^"]+",\s*"([^"]+)"', text
-        )
-        assert {name for names in found for name in names.split(",")} <= set(EXTRAS)
+    paths = [path for folder in ("pi0_jax", "docs", "launch") for path in (ROOT / folder).rglob("*.*")]
+    for path in [*paths, ROOT / "README.md", ROOT / "Makefile"]:
+        if path.suffix not in (".py", ".md", ".sh", ""):
+            continue
+        text = path.read_text()
+        assert not re.search(r"pip install '?pi0_jax", text), f"{path}: pi0_jax is on no package index"
+        names = re.findall(r"install [^\n]*'\.\[([a-z0-9,-]+)\]'", text)
+        names += re.findall(r'require_package\(\s*"[^"]+",\s*"([^"]+)"', text)
+        assert {name for each in names for name in each.split(",")} <= set(EXTRAS), path
 
 
 def test_commands_explain_themselves_without_optional_packages(tmp_path):
