@@ -197,8 +197,9 @@ def infer(args: Infer) -> None:
     print(f"saved {output / 'actions.npz'} and actions.png")
 
 
-evaluate = infer
-"""Runs `pi0 evaluate`."""
+def evaluate(args: Evaluate) -> None:
+    """Runs `pi0 evaluate`; errors as of `infer`."""
+    infer(args)
 
 
 def _evaluate(simulator: Simulator, policy: Policy, args: Infer, name: str) -> None:
