@@ -1,4 +1,4 @@
-"""The interface of a policy behind the server: `robot_policy` implements it for a checkpoint, `replicas` for a fleet."""
+"""The interface of a policy behind the server; `robot_policy` implements it for a checkpoint, `replicas` for fleets."""
 
 from __future__ import annotations
 
