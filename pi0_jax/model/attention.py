@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import logging
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from pi0_jax.config.model import Kernel
+
 MASKED = -2.3819763e38
 """Stands for minus infinity in masked logits; the reference implementations' value, finite in bfloat16."""
-
-from pi0_jax.config.model import Kernel
 
 _log = logging.getLogger(__name__)
 

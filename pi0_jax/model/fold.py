@@ -148,7 +148,9 @@ def _made(rule: Rule, sources: Arrays, dtype: jnp.dtype, *, large: bool) -> list
 def rules(network: PrefixNetwork) -> dict[str, Rule]:
     """All folded arrays by path, and what they are made of."""
     c, names = network.config, network.spec
-    found = {path: _copy(path) for path in shapes_of(network) if not path.startswith(("image_encoder/", "backbone/layers/"))}
+    found = {
+        path: _copy(path) for path in shapes_of(network) if not path.startswith(("image_encoder/", "backbone/layers/"))
+    }
     found["embedding"] = _copy("embedding", exact=False)
     if c.cameras:
         found |= _vision(c.vision)
@@ -211,9 +213,7 @@ def _vision(config: VisionConfig) -> dict[str, Rule]:
     after_norm(f"{root}/mlp_in", f"{root}/mlp_norm", (f"{root}/mlp_in",), every)
     after_norm("image_projector", f"{encoder}/norm", ("image_projector",), None)
     for name in ("out", "mlp_out"):
-        found[f"{root}/{name}/kernel"] = _copy(
-            f"{root}/{name}/kernel", (-1, config.width), exact=False, layers=every
-        )
+        found[f"{root}/{name}/kernel"] = _copy(f"{root}/{name}/kernel", (-1, config.width), exact=False, layers=every)
         found[f"{root}/{name}/bias"] = _copy(f"{root}/{name}/bias", layers=every)
     return found
 

@@ -66,14 +66,16 @@ def dot(name: str, x: Float[Array, "b t *d"], w: Spec, scale: float = 1.0) -> Fl
     return checkpoint_name(result, name)
 
 
-def layer_norm(x: Float[Array, "... d"], w: Spec | None = None, dtype: jnp.dtype | None = None) -> Float[Array, "... d"]:
+def layer_norm(
+    x: Float[Array, "... d"], w: Spec | None = None, dtype: jnp.dtype | None = None
+) -> Float[Array, "... d"]:
     """LayerNorm with statistics in float32; without weights where these are folded into the matrix that follows."""
     x32 = x.astype(jnp.float32)
     mean = jnp.mean(x32, axis=-1, keepdims=True)
     variance = jnp.maximum(0.0, jnp.mean(jnp.square(x32), axis=-1, keepdims=True) - jnp.square(mean))
     factor = jax.lax.rsqrt(variance + EPSILON)
     y = (x32 - mean) * (factor if w is None else factor * w["scale"])
-    return (y if w is None else y + w["bias"]).astype(dtype or x.dtype)
+    return (y if w is None else y + w["bias"]).astype(x.dtype)
 
 
 def rms_norm(
@@ -160,9 +162,13 @@ def queries_keys_values(
 
 def gated_mlp(x: Float[Array, "b t d"], w: Spec) -> Float[Array, "b t d"]:
     """GeGLU feed-forward (arXiv 2002.05202), tanh-approximate GELU."""
-    gate_up = dot("mlp/gate_up", x, w).reshape(*x.shape[:2], 2, -1)
-    gate_up = with_logical_constraint(gate_up, ("batch", None, None, "mlp"))
-    return dot("mlp/down", jax.nn.gelu(gate_up[:, :, 0]) * gate_up[:, :, 1], w)
+    gate_up = dot("mlp/gate_up", x, w)
+    if gate_up.ndim == 3:  # folded; two slices, as a reshape would make TPUs copy the matrix into another layout
+        gate, up = jnp.split(gate_up, 2, axis=-1)
+    else:
+        gate_up = with_logical_constraint(gate_up, ("batch", None, None, "mlp"))
+        gate, up = gate_up[:, :, 0], gate_up[:, :, 1]
+    return dot("mlp/down", jax.nn.gelu(gate) * up, w)
 
 
 def encoder_block(x: Float[Array, "b s d"], w: Spec, num_heads: int, kernel: Kernel = "xla") -> Float[Array, "b s d"]:

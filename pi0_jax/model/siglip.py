@@ -27,7 +27,10 @@ def spec(config: VisionConfig) -> Spec:
     block: Spec = {"attn_norm": layer_norm_spec(d)}
     block |= {"query": project, "key": project, "value": project}
     block |= {"out": linear(heads, d, ("heads", "head_dim", "embed"), xavier), "mlp_norm": layer_norm_spec(d)}
-    block |= {"mlp_in": linear(d, config.mlp_dim, ("embed", "mlp")), "mlp_out": linear(config.mlp_dim, d, ("mlp", "embed"))}
+    block |= {
+        "mlp_in": linear(d, config.mlp_dim, ("embed", "mlp")),
+        "mlp_out": linear(config.mlp_dim, d, ("mlp", "embed")),
+    }
     encoder: Spec = {}
     if stem:
         encoder = {"stem": _convolution(config.stem_stride, 3, stem), "stem_norm": layer_norm_spec(stem)}

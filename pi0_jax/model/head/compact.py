@@ -7,6 +7,7 @@ observation again. Trains and samples through the same loss and solvers as the a
 from __future__ import annotations
 
 import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp

@@ -104,7 +104,7 @@ class BinNetwork(ActionTokenNetwork):
     def _extended(self, params: Spec, prefix: Prefix, tokens: Float[Array, "b t e"]) -> Prefix:
         """A prefix that holds further tokens of the action expert, which see one another."""
         b, t, _ = tokens.shape
-        segment = Segment("action", tokens, np.zeros(t, int), condition=self._condition(b), needed=False)
+        segment = Segment("action", tokens, np.zeros(t, int), condition=self._condition(b))
         _, new = gemma.forward(self.config, params["backbone"], [segment], prefix)
         keys_values = jax.tree.map(lambda x, y: jnp.concatenate([x, y], axis=-3), prefix.keys_values, new)
         mask = jnp.concatenate([prefix.mask, jnp.ones((b, t), bool)], axis=1)
