@@ -16,8 +16,8 @@ from pi0_client.player import Player, Query, Strategy, real_time, receding_horiz
 from pi0_jax.config import RealTimeConfig
 from pi0_jax.data.robots import RawObservation
 from pi0_jax.errors import UserError
-from pi0_jax.evaluate.rollout import BatchPolicy, closed_loop, success_rate
-from pi0_jax.evaluate.simulators import Episode, Simulator
+from pi0_jax.evaluate.rollout import BatchPolicy, Driver, closed_loop, success_rate
+from pi0_jax.evaluate.simulators.gym import Episode, Simulator
 
 STRATEGIES: dict[str, tuple[Callable[[int], Strategy], RealTimeConfig | None]] = {
     "synchronous": (receding_horizon, None),
@@ -120,75 +120,75 @@ def simulate(
     return [run.trace() for run in runs]
 
 
-@dataclasses.dataclass(eq=False)
-class _Run:
-    """One episode, its player, and the answer that is on its way."""
+class _Run(Driver):
+    """One episode, its player, and the answer that is on its way.
 
-    index: int
-    episode: Episode
-    player: Player
-    latency: Latency
-    period: float
-    """Milliseconds between actions."""
-    still: np.ndarray
-    """Action while there is no chunk."""
-    rng: np.random.Generator
-    over: bool = False
+    Args:
+        index, episode: as of `Driver`.
+        player: plays the chunks.
+        latency: of the answers.
+        period: milliseconds between actions.
+        still: action while there is no chunk.
+        rng: for the latencies.
+    """
 
-    def __post_init__(self):
+    def __init__(
+        self,
+        index: int,
+        episode: Episode,
+        player: Player,
+        latency: Latency,
+        period: float,
+        still: np.ndarray,
+        rng: np.random.Generator,
+    ):
+        super().__init__(index, episode)
+        self._player, self._latency, self._period, self._still, self._rng = player, latency, period, still, rng
         self._query: Query | None = None
         self._chunk: np.ndarray | None = None
         self._due = 0.0
-        self._success = False
-        self._actions: list[np.ndarray] = []
         self._chunks: list[int] = []
         self._delays: list[int] = []
         self._breaks: list[float] = []
-
-    @property
-    def step(self) -> int:
-        return self.player.step
 
     def asks(self) -> bool:
         """Takes in what has come by now; returns whether the policy is to be asked."""
         self._take_in()
         if self._query is None:
-            self._query = self.player.query()
+            self._query = self._player.ask()
             return self._query is not None
         return False
 
     def observe(self) -> RawObservation:
         assert self._query is not None
-        return cast(RawObservation, self.episode.observe() | self._query.as_request())
+        return cast(RawObservation, super().observe() | self._query.as_request())
 
     def receive(self, chunk: np.ndarray) -> None:
         """Lets an answer begin its way."""
-        milliseconds, answered = self.latency.draw(self.rng)
-        self._due = self.step * self.period + milliseconds
+        milliseconds, answered = self._latency.draw(self._rng)
+        self._due = self._player.step * self._period + milliseconds
         self._chunk = chunk if answered else None
         self._take_in()
 
     def advance(self) -> None:
         """Executes the action of this step."""
-        played = self.player.play()
-        action = self.still if played.action is None else played.action
-        self._actions.append(action)
+        played = self._player.play()
+        self.execute(self._still if played.action is None else played.action)
         self._chunks.append(-1 if played.chunk is None else played.chunk)
-        self.over, self._success = self.episode.step(action)
 
     def trace(self) -> Trace:
-        actions, chunks = np.array(self._actions), np.array(self._chunks)
-        return Trace(self.episode.task, self._success, actions, chunks, tuple(self._delays), tuple(self._breaks))
+        actions, chunks = np.array(self.actions), np.array(self._chunks)
+        return Trace(self.episode.task, self.success, actions, chunks, tuple(self._delays), tuple(self._breaks))
 
     def _take_in(self) -> None:
-        if self._query is None or self.step * self.period < self._due - 1e-6:
+        if self._query is None or self._player.step * self._period < self._due - 1e-6:
             return
         if self._chunk is None:
-            self.player.abandon()
+            self._player.abandon()
         else:
-            before = self.player.due()
-            self._delays.append(self.player.receive(self._chunk))
-            after = self.player.due()
+            before = self._player.due()
+            self._delays.append(self._player.receive(self._chunk))
+            after = self._player.due()
             if before is not None and after is not None:
                 self._breaks.append(float(np.linalg.norm(after - before)))
         self._query = self._chunk = None

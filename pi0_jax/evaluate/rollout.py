@@ -19,18 +19,15 @@ from tqdm import tqdm
 from pi0_jax.config import PolicyConfig
 from pi0_jax.data.robots import RawObservation, Robot
 from pi0_jax.errors import UserError
-from pi0_jax.evaluate.simulators import Episode, Simulator
+from pi0_jax.evaluate.simulators.gym import Episode, Simulator
 
 
 @runtime_checkable
 class BatchPolicy(Protocol):
     """What the closed loop needs of `inference.policy.Policy`."""
 
-    @property
-    def robot(self) -> Robot: ...
-
-    @property
-    def config(self) -> PolicyConfig: ...
+    robot: Robot
+    config: PolicyConfig
 
     def infer_batch(self, observations: Sequence[Any], keys: Any, num_steps: int | None = None, /) -> np.ndarray: ...
 
@@ -95,39 +92,34 @@ class Rollout:
         return "\n".join([*lines, f"latency of a call for {self.batch_size} chunks: {latency}"])
 
 
-@runtime_checkable
-class Driver(Protocol):
+class Driver:
     """Executes the policy's chunks in one episode."""
 
-    @property
-    def episode(self) -> Episode: ...
-
-    @property
-    def index(self) -> int: ...
-
-    @property
-    def over(self) -> bool: ...
-
-    @property
-    def step(self) -> int:
-        """Actions executed so far."""
-        ...
+    def __init__(self, index: int, episode: Episode):
+        self.index, self.episode = index, episode
+        self.over = self.success = False
+        self.actions: list[np.ndarray] = []
+        """Executed so far."""
 
     def asks(self) -> bool:
         """Whether the policy has to answer now."""
-        ...
+        return True
 
     def observe(self) -> RawObservation:
         """What the policy is asked with."""
-        ...
+        return self.episode.observe()
 
     def receive(self, chunk: np.ndarray) -> None:
         """Takes the policy's answer."""
-        ...
+        raise NotImplementedError
 
     def advance(self) -> None:
-        """Executes actions; runs in a thread of its own."""
-        ...
+        """Executes actions, at least one; runs in a thread of its own."""
+        raise NotImplementedError
+
+    def execute(self, action: np.ndarray) -> None:
+        self.over, self.success = self.episode.step(action)
+        self.actions.append(action)
 
 
 D = TypeVar("D", bound=Driver)
@@ -181,7 +173,7 @@ def closed_loop(
                 observations = list(threads.map(lambda driver: driver.observe(), asking))
                 rows = [*range(len(asking))] + [0] * (batch_size - len(asking))
                 index, step = (
-                    np.array(x) for x in zip(*((asking[i].index, asking[i].step) for i in rows), strict=True)
+                    np.array(x) for x in zip(*((asking[i].index, len(asking[i].actions)) for i in rows), strict=True)
                 )
                 begun = time.perf_counter()
                 chunks = policy.infer_batch([observations[i] for i in rows], noise_keys(base, index, step), num_steps)
@@ -243,21 +235,16 @@ def roll_out(
     return Rollout(tuple(slot.outcome() for slot in slots), min(batch_size, num_episodes), tuple(seconds))
 
 
-class _Slot:
+class _Slot(Driver):
     """Executes the beginning of each chunk while the simulator waits for the next."""
 
     def __init__(self, index: int, episode: Episode, execute_steps: int, *, filmed: bool):
-        self.index, self.episode, self._execute_steps = index, episode, execute_steps
-        self.over = self._success = False
-        self.step, self._prompt = 0, ""
-        self._actions: list[np.ndarray] = []
+        super().__init__(index, episode)
+        self._execute_steps, self._prompt = execute_steps, ""
         self._pictures = [episode.picture()] if filmed else []
 
-    def asks(self) -> bool:
-        return True
-
     def observe(self) -> RawObservation:
-        raw = self.episode.observe()
+        raw = super().observe()
         self._prompt = self._prompt or raw["prompt"]
         return raw
 
@@ -266,14 +253,12 @@ class _Slot:
 
     def advance(self) -> None:
         for action in self._chunk[: self._execute_steps]:
-            self.over, self._success = self.episode.step(action)
-            self._actions.append(action)
-            self.step += 1
+            self.execute(action)
             if self._pictures:
                 self._pictures.append(self.episode.picture())
             if self.over:
                 return
 
     def outcome(self) -> Outcome:
-        actions, pictures = np.array(self._actions), tuple(self._pictures)
-        return Outcome(self.index, self.episode.task, self._prompt, self._success, self.step, actions, pictures)
+        actions, pictures = np.array(self.actions), tuple(self._pictures)
+        return Outcome(self.index, self.episode.task, self._prompt, self.success, len(actions), actions, pictures)
