@@ -34,10 +34,10 @@ format: $(VENV)/dev
 	$(BIN)/ruff check --fix .
 
 data/tabletop/meta/info.json: | $(VENV)/sim
-	$(BIN)/pi0 record data/tabletop
+	$(BIN)/pi0 record data/tabletop --env tabletop
 
 data/tabletop-validation/meta/info.json: | $(VENV)/sim
-	$(BIN)/pi0 record data/tabletop-validation --split validation --episodes 60
+	$(BIN)/pi0 record data/tabletop-validation --env tabletop --split validation --episodes 60
 
 # These files mark what is installed; after a change of pyproject.toml it is installed again.
 $(VENV)/sim: pyproject.toml | $(BIN)/python

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from pi0_jax.evaluate.latency import STRATEGIES, Latency, simulate, summary
-from pi0_jax.evaluate.simulators.suites import get_suite
+from pi0_jax.evaluate.simulators import get_simulator
 from pi0_jax.inference.policy import Policy
 
 CONDITIONS = {
@@ -36,7 +36,7 @@ UNITS = 1000
 def measure(run: Path, trained: Path | None, episodes: int, execute_steps: int, seed: int, path: Path) -> dict:
     """Figures by strategy and condition, written to `path` as they come in."""
     cells: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else {}
-    suite = get_suite("tabletop")
+    simulator = get_simulator("tabletop")
     for name, (make, real_time) in STRATEGIES.items():
         source = trained if name == "trained" else run
         todo = [condition for condition in CONDITIONS if condition not in cells.get(name, {})]
@@ -44,8 +44,8 @@ def measure(run: Path, trained: Path | None, episodes: int, execute_steps: int, 
             continue
         policy = Policy.load(source, **({} if real_time is None else {"real_time": real_time}))
         for condition in tqdm(todo, desc=name):
-            traces = simulate(policy, suite, make(execute_steps), CONDITIONS[condition], episodes, seed)
-            cells.setdefault(name, {})[condition] = summary(traces, suite.fps)
+            traces = simulate(policy, simulator, make(execute_steps), CONDITIONS[condition], episodes, seed)
+            cells.setdefault(name, {})[condition] = summary(traces, simulator.fps)
             path.write_text(json.dumps(cells, indent=1))
     return cells
 
@@ -56,7 +56,7 @@ def rows(cells: dict) -> list[list[str]]:
     table = [[*header, "held_steps", "seam_mm", "inside_mm", "break_mm"]]
     for name, row in cells.items():
         for condition, f in row.items():
-            percent = [f"{100 * f[key]:.1f}" for key in ("success", "low", "high")]
+            percent = [f"{100 * f[key]:.1f}" for key in ("rate", "low", "high")]
             sizes = [f"{UNITS * f[key]:.1f}".replace("nan", "") for key in ("seam", "inside", "break")]
             if name == "synchronous":
                 sizes[-1] = ""  # it stands still between chunks
@@ -70,7 +70,7 @@ def plot(cells: dict, path: Path) -> None:
     """Plots success, time and breaks over the latencies without jitter."""
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     steady = {name: latency.typical for name, latency in CONDITIONS.items() if not latency.jitter}
-    panels = (("success", 100, "success, %"), ("seconds", 1, "seconds to success"), ("break", UNITS, "break, mm"))
+    panels = (("rate", 100, "success, %"), ("seconds", 1, "seconds to success"), ("break", UNITS, "break, mm"))
     for axes, (key, scale, label) in zip(figure.subplots(1, 3), panels, strict=True):
         for number, (name, row) in enumerate(cells.items()):
             if name == "synchronous" and key == "break":

@@ -4,8 +4,8 @@
     python benchmarks/serving.py closed-loop runs/tabletop --episodes 200      # pip install --no-deps openpi-client
 
 `load` has many clients send requests at once, as fast as they get answers or at a rate, and compares each answer with
-the one that a single client got. `closed-loop` runs the tabletop over the network and in this process, with the same layouts and
-noise, and compares episode by episode. Both print JSON.
+the one that a single client got. `closed-loop` runs the tabletop over the network and in this process, with the same
+layouts and noise, and compares episode by episode. Both print JSON.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from websockets.asyncio.client import connect
 
 from pi0_client.client import Client
 from pi0_client.msgpack_numpy import pack, unpack
-from pi0_jax.evaluate.rollout import roll_out, wilson
-from pi0_jax.evaluate.simulators.suites import get_suite
+from pi0_jax.evaluate.rollout import roll_out
+from pi0_jax.evaluate.simulators import get_simulator
 from pi0_jax.inference.policy import Policy
 
 Run = Annotated[Path, tyro.conf.Positional]
@@ -187,29 +187,24 @@ def closed_loop(args: ClosedLoop) -> dict[str, Any]:
         raise SystemExit(
             "pip install --no-deps openpi-client==0.1.2 (it asks for an older numpy than works)"
         ) from error
-    policy, suite = Policy.load(args.run), get_suite("tabletop")
+    policy, simulator = Policy.load(args.run), get_simulator("tabletop")
     with served(args.run) as (uri, _):
         remote = Remote(policy, [WebsocketClientPolicy(uri) for _ in range(args.clients)])
         over, alone = (
-            roll_out(each, suite, args.episodes, args.seed, batch_size=args.clients, progress=name)  # pyright: ignore
+            roll_out(each, simulator, args.episodes, args.seed, batch_size=args.clients, progress=name)
             for each, name in ((remote, "over the network"), (policy, "in this process"))
         )
     pairs = list(zip(over.outcomes, alone.outcomes, strict=True))
     same = [a for a, b in pairs if a.actions.shape == b.actions.shape and np.allclose(a.actions, b.actions, atol=1e-4)]
     return {
         "episodes": args.episodes,
-        "over_the_network": _rate(over.rates()["all"]),
-        "in_this_process": _rate(alone.rates()["all"]),
+        "over_the_network": str(over.rates()["all"]),
+        "in_this_process": str(alone.rates()["all"]),
         "episodes_of_the_same_outcome": sum(a.success == b.success for a, b in pairs),
         "episodes_of_the_same_actions": len(same),
         f"ms_for_{args.clients}_chunks_over_the_network": round(1000 * float(np.median(over.seconds)), 1),
         f"ms_for_{args.clients}_chunks_in_this_process": round(1000 * float(np.median(alone.seconds)), 1),
     }
-
-
-def _rate(counts: tuple[int, int]) -> str:
-    low, high = wilson(*counts)
-    return f"{counts[0]} of {counts[1]} [{low:.1%}, {high:.1%}]"
 
 
 if __name__ == "__main__":
