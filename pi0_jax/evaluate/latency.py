@@ -14,7 +14,7 @@ import numpy as np
 
 from pi0_client.player import Player, Query, Strategy, real_time, receding_horizon, temporal_ensemble
 from pi0_jax.config import RealTimeConfig
-from pi0_jax.data.robots import RawObservation
+from pi0_jax.data.robots import RawObservation, Robot
 from pi0_jax.errors import UserError
 from pi0_jax.evaluate.rollout import BatchPolicy, Driver, closed_loop, success_rate
 from pi0_jax.evaluate.simulators.gym import Episode, Simulator
@@ -97,53 +97,33 @@ def simulate(
 ) -> list[Trace]:
     """Runs episodes in simulated time. Layouts, noise and latencies depend on the seed and the episode alone.
 
-    Args:
-        policy: a policy for the simulator's robot; its `real_time` is how chunks are continued.
-        simulator: the simulator.
-        strategy: strategy of chunking.
-        latency: latency of the policy's answers.
-        num_episodes: episode i is of task i modulo the number of tasks.
-        seed: other seeds give other layouts, noise and latencies.
-        batch_size: episodes that run side by side.
-        progress: title of a progress bar; None shows none.
-
-    Raises:
-        UserError: the simulator is another robot's, or there is nothing to run.
+    The policy's `real_time` is how chunks are continued; other arguments and errors are those of `roll_out`.
     """
 
     def begin(index: int) -> _Run:
-        player, rng = Player(strategy, policy.robot.still), np.random.default_rng([seed, index])
-        still = np.zeros(len(policy.robot.actions), np.float32)
-        return _Run(index, simulator.start(index, seed), player, latency, 1000 / simulator.fps, still, rng)
+        rng = np.random.default_rng([seed, index])
+        return _Run(index, simulator.start(index, seed), strategy, latency, policy.robot, 1000 / simulator.fps, rng)
 
     runs, _ = closed_loop(policy, simulator, begin, num_episodes, seed, batch_size=batch_size, progress=progress)
     return [run.trace() for run in runs]
 
 
 class _Run(Driver):
-    """One episode, its player, and the answer that is on its way.
-
-    Args:
-        index, episode: as of `Driver`.
-        player: plays the chunks.
-        latency: of the answers.
-        period: milliseconds between actions.
-        still: action while there is no chunk.
-        rng: for the latencies.
-    """
+    """One episode, its player, and the answer that is on its way. `period` is the milliseconds between actions."""
 
     def __init__(
         self,
         index: int,
         episode: Episode,
-        player: Player,
+        strategy: Strategy,
         latency: Latency,
+        robot: Robot,
         period: float,
-        still: np.ndarray,
         rng: np.random.Generator,
     ):
         super().__init__(index, episode)
-        self._player, self._latency, self._period, self._still, self._rng = player, latency, period, still, rng
+        self._player, self._latency, self._period, self._rng = Player(strategy, robot.still), latency, period, rng
+        self._still = np.zeros(len(robot.actions), np.float32)
         self._query: Query | None = None
         self._chunk: np.ndarray | None = None
         self._due = 0.0
@@ -155,7 +135,7 @@ class _Run(Driver):
         """Takes in what has come by now; returns whether the policy is to be asked."""
         self._take_in()
         if self._query is None:
-            self._query = self._player.ask()
+            self._query = self._player.query()
             return self._query is not None
         return False
 

@@ -139,23 +139,10 @@ def closed_loop(
     """Runs episodes to their ends, several side by side; as soon as one ends the next takes its place.
 
     Batches are filled up to one size, so that one program serves all. The noise of a chunk depends on the seed, the
-    episode and its step.
-
-    Args:
-        policy: a policy for the simulator's robot.
-        simulator: the simulator, whose robot is checked.
-        begin: starts the episode of an index.
-        num_episodes: number of episodes.
-        seed: seed of the noise.
-        num_steps: solver steps; None: the policy's.
-        batch_size: episodes that run side by side.
-        progress: title of a progress bar; None shows none.
+    episode and its step. `begin` starts the episode of an index; other arguments and errors are those of `roll_out`.
 
     Returns:
         The drivers after their episodes, in order, and the seconds of each call of the policy but the first.
-
-    Raises:
-        UserError: the simulator is another robot's, or there is nothing to run.
     """
     if policy.robot.name != simulator.robot:
         raise UserError(f"this policy is for the robot {policy.robot.name!r}; the environment has {simulator.robot!r}.")
@@ -172,11 +159,9 @@ def closed_loop(
             if asking:
                 observations = list(threads.map(lambda driver: driver.observe(), asking))
                 rows = [*range(len(asking))] + [0] * (batch_size - len(asking))
-                index, step = (
-                    np.array(x) for x in zip(*((asking[i].index, len(asking[i].actions)) for i in rows), strict=True)
-                )
+                numbers = np.array([(asking[i].index, len(asking[i].actions)) for i in rows])
                 begun = time.perf_counter()
-                chunks = policy.infer_batch([observations[i] for i in rows], noise_keys(base, index, step), num_steps)
+                chunks = policy.infer_batch([observations[i] for i in rows], noise_keys(base, *numbers.T), num_steps)
                 seconds.append(time.perf_counter() - begun)
                 for driver, chunk in zip(asking, chunks, strict=False):
                     driver.receive(chunk)

@@ -60,7 +60,7 @@ class Simulator:
     picture: Callable[[Env], Any] = lambda env: env.render()
     """A picture for people, uint8 `[h, w, 3]`; by default the environment's, with `render_mode="rgb_array"`."""
     expert: Callable[[Env, Any], np.ndarray] | None = None
-    """A scripted expert's action of the robot, from what `observe` gets, to record demonstrations; None: there is none."""
+    """A scripted expert's action of the robot, from what `observe` gets, for recording; None: there is no expert."""
     random_action: Callable[[np.random.Generator], np.ndarray] | None = None
     """A random action of the robot, for noise while recording; None: uniform over the (bounded) action space."""
     _idle: dict[str, list[Env]] = dataclasses.field(default_factory=dict, repr=False)
