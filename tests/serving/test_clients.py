@@ -154,7 +154,7 @@ def vla_eval_observation(n: int) -> dict:
 
 def test_vla_evals_connection_gets_the_actions_of_batched_chunks(policy):
     anyio = pytest.importorskip("anyio")
-    pytest.importorskip("vla_eval", reason="vla-eval is not installed: pip install 'pi0_jax[vla-eval]'")
+    pytest.importorskip("vla_eval", reason="vla-eval is not installed: pip install -e '.[vla-eval]'")
     from vla_eval.connection import Connection
     from vla_eval.model_servers.serve import serve_async
 
@@ -194,7 +194,7 @@ def test_vla_evals_connection_gets_the_actions_of_batched_chunks(policy):
 
 
 def test_vla_eval_gets_finite_actions_only_and_large_batches_are_divided(policy):
-    pytest.importorskip("vla_eval", reason="vla-eval is not installed: pip install 'pi0_jax[vla-eval]'")
+    pytest.importorskip("vla_eval", reason="vla-eval is not installed: pip install -e '.[vla-eval]'")
     from vla_eval.model_servers.base import SessionContext
 
     from pi0_jax.serving.vla_eval import Pi0ModelServer
@@ -211,7 +211,7 @@ def test_vla_eval_gets_finite_actions_only_and_large_batches_are_divided(policy)
 
 def test_the_command_serves_vla_eval_and_ends_on_sigterm(checkpoint_folder, tmp_path):
     anyio = pytest.importorskip("anyio")
-    pytest.importorskip("vla_eval", reason="vla-eval is not installed: pip install 'pi0_jax[vla-eval]'")
+    pytest.importorskip("vla_eval", reason="vla-eval is not installed: pip install -e '.[vla-eval]'")
     from vla_eval.connection import Connection
 
     async def ask(uri: str) -> np.ndarray:

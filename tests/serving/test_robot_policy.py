@@ -218,7 +218,7 @@ def test_the_command_names_what_is_missing_before_loading(tmp_path, capsys, monk
     for name in [name for name in sys.modules if name.startswith("vla_eval.")]:
         monkeypatch.delitem(sys.modules, name)
     assert cli.main(["serve", str(tmp_path / "none"), "--port", "0", "--protocol", "vla-eval"]) == 1
-    assert "pip install 'pi0_jax[vla-eval]'" in capsys.readouterr().err
+    assert "pip install -e '.[vla-eval]'" in capsys.readouterr().err
     assert cli.main(["serve", str(tmp_path / "none"), "--port", "0"]) == 1
     assert "no checkpoint at" in capsys.readouterr().err
     with pytest.raises(SystemExit):
