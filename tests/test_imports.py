@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "convert": {"atomic", "config", "batch", "model", "pi0", "checkpoint", "data"},
     "evaluate": {"config", "data", "inference", "checkpoint", "serving"},
     "compare": {"config", "config_file", "data", "flow", "training", "inference", "evaluate", "checkpoint"},
-    "cli": {"config", "config_file", "data"},
+    "cli": {"checkpoint", "config", "config_file", "data"},
 }
 """Room to the rooms it may import, beside `errors`. A room is a folder or a module at the top of the package."""
 
