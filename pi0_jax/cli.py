@@ -54,7 +54,7 @@ COMMANDS = {
         "straighten a policy's flow, for fewer steps: pi0 reflow runs/tabletop runs/straight",
     ),
     "compare": ("compare.commands", "train and compare kinds of policies: pi0 compare configs/compare_tabletop.py"),
-    "record": ("evaluate.commands", "record demonstrations in the tabletop simulator: pi0 record data/tabletop"),
+    "record": ("evaluate.commands", "record demonstrations in a simulator: pi0 record data/tabletop --env tabletop"),
     "convert": (
         "convert.commands",
         "turn openpi, LeRobot or big_vision weights into ours, and back: pi0 convert SRC DST",
