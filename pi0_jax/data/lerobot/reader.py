@@ -424,7 +424,7 @@ def find_dataset(path: str, offline: bool = False) -> Path:
     try:
         from huggingface_hub import snapshot_download  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ValueError(f"{path} is on the Hugging Face hub, which needs: pip install pi0_jax[hub]") from error
+        raise ValueError(f"{path} is on the Hugging Face hub, which needs: pip install -e '.[hub]'") from error
     return Path(snapshot_download(path.removeprefix("hf://"), repo_type="dataset", local_files_only=offline))
 
 

@@ -411,7 +411,7 @@ def _tfds() -> tuple[Any, Any]:
     try:
         from tensorflow_datasets.core import example_parser, features
     except ImportError as error:
-        raise ValueError("reading RLDS needs tensorflow-datasets (no tensorflow): pip install pi0_jax[rlds]") from error
+        raise ValueError("reading RLDS needs tensorflow-datasets (no tensorflow): pip install -e '.[rlds]'") from error
     return example_parser, features
 
 
@@ -419,7 +419,7 @@ def _crc32c() -> Any:
     try:
         import google_crc32c
     except ImportError as error:
-        raise ValueError("reading tfrecord needs google-crc32c: pip install pi0_jax[rlds]") from error
+        raise ValueError("reading tfrecord needs google-crc32c: pip install -e '.[rlds]'") from error
     return google_crc32c.value
 
 
