@@ -1,9 +1,7 @@
 """`pi0 data`: statistics without pictures, problems by name, a page, a cache, conversion that goes on, a robot file."""
 
-import errno
 import json
 import shutil
-import subprocess
 import sys
 import types
 
@@ -12,7 +10,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from pi0_jax import cli
-from pi0_jax.atomic import partial_path, written
 from pi0_jax.data.cache import CachedFrames, build_cache
 from pi0_jax.data.commands import _model_cameras
 from pi0_jax.data.lerobot.merge import convert
@@ -233,24 +230,6 @@ def test_a_stopped_cache_goes_on_and_a_changed_video_makes_it_invalid(copy, tmp_
     build_cache(again, tmp_path / "cache", [CAMERAS[0]], 48, workers=1)
     cached = CachedFrames(again, tmp_path / "cache", [CAMERAS[0]], 48)
     np.testing.assert_array_equal(cached.image(33, CAMERAS[0]), again.image(33, CAMERAS[0]))
-
-
-def test_what_a_killed_process_left_is_removed_and_what_a_live_one_writes_is_not(tmp_path):
-    kill = "import os, sys\nfrom pathlib import Path\nfrom pi0_jax.atomic import partial_path\n"
-    kill += "path = partial_path(Path(sys.argv[1]))\n(path / 'a').mkdir(parents=True)\nos.kill(os.getpid(), 9)"
-    for name in ("data", "data.other"):
-        subprocess.run([sys.executable, "-c", kill, str(tmp_path / name)], check=False)
-    alive = partial_path(tmp_path / "data")
-    alive.touch()
-    assert len(list(tmp_path.iterdir())) == 2  # of "data" only the live one, and what was left of the other
-    with written(tmp_path / "data") as partial:
-        partial.write_text("whole")
-    assert alive.exists()
-    assert (tmp_path / "data").read_text() == "whole"
-    with pytest.raises(OSError, match=r"No space left.*data'") as raised, written(tmp_path / "data"):
-        raise OSError(errno.ENOSPC, "No space left on device")
-    assert raised.value.filename == str(tmp_path / "data")
-    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_a_cache_that_does_not_fit_is_not_begun(dataset, tmp_path, monkeypatch):
