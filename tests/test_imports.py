@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "flow": set(),
     "sampler": {"flow"},
     "config": {"flow", "sampler"},
-    "config_file": {"config"},
+    "config_file": {"config_json"},
     "batch": {"config"},
     "atomic": set(),
     "compat": set(),
