@@ -97,7 +97,7 @@ def load_inputs(run: Run, *, resumed: Assets | None = None, initial: Assets | No
         loader=make_loader(transformed(parts), config, run.rows),
         validation=validation,
         augment=functools.partial(
-            augment, config=run.augment, robot=robot, stats=stats, mode=config.policy.normalization
+            augment, config=config.augment, robot=robot, stats=stats, mode=config.policy.normalization
         ),
     )
 

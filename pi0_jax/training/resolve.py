@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from pi0_jax import pi0
-from pi0_jax.batch import Batch
+from pi0_jax.batch import Batch, example_batch
 from pi0_jax.config import ModelConfig, PolicyConfig, TrainConfig
 from pi0_jax.data.robots import Robot, get_robot, semantics_of
 from pi0_jax.errors import UserError
@@ -111,16 +109,8 @@ def resolve(config: TrainConfig, devices: Sequence[Any] | None = None) -> Run:
 
 
 def batch_shapes(model: ModelConfig, size: int) -> Batch:
-    """Shapes of a training batch, as the loader makes it."""
-
-    def make() -> Batch:
-        observation = pi0.example_observation(model, size)
-        images = {name: image.astype(jnp.uint8) for name, image in observation.images.items()}
-        steps, dims = (size, model.action_horizon), (size, model.action_dim)
-        actions = jnp.zeros((*steps, model.action_dim))
-        return Batch(observation._replace(images=images), actions, jnp.ones(steps, bool), jnp.ones(dims, bool))
-
-    return jax.eval_shape(make)
+    """Shapes of a training batch."""
+    return jax.eval_shape(lambda: example_batch(model, size))
 
 
 def _check_numbers(config: TrainConfig) -> None:

@@ -23,12 +23,12 @@ from pi0_jax.plan.hlo_collectives import traffic
 from pi0_jax.plan.report import describe
 from pi0_jax.training import sharding
 from tests.conftest import tiny_config
-from tests.training.common import random_batch
+from tests.batches import random_batch
 from tests.training.test_sharding import held
 
 MODEL = tiny_config("pi0", cameras=("top",), action_dim=8, depth=4, dtype="float32", remat="full")
 CONFIG = TrainConfig(
-    policy=PolicyConfig(model=MODEL),
+    policy=PolicyConfig(robot="tabletop", model=MODEL),
     flow=FlowConfig(),
     optim=OptimConfig(name="adamw", warmup_steps=2, ema_decay=0.9),
     mesh=MeshConfig(data=1, fsdp=-1),

@@ -6,7 +6,6 @@ import functools
 
 import jax
 import numpy as np
-from flax.linen import meta
 
 from pi0_jax.batch import Batch
 from pi0_jax.config import Gaussian, MeshConfig, ModelConfig, ObjectiveConfig, OptimConfig, PolicyConfig, TrainConfig
@@ -29,8 +28,12 @@ class Harness:
 
     def start(self) -> TrainState:
         """A state of small random weights, the same on any mesh; the network's own would take long to compile."""
-        random, shapes = np.random.default_rng(0), meta.unbox(self.run_of.weights)
-        return self.program.start(jax.tree.map(lambda x: 0.2 * random.standard_normal(x.shape, np.float32), shapes))
+        random = np.random.default_rng(0)
+
+        def values(x):
+            return jax.device_put(0.2 * random.standard_normal(x.shape, np.float32), x.sharding)
+
+        return self.program.start(jax.tree.map(values, self.program.shapes.weights))
 
     def place(self, batch: Batch) -> Batch:
         return jax.device_put(batch, self.run_of.batch_placement)

@@ -125,7 +125,7 @@ def config(tmp_path_factory) -> TrainConfig:
     folder = tmp_path_factory.mktemp("faults")
     model = tiny_config("pi0", cameras=("top",), depth=1, action_dim=8, vocab_size=512, prompt_length=16)
     return TrainConfig(
-        policy=PolicyConfig(model=model),
+        policy=PolicyConfig(robot="tabletop", model=model),
         optim=OptimConfig(name="adamw", peak_lr=1e-3, warmup_steps=2, decay_steps=STEPS, ema_decay=0.9),
         data=DataConfig(str(write(folder / "data"))),
         run_dir=str(folder / "reference"),

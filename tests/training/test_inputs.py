@@ -29,25 +29,25 @@ def config(tmp_path_factory) -> TrainConfig:
     )
     model = tiny_config("pi0", cameras=("top",), action_dim=8, vocab_size=512, prompt_length=16)
     data = DataConfig(datasets=datasets, validation_share=0.4)
-    return TrainConfig(policy=PolicyConfig(model=model), data=data, batch_size=8)
+    return TrainConfig(policy=PolicyConfig(robot="tabletop", model=model), data=data, batch_size=8)
 
 
 def test_a_camera_that_is_misspelt_is_named_and_none_at_all_is_refused(tmp_path, caplog):
     model = tiny_config("pi0", cameras=("top", "tol"), action_dim=8, vocab_size=512, prompt_length=32)
-    config = TrainConfig(policy=PolicyConfig(model=model), data=DataConfig(str(write(tmp_path / "data"))), batch_size=2)
+    config = TrainConfig(policy=PolicyConfig(robot="tabletop", model=model), data=DataConfig(str(write(tmp_path / "data"))), batch_size=2)
     caplog.set_level("INFO")
     load_inputs(config, resumed=None, initial=None)
     assert "cameras: top" in caplog.messages
     assert "names tol, which no robot of this run has, and leaves out tool, which there are" in caplog.text
     blind = dataclasses.replace(model, cameras=("front", "wrist"))
     with pytest.raises(ValueError, match=r"\['front', 'wrist'\], is one of the robot's, \['tool', 'top'\]"):
-        load_inputs(dataclasses.replace(config, policy=PolicyConfig(model=blind)), resumed=None, initial=None)
+        load_inputs(dataclasses.replace(config, policy=PolicyConfig(robot="tabletop", model=blind)), resumed=None, initial=None)
 
 
 def test_what_no_robot_has_and_what_no_prompt_needs_is_left_out_and_the_loss_stays(tmp_path):
     model = tiny_config("pi0", cameras=("top", "wrist", "tool"), action_dim=8, vocab_size=512, prompt_length=32)
     config = TrainConfig(
-        policy=PolicyConfig(model=model), data=DataConfig(str(write(tmp_path / "data")), prompt_buckets=(16,)),
+        policy=PolicyConfig(robot="tabletop", model=model), data=DataConfig(str(write(tmp_path / "data")), prompt_buckets=(16,)),
         batch_size=2,
     )  # fmt: skip
     inputs, mesh = load_inputs(config, resumed=None, initial=None), sharding.make_mesh(MeshConfig(), jax.devices()[:1])

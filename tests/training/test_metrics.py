@@ -143,7 +143,7 @@ def test_use_of_the_devices_and_the_most_memory_are_in_the_log(tmp_path, caplog,
     assert 0 < shown["mfu"] < 1
     assert 0.1 < shown["peak_memory_GB"] < 1000
 
-    config = TrainConfig(policy=PolicyConfig(model=tiny_config(remat="full", cameras=())), batch_size=6)
+    config = TrainConfig(policy=PolicyConfig(robot="tabletop", model=tiny_config(remat="full", cameras=())), batch_size=6)
     mesh = sharding.make_mesh(MeshConfig())
     assert seconds_at_peak(config, mesh) is None
     assert "MFU is left out: the peak of a device of kind 'cpu' is not known" in caplog.text

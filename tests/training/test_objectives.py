@@ -32,7 +32,7 @@ def config(tmp_path_factory) -> TrainConfig:
         prompt_length=16,
     )
     return TrainConfig(
-        policy=PolicyConfig(model=model),
+        policy=PolicyConfig(robot="tabletop", model=model),
         optim=OptimConfig(peak_lr=1e-3, warmup_steps=0, ema_decay=0.9),
         data=DataConfig(str(write(folder / "data")), str(write(folder / "held_out", (5,)))),
         run_dir=str(folder / "teacher"),

@@ -39,7 +39,7 @@ def test_preparing_batches_and_running_a_policy_open_no_socket(no_network, tmp_p
     model = tiny_config("pi0", cameras=("top",), action_dim=8, vocab_size=512, prompt_length=16)
     data = DataConfig(str(write(tmp_path / "data")), validation_share=0.3)
     inputs = load_inputs(
-        TrainConfig(policy=PolicyConfig(model=model), data=data, batch_size=4), resumed=None, initial=None
+        TrainConfig(policy=PolicyConfig(robot="tabletop", model=model), data=data, batch_size=4), resumed=None, initial=None
     )
     assert len(list(itertools.islice(inputs.loader, 3))) == 3
     assert inputs.validation is not None

@@ -48,7 +48,7 @@ def weights_of(model: ModelConfig):
 
 
 def frozen_of(model: ModelConfig, tune: TuneConfig) -> frozenset[str]:
-    config = with_adapters(TrainConfig(policy=PolicyConfig(model=model), tune=tune))
+    config = with_adapters(TrainConfig(policy=PolicyConfig(robot="tabletop", model=model), tune=tune))
     return frozen_names(tune, config.policy.model, flat(weights_of(config.policy.model)))
 
 
@@ -97,7 +97,7 @@ def test_patterns_that_match_nothing_or_everything_are_refused(tune, message):
 
 def test_adapters_on_one_expert_leave_the_other_trained_and_are_trained_under_any_recipe():
     action = dataclasses.replace(MODEL, action=dataclasses.replace(MODEL.action, lora_attn_rank=2))
-    assert with_adapters(TrainConfig(policy=PolicyConfig(model=action), tune=LORA)).policy.model == action
+    assert with_adapters(TrainConfig(policy=PolicyConfig(robot="tabletop", model=action), tune=LORA)).policy.model == action
     names = flat(weights_of(action))
     frozen = frozen_of(action, TuneConfig("lora"))
     assert "backbone/layers/action/attn/q" in frozen
@@ -109,7 +109,7 @@ def test_adapters_on_one_expert_leave_the_other_trained_and_are_trained_under_an
 
 
 def test_openpis_adapters_at_full_size_freeze_both_experts_and_train_the_rest():
-    config = with_adapters(TrainConfig(policy=PolicyConfig(model=PI0), tune=TuneConfig("lora")))
+    config = with_adapters(TrainConfig(policy=PolicyConfig(robot="tabletop", model=PI0), tune=TuneConfig("lora")))
     names = flat(weights_of(config.policy.model))
     trained, frozen = partition(combine(names, None), frozen_of(PI0, TuneConfig("lora")))
     count = {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in (("t", trained), ("f", frozen))}
@@ -200,7 +200,7 @@ def test_random_weights_are_not_frozen(config, tmp_path):
 def test_bytes_a_parameter_at_full_size(tune, optim, bytes_each):
     measured = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "memory.py"))
     config = TrainConfig(
-        policy=PolicyConfig(model=PI0), tune=measured["TUNES"][tune], optim=measured["OPTIMIZERS"][optim]
+        policy=PolicyConfig(robot="tabletop", model=PI0), tune=measured["TUNES"][tune], optim=measured["OPTIMIZERS"][optim]
     )
     found = measured["measure"](config)
     learned, frozen = found["trained"] // 4, found["frozen"] // 2
