@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "training": {"atomic", "compat", "config", "errors", "batch", "data", "model", "pi0", "checkpoint", "flops"},
     "plan": {"compat", "config", "errors", "batch", "data", "model", "pi0", "checkpoint", "flops", "training"},
     "inference": {"atomic", "config", "batch", "data", "model", "flow", "pi0", "checkpoint"},
-    "serving": {"config", "data", "inference", "checkpoint"},
+    "serving": {"checkpoint", "config", "data", "inference"},
     "convert": {"atomic", "config", "batch", "model", "pi0", "checkpoint", "data"},
     "evaluate": {"config", "data", "inference", "checkpoint", "serving"},
     "compare": {"config", "config_file", "data", "flow", "training", "inference", "evaluate", "checkpoint"},

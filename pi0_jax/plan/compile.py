@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ import numpy as np
 from pi0_jax import compat
 from pi0_jax.batch import Batch
 from pi0_jax.config import TrainConfig
-from pi0_jax.data.augment import augment
+from pi0_jax.data.augment import make_augment
 from pi0_jax.plan.hlo_collectives import KINDS, traffic
 from pi0_jax.training import sharding
 from pi0_jax.training.program import Program, build
@@ -37,8 +36,8 @@ def build_program(config: TrainConfig, devices: Sequence[Any]) -> tuple[Run, Pro
     """
     run = resolve(config, devices)
     changes = dataclasses.replace(config.augment, square_symmetries=False)
-    mode = config.policy.normalization
-    program = build(run, functools.partial(augment, config=changes, robot=run.robot, stats={}, mode=mode))
+    cameras = config.policy.model.cameras
+    program = build(run, make_augment(changes, run.robot, {}, config.policy.normalization, cameras))
     batch = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=run.batch_placement),
         batch_shapes(run.policy.model, config.batch_size),

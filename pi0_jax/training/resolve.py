@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from pi0_jax.batch import Batch, example_batch
 from pi0_jax.config import ModelConfig, PolicyConfig, TrainConfig
-from pi0_jax.data.robots import Robot, get_robot, semantics_of
+from pi0_jax.data.robots import Robot, get_robot
 from pi0_jax.errors import UserError
 from pi0_jax.objective import Objective, for_validation, make_objective
 from pi0_jax.training import optimizer, sharding
@@ -44,7 +44,7 @@ class Run(NamedTuple):
     """The robot of the policy."""
     cameras: Cameras
     policy: PolicyConfig
-    """The policy as training computes it: with the cameras that are present, and what each robot's actions mean."""
+    """The policy as training computes it: with the cameras that are present alone."""
     objective: Objective
     """What is learned, on the network with the cameras that are present."""
     validation: Objective
@@ -74,29 +74,26 @@ def resolve(config: TrainConfig, devices: Sequence[Any] | None = None) -> Run:
     """
     config = with_adapters(config)
     _check_numbers(config)
-    robot, robots = get_robot(config.policy.robot), _robots(config)
+    robots = _robots(config)
     cameras = _cameras(config.policy.model, robots)
-    policy = dataclasses.replace(
-        config.policy,
-        model=dataclasses.replace(config.policy.model, cameras=cameras.present),
-        action_semantics={r.name: semantics_of(r, config.policy.action_semantics) for r in robots},
-    )
+    model = dataclasses.replace(config.policy.model, cameras=cameras.present)
+    policy = dataclasses.replace(config.policy, model=model)
     mesh = sharding.make_mesh(config.mesh, devices)
     placement = sharding.batch_sharding(mesh, config.batch_size, config.grad_accum_steps)
-    objective = make_objective(policy.objective, policy.model)
-    _check_draws(objective, batch_shapes(policy.model, config.batch_size), config.grad_accum_steps, mesh)
+    objective = make_objective(policy.objective, model)
+    _check_draws(objective, batch_shapes(model, config.batch_size), config.grad_accum_steps, mesh)
     weights = jax.eval_shape(objective.network.init, jax.random.key(0))
-    frozen = frozen_names(config.tune, policy.model, flat(weights))
+    frozen = frozen_names(config.tune, model, flat(weights))
     _check_random(config, frozen)
     schedule = optimizer.make_schedule(config.optim, config.num_steps)
     return Run(
         config=config,
         run_dir=Path(config.run_dir).expanduser(),
-        robot=robot,
+        robot=get_robot(config.policy.robot),
         cameras=cameras,
         policy=policy,
         objective=objective,
-        validation=make_objective(for_validation(policy.objective), policy.model),
+        validation=make_objective(for_validation(policy.objective), model),
         weights=weights,
         frozen=frozen,
         mesh=mesh,

@@ -14,19 +14,23 @@ from pi0_jax.data.cache import CachedFrames, build_cache
 from pi0_jax.data.commands import _model_cameras
 from pi0_jax.data.lerobot.merge import convert
 from pi0_jax.data.lerobot.reader import LeRobotDataset, LeRobotWriter
-from pi0_jax.data.normalization import _finish, compute_stats, load_stats, semantics_from_json
+from pi0_jax.data.normalization import load_stats, semantics_from_json
 from pi0_jax.data.robots import get_robot
 from pi0_jax.data.sketch import summarise
 from pi0_jax.data.source import BadEpisode, Renamed
 from pi0_jax.data.tools.check import _check_outside, _check_ranges
 from pi0_jax.data.tools.show import _log_to_rerun
+from pi0_jax.data.tools.stats import compute_stats, stats_of
 from tests.data.conftest import FEATURES, episode, write
 from tests.data.formats import CAMERAS, RLDS_KEYS, write_rlds, write_v2
 
 CONFIG = """
 from pi0_jax.config import *
 config = TrainConfig(
-    policy=PolicyConfig(model=ModelConfig(vision=VisionConfig(image_size=32), cameras=("top", "tool"), action_dim=8)),
+    policy=PolicyConfig(
+        robot="tabletop",
+        model=ModelConfig(vision=VisionConfig(image_size=32), cameras=("top", "tool"), action_dim=8),
+    ),
     data=DataConfig({path!r}),
 )
 """
@@ -99,7 +103,7 @@ def late(values):
     ("column", "change", "message"),
     [
         ("action", constant, "actions dy is constant, 2.5"),
-        ("timestamp", late, r"1 timestamps are off 5 frames a second, in episode 1"),
+        ("timestamp", late, r"1 timestamps are off 5 frames per second, in episode 1"),
         ("observation.state", lambda v: np.where(np.arange(34)[:, None] == 12, np.nan, v), r"NaN.*in episode 1"),
     ],
 )
@@ -125,7 +129,7 @@ def test_an_outlier_that_makes_a_dimension_nearly_constant_is_found(dataset):
 
 
 def summarised(values):
-    return _finish(summarise(values, np.arange(len(values), dtype=np.uint64)))
+    return stats_of(summarise(values, np.arange(len(values), dtype=np.uint64)))
 
 
 def test_the_check_finds_missing_frames_and_tasks_without_text(copy, run):

@@ -1,9 +1,9 @@
-"""A client of the policy server that needs numpy, msgpack and websockets only; it loads no JAX.
+"""A client of the policy server.
 
     with Client("ws://localhost:8000") as client:
         chunk = client.infer({"images": {...}, "state": ..., "prompt": "..."})["actions"]
 
-Any client of openpi's works as well; this one adds a deadline, what the error was, and noise that can be chosen.
+openpi's client works as well; this one adds a timeout, errors with their reason, and a seed for the noise.
 """
 
 from __future__ import annotations
@@ -16,31 +16,31 @@ from typing import Any
 from websockets.exceptions import ConnectionClosed, InvalidMessage, InvalidStatus, InvalidURI
 from websockets.sync.client import ClientConnection, connect
 
-from pi0_jax.serving.msgpack_numpy import pack, unpack
+from pi0_client.msgpack_numpy import pack, unpack
 
 
 class ServerError(RuntimeError):
     """The server refused a request or could not answer it; its message says why.
 
     Attributes:
-        again: whether the server was only too busy, so that the same request may work a moment later.
+        retry: whether the server was only too busy, so that a request may work a moment later.
     """
 
-    def __init__(self, message: str, again: bool = False):
+    def __init__(self, message: str, retry: bool = False):
         super().__init__(message)
-        self.again = again
+        self.retry = retry
 
 
 class Client:
-    """A connection to a policy server, and with it a session: the policy's memory of one robot.
+    """A connection to a policy server, which keeps a session for it: the policy's memory of one robot.
 
     After an error the server closes the connection; the next call opens another one, with a fresh session. One thread
     at a time may use a client.
 
     Args:
         uri: `ws://host:port`, or `wss://` for TLS.
-        token: what the server was started with, if it asks for one.
-        timeout: seconds to wait for a connection or an answer.
+        token: the server's token, if it demands one.
+        timeout: seconds to wait for a connection or a response.
         tls: context for `wss`; None: the system's certificates.
 
     Raises:
@@ -63,28 +63,28 @@ class Client:
         self._connect()
 
     def infer(self, observation: dict[str, Any], seed: int | Sequence[int] | None = None) -> dict[str, Any]:
-        """Asks for a chunk of actions.
+        """Requests a chunk of actions.
 
         Args:
-            observation: what the policy takes; `metadata` says which cameras and states.
-            seed: of the noise that becomes the actions, or the two words of a JAX key's data. None: the server's, other
-                noise for each request of the session.
+            observation: `images` by camera, `state` and `prompt`; `metadata` names the robot's cameras and states.
+            seed: seed of the noise that becomes the actions, or the two words of a JAX key's data. None: the server
+                chooses, with other noise for each request of the session.
 
         Returns:
             `actions` `[ah, d]` in the robot's units, `policy_timing` and `server_timing` in milliseconds.
 
         Raises:
             ServerError: the server refused; the message says why.
-            TimeoutError: no answer in time.
+            TimeoutError: no response in time.
             OSError: the connection was lost.
         """
         if seed is not None:
             observation = observation | {"seed": seed if isinstance(seed, int) else [int(n) for n in seed]}
-        return unpack(self._ask(pack(observation)))
+        return unpack(self._request(pack(observation)))
 
     def reset(self) -> None:
-        """Makes the server forget this session, as before a new episode; errors as of `infer`."""
-        self._ask(pack({"endpoint": "reset"}), "reset successful")
+        """Makes the server forget this session, as before a new episode; raises as `infer` does."""
+        self._request(pack({"endpoint": "reset"}), "reset successful")
 
     def close(self) -> None:
         """Ends the session."""
@@ -112,11 +112,11 @@ class Client:
             self.metadata = unpack(_bytes(connection.recv(self._timeout)))
         except InvalidStatus as error:
             body = error.response.body.decode("utf-8", "replace") if error.response.body else ""
-            again = error.response.status_code == 503
-            raise ServerError(f"{self._uri} answers {error.response.status_code}: {body.strip()}", again) from None
+            retry = error.response.status_code == 503
+            raise ServerError(f"{self._uri} answers {error.response.status_code}: {body.strip()}", retry) from None
         except InvalidURI:
             raise ValueError(
-                f"{self._uri!r} is no server's address; expected ws://localhost:8000 or wss://..."
+                f"{self._uri!r} is not a server's address; expected ws://localhost:8000 or wss://..."
             ) from None
         except (ConnectionClosed, InvalidMessage) as error:
             raise ConnectionError(f"{self._uri} closed the connection at once: {error}") from error
@@ -125,22 +125,22 @@ class Client:
         self._connection = connection
         return connection
 
-    def _ask(self, frame: bytes, expected: str | None = None) -> bytes:
+    def _request(self, frame: bytes, expected: str | None = None) -> bytes:
         connection = self._connection or self._connect()
         try:
             connection.send(frame)
             answer = connection.recv(self._timeout)
             if isinstance(answer, bytes) or answer == expected:
                 return _bytes(answer)
-            again = self._close_code(connection) == 1013
+            retry = self._close_code(connection) == 1013
         except ConnectionClosed as error:
             self.close()
             raise ConnectionError(f"{self._uri} closed the connection: {error}") from error
         except TimeoutError:
-            self.close()  # a late answer must not be taken for that to the next request
+            self.close()  # a late response must not be taken for that to the next request
             raise TimeoutError(f"{self._uri} gave no answer within {self._timeout:g} s.") from None
         self.close()
-        raise ServerError(answer, again)
+        raise ServerError(answer, retry)
 
     def _close_code(self, connection: ClientConnection) -> int | None:
         """The code with which the server closes after an error."""

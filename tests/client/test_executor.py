@@ -6,8 +6,8 @@ import threading
 import numpy as np
 import pytest
 
-from pi0_jax.inference.realtime.executor import Executor, Stopped
-from pi0_jax.inference.realtime.player import Delays, open_loop, real_time, receding_horizon
+from pi0_client.executor import Executor, Stopped
+from pi0_client.player import Delays, open_loop, real_time, receding_horizon
 
 OBSERVATION = {"state": np.zeros(1)}
 
@@ -35,7 +35,7 @@ class Bench:
     """An executor whose policy answers with the state it saw plus 0, 1, …, and takes what time the test says."""
 
     def __init__(self, strategy, horizon=6, **options):
-        self.pool, self.sent, self.asked, self.now = Pool(), [], [], 0.0
+        self.pool, self.sent, self.queried, self.now = Pool(), [], [], 0.0
         self.answer = lambda seen: seen["state"] + np.arange(horizon)[:, None]
         self.executor = Executor(
             self.infer, lambda action: self.sent.append(float(action[0])), strategy,
@@ -44,7 +44,7 @@ class Bench:
         self.steps = 0
 
     def infer(self, observation):
-        self.asked.append(observation)
+        self.queried.append(observation)
         self.now += 0.25
         return self.answer(observation)
 
@@ -60,7 +60,7 @@ class Bench:
             self.step(finish=True)
 
 
-def test_nothing_is_sent_before_the_first_chunk_and_then_one_action_a_step():
+def test_nothing_is_sent_before_the_first_chunk_then_one_action_per_step():
     bench = Bench(open_loop(6))
     bench.step()
     bench.step(finish=True)
@@ -68,18 +68,18 @@ def test_nothing_is_sent_before_the_first_chunk_and_then_one_action_a_step():
     for _ in range(4):
         bench.step()
     assert bench.sent == [0, 1, 2, 3]
-    assert bench.executor.tally.held == 2
+    assert bench.executor.stats.starved == 2
 
 
-def test_delays_are_measured_and_told_to_the_policy():
+def test_delays_are_measured_and_sent_to_the_policy():
     bench = Bench(real_time(2), delays=Delays(initial=0))
     for finish in (False, False, True) + (False, True) * 4:
         bench.step(finish=finish)
-    tally = bench.executor.tally
-    assert list(tally.delays)[:3] == [3, 2, 2]
-    assert set(tally.seconds) == {0.25}
-    assert tally.chunks == len(tally.delays)
-    first, second, *_ = bench.asked
+    stats = bench.executor.stats
+    assert list(stats.delays)[:3] == [3, 2, 2]
+    assert set(stats.seconds) == {0.25}
+    assert stats.chunks == len(stats.delays)
+    first, second, *_ = bench.queried
     assert "previous" not in first
     assert second["delay"] == 3
     # The robot stood still until the first chunk was there, so two of its six actions were executed since.
@@ -98,7 +98,7 @@ def test_starved_it_holds_and_recovers():
     bench = Bench(receding_horizon(2, waits=False), horizon=3, hold=lambda last: 0 * last)
     for finish in (True, False, False, False, False, False, True, False):
         bench.step(finish=finish)
-    assert bench.sent == [0, 1, 2, 0, 0, 0, 4]  # asked at 3 with the third action still to come
+    assert bench.sent == [0, 1, 2, 0, 0, 0, 4]  # queried at 3 with the third action still to come
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_starved_it_holds_and_recovers():
     [(np.full((3, 1), np.nan), "NaN"), (np.zeros(3), r"shape \(3,\)"), (np.zeros((0, 1)), r"\(0, 1\)"),
      (np.zeros((3, 2)), r"expected \(steps, 1\)")],
 )  # fmt: skip
-def test_bad_chunks_are_never_executed_and_too_many_in_a_row_stop_it(answer, reason):
+def test_bad_chunks_are_never_executed_and_consecutive_ones_stop_it(answer, reason):
     bench = Bench(receding_horizon(2, waits=False), max_failures=2)
     for _ in range(3):
         bench.step(finish=True)
@@ -116,26 +116,26 @@ def test_bad_chunks_are_never_executed_and_too_many_in_a_row_stop_it(answer, rea
     bench.answer = good
     for _ in range(3):
         bench.step(finish=True)
-    assert bench.executor.tally.failures == 1
+    assert bench.executor.stats.failures == 1
     assert len(bench.sent) == sent + 4
     assert np.isfinite(bench.sent).all()
     bench.answer = lambda seen: answer
-    with pytest.raises(Stopped, match=f"2 questions in a row failed, the last with: .*{reason}"):
+    with pytest.raises(Stopped, match=f"2 consecutive queries failed, the last with: .*{reason}"):
         bench.steps_all(20)
     with pytest.raises(Stopped, match="make another one"):
         bench.step()
 
 
-def test_warming_up_asks_with_and_without_a_rest_and_is_not_measured():
+def test_warming_up_queries_with_and_without_previous_unmeasured():
     bench = Bench(real_time(2))
     bench.executor.warm_up(OBSERVATION)
-    assert [sorted(seen) for seen in bench.asked] == [["state"], ["delay", "previous", "state"]]
-    assert len(bench.asked[1]["previous"]) == 4
-    assert bench.executor.tally.chunks == 0
+    assert [sorted(seen) for seen in bench.queried] == [["state"], ["delay", "previous", "state"]]
+    assert len(bench.queried[1]["previous"]) == 4
+    assert bench.executor.stats.chunks == 0
     Bench(open_loop(6)).executor.warm_up(OBSERVATION)
 
 
-def test_after_stop_no_action_leaves_whatever_was_in_progress():
+def test_after_stop_no_action_is_sent():
     """Several times, in real threads: the stopping thread looks at what was sent right after `stop` returned."""
     for _ in range(20):
         sent, started = [], threading.Event()

@@ -14,15 +14,15 @@ import jax
 import numpy as np
 import pytest
 
+from pi0_client.client import Client, ServerError
 from pi0_jax import cli
 from pi0_jax.data.robots import get_robot
 from pi0_jax.data.transform import check_observation
 from pi0_jax.inference.policy import Policy
 from pi0_jax.serving import logs
-from pi0_jax.serving.backend import RobotPolicy, describe_for_roboarena, noise_keys
-from pi0_jax.serving.client import Client, ServerError
+from pi0_jax.serving.backend import Session
 from pi0_jax.serving.client_formats import read_request, read_seed
-from pi0_jax.serving.session import Session
+from pi0_jax.serving.robot_policy import RobotPolicy, describe_for_roboarena, noise_keys
 from tests.serving.fake import command, serving
 
 RNG = np.random.default_rng(0)
@@ -36,7 +36,7 @@ def policy(checkpoint_folder):
 
 @pytest.fixture(scope="module")
 def server(policy):
-    with serving(RobotPolicy(policy, (1, 4)), window=0.2) as server:
+    with serving(RobotPolicy(policy, (1, 4)), window_ms=200) as server:
         yield server
 
 
@@ -77,8 +77,8 @@ def test_once_it_is_ready_nothing_compiles(checkpoint_folder):
         sessions = [Session("a"), Session("b")]
         changes = [{}, {"executed": 2}, {"seed": 3}, {"previous": np.zeros((2, 3)), "delay": 1}]
         changes.append({"prompt": "push the blue ball onto the yellow circle"})
-        prepared = [served.prepare(observation(i) | change) for i, change in enumerate(changes)]
-        for first, second in itertools.product(prepared, prepared):
+        requests = [served.validate(observation(i) | change) for i, change in enumerate(changes)]
+        for first, second in itertools.product(requests, requests):
             served.infer_batch([first, second], sessions)
             served.infer_batch([first], sessions[:1])
     finally:
@@ -247,4 +247,4 @@ def test_a_session_goes_on_from_the_chunk_in_execution(policy):
             client.infer(observation() | {"executed": -1})
     plain = RobotPolicy(policy, (1,))
     with pytest.raises(ValueError, match="need a server with --real-time"):
-        plain.prepare(observation() | {"executed": 2})
+        plain.validate(observation() | {"executed": 2})

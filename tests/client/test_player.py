@@ -1,10 +1,9 @@
-"""Chunks with numbered actions: action n of a chunk asked for at step k is k + n, plus the chunk's number / 100."""
+"""Chunks with numbered actions: action n of a chunk queried at step k is k + n, plus the chunk's number / 100."""
 
 import numpy as np
 import pytest
 
-from pi0_jax.data.robots import ROBOTS, get_robot
-from pi0_jax.inference.realtime.player import (
+from pi0_client.player import (
     Chunk,
     Delays,
     Player,
@@ -15,28 +14,29 @@ from pi0_jax.inference.realtime.player import (
     receding_horizon,
     temporal_ensemble,
 )
+from pi0_jax.data.robots import ROBOTS, get_robot
 
 
 def play(player, delays, steps, horizon=8, log=None):
-    """What is executed when the answers take so many steps each; inf: they never come, and are given up after 4."""
+    """Executed actions when answers take `delays` steps; inf: no answer, and the query is abandoned after 4 steps."""
     delays, done, asked, due = iter(delays), [], None, None
 
     def arrive(step):
         if due == step:
             player.receive(asked.step + np.arange(horizon)[:, None] + player.num_chunks / 100)
         elif due is not None and np.isinf(due) and step == asked.step + 4:
-            player.lose()
+            player.abandon()
 
     for step in range(steps):
         arrive(step)
-        ask = player.ask()
-        if ask is not None:
-            asked, due = ask, step + next(delays)
+        query = player.query()
+        if query is not None:
+            asked, due = query, step + next(delays)
             arrive(step)
             if log is not None:
-                log.append(ask)
-        played = player.play()
-        done.append(None if played.action is None else round(float(played.action[0]), 3))
+                log.append(query)
+        action = player.play().action
+        done.append(None if action is None else round(float(action[0]), 3))
     return done
 
 
@@ -44,37 +44,37 @@ def test_open_loop_without_delay_executes_every_chunk_to_its_end():
     assert play(Player(open_loop(3)), [0] * 9, 7, horizon=3) == [0, 1, 2, 3.01, 4.01, 5.01, 6.02]
 
 
-def test_who_waits_stands_still_and_then_starts_at_the_first_action():
+def test_with_waits_the_robot_holds_and_then_starts_at_the_first_action():
     done = play(Player(receding_horizon(2)), [2] * 9, 9)
     assert done == [None, None, 0, 1, 1, 1, 4.01, 5.01, 5.01]
 
 
-def test_who_does_not_wait_goes_on_and_changes_over_to_the_step_that_it_is():
+def test_without_waits_it_continues_and_switches_at_the_current_step():
     done = play(Player(receding_horizon(3, waits=False)), [1] * 9, 10)
     # The first chunk finds a robot that stood still and is executed from its first action; later ones lose one.
     assert done == [None, 0, 1, 2, 3, 5.01, 6.01, 7.01, 8.02, 9.02]
 
 
-def test_a_chunk_that_ends_before_the_next_one_came_is_held_and_the_next_loses_only_what_was_executed():
+def test_after_starving_the_next_chunk_skips_executed_steps_only():
     done = play(Player(receding_horizon(2, waits=False)), [0, 5, 9], 9, horizon=4)
-    assert done == [0, 1, 2, 3, 3, 3, 3, 4.01, 5.01]  # asked at step 2; 2 and 3 were executed meanwhile
+    assert done == [0, 1, 2, 3, 3, 3, 3, 4.01, 5.01]  # queried at step 2; 2 and 3 were executed meanwhile
 
 
-def test_lost_questions_are_asked_again():
+def test_abandoned_queries_are_sent_again():
     log = []
     play(Player(real_time(2)), [0, np.inf, 1, 1], 9, log=log)
     assert [ask.step for ask in log] == [0, 2, 6, 8]
     assert play(Player(receding_horizon(2)), [np.inf] * 3, 6) == [None] * 6
 
 
-def test_real_time_chunking_is_told_what_is_left_and_the_longest_delay_of_late():
+def test_real_time_queries_have_remaining_actions_and_the_longest_delay():
     log = []
     player = Player(real_time(3), delays=Delays(memory=2, initial=1))
     play(player, [2, 1, 3, 1, 0, 0, 0], 20, log=log)
     assert log[0].previous is None
-    assert log[0].told() == {}
+    assert log[0].as_request() == {}
     for ask, delay in zip(log[1:], (2, 2, 3, 3, 1, 0), strict=False):
-        assert ask.delay == ask.told()["delay"] == min(delay, len(ask.previous))
+        assert ask.delay == ask.as_request()["delay"] == min(delay, len(ask.previous))
         # The first one left is for the step of the question.
         first = ask is log[1]  # that chunk was asked for at 0, but starts at 2
         assert int(ask.previous[0, 0]) == ask.step - 2 * first
@@ -91,7 +91,7 @@ def test_delays_expect_a_quantile_rounded_up():
     assert delays.expected() == 4  # of 2, 2, 5, 9
 
 
-def test_an_ensemble_averages_the_chunks_that_have_the_step_the_oldest_weighing_most():
+def test_an_ensemble_averages_covering_chunks_the_oldest_weighing_most():
     chunks = [Chunk(0, np.array([[1.0], [2.0]])), Chunk(1, np.array([[4.0], [6.0]])), Chunk(2, np.array([[9.0]]))]
     w = np.exp(-0.5)
     np.testing.assert_allclose(ensemble(chunks, 1, 0.5), (2 + w * 4) / (1 + w))
@@ -112,10 +112,10 @@ def test_holding_still_repeats_positions_and_stops_changes():
     libero = get_robot("libero")
     np.testing.assert_array_equal(libero.still(np.arange(1, 8)), [0, 0, 0, 0, 0, 0, 7])
     player = Player(receding_horizon(1), get_robot("tabletop").still)
-    player.ask()
+    player.query()
     player.receive(np.ones((1, 3)))
     player.play()
-    player.ask()
+    player.query()
     np.testing.assert_array_equal(player.play().action, [0, 0, 0])
 
 

@@ -6,8 +6,8 @@
             executor.step(observe())  # sends one action; never waits for the policy
             ...  # until the next control step
 
-`infer` is anything that turns a raw observation into a chunk: a policy in this process or a client of a server. How
-long it takes is measured, in control steps, and is what real-time chunking counts on.
+`infer` is any function from a raw observation to a chunk: a policy in this process or a client of a server. How long it
+takes is measured in control steps, and real-time chunking counts on that.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from pi0_jax.inference.realtime.player import Delays, Played, Player, Strategy
+from pi0_client.player import Delays, Player, Step, Strategy
 
 _log = logging.getLogger(__name__)
 
@@ -33,38 +33,38 @@ class Stopped(RuntimeError):
 
 
 @dataclasses.dataclass
-class Tally:
-    """What happened so far."""
+class ExecutorStats:
+    """Counts and times since the executor was made."""
 
     steps: int = 0
     """Control steps."""
-    held: int = 0
-    """Of these, steps in which the robot held still for want of a chunk."""
+    starved: int = 0
+    """Steps in which the robot held still because no chunk was available."""
     chunks: int = 0
-    """Chunks that came in time to be executed, if only in part."""
+    """Chunks received."""
     failures: int = 0
-    """Questions that failed."""
+    """Queries that raised, or whose answer was not a chunk of finite numbers."""
     delays: collections.deque[int] = dataclasses.field(default_factory=lambda: collections.deque(maxlen=1000))
-    """Of the last chunks, control steps from question to answer."""
+    """Delays of the last chunks, control steps."""
     seconds: collections.deque[float] = dataclasses.field(default_factory=lambda: collections.deque(maxlen=1000))
-    """Of the last chunks, from question to answer."""
+    """Times of the last chunks from query to answer."""
 
 
 class Executor:
-    """Sends one action a control step, and asks the policy for chunks in a thread of its own.
+    """Sends one action per control step, and queries the policy for chunks in a thread of its own.
 
-    Observations go to `infer` with `previous` and `delay` in them where the strategy continues chunks; the answer is a
-    chunk `[n, d]`, or a dict that holds it as `actions`.
+    `infer` gets the observation, with `previous` and `delay` added where the strategy continues chunks, and returns a
+    chunk `[n, d]`, or a dict that has it as `actions`.
 
     `step` belongs to one thread, the control loop's; `stop` may be called from any, signal handlers included.
 
     Args:
-        infer: from a raw observation to a chunk of actions in the robot's units. If it raises, the question is lost.
+        infer: from a raw observation to a chunk of actions in the robot's units. If it raises, the query failed.
         send: hands one action to the robot. It should return at once.
-        strategy: of chunking.
+        strategy: when to query, and what to execute meanwhile.
         hold: from the last action to one that holds the robot still.
-        delays: what is expected before any was measured, and how many measurements count.
-        max_failures: lost questions in a row after which the executor stops.
+        delays: what to expect before the first measurement, and how many measurements count.
+        max_failures: consecutive failed queries after which the executor stops.
         clock: seconds, for the measured times.
         pool: where `infer` runs; None: a thread of its own.
     """
@@ -89,41 +89,41 @@ class Executor:
         self._gate = threading.RLock()
         self._stopped = False
         self._dims: int | None = None
-        self.tally = Tally()
+        self.stats = ExecutorStats()
 
     def warm_up(self, observation: dict[str, Any]) -> None:
-        """Asks once and forgets the answer, so that what is done at the first question only, compiling above all, is
-        not measured as a delay. A strategy that continues chunks asks again, with what is left of the first."""
-        chunk, _ = self._ask(observation)
+        """Queries once and discards the answer, so that what happens at the first query only, compiling above all, is
+        not measured as a delay. A strategy that continues chunks queries again, with the remaining actions."""
+        chunk, _ = self._query(observation)
         if self._player.strategy.continues:
-            self._ask(observation | {"previous": chunk[self._player.strategy.execute_steps :], "delay": 0})
+            self._query(observation | {"previous": chunk[self._player.strategy.execute_steps :], "delay": 0})
 
-    def step(self, observation: dict[str, Any]) -> Played:
-        """One control step: takes in an answer that has come, asks if it is time to, and sends the action that is due.
+    def step(self, observation: dict[str, Any]) -> Step:
+        """Runs one control step: accepts an answer that arrived, sends a query if one is due, and sends the action.
 
-        It does not wait for the policy. Before the first chunk nothing is sent.
+        It does not wait for the policy. Before the first chunk no action is sent.
 
         Args:
-            observation: the robot's newest raw observation; kept and read by another thread, so never changed again.
+            observation: the robot's newest raw observation; another thread reads it, so never change it afterwards.
 
         Raises:
-            Stopped: `stop` was called; or questions failed too often in a row, for the reason given as its cause.
+            Stopped: `stop` was called; or queries failed too often in a row, for the reason in its cause.
         """
         if self._stopped:
             raise Stopped("the executor was stopped; make another one to go on.")
-        self._take_in()
-        ask = self._player.ask()
-        if ask is not None:
-            self._answer = self._pool.submit(self._ask, observation | ask.told())
-        played = self._player.play()
-        self.tally.steps += 1
-        self.tally.held += played.chunk is None
+        self._collect()
+        query = self._player.query()
+        if query is not None:
+            self._answer = self._pool.submit(self._query, observation | query.as_request())
+        step = self._player.play()
+        self.stats.steps += 1
+        self.stats.starved += step.chunk is None
         with self._gate:
             if self._stopped:
                 raise Stopped("the executor was stopped; this step's action was not sent.")
-            if played.action is not None:
-                self._send(played.action)
-        return played
+            if step.action is not None:
+                self._send(step.action)
+        return step
 
     def stop(self) -> None:
         """Once this returns, no action is sent any more. It waits for a `send` in progress, and for nothing else."""
@@ -137,8 +137,8 @@ class Executor:
         self.stop()
         self._pool.shutdown(wait=False)
 
-    def _ask(self, observation: dict[str, Any]) -> tuple[np.ndarray, float]:
-        """In the policy's thread: a checked chunk, and the seconds it took."""
+    def _query(self, observation: dict[str, Any]) -> tuple[np.ndarray, float]:
+        """In the policy's thread: a validated chunk, and the seconds it took."""
         start = self._clock()
         answer = self._infer(observation)
         actions = np.asarray(answer["actions"] if isinstance(answer, Mapping) else answer)
@@ -149,21 +149,21 @@ class Executor:
         self._dims = actions.shape[1]
         return actions, self._clock() - start
 
-    def _take_in(self) -> None:
-        """Receives the answer, if there is one."""
+    def _collect(self) -> None:
+        """Accepts the answer if it has arrived."""
         if self._answer is None or not self._answer.done():
             return
         answer, self._answer = self._answer, None
         error = answer.exception()
         if error is None:
             actions, seconds = answer.result()
-            self.tally.delays.append(self._player.receive(actions))
-            self.tally.seconds.append(seconds)
-            self.tally.chunks, self._failed = self.tally.chunks + 1, 0
+            self.stats.delays.append(self._player.receive(actions))
+            self.stats.seconds.append(seconds)
+            self.stats.chunks, self._failed = self.stats.chunks + 1, 0
             return
-        self._player.lose()
-        self.tally.failures, self._failed = self.tally.failures + 1, self._failed + 1
-        _log.warning("question %d in a row failed: %s: %s", self._failed, type(error).__name__, error)
+        self._player.abandon()
+        self.stats.failures, self._failed = self.stats.failures + 1, self._failed + 1
+        _log.warning("%d consecutive queries failed; the last: %s: %s", self._failed, type(error).__name__, error)
         if self._failed >= self._max_failures:
             self.stop()
-            raise Stopped(f"{self._failed} questions in a row failed, the last with: {error}") from error
+            raise Stopped(f"{self._failed} consecutive queries failed, the last with: {error}") from error
