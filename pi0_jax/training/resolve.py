@@ -8,14 +8,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
+from flax.linen import meta
 from jax.sharding import Mesh, NamedSharding
 
-from pi0_jax.batch import Batch, example_batch
-from pi0_jax.config import ModelConfig, PolicyConfig, TrainConfig
+from pi0_jax import pi0
+from pi0_jax.batch import Batch, example_batch, example_observation
+from pi0_jax.config import ModelConfig, PolicyConfig, RealTimeConfig, Tokens, TrainConfig
 from pi0_jax.data.robots import Robot, get_robot
 from pi0_jax.errors import UserError
+from pi0_jax.flow.realtime import Previous
 from pi0_jax.objective import Objective, for_validation, make_objective
 from pi0_jax.training import optimizer, sharding
 from pi0_jax.training.partition import flat, frozen_names, partition, with_adapters
@@ -81,6 +85,7 @@ def resolve(config: TrainConfig, devices: Sequence[Any] | None = None) -> Run:
     mesh = sharding.make_mesh(config.mesh, devices)
     placement = sharding.batch_sharding(mesh, config.batch_size, config.grad_accum_steps)
     objective = make_objective(policy.objective, model)
+    _check_sampling(policy, objective)
     _check_draws(objective, batch_shapes(model, config.batch_size), config.grad_accum_steps, mesh)
     weights = jax.eval_shape(objective.network.init, jax.random.key(0))
     frozen = frozen_names(config.tune, model, flat(weights))
@@ -147,6 +152,25 @@ def _cameras(model: ModelConfig, robots: Sequence[Robot]) -> Cameras:
         tuple(a for a in ours if a not in others) for ours, others in ((model.cameras, exist), (exist, model.cameras))
     )
     return Cameras(present, absent, unused)
+
+
+def _check_sampling(policy: PolicyConfig, objective: Objective) -> None:
+    """Refuses a policy that could not act as it is configured to: what it learns has to suit how it samples."""
+    if isinstance(policy.objective, Tokens) and policy.normalization != "quantile":
+        raise UserError(
+            "action tokens are bins between the 1st and the 99th percentile, which takes quantile normalisation; it is "
+            f"{policy.normalization!r} (--policy.normalization quantile)."
+        )
+    shape = (1, policy.model.action_horizon, policy.model.action_dim)
+
+    def sample(key):
+        options = pi0.sampling_options(policy)._replace(keys=key[None])
+        if policy.real_time != RealTimeConfig():
+            options = options._replace(previous=Previous(jnp.zeros(shape), jnp.ones(1, int), jnp.ones(1, int)))
+        params = meta.unbox(objective.network.init(key))
+        return pi0.sample_actions(objective, params, example_observation(policy.model, 1), jnp.zeros(shape), options)
+
+    jax.eval_shape(sample, jax.random.key(0))
 
 
 def _check_draws(objective: Objective, batch: Batch, grad_accum_steps: int, mesh: Mesh) -> None:

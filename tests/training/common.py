@@ -1,4 +1,4 @@
-"""Whole updates of a tiny network on any mesh, as a run makes them; what is compiled is kept for the tests that follow."""
+"""Whole updates of a tiny network on any mesh, as a run makes them; compiled programs are kept for later tests."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ class Harness:
 def harness(
     model: ModelConfig,
     *,
-    mesh=MeshConfig(1, 1),  # noqa: B008  (frozen)
+    mesh=MeshConfig(1, 1),
     devices: int = 1,
     optim: OptimConfig = OPTIM,
-    objective: ObjectiveConfig = Gaussian(),  # noqa: B008  (frozen)
+    objective: ObjectiveConfig = Gaussian(),
     grad_accum_steps: int = 1,
 ) -> Harness:
     policy = PolicyConfig(robot="tabletop", model=model, objective=objective)

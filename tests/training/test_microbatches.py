@@ -16,8 +16,8 @@ from pi0_jax.config import Compact, ConditionDropout, Gaussian, MeshConfig, Shor
 from pi0_jax.training import sharding
 from pi0_jax.training.guard import Diverged, Guard, skipped_before
 from pi0_jax.training.step import microbatches, value_and_gradient
-from tests.conftest import tiny_config
 from tests.batches import random_batch
+from tests.conftest import tiny_config
 from tests.training.common import harness
 
 FSDP = {"mesh": MeshConfig(data=2, fsdp=4), "devices": 8}
@@ -71,7 +71,8 @@ def test_a_batch_that_does_not_divide_into_microbatches_is_refused():
     mesh = sharding.make_mesh(MeshConfig())
     sharding.batch_sharding(mesh, 32, 4)
     with pytest.raises(
-        ValueError, match=r"32 does not divide over 8 devices in 3 microbatches each.*--batch-size 24.*--grad-accum-steps"
+        ValueError,
+        match=r"32 does not divide over 8 devices in 3 microbatches each.*--batch-size 24.*--grad-accum-steps",
     ):
         sharding.batch_sharding(mesh, 32, 3)
 

@@ -16,8 +16,8 @@ import pytest
 from pi0_jax.config import MeshConfig
 from pi0_jax.config_file import load_config
 from pi0_jax.training import sharding
-from tests.conftest import tiny_config
 from tests.batches import random_batch
+from tests.conftest import tiny_config
 from tests.training.common import OPTIM, harness
 
 PRESETS = Path(__file__).parents[2] / "configs" / "sharding"

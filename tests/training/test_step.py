@@ -26,8 +26,8 @@ from pi0_jax.config import (
 )
 from pi0_jax.training import sharding
 from pi0_jax.training.state import create, join, split
-from tests.conftest import tiny_config
 from tests.batches import random_batch
+from tests.conftest import tiny_config
 from tests.training.common import OPTIM, harness
 
 BLIND = tiny_config("pi0", cameras=())
@@ -91,7 +91,9 @@ def test_a_shortcut_model_gives_the_losses_of_one_device_on_eight():
 def test_devices_exchange_weights_and_not_activations():
     config, size = tiny_config("pi0", cameras=("top",)), 40
     eight = harness(config, **FSDP)
-    program = eight.update.lower(np.uint32(0), eight.start(), eight.place(random_batch(config, size))).compile().as_text()
+    program = (
+        eight.update.lower(np.uint32(0), eight.start(), eight.place(random_batch(config, size))).compile().as_text()
+    )
     exchanged = re.findall(r"f32\[([\d,]+)\][^=]* (?:all-gather|all-reduce|reduce-scatter)\(", program)
     shapes = {tuple(map(int, shape.split(","))) for shape in exchanged}
     assert (16, 4, 8) in shapes  # one layer's query weights of the action expert
