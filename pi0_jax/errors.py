@@ -53,4 +53,4 @@ def require_package(name: str, extra: str, purpose: str = "this") -> types.Modul
     except ImportError as error:
         absent = isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] == package
         why = "which is not installed" if absent else f"which cannot be imported ({error})"
-        raise UserError(f"{purpose} needs {package}, {why}: pip install 'pi0_jax[{extra}]'.") from error
+        raise UserError(f"{purpose} needs {package}, {why}: pip install -e '.[{extra}]'.") from error

@@ -25,9 +25,9 @@ pytestmark = pytest.mark.skipif(
 
 def record(root: Path) -> None:
     pytest.importorskip("mujoco", reason="the simulator is not installed: pip install pi0_jax[sim]")
-    from pi0_jax.evaluate.simulators.tabletop.record import record
+    from pi0_jax.evaluate.record import Source, record
 
-    record(root, num_episodes=4, workers=1)
+    record(root, Source("tabletop"), num_episodes=4, workers=1)
 
 
 def from_v21(root: Path) -> None:

@@ -15,7 +15,7 @@ from tests.policies import TINY
 from tests.serving.fake import command
 from tests.serving.fuzz import drive
 
-FRAMES = int(os.environ.get("PI0_FUZZ_FRAMES", "800"))
+FRAMES = int(os.environ.get("PI0_FUZZ_FRAMES", "400"))
 
 
 def memory(process) -> float:

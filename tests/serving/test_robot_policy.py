@@ -36,7 +36,7 @@ def policy(checkpoint_folder):
 
 @pytest.fixture(scope="module")
 def server(policy):
-    with serving(RobotPolicy(policy, (1, 4)), window_ms=200) as server:
+    with serving(RobotPolicy(policy, (1, 4)), window_ms=200.0) as server:
         yield server
 
 
