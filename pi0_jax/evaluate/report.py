@@ -23,8 +23,9 @@ from tqdm import tqdm
 
 from pi0_jax import checkpoint
 from pi0_jax.config import TrainConfig
-from pi0_jax.data.lerobot.reader import ACTION, STATE, LeRobotDataset
+from pi0_jax.data.lerobot import LeRobotDataset
 from pi0_jax.data.loader import valid_steps
+from pi0_jax.data.source import ACTION, STATE
 from pi0_jax.data.video import VideoWriter
 from pi0_jax.evaluate.rollout import Outcome, Rollout, roll_out, wilson
 from pi0_jax.evaluate.simulators.suites import Suite

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-import pi0_jax.data.lerobot.reader as lerobot
+import pi0_jax.data.lerobot as lerobot
 from pi0_jax.evaluate.simulators.tabletop.expert import expert_action
 from pi0_jax.evaluate.simulators.tabletop.record import Noise, demonstrations, features, record
 from pi0_jax.evaluate.simulators.tabletop.scene import MAX_ACTION

@@ -168,7 +168,7 @@ def record(
         The content of `meta/recording.json`: the arguments, `frames`, `dropped` (failed attempts, left out of the
         dataset), and for each episode its task's name and its layout's seed.
     """
-    from pi0_jax.data.lerobot.reader import (
+    from pi0_jax.data.lerobot import (
         LeRobotWriter,  # here, so that worker processes start without video and parquet
     )
 
