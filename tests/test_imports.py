@@ -31,9 +31,20 @@ MAY_IMPORT = {
     "inference": {"atomic", "config", "batch", "data", "model", "flow", "pi0", "checkpoint"},
     "serving": {"checkpoint", "config", "data", "inference"},
     "convert": {"atomic", "config", "batch", "model", "pi0", "checkpoint", "data"},
-    "evaluate": {"config", "data", "inference", "checkpoint", "serving"},
-    "compare": {"config", "config_file", "data", "flow", "training", "inference", "evaluate", "checkpoint"},
-    "cli": {"config", "config_file", "data", "training", "evaluate", "compare", "plan"},
+    "evaluate": {"config", "data", "inference", "checkpoint", "sampler"},
+    "compare": {
+        "atomic",
+        "config",
+        "config_file",
+        "data",
+        "flow",
+        "sampler",
+        "training",
+        "inference",
+        "evaluate",
+        "checkpoint",
+    },
+    "cli": {"checkpoint", "config", "config_file", "data"},
 }
 """Room to the rooms it may import, beside `errors`. A room is a folder or a module at the top of the package."""
 

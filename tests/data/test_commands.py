@@ -186,7 +186,7 @@ def test_a_recording_for_rerun_gets_every_frame(dataset, monkeypatch):
     assert logged[0] == "out.rrd"
     assert len(logged) == 1 + 9 * (2 + 6 + 3)
     monkeypatch.setitem(sys.modules, "rerun", None)
-    with pytest.raises(ValueError, match=r"pi0_jax\[viz\]"):
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[viz\]'"):
         _log_to_rerun([part], 1, "out.rrd")
 
 

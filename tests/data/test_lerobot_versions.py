@@ -303,5 +303,5 @@ def test_the_hub_is_asked_only_for_its_own_paths(tmp_path, monkeypatch):
         assert str(find_dataset("hf://owner/name", offline)) == "/there"
         assert asked.pop() == (("owner/name",), {"repo_type": "dataset", "local_files_only": offline})
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ValueError, match=r"pip install 'pi0_jax\[hub\]'"):
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[hub\]'"):
         find_dataset("hf://owner/name")

@@ -72,6 +72,8 @@ class Clients(NamedTuple):
     """Pose that openpi's client moves each arm to before an episode, radians."""
     action_spec: Mapping[str, str] = {}
     """Groups of actions for vla-eval, in order: name → specification in its `specs`; empty: raw actions."""
+    action_space: str | None = None
+    """RoboArena's name of the actions; None: the robot is none of RoboArena's."""
 
 
 class RldsNames(NamedTuple):
