@@ -209,5 +209,5 @@ def closed_loop(args: ClosedLoop) -> dict[str, Any]:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server ends too
-    given = tyro.extras.subcommand_cli_from_dict({"load": Load, "closed-loop": ClosedLoop})
-    print(json.dumps(load(given) if isinstance(given, Load) else closed_loop(given), indent=1))
+    args = tyro.extras.subcommand_cli_from_dict({"load": Load, "closed-loop": ClosedLoop})
+    print(json.dumps(load(args) if isinstance(args, Load) else closed_loop(args), indent=1))

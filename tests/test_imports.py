@@ -57,7 +57,7 @@ MAY_IMPORT = {
         "evaluate",
         "checkpoint",
     },
-    "cli": {"config", "config_file", "data"},
+    "cli": {"checkpoint", "config", "config_file", "data"},
 }
 """Room to the rooms it may import, beside `errors`. A room is a folder or a module at the top of the package."""
 

@@ -15,7 +15,7 @@ import tyro
 
 from pi0_jax.checkpoint import load_assets
 from pi0_jax.config import Guidance, PolicyConfig
-from pi0_jax.errors import UserError, did_you_mean
+from pi0_jax.errors import UserError, did_you_mean, require_package
 from pi0_jax.evaluate.latency import STRATEGIES, Latency, describe, simulate, summary
 from pi0_jax.evaluate.page import encode_mp4
 from pi0_jax.evaluate.record import Source
@@ -189,12 +189,16 @@ def infer(args: Infer) -> None:
     names = policy.robot.actions
     print(format_chunk(actions, names))
     np.savez(output / "actions.npz", actions=actions, names=np.array(names))
-    plot_chunk(actions, names, output / "actions.png", str(observation["prompt"]))
     stages = policy.latency()
     total = ", ".join(f"{name} {value:.1f}" for name, value in stages.pop("total").items())
     print(f"ms per chunk, over {args.repeat} calls after compilation: {total}", end=" (median ")
     print(", ".join(f"{name} {values['p50']:.1f}" for name, values in stages.items()) + ")")
-    print(f"saved {output / 'actions.npz'} and actions.png")
+    print(f"saved {output / 'actions.npz'}")
+    try:
+        plot_chunk(actions, names, output / "actions.png", str(observation["prompt"]))
+        print(f"saved {output / 'actions.png'}")
+    except UserError as error:  # the plot is an extra
+        print(error)
 
 
 def evaluate(args: Evaluate) -> None:
@@ -243,6 +247,7 @@ def _evaluate_in_time(simulator: Simulator, policy: Policy, args: Infer, name: s
 
 def report(args: Report) -> None:
     """Runs `pi0 report`; errors as in `infer`."""
+    require_package("matplotlib", "report", "the report")
     simulator = None if args.env is None else get_simulator(args.env)
     policy = Policy.load(args.run)
     name = args.env or find_simulator(policy.robot.name)

@@ -13,7 +13,7 @@ from pi0_jax.evaluate.rollout import roll_out, success_rate
 from pi0_jax.evaluate.simulators import get_simulator
 from pi0_jax.inference.policy import Policy
 
-pytest.importorskip("mujoco", reason="the simulator is not installed: pip install pi0_jax[sim]")
+pytest.importorskip("mujoco", reason="the simulator is not installed: pip install -e '.[sim]'")
 
 
 @pytest.fixture(scope="module")

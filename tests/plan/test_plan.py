@@ -220,7 +220,7 @@ def test_a_plan_for_a_tpu_without_its_compiler_or_of_no_shape_says_what_to_do(mo
 
     monkeypatch.setattr("pi0_jax.compat.tpu_devices", refuse)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install 'pi0_jax\[tpu\]'"):
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[tpu\]'"):
         make_plan(CONFIG, "v5e:4x4")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
     with pytest.raises(ValueError, match=r"no topology v5e:4: cannot generate.*2x2, 2x4, 4x4"):

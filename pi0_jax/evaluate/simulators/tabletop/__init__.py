@@ -1,7 +1,7 @@
 """The embedded simulator: a language-conditioned tabletop that needs no GPU, no display and no GL.
 
 Importing this package registers `pi0_jax/Tabletop-v0` with Gymnasium. `tasks` is plain numpy and always importable;
-everything else needs the optional extra, `pip install 'pi0_jax[sim]'`.
+everything else needs the optional extra, `pip install -e '.[sim]'`.
 """
 
 from __future__ import annotations
