@@ -169,7 +169,7 @@ def record(
         the dataset), and for each episode its task's name and its layout's seed.
     """
     # Here, so that worker processes start without video and parquet.
-    from pi0_jax.data.lerobot.reader import LeRobotWriter
+    from pi0_jax.data.lerobot import LeRobotWriter
 
     simulator = _simulator(source.simulator, source.options)
     robot = get_robot(simulator.robot)

@@ -93,7 +93,7 @@ def test_a_file_of_ones_own_is_evaluated_by_its_path(line, checkpoint_folder, tm
 
 
 def test_demonstrations_of_any_expert_are_recorded(line, tmp_path, capsys):
-    from pi0_jax.data.lerobot.reader import LeRobotDataset
+    from pi0_jax.data.lerobot import LeRobotDataset
 
     record(Record(tmp_path / "data", "line", episodes=6))
     dataset = LeRobotDataset(tmp_path / "data")
