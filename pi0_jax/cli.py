@@ -24,6 +24,7 @@ from pathlib import Path
 import tyro
 from tqdm import tqdm
 
+from pi0_jax.checkpoint import CheckpointError, Found
 from pi0_jax.config import MeshConfig, TrainConfig
 from pi0_jax.config_file import load_config, parse
 from pi0_jax.errors import UserError, did_you_mean
@@ -105,7 +106,8 @@ def main(args: list[str] | None = None) -> int:
         for_the_user = isinstance(error, UserError | OSError) or hasattr(error, "exit_code") or _not_yet(error)
         if os.environ.get("PI0_TRACEBACK") or not for_the_user:
             raise
-        print(f"\npi0 {command}: {re.sub(r'^.Errno -?[0-9]+. ', '', str(error))}{_next(error)}", file=sys.stderr)
+        advice = _advice(error.found) if isinstance(error, CheckpointError) else ""
+        print(f"\npi0 {command}: {re.sub(r'^.Errno -?[0-9]+. ', '', str(error))}{advice}", file=sys.stderr)
         return getattr(error, "exit_code", 1)
 
 
@@ -179,14 +181,11 @@ def _data(args: list[str]) -> int:
     return 0
 
 
-def _next(error: Exception) -> str:
-    """What to do about a path that is no checkpoint of ours."""
-    found = getattr(error, "found", None)
-    if found is None:
-        return ""
-    if found.kind == "dataset":
-        return " It belongs in --data.path."
-    return f"\nTo convert it: pi0 convert {found.path} TARGET" if found.convertible else ""
+def _advice(found: Found | None) -> str:
+    """What to do with a path that is no checkpoint of ours."""
+    if found is not None and found.convertible:
+        return f"\nTo convert it: pi0 convert {found.path} TARGET"
+    return " It belongs in --data.path." if found is not None and found.kind == "dataset" else ""
 
 
 class _AboveTheBar(logging.Handler):

@@ -41,7 +41,7 @@ def require_package(name: str, extra: str, purpose: str = "this") -> types.Modul
 
     Args:
         name: the module's dotted name.
-        extra: the extra of pi0_jax that installs it.
+        extra: the extra of pi0_jax that installs it, in a clone of the repository.
         purpose: subject of the error's sentence, such as "exporting a policy".
 
     Raises:

@@ -80,20 +80,20 @@ def _images(request: dict[str, Any], robot: Robot) -> dict[Any, Any]:
     nested = request.get("images")
     if nested is not None and not isinstance(nested, dict):
         raise UserError(f"`images` came as {type(nested).__name__}; expected a map by camera.")
-    found = {str(name): image for name, image in (nested or {}).items()}
+    images = {str(name): image for name, image in (nested or {}).items()}
     for key, image in request.items():
         short = next((key.removeprefix(p) for p in PREFIXES if isinstance(key, str) and key.startswith(p)), "")
         if short in names:
-            found[short] = image
-    if nested is None and not found and robot.cameras:
+            images[short] = image
+    if nested is None and not images and robot.cameras:
         keys = sorted(str(key) for key in request if key not in ("state", "prompt"))[:20]
         raise UserError(
             f"a request has no picture of {robot.name}'s cameras; it has {keys}. Send `images` with "
             f"{list(robot.cameras.values())}, or openpi's {[f'observation/{name}' for name in names]}."
         )
     for name in robot.clients.unused_cameras:
-        found.pop(name, None)
-    return {names.get(name, name): _channels_last(image) for name, image in found.items()}
+        images.pop(name, None)
+    return {names.get(name, name): _channels_last(image) for name, image in images.items()}
 
 
 def _channels_last(image: Any) -> Any:

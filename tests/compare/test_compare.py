@@ -26,7 +26,7 @@ from pi0_jax.evaluate.rollout import Outcome, Rollout
 from pi0_jax.sampler import Greedy
 from tests.conftest import tiny_config
 
-pytest.importorskip("mujoco", reason="the simulator is not installed: pip install pi0_jax[sim]")
+pytest.importorskip("mujoco", reason="the simulator is not installed: pip install -e '.[sim]'")
 
 MODEL = tiny_config(action_dim=6, vocab_size=512, prompt_length=16)
 

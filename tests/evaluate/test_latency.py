@@ -12,7 +12,7 @@ from pi0_jax.evaluate.latency import STRATEGIES, Latency, Trace, simulate, summa
 from pi0_jax.evaluate.simulators import get_simulator
 from pi0_jax.inference.policy import Policy
 
-pytest.importorskip("mujoco", reason="the simulator is not installed: pip install pi0_jax[sim]")
+pytest.importorskip("mujoco", reason="the simulator is not installed: pip install -e '.[sim]'")
 
 
 @pytest.fixture(scope="module")

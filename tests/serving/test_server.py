@@ -134,7 +134,7 @@ def test_pings_and_health_are_answered_during_an_inference():
 
 def test_clients_share_batches_and_get_what_they_would_get_alone():
     policy = FakePolicy(0.02)
-    with serving(policy, window_ms=50) as server:
+    with serving(policy, window_ms=50.0) as server:
 
         def drive(n: int) -> bool:
             state = np.array([n, -n], np.float32)
@@ -150,13 +150,13 @@ def test_clients_share_batches_and_get_what_they_would_get_alone():
 
 
 def test_one_client_alone_does_not_wait_for_the_window():
-    with serving(FakePolicy(), window_ms=5000) as server, Client(server.uri, timeout=4.0) as client:
+    with serving(FakePolicy(), window_ms=5000.0) as server, Client(server.uri, timeout=4.0) as client:
         assert client.infer(STATE)["server_timing"]["wait_ms"] < 2000
 
 
 def test_failures_of_requests_in_one_batch_are_isolated(caplog):
     policy = FakePolicy(0.05)
-    with serving(policy, window_ms=500) as server, concurrent.futures.ThreadPoolExecutor(4) as threads:
+    with serving(policy, window_ms=500.0) as server, concurrent.futures.ThreadPoolExecutor(4) as threads:
         clients = [Client(server.uri) for _ in range(4)]
         extras = [{}, {"crash": True}, {}, {"nan": True}]
         answers = list(threads.map(lambda c, e: attempt(c, STATE | e), clients, extras))

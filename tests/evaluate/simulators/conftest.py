@@ -1,4 +1,4 @@
-"""Without the optional extra (`pip install pi0_jax[sim]`) only the tests of plain numpy code are collected."""
+"""Without the optional extra (`pip install -e '.[sim]'`) only the tests of plain numpy code are collected."""
 
 import importlib.util
 
