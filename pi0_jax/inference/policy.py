@@ -65,7 +65,7 @@ class Policy:
         self.normalization = Normalization(stats, semantics_of(self.robot, config.action_semantics))
         self._transform = make_transform(config, self.robot, self.normalization, tokenizer)
         # A camera that the robot lacks is masked; leaving it out gives the same numbers.
-        present = self.robot.select_cameras(config.model.cameras)
+        present = tuple(name for name in config.model.cameras if name in self.robot.cameras.values())
         model = dataclasses.replace(config.model, cameras=present)
         self.sampler = ChunkSampler(config, model, read, folded=folded)
         self._batch_sizes: tuple[int, ...] = ()
