@@ -14,6 +14,7 @@ from pi0_jax.compare.config import Changes, CompareConfig
 from pi0_jax.compare.report import write_comparison
 from pi0_jax.compare.run import run_cells
 from pi0_jax.config_file import load_config
+from pi0_jax.errors import require_package
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +58,7 @@ def compare(args: Compare) -> None:
         UserError, FileNotFoundError: no such file or contender, or no demonstrations.
         CellFailed: a cell ended with an error.
     """
+    require_package("matplotlib", "report", "the comparison's report")
     config = configure(load_config(args.config, CompareConfig), args)
     if args.cell is not None:
         run_cell(config, *args.cell)
