@@ -19,4 +19,4 @@ def test_the_adaptive_solver_gives_the_closed_form(solver):
 
 def test_the_adaptive_solver_refuses_what_it_does_not_have():
     with pytest.raises(ValueError, match="choose tsit5 or dopri5"):
-        integrate_exactly(velocity, jnp.zeros((1, 1, 2)), solver="euler")  # pyright: ignore
+        integrate_exactly(velocity, jnp.zeros((1, 1, 2)), solver="euler")
