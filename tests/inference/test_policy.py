@@ -76,7 +76,7 @@ def test_steps_and_solver_can_be_chosen_at_loading(checkpoint_folder, observatio
 
 def test_bad_observations_are_refused_by_name(policy, observation):
     images = observation["images"]
-    with pytest.raises(ValueError, match=r"lacks cameras \['tool'\].*'tol' is perhaps 'tool'"):
+    with pytest.raises(ValueError, match=r"lacks cameras \['tool'\].*Did you mean 'tool'"):
         policy.infer(observation | {"images": {"top": images["top"], "tol": images["tool"]}})
     with pytest.raises(ValueError, match=r"`state` has shape \(5,\)"):
         policy.infer(observation | {"state": observation["state"][:5]})
