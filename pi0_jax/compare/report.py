@@ -208,7 +208,7 @@ def _full_table(policies: dict[str, Any]) -> str:
     return table(["policy", "evaluations", *(head for head, _, _ in columns.values())], rows)
 
 
-def coverage(latency: float, horizon: int, rate: float) -> tuple[float, float]:
+def coverage(latency: float, horizon: int, rate: float | int) -> tuple[float, float]:
     """Share of a control loop's ticks that have an action: where the robot waits for each chunk, and where the next is
     computed while one is executed.
 

@@ -39,12 +39,12 @@ class Latency:
         UserError: a negative time, or an invalid probability.
     """
 
-    typical: float = 0.0
-    jitter: float = 0.0
+    typical: float | int = 0.0
+    jitter: float | int = 0.0
     """Answers take a time between `typical` - jitter and `typical` + jitter, all equally likely."""
-    drop: float = 0.0
+    drop: float | int = 0.0
     """Probability that a request is never answered."""
-    timeout: float = 1000.0
+    timeout: float | int = 1000.0
     """When such a request is given up."""
 
     def __post_init__(self):
@@ -54,7 +54,7 @@ class Latency:
                 f"{self.timeout} ms; times have to be positive after jitter, and a probability is between 0 and 1."
             )
 
-    def draw(self, rng: np.random.Generator) -> tuple[float, bool]:
+    def draw(self, rng: np.random.Generator) -> tuple[float | int, bool]:
         """Milliseconds until a request is over, and whether it is answered then."""
         time, lost = self.typical + self.jitter * rng.uniform(-1, 1), rng.random() < self.drop
         return (self.timeout if lost else time), not lost
@@ -174,7 +174,7 @@ class _Run(Driver):
         self._query = self._chunk = None
 
 
-def summary(traces: list[Trace], fps: float) -> dict[str, float]:
+def summary(traces: list[Trace], fps: int) -> dict[str, float | int]:
     """The figures of a run: those of its success `Rate`, mean `seconds` of successful episodes, mean
     `held` steps per episode, mean `delay` in steps, and in the units of the actions the mean and 95th percentile of the
     changes at seams (`seam`, `seam_p95`), the mean change inside chunks (`inside`) and the mean `break`."""
@@ -194,7 +194,7 @@ def summary(traces: list[Trace], fps: float) -> dict[str, float]:
     }
 
 
-def describe(strategy: str, latency: Latency, figures: dict[str, float]) -> str:
+def describe(strategy: str, latency: Latency, figures: dict[str, float | int]) -> str:
     """A run's figures as text for a terminal."""
     steady = f"{latency.typical:g}" + (f" ± {latency.jitter:g}" if latency.jitter else "")
     lost = f", {latency.drop:.0%} lost" if latency.drop else ""

@@ -133,7 +133,7 @@ def chunk_errors(policy: Policy, train: TrainConfig | None) -> dict[int, dict[st
     }
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
+def read_metrics(path: Path) -> list[dict[str, float | int]]:
     """The rows of a run's `metrics.jsonl`; empty where there is none."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
@@ -219,7 +219,7 @@ def _denoising(policy: Policy, observation: RawObservation, seed: int) -> Sectio
     return "From noise to a chunk of actions", figure_svg(figure), text
 
 
-def _training(metrics: list[dict[str, float]], train: TrainConfig | None) -> list[Section]:
+def _training(metrics: list[dict[str, float | int]], train: TrainConfig | None) -> list[Section]:
     if not metrics:
         return []
     names = ("num_steps", "batch_size", "optim.name", "optim.peak_lr", "policy.objective", "seed")
@@ -227,7 +227,7 @@ def _training(metrics: list[dict[str, float]], train: TrainConfig | None) -> lis
     return [("Training", _loss_plot(metrics), text)]
 
 
-def _loss_plot(metrics: list[dict[str, float]]) -> bytes:
+def _loss_plot(metrics: list[dict[str, float | int]]) -> bytes:
     figure, axes = new_figure(2)
     train = [(row["step"], row["loss"], row.get("grad_norm")) for row in metrics if "loss" in row]
     step, loss, norm = (np.array(column, float) for column in zip(*train, strict=True))
