@@ -40,7 +40,7 @@ MAY_IMPORT = {
         "pi0",
         "sampler",
     },
-    "plan": {"batch", "compat", "config", "data", "flops", "training"},
+    "plan": {"batch", "compat", "config", "data", "flops", "objective", "training"},
     "inference": {"atomic", "config", "batch", "data", "model", "flow", "pi0", "checkpoint"},
     "serving": {"checkpoint", "config", "data", "inference"},
     "convert": {"atomic", "config", "batch", "model", "pi0", "checkpoint", "data"},
