@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "inference": {"atomic", "config", "batch", "data", "model", "flow", "pi0", "checkpoint"},
     "serving": {"checkpoint", "config", "data", "inference"},
     "convert": {"atomic", "config", "batch", "model", "pi0", "checkpoint", "data"},
-    "evaluate": {"config", "data", "inference", "checkpoint", "sampler"},
+    "evaluate": {"checkpoint", "config", "config_file", "data", "inference"},
     "compare": {
         "atomic",
         "config",
