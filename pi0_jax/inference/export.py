@@ -116,7 +116,7 @@ def describe(policy: Policy) -> dict[str, Any]:
         "actions": list(robot.actions),
         "semantics": list(policy.normalization.semantics),
         "variant": config.model.variant,
-        "num_steps": config.num_steps,
+        "num_steps": getattr(config.sampler, "num_steps", None),
         "normalization": {
             name: {"scale": scale.tolist(), "offset": offset.tolist()} for name, (scale, offset) in maps.items()
         },
