@@ -53,7 +53,7 @@ MAY_IMPORT = {
         "sampler",
     },
     "serving": {"checkpoint", "config", "data", "inference"},
-    "convert": {"atomic", "config", "batch", "model", "pi0", "checkpoint", "data"},
+    "convert": {"atomic", "batch", "checkpoint", "config", "data", "model", "objective", "sampler"},
     "evaluate": {"checkpoint", "config", "config_file", "data", "inference"},
     "compare": {
         "atomic",
