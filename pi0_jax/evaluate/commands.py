@@ -7,7 +7,7 @@ import json
 import os
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import jax
 import numpy as np
@@ -15,7 +15,7 @@ import tyro
 
 from pi0_jax.checkpoint import load_assets
 from pi0_jax.config_file import parse
-from pi0_jax.data.robots import get_robot
+from pi0_jax.data.robots import RawObservation, get_robot
 from pi0_jax.errors import UserError, require_package
 from pi0_jax.evaluate.latency import STRATEGIES, Latency, describe, simulate, summary
 from pi0_jax.evaluate.page import encode_mp4, hold_last
@@ -167,14 +167,14 @@ def infer(args: Infer) -> None:
         raise UserError("--latency, --jitter and --drop need a --strategy, which says what the robot does meanwhile.")
     policy = Policy.load(args.run, bits=args.bits, **_changes(args))
     if args.write_example is not None:
-        save_observation(args.write_example, policy.robot.example())
+        save_observation(args.write_example, {**policy.robot.example()})
         print(f"wrote {args.write_example}; fill it in, then: pi0 infer {args.run} --observation {args.write_example}")
         return
     if simulator is not None:
         (_evaluate if args.strategy is None else _evaluate_in_time)(simulator, policy, args)
         return
     assert args.observation is not None
-    observation = load_observation(args.observation)
+    observation = cast(RawObservation, load_observation(args.observation))  # the policy checks it
     if args.prompt is not None:
         observation["prompt"] = args.prompt
     if args.repeat < 1:
