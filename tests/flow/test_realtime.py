@@ -1,25 +1,29 @@
 """Real-time chunking on velocities whose answer is known."""
 
+import functools
 import itertools
+import typing
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pi0_jax.flow.guidance import (
-    SCHEDULES,
+from pi0_jax.flow.guidance import classifier_free
+from pi0_jax.flow.path import Cosine, Straight
+from pi0_jax.flow.realtime import (
     Previous,
-    classifier_free,
+    Schedule,
     continue_prefix,
     guidance_factor,
-    identity_real_time_chunking,
     is_prefix,
     prefix_weights,
     real_time_chunking,
 )
-from pi0_jax.flow.solvers import TABLEAUS, integrate
-from tests.flow.toy import gaussian_velocity
+from pi0_jax.sampler import Euler, Flow, integrate
+from tests.flow.toy import exact_prediction, gaussian_velocity
+from tests.sampler.solvers import SOLVERS, make
+from tests.sampler.test_solver import EVALUATIONS
 
 HORIZON = 8
 
@@ -52,7 +56,7 @@ def test_weights_are_the_papers_at_a_known_place():
         np.testing.assert_allclose(prefix_weights(jnp.int32(2), jnp.int32(6), 10, schedule), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", typing.get_args(Schedule))
 def test_weights_fall_from_one_to_zero_whatever_the_delay(schedule):
     delay, end = np.meshgrid(np.arange(HORIZON + 3), np.arange(HORIZON + 1))
     weights = np.asarray(prefix_weights(jnp.asarray(delay), jnp.asarray(end), HORIZON, schedule))
@@ -65,11 +69,6 @@ def test_weights_fall_from_one_to_zero_whatever_the_delay(schedule):
     assert set(np.unique(certain)) <= {0.0, 1.0}
 
 
-def test_an_unknown_schedule_is_refused():
-    with pytest.raises(ValueError, match=r"'lineal'.*choose exp, linear, ones, zeros"):
-        prefix_weights(jnp.int32(1), jnp.int32(2), 4, "lineal")  # pyright: ignore[reportArgumentType]
-
-
 def test_the_factor_is_the_papers_and_bounded_at_both_ends():
     for time in (0.1, 0.5, 0.9):
         tau = 1 - time
@@ -79,9 +78,20 @@ def test_the_factor_is_the_papers_and_bounded_at_both_ends():
         assert guidance_factor(jnp.float32(time), 5.0) == 5.0
 
 
-@pytest.mark.parametrize("chunking", [real_time_chunking, identity_real_time_chunking])
-def test_without_a_previous_chunk_the_velocity_is_the_plain_one_bit_for_bit(noise, previous, chunking):
-    assert chunking(walk, None) is walk
+def test_on_the_cosine_path_the_factor_is_the_rate_over_alpha_and_sigma():
+    for time in (0.1, 0.5, 0.9):
+        c = Cosine(offset=0.0).at(jnp.float32(time))
+        expected = np.pi / 2 / (c.alpha * c.sigma)
+        np.testing.assert_allclose(guidance_factor(jnp.float32(time), 1e9, Cosine(offset=0.0)), expected, rtol=1e-4)
+    for time in (1.0, 0.0):
+        assert guidance_factor(jnp.float32(time), 5.0, Cosine()) == 5.0
+
+
+identity_real_time_chunking = functools.partial(real_time_chunking, through_network=False)
+
+
+@pytest.mark.parametrize("chunking", [real_time_chunking, identity_real_time_chunking], ids=["guidance", "identity"])
+def test_without_a_previous_chunk_the_velocity_is_the_plain_one(noise, previous, chunking):
     absent = previous._replace(end=previous.end.at[::2].set(0))
     guided = chunking(walk, absent)(noise, jnp.float32(0.7))
     np.testing.assert_array_equal(guided[::2], walk(noise, jnp.float32(0.7))[::2])
@@ -109,8 +119,8 @@ def test_guided_samples_approach_the_previous_chunk_and_keep_to_the_data(noise, 
     def miss(sample, steps):
         return float(jnp.abs(sample - previous.actions)[:, steps].mean())
 
-    plain = integrate(walk, noise, 20)
-    guided = integrate(real_time_chunking(walk, previous), noise, 20)
+    plain = integrate(walk, noise, Euler(20))
+    guided = integrate(real_time_chunking(walk, previous), noise, Euler(20))
     prefix, free = slice(0, 2), slice(5, None)
     assert miss(guided, prefix) < 0.1 * miss(plain, prefix)
     # A walk that starts there goes on from there: the free steps follow by the data's correlation, unguided.
@@ -119,19 +129,19 @@ def test_guided_samples_approach_the_previous_chunk_and_keep_to_the_data(noise, 
     assert miss(guided, free) < miss(plain, free)
     # Independent actions have nothing to follow by: theirs are free.
     independent = gaussian_velocity(jnp.zeros((HORIZON, 2)), jnp.ones((HORIZON, 2)))
-    loose = integrate(real_time_chunking(independent, previous), noise, 20)
-    np.testing.assert_allclose(loose[:, free], integrate(independent, noise, 20)[:, free], atol=1e-5)
+    loose = integrate(real_time_chunking(independent, previous), noise, Euler(20))
+    np.testing.assert_allclose(loose[:, free], integrate(independent, noise, Euler(20))[:, free], atol=1e-5)
 
 
 def test_one_program_serves_all_delays_ends_and_bounds(noise, previous):
-    run = jax.jit(lambda previous, bound: integrate(real_time_chunking(walk, previous, "exp", bound), noise, 5))
+    run = jax.jit(lambda previous, bound: integrate(real_time_chunking(walk, previous, "exp", bound), noise, Euler(5)))
     results = [run(previous._replace(delay=jnp.full(16, d), end=jnp.full(16, e)), jnp.float32(bound))
                for d, e, bound in ((0, 3, 5.0), (2, 6, 5.0), (2, 6, 1.0))]  # fmt: skip
     assert run._cache_size() == 1
     assert all(np.abs(a - b).max() > 1e-3 for a, b in itertools.pairwise(results))
 
 
-@pytest.mark.parametrize("solver", TABLEAUS)
+@pytest.mark.parametrize("solver", SOLVERS)
 def test_a_continued_prefix_stays_exactly_at_flow_time_0(noise, previous, solver):
     seen = []
 
@@ -140,10 +150,11 @@ def test_a_continued_prefix_stays_exactly_at_flow_time_0(noise, previous, solver
         return walk(x, 0.5) * time[..., None]
 
     delays = previous._replace(delay=jnp.arange(16) % 4)
-    sample = integrate(*continue_prefix(velocity, delays, noise), 4, solver)
+    continued, project = continue_prefix(velocity, delays)
+    sample = integrate(continued, noise, make(solver, 4), project=project)
     prefix = np.asarray(is_prefix(delays.delay, HORIZON))
     np.testing.assert_array_equal(sample[prefix], previous.actions[prefix])
-    assert len(seen) == 4 * len(TABLEAUS[solver].weights)
+    assert len(seen) == 4 * EVALUATIONS[solver]
     for x, time in seen:
         np.testing.assert_array_equal(x[prefix], previous.actions[prefix])
         assert (time[prefix] == 0).all()
@@ -153,9 +164,30 @@ def test_a_continued_prefix_stays_exactly_at_flow_time_0(noise, previous, solver
 
 def test_classifier_free_guidance_may_be_continued_too(noise, previous):
     def both(x, time):
-        told, untold = jnp.split(walk(x, 0.5) * time[..., None], 2)
-        return jnp.concatenate([told + 1, untold])
+        conditional, unconditional = jnp.split(walk(x, 0.5) * time[..., None], 2)
+        return jnp.concatenate([conditional + 1, unconditional])
 
-    sample = integrate(*continue_prefix(classifier_free(both, 2.0), previous, noise), 4)
-    expected = integrate(*continue_prefix(lambda x, t: walk(x, 0.5) * t[..., None] + 2, previous, noise), 4)
-    np.testing.assert_allclose(sample, expected, atol=1e-5)
+    def sample(velocity):
+        continued, project = continue_prefix(velocity, previous)
+        return integrate(continued, noise, Euler(4), project=project)
+
+    expected = sample(lambda x, t: walk(x, 0.5) * t[..., None] + 2)
+    np.testing.assert_allclose(sample(classifier_free(both, 2.0)), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("power", [1.0, 1.5])
+@pytest.mark.parametrize("path", [Straight(), Cosine()], ids=["straight", "cosine"])
+@pytest.mark.parametrize("predicts", ["velocity", "noise", "data", "v"])
+def test_any_prediction_may_go_on_from_a_previous_chunk(noise, previous, predicts, path, power):
+    """A prediction that is exact gives the guided flow of the velocity, whatever it is called."""
+    mean, deviation = jnp.zeros((HORIZON, 2)), jnp.linspace(0.5, 1.5, HORIZON)[:, None]
+
+    def guided(predicts, through_network):
+        flow = Flow(exact_prediction(path, predicts, mean, deviation), path, predicts)
+        velocity = real_time_chunking(flow.velocity, previous, path=path, through_network=through_network)
+        return jax.jit(lambda x: integrate(Flow(velocity, path), x, Euler(40, power)))(noise)
+
+    for through_network in (True, False):
+        sample = guided(predicts, through_network)
+        np.testing.assert_allclose(sample, guided("velocity", through_network), atol=2e-2)
+        assert np.abs(sample - previous.actions)[:, :2].mean() < 0.3
