@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax.linen import with_logical_constraint
+from flax.linen.spmd import with_logical_constraint
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
@@ -129,7 +129,7 @@ def rotate(x: Float[Array, "b t n h"], by: Rotation) -> Float[Array, "b t n h"]:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-KeysValues = tuple[Float[Array, "b s k h"], Float[Array, "b s k h"]]
+KeysValues = tuple[Float[Array, "b _ k h"], Float[Array, "b _ k h"]]
 """Rotated keys, and values, of one layer."""
 
 
@@ -184,7 +184,8 @@ def encoder_block(x: Float[Array, "b s d"], w: Spec, num_heads: int, kernel: Ker
         qkv = project(y, "qkv").reshape(b, s, 3, *heads)
         y = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], scale=1, kernel=kernel).reshape(x.shape)
     else:
-        y = attend(*(_by_heads(project(y, name), "heads") for name in ("query", "key", "value")), kernel=kernel)
+        query, key, value = (_by_heads(project(y, name), "heads") for name in ("query", "key", "value"))
+        y = attend(query, key, value, kernel=kernel)
     x += project(checkpoint_name(y, "vision"), "out")
     y = project(layer_norm(x, w.get("mlp_norm")), "mlp_in")
     y = with_logical_constraint(y, ("batch", None, "mlp"))

@@ -45,7 +45,7 @@ def attention_mask(
     cached: Bool[Array, "b s"] | None = None,
 ) -> Bool[Array, "b t _"]:
     """True where a token (row) may see a key: the valid cached ones, which come first, then the tokens themselves."""
-    own = may_attend(mask_ar, group) & valid[:, None]
+    own = jnp.asarray(may_attend(mask_ar, group)) & valid[:, None]
     if cached is None:
         return own
     b, t, _ = own.shape

@@ -240,6 +240,7 @@ class ExpertNetwork(ActionTokenNetwork):
         """Action tokens, draws one after another; π0 mixes the time into them."""
         actions = layers.linear(x.astype(jnp.float32), params["action_in"])
         if self.config.variant == "pi0":
+            assert token is not None
             if "bias" in params["time_mlp_in"]:
                 mixed = jnp.concatenate([actions, jnp.broadcast_to(token, actions.shape)], axis=-1)
                 actions = layers.linear(mixed, params["time_mlp_in"])
