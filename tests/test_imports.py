@@ -40,7 +40,7 @@ MAY_IMPORT = {
         "pi0",
         "sampler",
     },
-    "plan": {"batch", "compat", "config", "data", "flops", "training"},
+    "plan": {"batch", "compat", "config", "data", "flops", "objective", "training"},
     "inference": {
         "atomic",
         "batch",
@@ -53,8 +53,8 @@ MAY_IMPORT = {
         "sampler",
     },
     "serving": {"checkpoint", "config", "data", "inference"},
-    "convert": {"atomic", "config", "batch", "model", "pi0", "checkpoint", "data"},
-    "evaluate": {"checkpoint", "config", "config_file", "data", "inference"},
+    "convert": {"atomic", "batch", "checkpoint", "config", "data", "model", "objective", "sampler"},
+    "evaluate": {"checkpoint", "config", "config_file", "data", "inference", "training"},
     "compare": {
         "atomic",
         "config",
