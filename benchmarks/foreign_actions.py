@@ -4,7 +4,7 @@
     openpi-env/bin/python benchmarks/foreign_actions.py openpi-torch
 
 It runs where `pi0 convert --verify-with` does (docs/checkpoints.md says how to make the environments), and by the same
-code. Weights are normal with several standard deviations; an initialiser's is about 0.2 at this size. Each line gives
+code. OpenCheckpoint are normal with several standard deviations; an initialiser's is about 0.2 at this size. Each line gives
 the largest difference over two seeds: `plain` where each implementation keeps to its own flow times, and `same_times`
 where ours takes the other's, as `--verify-with` does.
 """
@@ -19,11 +19,11 @@ from pathlib import Path
 import numpy as np
 
 from pi0_jax.config import ExpertConfig, ModelConfig, PolicyConfig, VisionConfig
-from pi0_jax.convert.formats import Weights
+from pi0_jax.convert.formats import OpenCheckpoint
 from pi0_jax.convert.lazy import in_memory
 from pi0_jax.convert.leaves import leaves, shape_of, sizes
 from pi0_jax.convert.verify import agree
-from pi0_jax.convert.write import write_checkpoint
+from pi0_jax.convert.formats import write_checkpoint
 
 MODEL = ModelConfig(
     vision=VisionConfig(width=16, depth=2, mlp_dim=32, num_heads=2, image_size=16, patch_size=8),
@@ -55,7 +55,7 @@ def main() -> None:
             print(json.dumps({"variant": variant, "deviation": deviation, **worst}), flush=True)
 
 
-def differences(framework: agree.Framework, weights: Weights) -> dict[str, float]:
+def differences(framework: agree.Framework, weights: OpenCheckpoint) -> dict[str, float]:
     """Largest differences of the actions, and the largest action."""
     inputs = agree.example(weights.policy.model)
     with tempfile.TemporaryDirectory() as folder:
@@ -67,7 +67,7 @@ def differences(framework: agree.Framework, weights: Weights) -> dict[str, float
     return largest | {"largest_action": float(np.abs(theirs).max())}
 
 
-def random_weights(variant, deviation: float, seed: int) -> Weights:
+def random_weights(variant, deviation: float, seed: int) -> OpenCheckpoint:
     """Normal weights of a small model, in memory."""
     model = ModelConfig(**{**vars(MODEL), "variant": variant})
     rng, letters = np.random.default_rng(seed), sizes(model)
@@ -75,7 +75,7 @@ def random_weights(variant, deviation: float, seed: int) -> Weights:
         path: in_memory((deviation * rng.normal(size=shape_of(axes, letters))).astype(np.float32))
         for path, axes in leaves(model).items()
     }
-    return Weights("pi0", Path("random"), PolicyConfig(model, normalization="quantile"), tensors)
+    return OpenCheckpoint("pi0", Path("random"), PolicyConfig(model, normalization="quantile"), tensors)
 
 
 if __name__ == "__main__":

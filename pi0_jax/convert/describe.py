@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from pi0_jax.convert.formats import Weights
-from pi0_jax.convert.leaves import is_velocity_expert
-from pi0_jax.convert.run import compare
+from pi0_jax.convert.formats import OpenCheckpoint
+from pi0_jax.convert.lazy import pieces_of_both
+from pi0_jax.convert.parameters import has_velocity_expert
 
-PARTS = {
+_COMPONENTS = {
     "image_encoder": "image encoder",
     "image_projector": "image projector",
     "embedding": "token embedding",
@@ -27,40 +27,39 @@ _MAY_BE_UNKNOWN = ("action_horizon", "execute_steps", "lora_scale")
 _NAMES = {"pi0": "π0", "pi05": "π0.5", "pi0_fast": "backbone alone (π0-FAST, PaliGemma)"}
 
 
-def describe(weights: Weights) -> dict[str, Any]:
-    """Family, sizes, parameters by part, dtypes, statistics, adapters and step, as a JSON object."""
-    model = weights.policy.model
-    parts: Counter[str] = Counter()
-    for path, tensor in weights.tensors.items():
-        parts[_part(path, "projections of actions and time" if is_velocity_expert(model) else "head")] += math.prod(
-            tensor.shape
-        )
-    stats = (weights.norm_stats or {}).get("norm_stats", {})
+def describe(opened: OpenCheckpoint) -> dict[str, Any]:
+    """Family, sizes, parameters by component, dtypes, statistics, adapters and step, as a JSON object."""
+    model = opened.policy.model
+    other = "projections of actions and time" if has_velocity_expert(model) else "head"
+    counts: Counter[str] = Counter()
+    for path, tensor in opened.tensors.items():
+        counts[_component(path, other)] += tensor.size
+    stats = (opened.norm_stats or {}).get("norm_stats", {})
     config = dataclasses.asdict(model)
     config["cameras"] = list(model.cameras)
     if model.variant == "pi0_fast":
         for name in ("action", "action_dim", "action_horizon"):
             config.pop(name)
     return {
-        "format": weights.format,
-        "path": str(weights.path),
+        "format": opened.format,
+        "path": str(opened.path),
         "family": model.variant,
-        "step": weights.step,
-        "robot": weights.policy.robot,
-        "normalization": weights.policy.normalization,
+        "step": opened.step,
+        "robot": opened.policy.robot,
+        "normalization": opened.policy.normalization,
         "model": config,
-        "parameters": {**parts, "all": sum(parts.values())},
-        "bytes": sum(tensor.nbytes for tensor in weights.tensors.values()),
-        "dtypes": dict(Counter(str(tensor.dtype) for tensor in weights.tensors.values())),
+        "parameters": {**counts, "all": sum(counts.values())},
+        "bytes": sum(tensor.nbytes for tensor in opened.tensors.values()),
+        "dtypes": dict(Counter(str(tensor.dtype) for tensor in opened.tensors.values())),
         "norm_stats": {key: {s: len(v) for s, v in entry.items() if v is not None} for key, entry in stats.items()},
         "lora": {
             name: {"attn_rank": e.lora_attn_rank, "mlp_rank": e.lora_mlp_rank, "scale": e.lora_scale}
             for name, e in (("language", model.language), ("action", model.action))
             if e.lora_attn_rank or e.lora_mlp_rank
         },
-        "tokenizer": weights.tokenizer is not None,
-        "dropped": list(weights.dropped),
-        "warnings": list(weights.warnings),
+        "tokenizer": opened.tokenizer is not None,
+        "dropped": list(opened.dropped),
+        "warnings": list(opened.warnings),
     }
 
 
@@ -108,8 +107,8 @@ def text(content: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def differences(a: Weights, b: Weights) -> list[str]:
-    """How two checkpoints differ, a line a leaf or field; empty where they are the same."""
+def differences(a: OpenCheckpoint, b: OpenCheckpoint) -> list[str]:
+    """How two checkpoints differ, one line per parameter or field; empty where they are the same."""
     lines = []
     for name in ("policy", "norm_stats", "tokenizer"):
         x, y = getattr(a, name), getattr(b, name)
@@ -126,7 +125,7 @@ def differences(a: Weights, b: Weights) -> list[str]:
             lines.append(f"{path}: shape {x.shape} and {y.shape}")
             continue
         largest, square, total = 0.0, 0.0, 0.0
-        for p, q in compare(x, y):
+        for p, q in pieces_of_both(x, y):
             p, q = p.astype(np.float32), q.astype(np.float32)
             largest = max(largest, float(np.max(np.abs(p - q), initial=0.0)))
             square += float(np.sum(np.square(p - q), dtype=np.float64))
@@ -139,10 +138,10 @@ def differences(a: Weights, b: Weights) -> list[str]:
     return lines
 
 
-def _part(path: str, other: str) -> str:
+def _component(path: str, other: str) -> str:
     if "_lora_" in path:
         return "adapters"
-    return next((name for prefix, name in PARTS.items() if path.startswith(prefix)), other)
+    return next((name for prefix, name in _COMPONENTS.items() if path.startswith(prefix)), other)
 
 
 def _fields(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:

@@ -10,10 +10,10 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from pi0_jax.config import BinConfig, CompactConfig, ExpertConfig, ModelConfig, PolicyConfig
-from pi0_jax.convert.formats import Weights
+from pi0_jax.convert.formats import OpenCheckpoint
 from pi0_jax.convert.lazy import in_memory
 from pi0_jax.convert.leaves import leaves, shape_of, sizes
-from pi0_jax.convert.write import write_checkpoint
+from pi0_jax.convert.formats import write_checkpoint
 from pi0_jax.model.heads import make_network
 from pi0_jax.pi0 import init_params
 from tests.conftest import tiny_config
@@ -42,7 +42,7 @@ def tiny_model(name: str) -> ModelConfig:
     return dataclasses.replace(model, **experts)
 
 
-def tiny_weights(name: str, dtype=np.float32, seed: int = 0, model: ModelConfig | None = None) -> Weights:
+def tiny_weights(name: str, dtype=np.float32, seed: int = 0, model: ModelConfig | None = None) -> OpenCheckpoint:
     """Random weights of `tiny_model(name)`, or of another model, in memory."""
     model, rng = model or tiny_model(name), np.random.default_rng(seed)
     letters = sizes(model)
@@ -51,7 +51,7 @@ def tiny_weights(name: str, dtype=np.float32, seed: int = 0, model: ModelConfig 
         for path, axes in leaves(model).items()
     }
     policy = PolicyConfig(model, robot="arm", normalization="zscore" if name.startswith("pi0_l") else "quantile")
-    return Weights("pi0", Path("memory"), policy, tensors, STATS, b"\x00a tokenizer\xff")
+    return OpenCheckpoint("pi0", Path("memory"), policy, tensors, STATS, b"\x00a tokenizer\xff")
 
 
 HEADS = {
@@ -62,7 +62,7 @@ HEADS = {
 }
 
 
-def tiny_weights_of_head(head: str, seed: int = 0) -> Weights:
+def tiny_weights_of_head(head: str, seed: int = 0) -> OpenCheckpoint:
     """Random weights of a model that exists only here, in memory."""
     model, rng = tiny_config("pi0", **HEADS[head]), np.random.default_rng(seed)
     shapes = jax.eval_shape(lambda key: nn.meta.unbox(init_params(make_network(model), key)), jax.random.key(0))
@@ -70,7 +70,7 @@ def tiny_weights_of_head(head: str, seed: int = 0) -> Weights:
         path: in_memory((0.3 * rng.normal(size=leaf.shape)).astype(np.float32))
         for path, leaf in flatten_dict(shapes, sep="/").items()
     }
-    return Weights("pi0", Path("memory"), PolicyConfig(model, robot="arm", normalization="quantile"), tensors, STATS)
+    return OpenCheckpoint("pi0", Path("memory"), PolicyConfig(model, robot="arm", normalization="quantile"), tensors, STATS)
 
 
 def save_tiny(folder: Path, name: str, dtype=np.float32, seed: int = 0) -> Path:

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from pi0_jax import cli
-from pi0_jax.convert.write import write_checkpoint
+from pi0_jax.convert.formats import write_checkpoint
 from tests.convert.common import HEADS, save_tiny, tiny_weights, tiny_weights_of_head
 
 

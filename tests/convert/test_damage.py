@@ -10,7 +10,7 @@ import pytest
 from pi0_jax import cli
 from pi0_jax.config import ExpertConfig
 from pi0_jax.convert import formats
-from pi0_jax.convert.formats import Choices, open_checkpoint
+from pi0_jax.convert.formats import Overrides, open_checkpoint
 from pi0_jax.convert.lazy import (
     in_memory,
     open_npz,
@@ -21,11 +21,11 @@ from pi0_jax.convert.lazy import (
     write_safetensors,
 )
 from pi0_jax.convert.run import convert
-from pi0_jax.convert.write import foreign_tensors, write_checkpoint
+from pi0_jax.convert.formats import foreign_tensors, write_checkpoint
 from tests.conftest import tiny_config
 from tests.convert.common import save_tiny, tiny_weights, tiny_weights_of_head
 
-CHOICES = Choices(horizon=6, vision_heads=2, num_heads=4, num_kv_heads=1, lora_scale=2.0)
+OVERRIDES = Overrides(horizon=6, vision_heads=2, num_heads=4, num_kv_heads=1, lora_scale=2.0)
 SPARE = ("lm_head.weight", "embed_tokens.weight")
 """Ends of names that may be absent in PyTorch: either of the tied pair, and the unused layer."""
 
@@ -82,7 +82,7 @@ def test_any_one_damaged_tensor_is_named(tmp_path, monkeypatch, kind, name):
 
 
 def read_everything(path):
-    weights = open_checkpoint(path, CHOICES)
+    weights = open_checkpoint(path, OVERRIDES)
     read_all({**weights.tensors, **weights.dropped})
 
 
@@ -94,7 +94,7 @@ def test_numbers_that_are_not_finite_stop_a_conversion_where_nothing_needs_them_
     arrays[head][3, 2] = np.inf
     write_safetensors(file, {name: in_memory(array) for name, array in arrays.items()})
     with pytest.raises(ValueError, match=r"gemma_expert\.lm_head\.weight holds numbers that are not finite"):
-        convert(tmp_path / "x", tmp_path / "out", choices=CHOICES)
+        convert(tmp_path / "x", tmp_path / "out", overrides=OVERRIDES)
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 

@@ -11,7 +11,7 @@ import safetensors.numpy
 from flax.traverse_util import unflatten_dict
 
 from pi0_jax.convert import lazy
-from pi0_jax.convert.lazy import Tensor, in_memory, open_npz, open_orbax, open_safetensors, read_all
+from pi0_jax.convert.lazy import LazyArray, in_memory, open_npz, open_orbax, open_safetensors, read_all
 
 ARRAYS = {
     "a/kernel": np.arange(24, dtype=np.float32).reshape(2, 3, 4),
@@ -20,11 +20,11 @@ ARRAYS = {
 }
 
 
-def as_tensors(arrays=ARRAYS) -> dict[str, Tensor]:
+def as_tensors(arrays=ARRAYS) -> dict[str, LazyArray]:
     return {name: in_memory(array) for name, array in arrays.items()}
 
 
-def assert_same(found: dict[str, Tensor], arrays=ARRAYS):
+def assert_same(found: dict[str, LazyArray], arrays=ARRAYS):
     assert {name: (tensor.shape, tensor.dtype) for name, tensor in found.items()} == {
         name: (array.shape, array.dtype) for name, array in arrays.items()
     }

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pi0_jax.batch import Observation
-from pi0_jax.convert.formats import Choices, open_checkpoint, params_of
+from pi0_jax.convert.formats import Overrides, open_checkpoint, params_of
 from pi0_jax.model.velocity import VelocityNetwork
 from tests.conftest import fixtures_root
 
@@ -43,12 +43,12 @@ class Case:
         cameras = tuple(name.removeprefix("images/") for name in self.io if name.startswith("images/")) or (
             "base_0_rgb",
         )
-        choices = Choices(
+        overrides = Overrides(
             horizon=spec["horizon"],
             vision_heads=spec["vit"]["num_heads"],
             lora_scale=spec["lora_alpha"] / spec["lora_r"] if "lora_r" in spec else None,
         )
-        weights = open_checkpoint(folder / file, choices)
+        weights = open_checkpoint(folder / file, overrides)
         self.config = weights.policy.model.__class__(
             **{
                 **vars(weights.policy.model),

@@ -112,7 +112,7 @@ def test_fast_backbone_chooses_the_tokens_that_openpi_decoded(folder):
         case = Case(folder)
         logits = np.asarray(_decoding_logits(case, case.io["greedy_8"]))
     margin = np.diff(np.sort(logits)[..., -2:])[..., 0]
-    # openpi's decoding also looks at absent cameras, whose tokens are then what its padding makes of them; so choices
+    # openpi's decoding also looks at absent cameras, whose tokens are then what its padding makes of them; so overrides
     # that are close may fall the other way. None is where all cameras are there, nor for the first token.
     sure = margin > (0.0 if all(case.io[f"image_masks/{name}"].all() for name in case.config.cameras) else 0.01)
     sure[:, 0] = True

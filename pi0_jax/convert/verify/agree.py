@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,24 +16,22 @@ from flax.traverse_util import unflatten_dict
 
 from pi0_jax.batch import Observation
 from pi0_jax.config import ModelConfig
-from pi0_jax.convert.files import Format
-from pi0_jax.convert.formats import Weights
+from pi0_jax.convert.formats import OpenCheckpoint, formats
+from pi0_jax.convert.verify import Inputs, Runner, Stages
+from pi0_jax.errors import UserError
 from pi0_jax.model.heads import Network, make_network
 from pi0_jax.model.siglip import Block
 from pi0_jax.model.velocity import Prefix, VelocityNetwork
 from pi0_jax.pi0 import sample_actions
 
-Framework = Literal["ours", "lerobot", "openpi-torch"]
+OURS = "ours"
+"""Framework in which both sides run in our network."""
 STEPS = 10
 _SEED = 0
 
-Inputs = dict[str, np.ndarray]
-"""images/<i> `[b y x 3]` in [-1, 1] and image_masks/<i> `[b]` for the i-th camera, tokens and token_mask `[b p]`, state
-`[b ad]`, noise `[b ah ad]`."""
-
 
 class Trace(NamedTuple):
-    """What a model made of its inputs."""
+    """What a model computed from its inputs."""
 
     actions: np.ndarray
     """After `STEPS` Euler steps (DDIM for a diffusion), normalised."""
@@ -41,34 +39,34 @@ class Trace(NamedTuple):
     """What was computed on the way, of the first step, in the order of computation; valid tokens only, `[token d]`."""
 
 
-def check_comparable(source: Weights, result: Weights, to: Format, framework: Framework) -> None:
-    """Raises ValueError where the two cannot be run on the same inputs, or not by that framework."""
+def check_comparable(source: OpenCheckpoint, result: OpenCheckpoint, to: str, framework: str) -> None:
+    """Raises UserError where the two cannot be run on the same inputs, or not by that framework."""
     before, after = source.policy.model, result.policy.model
     if "pi0_fast" in (before.variant, after.variant):
-        raise ValueError(
+        raise UserError(
             f"--verify-with compares actions, and {source.path} has no action expert; leave it out. The tensors are "
             "compared bit for bit all the same."
         )
     if before.action_horizon != after.action_horizon or len(after.cameras) < len(before.cameras):
-        raise ValueError("--verify-with cannot compare actions across another --horizon, or with fewer cameras.")
+        raise UserError("--verify-with cannot compare actions across another --horizon, or with fewer cameras.")
     if after.prompt_length < before.prompt_length:
-        raise ValueError("--verify-with cannot compare actions with a shorter --prompt-length.")
-    if framework != "ours":
+        raise UserError("--verify-with cannot compare actions with a shorter --prompt-length.")
+    if framework != OURS:
         if framework not in (source.format, to):
-            raise ValueError(
+            raise UserError(
                 f"--verify-with {framework} needs a {framework} folder on one side; this goes from {source.format} to "
                 f"{to}."
             )
-        _foreign(framework).check_installed()
+        _runner(framework).check_installed()
 
 
-def agreement(source: Weights, result: Weights, framework: Framework, tolerance: float) -> dict[str, Any]:
+def agreement(source: OpenCheckpoint, result: OpenCheckpoint, framework: str, tolerance: float) -> dict[str, Any]:
     """Runs source and result, one after the other, and compares what they do.
 
     Args:
         source, result: of a conversion.
-        framework: "lerobot" and "openpi-torch" run their own folders in that framework; everything else runs here, with
-            the framework's flow times.
+        framework: a format whose own folders run in its framework; everything else runs here, with that framework's
+            flow times. "ours": both run here.
         tolerance: largest difference of normalised actions that counts as agreement.
 
     Returns:
@@ -137,16 +135,16 @@ def widened(inputs: Inputs, before: ModelConfig, after: ModelConfig) -> Inputs:
     return found
 
 
-def run_ours(weights: Weights, inputs: Inputs, times: tuple[float, ...] | None = None) -> Trace:
+def run_ours(opened: OpenCheckpoint, inputs: Inputs, times: tuple[float, ...] | None = None) -> Trace:
     """Runs a checkpoint of any format in our network.
 
     Args:
-        weights, inputs: what to run on what.
+        opened, inputs: what to run on what.
         times: of the equal steps, embedded in double precision, as the PyTorch implementations do; None: as ours does.
     """
-    model = dataclasses.replace(weights.policy.model, dtype="float32", remat="none")
+    model = dataclasses.replace(opened.policy.model, dtype="float32", remat="none")
     params = unflatten_dict(
-        {path: jnp.asarray(tensor.read(None), jnp.float32) for path, tensor in weights.tensors.items()}, sep="/"
+        {path: jnp.asarray(tensor.read(None), jnp.float32) for path, tensor in opened.tensors.items()}, sep="/"
     )
     observation = Observation(
         {name: jnp.asarray(inputs[f"images/{i}"]) for i, name in enumerate(model.cameras)},
@@ -161,11 +159,10 @@ def run_ours(weights: Weights, inputs: Inputs, times: tuple[float, ...] | None =
         found = jax.device_get(_stages(network, params, observation, noise))
         grid = None if times is None else jnp.asarray(times, jnp.float32)
         actions = np.asarray(_sample(network, params, observation, noise, grid))
-    cameras = np.array([inputs[f"image_masks/{i}"] for i in range(len(model.cameras))]).reshape(-1)
-    return Trace(actions, valid_stages(found, cameras))
+    return Trace(actions, valid_stages(found, _present(inputs, model)))
 
 
-def valid_stages(found: dict[str, Any], cameras: np.ndarray) -> dict[str, np.ndarray]:
+def valid_stages(found: Stages, cameras: np.ndarray) -> dict[str, np.ndarray]:
     """Names what was computed and leaves out what is padding, which implementations fill in different ways.
 
     Args:
@@ -199,21 +196,24 @@ class DoubleTime(VelocityNetwork):
         return jax.pure_callback(embed, jax.ShapeDtypeStruct((*time.shape, width), jnp.float32), time)
 
 
-def _foreign(framework: Framework):
-    """The module that runs a folder in another framework."""
-    from pi0_jax.convert.verify import lerobot, openpi_torch
+def _runner(framework: str) -> Runner:
+    runner = formats()[framework].runner
+    assert runner is not None, framework
+    return runner
 
-    return {"lerobot": lerobot, "openpi-torch": openpi_torch}[framework]
 
-
-def run(weights: Weights, inputs: Inputs, framework: Framework) -> Trace:
+def run(opened: OpenCheckpoint, inputs: Inputs, framework: str) -> Trace:
     """Runs a checkpoint in a framework, if it is of its format; else in our network, at the framework's flow times."""
-    model = weights.policy.model
-    if framework == weights.format:
-        actions, found = _foreign(framework).run(weights.path, model, inputs, STEPS)
-        cameras = np.array([inputs[f"image_masks/{i}"] for i in range(len(model.cameras))]).reshape(-1)
-        return Trace(actions, valid_stages(found, cameras))
-    return run_ours(weights, inputs, None if framework == "ours" else _foreign(framework).times(STEPS))
+    if framework == opened.format:
+        model = opened.policy.model
+        actions, found = _runner(framework).run(opened.path, model, inputs, STEPS)
+        return Trace(actions, valid_stages(found, _present(inputs, model)))
+    return run_ours(opened, inputs, None if framework == OURS else _runner(framework).times(STEPS))
+
+
+def _present(inputs: Inputs, model: ModelConfig) -> np.ndarray:
+    """Which images are there, `[c*b]`."""
+    return np.array([inputs[f"image_masks/{i}"] for i in range(len(model.cameras))]).reshape(-1)
 
 
 @functools.partial(jax.jit, static_argnums=0)

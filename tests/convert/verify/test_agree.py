@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from pi0_jax import cli
-from pi0_jax.convert.formats import Choices, open_checkpoint
+from pi0_jax.convert.formats import Overrides, open_checkpoint
 from pi0_jax.convert.lazy import in_memory
 from pi0_jax.convert.run import convert
 from pi0_jax.convert.verify import agree, lerobot, openpi_torch
-from pi0_jax.convert.write import write_checkpoint
+from pi0_jax.convert.formats import write_checkpoint
 from tests.convert.common import save_tiny, tiny_weights, tiny_weights_of_head
 
 FRAMEWORKS = {
@@ -39,8 +39,8 @@ def test_source_and_result_act_alike(tmp_path, name, to):
 
 def test_a_widened_model_acts_alike_on_old_inputs(tmp_path):
     source = save_tiny(tmp_path / "x", "pi0")
-    choices = Choices(action_dim=9, cameras=("top", "tool", "wrist"), prompt_length=11)
-    actions = convert(source, tmp_path / "wide", choices=choices, verify_with="ours")["actions"]
+    overrides = Overrides(action_dim=9, cameras=("top", "tool", "wrist"), prompt_length=11)
+    actions = convert(source, tmp_path / "wide", overrides=overrides, verify_with="ours")["actions"]
     assert actions["agree"]
     assert 0 < actions["largest_difference"] < 1e-5  # sums in another order
 
@@ -88,7 +88,7 @@ def test_other_heads_are_compared_too(head):
 def test_what_cannot_be_compared_is_said_before_anything_is_written(tmp_path):
     source = save_tiny(tmp_path / "x", "pi0")
     with pytest.raises(ValueError, match="another --horizon"):
-        convert(source, tmp_path / "out", choices=Choices(horizon=9), verify_with="ours")
+        convert(source, tmp_path / "out", overrides=Overrides(horizon=9), verify_with="ours")
     with pytest.raises(ValueError, match="needs a lerobot folder"):
         convert(source, tmp_path / "out", "openpi", verify_with="lerobot")
     with pytest.raises(ValueError, match="no action expert"):
