@@ -18,7 +18,7 @@ from pi0_jax.checkpoint import tree_bytes
 from pi0_jax.config import PI0, PI05, OptimConfig, PolicyConfig, TrainConfig, TuneConfig
 from pi0_jax.model.heads import make_network
 from pi0_jax.training.optimizer import make_optimizer
-from pi0_jax.training.partition import divide, flat, frozen_names, with_adapters
+from pi0_jax.training.partition import flat, frozen_names, partition, with_adapters
 from pi0_jax.training.state import TrainState, create
 
 TUNES = {
@@ -46,7 +46,7 @@ def state_of(config: TrainConfig) -> TrainState:
     model, optim = config.policy.model, config.optim
     weights = jax.eval_shape(functools.partial(pi0.init_params, make_network(model)), jax.random.key(0))
     frozen = frozen_names(config.tune, model, flat(weights))
-    transform = make_optimizer(optim, optax.constant_schedule(1e-4), divide(weights, frozen)[0])
+    transform = make_optimizer(optim, optax.constant_schedule(1e-4), partition(weights, frozen)[0])
     ema = None if optim.ema_decay is None else optim.ema_dtype
     return meta.unbox(jax.eval_shape(functools.partial(create, optimizer=transform, ema=ema, frozen=frozen), weights))
 

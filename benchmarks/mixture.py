@@ -32,7 +32,7 @@ ROBOT = '''"""The tabletop as its RLDS copy names it."""
 
 import dataclasses
 
-from pi0_jax.data.robots.tabletop import TABLETOP
+from pi0_jax.data.robots.tabletop import ROBOT as TABLETOP
 
 ROBOT = dataclasses.replace(
     TABLETOP,

@@ -20,7 +20,7 @@ from pi0_jax.config import PI0, PI05, MeshConfig, PolicyConfig, TrainConfig, Tun
 
 MODELS = {"π0": PI0, "π0.5": PI05}
 PER_DEVICE = {"v5e": 4, "v5p": 16, "v6e": 8, "h100": 32}
-"""Examples a device."""
+"""Examples per device."""
 CHIPS = ("v5p:1x1x1", "v5p:2x2x1", "v5p:2x2x4", "v5p:4x4x4", "v5p:4x8x8", "v5p:8x8x16")
 
 
@@ -66,14 +66,14 @@ def config(row: Row) -> TrainConfig:
 
 def measure(row: Row) -> dict:
     """Makes one plan, in this process."""
-    from pi0_jax.plan.estimate import make_plan
+    from pi0_jax.plan.cost import make_plan
 
     plan = make_plan(config(row), row.topology)
-    sent = sum(plan.sent.values())
+    sent = sum(plan.comm_bytes.values())
     return {
         **row._asdict(), "batch": plan.batch_size, "mesh": plan.mesh,
-        "held": plan.held, "temporaries": plan.temporaries, "estimated": plan.estimated, "peak": plan.peak,
-        "fits": plan.fits, "flops": plan.flops, "sent": plan.sent, "sent_total": sent, "times": plan.times,
+        "held": plan.resident_bytes, "temporaries": plan.temporaries, "estimated": plan.estimated, "peak": plan.peak,
+        "fits": plan.fits, "flops": plan.flops, "sent": plan.comm_bytes, "sent_total": sent, "times": plan.times,
         "samples_per_second": plan.samples_per_second, "seconds_to_compile": plan.seconds_to_compile,
     }  # fmt: skip
 
@@ -110,7 +110,7 @@ def main() -> None:
         if options.table or any(row == Row(*(r[name] for name in Row._fields)) for r in rows):
             continue
         print(*row, flush=True)
-        # Devices are counted once a process.
+        # Devices are counted once per process.
         command = [sys.executable, __file__, str(options.path), "--row", str(number)]
         rows.append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1]))
         options.path.write_text(json.dumps(rows, indent=1))

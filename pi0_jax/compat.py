@@ -15,6 +15,9 @@ COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 CACHE_HIT_EVENT = "/jax/compilation_cache/cache_hits"
 """Event of JAX's monitoring: one per program that is found in the compilation cache."""
 
+ORBAX_UNFINISHED = ".orbax-checkpoint-tmp"
+"""What Orbax adds to the name of a step folder until the step is complete."""
+
 
 def reset_compilation_cache() -> None:
     """Makes JAX look at its setting for the cache folder again; it latches "no folder" at the first compilation."""
@@ -39,3 +42,9 @@ def bytes_of_refused_program(error: Exception) -> float | None:
     """Bytes of memory that a program takes which XLA refused to compile for a TPU; None for any other refusal."""
     used = re.search(r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm", str(error))
     return None if used is None else float(used[1]) * {"K": 2**10, "M": 2**20, "G": 2**30}[used[2]]
+
+
+def tensorstore_errno(error: Exception) -> int | None:
+    """Number of the system error that made TensorStore fail, which it says in its message alone; None for others."""
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    return None if code is None else int(code[1])

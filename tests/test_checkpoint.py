@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from pi0_jax import checkpoint
-from pi0_jax.checkpoint import Assets, CheckpointError, CheckpointWriter
+from pi0_jax.checkpoint import Assets, CheckpointError, CheckpointWriter, space
 from pi0_jax.config import ModelConfig, PolicyConfig, TrainConfig
 
 STATS = {"norm_stats": {"state": {"mean": [0.1, 1 / 3], "std": [1.0, 2.0], "q01": None, "q99": None}}}
@@ -228,6 +228,15 @@ def test_a_damaged_file_is_either_harmless_or_named_with_the_checkpoint_before_i
     assert_same(checkpoint.restore_params(step), weights(30))
 
 
+@pytest.mark.parametrize("name", ["_METADATA", "manifest.ocdbt"])
+def test_damage_is_explained_without_digests_too(copy, name):
+    step = copy / "checkpoints" / "30"
+    (step / "digests.json").unlink()
+    (step / "params" / name).write_bytes((step / "params" / name).read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=rf"{step}/params is damaged or incomplete: .*before it is .*20\."):
+        checkpoint.restore_params(step)
+
+
 def test_a_failed_save_surfaces_at_the_next_call_and_harms_nothing(tmp_path):
     big = {"w": jax.random.normal(jax.random.key(0), (500_000,))}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -252,7 +261,7 @@ def test_too_little_disk_is_noticed_before_anything_is_written(tmp_path, monkeyp
         with pytest.raises(OSError, match=r"GB free.*--keep-checkpoints"):
             writer.reserve(jax.ShapeDtypeStruct((10**15,), jnp.float32))
         room = shutil.disk_usage(tmp_path).free
-        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10 * checkpoint.tree_bytes(weights())))
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10 * space.tree_bytes(weights())))
         writer.reserve(weights(), num_steps=100)
     with CheckpointWriter(tmp_path, keep=2, keep_every=10, keep_best=1) as writer:
         writer.reserve(weights(), num_steps=60)  # 2 newest, 1 best, 6 for good, and the one that is being written
@@ -267,13 +276,13 @@ def test_too_little_memory_for_the_copy_of_a_save_is_noticed_before_it_is_made(t
     # All devices are this process's: a divided array is copied once, and so is one of which each device has a replica.
     state = [jax.ShapeDtypeStruct((1000, 8), jnp.float32, sharding=place) for place in (divided, whole)]
     state.append(np.zeros(1000, np.float32))
-    assert checkpoint._staged_bytes(state) == 32_000 + 32_000 + 4_000
+    assert space.staged_bytes(state) == 32_000 + 32_000 + 4_000
     with CheckpointWriter(tmp_path, keep=1) as writer:
-        monkeypatch.setattr(checkpoint, "available_memory", lambda: 68_000)
+        monkeypatch.setattr(space, "available_memory", lambda: 68_000)
         writer.reserve(state)
         writer.save(1, weights(), ASSETS)
         writer.wait()
-        monkeypatch.setattr(checkpoint, "available_memory", lambda: 1_000)
+        monkeypatch.setattr(space, "available_memory", lambda: 1_000)
         for attempt in (lambda: writer.reserve(state), lambda: writer.save(2, weights(), ASSETS)):
             with pytest.raises(OSError, match=r"memory available, and a save .* needs a copy of"):
                 attempt()
@@ -281,7 +290,7 @@ def test_too_little_memory_for_the_copy_of_a_save_is_noticed_before_it_is_made(t
 
 
 def test_memory_that_the_system_says_is_available_is_read():
-    available = checkpoint.available_memory()
+    available = space.available_memory()
     assert available is None or 2**26 < available < 2**50
 
 
@@ -320,8 +329,8 @@ def test_a_save_killed_midway_leaves_the_checkpoint_before_it(tmp_path):
         ("model.safetensors", "PyTorch weights"),
         ("weights.npz", "big_vision"),
         ("model.pt", "safetensors"),
-        ("params/_METADATA", "openpi checkpoint.*convert"),
-        ("meta/info.json", "data set.*--data.path"),
+        ("params/_METADATA", "openpi checkpoint.*[Cc]onvert"),
+        ("meta/info.json", "is a data set, not a checkpoint"),
         ("checkpoints/metadata", "no complete checkpoint yet"),
         ("notes.txt", r"not a pi0_jax checkpoint.*notes\.txt"),
     ],
@@ -342,7 +351,7 @@ def test_a_missing_path_lists_what_is_there_instead(run):
     ("old", "new", "message"),
     [
         ('"format_version": 1', '"format_version": 2', "format version 2"),
-        ('"depth": 18', '"depht": 18', r"depht.*config\.model"),
+        ('"depth": 18', '"depht": 18', r"depht.*config\.policy\.model"),
         ('"pi05"', '"pi06"', "pi06"),
     ],
 )

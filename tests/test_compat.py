@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+
 import jax
 import jax.numpy as jnp
 import pytest
+import tensorstore
 from jax import monitoring
+from orbax.checkpoint.path import step
 
 from pi0_jax import compat
 
@@ -60,3 +64,16 @@ def test_xla_says_how_much_memory_a_refused_program_takes():
     text = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.50G of 15.75G hbm. Exceeded hbm capacity"
     assert compat.bytes_of_refused_program(ValueError(text)) == 17.5 * 2**30
     assert compat.bytes_of_refused_program(ValueError("another reason")) is None
+
+
+def test_orbax_marks_the_folder_of_an_unfinished_save():
+    assert step.TMP_DIR_SUFFIX == compat.ORBAX_UNFINISHED
+
+
+def test_tensorstore_names_the_number_of_a_system_error(tmp_path):
+    (tmp_path / "file").touch()
+    spec = {"driver": "zarr", "kvstore": f"file://{tmp_path / 'file' / 'array'}"}
+    with pytest.raises(ValueError, match="array") as caught:
+        tensorstore.open(spec, create=True, dtype="float32", shape=[3]).result()
+    assert compat.tensorstore_errno(caught.value) == errno.ENOTDIR
+    assert compat.tensorstore_errno(OSError(errno.EIO, "no message of TensorStore")) is None

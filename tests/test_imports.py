@@ -23,7 +23,8 @@ MAY_IMPORT = {
     "baselines": {"config", "batch", "model", "flow"},
     "pi0": {"config", "batch", "model", "flow", "baselines"},
     "flops": {"config", "batch", "model", "pi0"},
-    "checkpoint": {"config"},
+    "config_json": set(),
+    "checkpoint": {"compat", "config", "config_json"},
     "training": {"compat", "config", "errors", "batch", "data", "model", "pi0", "checkpoint", "flops"},
     "plan": {"compat", "config", "errors", "batch", "data", "model", "pi0", "checkpoint", "flops", "training"},
     "inference": {"atomic", "config", "batch", "data", "model", "flow", "pi0", "checkpoint"},
@@ -82,3 +83,8 @@ def test_importing_the_package_costs_little_beyond_jax():
         for _ in range(3)
     ]
     assert min(seconds) < 0.5
+
+
+def test_what_a_checkpoint_is_can_be_read_without_orbax():
+    code = "import sys, pi0_jax.checkpoint as c; c.load_assets; print('orbax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"

@@ -20,9 +20,10 @@ from jaxtyping import Int
 from pi0_jax.config import DataConfig, DatasetConfig, PolicyConfig
 from pi0_jax.data.cache import CachedFrames
 from pi0_jax.data.lerobot.reader import LeRobotDataset, find_dataset
-from pi0_jax.data.rlds.reader import PRESETS, RldsDataset
-from pi0_jax.data.robots import Robot, get_robot
-from pi0_jax.data.source import ACTION, STATE, Renamed, Source, close_to
+from pi0_jax.data.rlds.reader import RldsDataset
+from pi0_jax.data.robots import ROBOTS, Robot, get_robot
+from pi0_jax.data.source import ACTION, STATE, Renamed, Source
+from pi0_jax.errors import UserError
 
 BLOCK = 2**16
 """Samples after which the datasets have had exactly their shares. Shares are multiples of one in so many."""
@@ -100,9 +101,10 @@ def open_source(dataset: DatasetConfig, data: DataConfig, robot: Robot) -> Sourc
     Raises:
         FileNotFoundError, ValueError: see `LeRobotDataset` and `RldsDataset`; or neither is in the folder.
     """
-    if dataset.preset is not None and dataset.preset not in PRESETS:
-        raise ValueError(f"there is no preset {dataset.preset!r}{close_to(dataset.preset, PRESETS)}; {list(PRESETS)}.")
-    preset = PRESETS[dataset.preset] if dataset.preset is not None else None
+    preset = None if dataset.preset is None else get_robot(dataset.preset).rlds
+    if dataset.preset is not None and preset is None:
+        known = [name for name in ROBOTS if get_robot(name).rlds is not None]
+        raise UserError(f"there is no published RLDS dataset of {dataset.preset!r}; there are those of {known}.")
     root = find_dataset(dataset.path, data.offline)
     if root.exists() and not any(any(root.glob(name)) for name in ("meta/info.json", *RLDS_FILES)):
         raise FileNotFoundError(_no_dataset(root))
@@ -127,7 +129,7 @@ def open_source(dataset: DatasetConfig, data: DataConfig, robot: Robot) -> Sourc
         source = LeRobotDataset(
             root, decoding=data.frames, skip_bad_episodes=data.skip_bad_episodes, without=dataset.without_episodes
         )
-    keys = (preset.keys if preset else {}) | dataset.keys
+    keys = {**(preset.keys if preset else {}), **dataset.keys}
     if keys:
         source = Renamed(source, keys)
     if missing := [name for name in (STATE, ACTION) if name not in source.features]:

@@ -7,18 +7,18 @@ pictures are read for the frames that are asked for.
 from __future__ import annotations
 
 import abc
-import difflib
 import hashlib
 import logging
 import os
 import tempfile
 import threading
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int, Shaped, UInt8
+
+from pi0_jax.errors import UserError, did_you_mean
 
 STATE, ACTION, VALID = "observation.state", "action", "valid"
 """Names of the columns we read. `valid`, shape (1,), is optional: 0 where something other than the demonstrator chose
@@ -29,11 +29,9 @@ _log = logging.getLogger(__name__)
 Rows = Int[np.ndarray, "*b"]
 
 
-class BadEpisode(ValueError):
+class BadEpisode(UserError):
     """An episode that cannot be read. The message names the file and the episode, and is for the user, from whichever
     process it comes."""
-
-    exit_code = 1
 
 
 class Source(abc.ABC):
@@ -87,7 +85,7 @@ class Source(abc.ABC):
         """Values of one feature for all frames, in order. They are kept, so do not change them.
 
         Raises:
-            ValueError: no such feature, or it is a camera; the files do not hold what the dataset says.
+            UserError: no such feature, or it is a camera; the files do not hold what the dataset says.
         """
         kept = vars(self).setdefault("_columns", {})
         if name not in kept:
@@ -113,7 +111,7 @@ class Source(abc.ABC):
         """Frames of a camera, RGB.
 
         Raises:
-            ValueError: no such camera; a frame cannot be decoded. The message names the file and the episode.
+            UserError: no such camera; a frame cannot be decoded. The message names the file and the episode.
             FileNotFoundError: a file is missing.
         """
 
@@ -158,15 +156,14 @@ class Source(abc.ABC):
         """Raises ValueError unless `name` is a feature that is no camera."""
         if name in self.cameras or name not in self.features:
             numeric = [key for key in self.features if key not in self.cameras]
-            raise ValueError(f"{self.root} has no column {name!r}{close_to(name, numeric)}; its columns are {numeric}.")
+            hint = did_you_mean(name, numeric, 0.4)
+            raise UserError(f"{self.root} has no column {name!r}; its columns are {numeric}.{hint}")
 
     def check_camera(self, name: str) -> None:
         """Raises ValueError unless `name` is a camera."""
         if name not in self.cameras:
-            raise ValueError(
-                f"{self.root} has no camera {name!r}{close_to(name, self.cameras)}; its cameras are "
-                f"{list(self.cameras)}."
-            )
+            hint = did_you_mean(name, self.cameras, 0.4)
+            raise UserError(f"{self.root} has no camera {name!r}; its cameras are {list(self.cameras)}.{hint}")
 
     def report_skipped(self) -> None:
         """Logs what was left out."""
@@ -186,16 +183,16 @@ class Renamed(Source):
             side by side. Features without an entry keep their names.
 
     Raises:
-        ValueError: the dataset lacks a named feature, or pictures are to be joined.
+        UserError: the dataset lacks a named feature, or pictures are to be joined.
     """
 
     def __init__(self, source: Source, keys: dict[str, str]):
         self.source, self._keys = source, {new: [part.strip() for part in old.split("+")] for new, old in keys.items()}
         used = [old for parts in self._keys.values() for old in parts]
         if missing := sorted(set(used) - set(source.features)):
-            raise ValueError(
-                f"{source.root} has no feature {missing}{close_to(missing[0], source.features)}, which its `keys` "
-                f"name; it has {list(source.features)}."
+            raise UserError(
+                f"{source.root} has no feature {missing}, which its `keys` name; it has {list(source.features)}."
+                f"{did_you_mean(missing[0], source.features, 0.4)}"
             )
         self.root, self.fps, self.tasks = source.root, source.fps, source.tasks
         self.episodes, self.ends, self.skipped = source.episodes, source.ends, source.skipped
@@ -208,7 +205,7 @@ class Renamed(Source):
         if len(parts) == 1 and len(features[0]["shape"]) != 0:
             return features[0]
         if any(feature["dtype"] in ("video", "image") for feature in features):
-            raise ValueError(f"{new!r} joins {parts} of {self.source.root}, and pictures cannot be joined.")
+            raise UserError(f"{new!r} joins {parts} of {self.source.root}, and pictures cannot be joined.")
         width = sum(int(np.prod(feature["shape"])) for feature in features)
         return {"dtype": features[0]["dtype"], "shape": (width,), "names": None}
 
@@ -239,7 +236,7 @@ def cache_folder(root: Path, chosen: Path | None) -> Path:
     """A folder for decoded video that can be written to: the chosen one; else in the dataset; else a temporary one.
 
     Raises:
-        ValueError: none of them can be written to.
+        UserError: none of them can be written to.
     """
     owner = os.getuid() if hasattr(os, "getuid") else "user"
     name = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]
@@ -251,10 +248,4 @@ def cache_folder(root: Path, chosen: Path | None) -> Path:
                 return folder
         except OSError:
             continue
-    raise ValueError(f"no folder for decoded video of {root} can be written to. Pass one as `cache`.")
-
-
-def close_to(name: str, names: Iterable[str]) -> str:
-    """A hint at the name that was perhaps meant, or nothing."""
-    match = difflib.get_close_matches(name, list(names), n=1, cutoff=0.4)
-    return f" (did you mean {match[0]!r}?)" if match else ""
+    raise UserError(f"no folder for decoded video of {root} can be written to. Pass one as `cache`.")

@@ -1,1 +1,1 @@
-"""What training and sampling take on devices that need not be there."""
+"""Cost of training on devices that need not be there."""

@@ -9,7 +9,7 @@ from flax.traverse_util import unflatten_dict
 from pi0_jax import checkpoint, pi0
 from pi0_jax.config import TrainConfig
 from pi0_jax.model.heads import Network
-from pi0_jax.training.partition import flat, is_adapter, unite
+from pi0_jax.training.partition import combine, flat, is_adapter
 from pi0_jax.training.state import TrainState
 
 
@@ -58,7 +58,7 @@ def first_weights(config: TrainConfig, network: Network, shapes: TrainState):
     like, partial = unflatten_dict(taken, sep="/"), bool(config.init_parts)
     weights = checkpoint.restore_params(config.init_from, like, partial=partial)
     others = {name: leaf for name, leaf in names.items() if name not in taken}
-    return weights if not others else unite(weights, _random(config, network, others))
+    return weights if not others else combine(weights, _random(config, network, others))
 
 
 def _random(config: TrainConfig, network: Network, wanted: dict):

@@ -1,7 +1,8 @@
-"""What is trained and what is frozen: recipes and patterns, and a tree of parameters in two parts.
+"""Trainable and frozen parameters: recipes and patterns, and the partition of a tree into the two.
 
-A tree is divided into the leaves that are trained and those that are not, each a nested dict without the other's paths,
-so that optimizer, gradient, average and checkpoint see one part and need not know of the other.
+Each of the two is a nested dict without the other's paths, so that gradient, optimizer, average and checkpoint see the
+trainable leaves and need not know of the frozen ones. `optax.multi_transform` with `set_to_zero` would save the
+optimizer's state alone: frozen leaves would still have a gradient, count in its norm, and be averaged.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ RECIPES: dict[str, tuple[str, ...]] = {
     "expert": ("image_encoder/*", "image_projector/*", *_LANGUAGE),
     "vision_frozen": ("image_encoder/*",),
 }
-"""What each freezes, adapters excepted; `lora` freezes the experts that have adapters."""
+"""Patterns that each recipe freezes, adapters excepted; `lora` freezes the experts that have adapters."""
 
 
 def with_adapters(config: TrainConfig) -> TrainConfig:
@@ -63,24 +64,24 @@ def frozen_names(tune: TuneConfig, model: ModelConfig, names: Iterable[str]) -> 
         for pattern in getattr(tune, field):
             if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
                 raise ValueError(
-                    f"tune.{field} {pattern!r} matches no parameter. Paths begin with {', '.join(parts(names))}; * "
+                    f"tune.{field} {pattern!r} matches no parameter. Paths begin with {', '.join(modules(names))}; * "
                     "stands for anything."
                 )
-    recipe = RECIPES.get(tune.recipe) or _of_lora(tune, model)
-    found = {
+    recipe = RECIPES.get(tune.recipe) or _frozen_by_lora(tune, model)
+    frozen = {
         name
         for name in names
         if ((_matches(name, recipe) and not is_adapter(name)) or _matches(name, tune.frozen))
         and not _matches(name, tune.trained)
     }
-    if len(found) == len(names):
+    if len(frozen) == len(names):
         raise ValueError(
             f"tune freezes all {len(names)} parameters; name some to train (--tune.trained 'action_out/*')."
         )
-    return frozenset(found)
+    return frozenset(frozen)
 
 
-def _of_lora(tune: TuneConfig, model: ModelConfig) -> tuple[str, ...]:
+def _frozen_by_lora(tune: TuneConfig, model: ModelConfig) -> tuple[str, ...]:
     if tune.recipe == "full":
         return ()
     adapted = [has_adapters(model, name) for name in ("language", "action")]
@@ -105,41 +106,41 @@ def flat(tree: Mapping[str, Any] | None) -> dict[str, Any]:
     return dict(flatten_dict(tree or {}, sep="/"))
 
 
-def divide(tree: Mapping[str, Any], frozen: Iterable[str]) -> tuple[Any, Any]:
-    """A tree's trained and frozen leaves, as two trees; None for the second where nothing is frozen.
+def partition(tree: Mapping[str, Any], frozen: Iterable[str]) -> tuple[Any, Any]:
+    """The trainable and the frozen leaves of a tree, as two trees; None for the second where nothing is frozen.
 
     Args:
-        tree: nested dicts; their leaves may be boxes of linen's.
+        tree: nested dicts; their leaves may be linen's boxes.
         frozen: paths.
     """
     frozen = set(frozen)
     if not frozen:
         return tree, None
-    trained, rest = (
-        unflatten_dict({name: leaf for name, leaf in flat(tree).items() if (name in frozen) is part}, sep="/")
-        for part in (False, True)
+    trainable, others = (
+        unflatten_dict({name: leaf for name, leaf in flat(tree).items() if (name in frozen) is wanted}, sep="/")
+        for wanted in (False, True)
     )
-    return trained, rest
+    return trainable, others
 
 
-def unite(trained, frozen):
-    """The inverse of `divide`."""
+def combine(trainable: Mapping[str, Any], frozen: Mapping[str, Any] | None) -> Any:
+    """The inverse of `partition`."""
     if frozen is None:
-        return trained
-    return unflatten_dict(flat(trained) | flat(frozen), sep="/")
+        return trainable
+    return unflatten_dict(flat(trainable) | flat(frozen), sep="/")
 
 
-def rounded(tree):
+def cast_frozen(tree: Any) -> Any:
     """A tree in the dtype that frozen parameters are stored in."""
     return jax.tree.map(lambda x: x.astype(FROZEN_DTYPE), tree)
 
 
-def parts(names: Iterable[str]) -> list[str]:
-    """The parts of a model that its parameters are counted by, in order."""
-    return list(dict.fromkeys(_part(name) for name in sorted(names)))
+def modules(names: Iterable[str]) -> list[str]:
+    """The modules of a model that its parameters are counted by, in order."""
+    return list(dict.fromkeys(_module(name) for name in sorted(names)))
 
 
-def _part(name: str) -> str:
+def _module(name: str) -> str:
     adapters = " (adapters)" * is_adapter(name)
     pieces = name.split("/")
     if pieces[0] != "backbone":
@@ -147,19 +148,19 @@ def _part(name: str) -> str:
     return "/".join(["backbone/layers", pieces[2]] if pieces[1] == "layers" else pieces[:2]) + adapters
 
 
-def table(trained, frozen) -> str:
-    """What trains: a line a part with its parameters, how many of them are trained, and the dtypes they are stored in.
+def table(trainable, frozen) -> str:
+    """A table of modules: their parameters, how many of them are trained, and the dtypes they are stored in.
 
     Args:
-        trained, frozen: trees of arrays or shapes, as from `divide`.
+        trainable, frozen: trees of arrays or shapes, as from `partition`.
     """
-    leaves = {name: (leaf, True) for name, leaf in flat(trained).items()}
+    leaves = {name: (leaf, True) for name, leaf in flat(trainable).items()}
     leaves |= {name: (leaf, False) for name, leaf in flat(frozen).items()}
-    rows = [("part", "parameters", "trained", "dtype")]
-    for part in [*parts(leaves), ""]:
-        own = [leaf for name, leaf in leaves.items() if part in ("", _part(name))]
-        count, learned = (sum(x.size for x, learns in own if learns or every) for every in (True, False))
+    rows = [("module", "parameters", "trained", "dtype")]
+    for module in [*modules(leaves), ""]:
+        own = [leaf for name, leaf in leaves.items() if module in ("", _module(name))]
+        count, trained = (sum(x.size for x, learns in own if learns or every) for every in (True, False))
         dtypes = sorted({str(jnp.dtype(x.dtype)) for x, _ in own})
-        rows.append((part or "all", f"{count:,}", f"{learned:,}" if learned else "-", ", ".join(dtypes)))
+        rows.append((module or "all", f"{count:,}", f"{trained:,}" if trained else "-", ", ".join(dtypes)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(f"  {a:{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d}".rstrip() for a, b, c, d in rows)

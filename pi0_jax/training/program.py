@@ -22,7 +22,7 @@ from pi0_jax.data.robots import Robot
 from pi0_jax.model.heads import Network, make_network
 from pi0_jax.training import optimizer, sharding
 from pi0_jax.training.inputs import trained_augment, trained_model
-from pi0_jax.training.partition import divide, flat, frozen_names, unite
+from pi0_jax.training.partition import combine, flat, frozen_names, partition
 from pi0_jax.training.state import TrainState, create
 from pi0_jax.training.step import Metrics, make_update
 
@@ -69,7 +69,7 @@ def build(config: TrainConfig, mesh: Mesh, robot: Robot, stats: Stats, rows: np.
     network = make_network(config.policy.model)
     weights = jax.eval_shape(functools.partial(pi0.init_params, network), jax.random.key(0))
     frozen = frozen_names(config.tune, config.policy.model, flat(weights))
-    boxed = divide(weights, frozen)[0]
+    boxed = partition(weights, frozen)[0]
     computed = make_network(trained_model(config))
     transform = optimizer.make_optimizer(config.optim, schedule, boxed)
     ema = None if config.optim.ema_decay is None else config.optim.ema_dtype
@@ -90,7 +90,7 @@ def build(config: TrainConfig, mesh: Mesh, robot: Robot, stats: Stats, rows: np.
         # The seed is an argument, so that runs which differ in it alone share their compiled programs.
         def update(seed, state: TrainState, *rest):
             def error(params, *args):
-                return whole(unite(params, state.frozen), *args)
+                return whole(combine(params, state.frozen), *args)
 
             make = make_update(
                 draw, error, augmented, transform, schedule, ema_decay=config.optim.ema_decay, seed=seed,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from pi0_jax.training.partition import divide, flat, rounded, unite
+from pi0_jax.training.partition import cast_frozen, combine, flat, partition
 
 
 class TrainState(NamedTuple):
@@ -29,7 +29,7 @@ class TrainState(NamedTuple):
     @property
     def weights(self) -> Any:
         """The weights to run: the moving average where there is one, and what is frozen."""
-        return unite(self.params if self.ema is None else self.ema, self.frozen)
+        return combine(self.params if self.ema is None else self.ema, self.frozen)
 
 
 def create(
@@ -43,9 +43,9 @@ def create(
         ema: dtype of the moving average; None: there is none.
         frozen: paths of those that are not.
     """
-    params, rest = divide(weights, frozen)
+    params, rest = partition(weights, frozen)
     average = None if ema is None else jax.tree.map(lambda x: jnp.array(x, ema), params)
-    return TrainState(jnp.int32(0), params, optimizer.init(params), average, rest and rounded(rest))
+    return TrainState(jnp.int32(0), params, optimizer.init(params), average, rest and cast_frozen(rest))
 
 
 def split(state: TrainState) -> tuple[Any, dict[str, Any]]:
@@ -56,7 +56,7 @@ def split(state: TrainState) -> tuple[Any, dict[str, Any]]:
 
 def join(weights, rest: dict[str, Any], like: TrainState) -> TrainState:
     """The inverse of `split`, for a state with the trees of `like`."""
-    trained, frozen = divide(weights, flat(like.frozen))
+    trained, frozen = partition(weights, flat(like.frozen))
     if "params" in rest:
         return TrainState(rest["step"], rest["params"], rest["opt_state"], trained, frozen)
     return TrainState(rest["step"], trained, rest["opt_state"], None, frozen)

@@ -307,7 +307,7 @@ def test_rows_that_contradict_the_episodes_are_reported(copy, tmp_path):
 
 
 def test_unknown_names_get_a_suggestion(dataset):
-    with pytest.raises(ValueError, match=r"did you mean 'observation\.images\.top'"):
+    with pytest.raises(ValueError, match=r"Did you mean 'observation\.images\.top'"):
         dataset.frames("observation.image.top")
-    with pytest.raises(ValueError, match="did you mean 'action'"):
+    with pytest.raises(ValueError, match="Did you mean 'action'"):
         dataset.columns("actions")

@@ -248,7 +248,12 @@ def sources(root):
 
 
 def test_several_threads_get_the_frames_that_one_gets(tmp_path, monkeypatch):
-    for name in ("rlds.SHARDS_OPEN", "rlds.EPISODES_KEPT", "lerobot.ROW_GROUPS_KEPT", "cache.SHARDS_OPEN"):
+    for name in (
+        "rlds.reader.SHARDS_OPEN",
+        "rlds.reader.EPISODES_KEPT",
+        "lerobot.reader.ROW_GROUPS_KEPT",
+        "cache.SHARDS_OPEN",
+    ):
         monkeypatch.setattr(f"pi0_jax.data.{name}", 1)
     monkeypatch.setattr("pi0_jax.data.cache.FRAMES_PER_SHARD", 10)
     orders = [np.random.default_rng(seed).permutation(34)[:8] for seed in range(40)]

@@ -1,16 +1,20 @@
 """Robots: found by name or file, each one's example is a valid observation, and actions come back as they went in."""
 
 import dataclasses
+import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from pi0_jax.config import ModelConfig, PolicyConfig, VisionConfig
+from pi0_jax.data import robots
 from pi0_jax.data.normalization import NormStats
 from pi0_jax.data.robots import ROBOTS, SEMANTICS, get_robot, semantics_of
 from pi0_jax.data.robots.aloha import angle_from_command, angle_from_opening, command_from_angle, opening_from_angle
 from pi0_jax.data.tokenizer import Tokenizer
 from pi0_jax.data.transform import adapt, chain, check_observation, make_transform, relative_actions
+from pi0_jax.errors import UserError
 
 FILE = """
 from pi0_jax.data.robots import Robot
@@ -25,9 +29,11 @@ def test_tabletop_names_its_planar_axes():
         assert all((names[x][-1], names[y][-1]) == ("x", "y") for x, y in pairs)
 
 
-def test_unknown_robot_gets_a_suggestion():
-    with pytest.raises(ValueError, match="did you mean 'tabletop'"):
+def test_unknown_robot_gets_a_suggestion_and_a_missing_one_the_list():
+    with pytest.raises(UserError, match="Did you mean 'tabletop'"):
         get_robot("table_top")
+    with pytest.raises(UserError, match=r"names no robot.*aloha, bridge, droid.*pi0 data robot PATH"):
+        get_robot("")
 
 
 @pytest.mark.parametrize("name", ROBOTS)
@@ -35,6 +41,7 @@ def test_every_robot_is_consistent_and_its_example_is_valid(name):
     robot = get_robot(name)
     assert robot.name == name
     check_observation(robot.example(), robot)
+    assert pickle.loads(pickle.dumps(robot)).cameras == robot.cameras  # worker processes get it
     assert set(semantics_of(robot, {})) <= set(SEMANTICS)
     assert all(camera in PolicyConfig().model.cameras for camera in robot.cameras.values()) or name == "tabletop"
 
@@ -132,3 +139,8 @@ def test_a_robot_can_be_a_file(tmp_path):
     path.write_text("robot = 3")
     with pytest.raises(ValueError, match="sets no `ROBOT`"):
         get_robot(str(path))
+
+
+def test_a_new_file_in_the_folder_is_a_new_robot():
+    folder = Path(robots.__file__).parent
+    assert {*ROBOTS, "__init__"} == {path.stem for path in folder.glob("*.py")}

@@ -14,9 +14,13 @@ import tyro
 
 from pi0_jax import cli, flops
 from pi0_jax.config import FlowConfig, MeshConfig, OptimConfig, PolicyConfig, TrainConfig
-from pi0_jax.plan import estimate as planning
-from pi0_jax.plan.estimate import REMATS, Device, alternatives, describe, find_fitting, make_plan
+from pi0_jax.plan import devices
+from pi0_jax.plan.compile import build_program
+from pi0_jax.plan.cost import Plan, kept_for_backward, make_plan, with_model
+from pi0_jax.plan.devices import Device, find_devices
+from pi0_jax.plan.fit import REMATS, alternatives, find_fitting
 from pi0_jax.plan.hlo_collectives import traffic
+from pi0_jax.plan.report import describe
 from pi0_jax.training import sharding
 from tests.conftest import tiny_config
 from tests.training.common import random_batch
@@ -33,37 +37,37 @@ CONFIG = TrainConfig(
 
 
 @pytest.fixture(scope="module")
-def plan() -> planning.Plan:
+def plan() -> Plan:
     return make_plan(CONFIG)
 
 
 def test_what_a_plan_says_is_held_is_what_the_arrays_hold(plan):
     mesh = sharding.make_mesh(CONFIG.mesh)
-    program, _ = planning._program(CONFIG, mesh)
+    program, _ = build_program(CONFIG, mesh)
     state = program.start(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), program.shapes.params))
     for name, part in (
         ("parameters", state.params),
         ("optimizer", (state.step, state.opt_state)),
         ("average", state.ema),
     ):
-        assert plan.held[name] == max(held(part)), name
+        assert plan.resident_bytes[name] == max(held(part)), name
     batch = jax.device_put(random_batch(MODEL, 64), sharding.batch_sharding(mesh, 64))
-    assert plan.held["batch"] == max(held(batch))
+    assert plan.resident_bytes["batch"] == max(held(batch))
 
 
 def test_the_peak_of_a_plan_is_the_compilers(plan):
     mesh = sharding.make_mesh(CONFIG.mesh)
-    program, batch = planning._program(CONFIG, mesh)
+    program, batch = build_program(CONFIG, mesh)
     lowered = program.update.lower(jax.ShapeDtypeStruct((), np.uint32), program.shapes, batch)
     memory = lowered.compile().memory_analysis()
     total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     assert not plan.estimated
     assert plan.peak == pytest.approx(total, rel=0.1)
-    assert sum(plan.held.values()) == pytest.approx(memory.argument_size_in_bytes, rel=0.1)
+    assert sum(plan.resident_bytes.values()) == pytest.approx(memory.argument_size_in_bytes, rel=0.1)
 
 
 def test_what_the_backward_pass_keeps_shrinks_with_the_policy_and_grows_with_the_batch():
-    kept = [planning.kept_for_backward(planning._with_model(CONFIG, remat=name)) for name in REMATS]
+    kept = [kept_for_backward(with_model(CONFIG, remat=name)) for name in REMATS]
     assert kept == sorted(kept, reverse=True)
     # At least each layer's input, float32: 4 image tokens and the prompt, state and actions.
     prefix, suffix = MODEL.prompt_length + 4, 1 + MODEL.action_horizon
@@ -114,8 +118,8 @@ def test_a_collective_in_a_loop_in_a_loop_counts_every_round():
 
 
 def test_what_an_update_sends_under_fsdp_is_its_weights_and_gradients(plan):
-    size = plan.held["parameters"] * 8
-    assert 2 * size < sum(plan.sent.values()) < 8 * size
+    size = plan.resident_bytes["parameters"] * 8
+    assert 2 * size < sum(plan.comm_bytes.values()) < 8 * size
 
 
 TPU_TEXT = """
@@ -153,7 +157,7 @@ def test_pieces_of_one_collective_over_fusions_of_a_tpu_count_once():
 
 
 def test_ways_to_need_less_memory_come_in_order_of_what_they_change():
-    config = dataclasses.replace(planning._with_model(CONFIG, remat="matmuls"), mesh=MeshConfig(data=-1))
+    config = dataclasses.replace(with_model(CONFIG, remat="matmuls"), mesh=MeshConfig(data=-1))
     ways = list(alternatives(config, sharding.make_mesh(config.mesh), lambda config: 0.0))
     assert [flags.split(" --")[-1] for flags, _ in ways] == [
         "mesh.fsdp -1",
@@ -175,11 +179,11 @@ def test_ways_to_need_less_memory_come_in_order_of_what_they_change():
 
 
 def test_the_nearest_settings_that_fit_are_found(monkeypatch):
-    monkeypatch.setattr(planning, "make_plan", functools.partial(make_plan, compiled=False))
-    config = dataclasses.replace(planning._with_model(CONFIG, remat="none"), mesh=MeshConfig(data=-1))
-    for enough in (planning._with_model(CONFIG, remat="full"), None):
+    monkeypatch.setattr("pi0_jax.plan.fit.make_plan", functools.partial(make_plan, compiled=False))
+    config = dataclasses.replace(with_model(CONFIG, remat="none"), mesh=MeshConfig(data=-1))
+    for enough in (with_model(CONFIG, remat="full"), None):
         memory = 0.0 if enough is None else 1.01 * make_plan(enough, "h100:8", compiled=False).peak
-        monkeypatch.setitem(planning.GPUS, "h100", Device(memory, 1e12, 1e12, 1e11))
+        monkeypatch.setitem(devices.GPUS, "h100", Device(memory, 1e12, 1e12, 1e11))
         first = make_plan(config, "h100:8", compiled=False)
         assert not first.fits
         found = find_fitting(config, first)
@@ -206,7 +210,7 @@ def test_the_command_takes_the_flags_of_training(monkeypatch, tmp_path, capsys):
     (tmp_path / "config.py").write_text(
         "from pi0_jax.config import *\nfrom tests.plan.test_plan import CONFIG\nconfig = CONFIG\n"
     )
-    monkeypatch.setattr("pi0_jax.training.commands.make_plan", functools.partial(make_plan, compiled=False))
+    monkeypatch.setattr("pi0_jax.plan.commands.make_plan", functools.partial(make_plan, compiled=False))
     command = ["plan", str(tmp_path / "config.py"), "--topology", "h100:8", "--batch-size", "16"]
     assert cli.main(command) == 0
     assert "h100:8: 8 devices, mesh data 1 x fsdp 8 x tensor 1, batch 16" in capsys.readouterr().out
@@ -218,11 +222,11 @@ def test_a_plan_for_a_tpu_without_its_compiler_or_of_no_shape_says_what_to_do(mo
     def refuse(*args, **options):
         raise RuntimeError("cannot generate TPU topology")
 
-    monkeypatch.setattr(planning.topologies, "get_topology_desc", refuse)
-    monkeypatch.setattr(planning.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("pi0_jax.compat.tpu_devices", refuse)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'pi0_jax\[tpu\]'"):
         make_plan(CONFIG, "v5e:4x4")
-    monkeypatch.setattr(planning.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
     with pytest.raises(ValueError, match=r"no topology v5e:4: cannot generate.*2x2, 2x4, 4x4"):
         make_plan(CONFIG, "v5e:4")
 
@@ -233,6 +237,6 @@ def test_a_tpu_that_is_not_there_is_compiled_for():
     assert not found.estimated
     assert found.mesh["fsdp"] == 4
     assert found.temporaries > 0
-    assert sum(found.sent.values()) > 2 * found.held["parameters"]
+    assert sum(found.comm_bytes.values()) > 2 * found.resident_bytes["parameters"]
     for topology, chips in {"v4:2x2x1": 4, "v5p:2x2x2": 8, "v6e:1x1": 1}.items():
-        assert len(planning.find_devices(topology)[1]) == chips
+        assert len(find_devices(topology)[1]) == chips

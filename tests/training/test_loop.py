@@ -182,7 +182,7 @@ def test_overwrite_starts_anew_but_deletes_nothing_before_the_data_is_known_to_b
         ({"save_every": 0}, "save_every is 0"),
         ({"batch_size": 12}, "--batch-size 8"),
         ({"optim": OptimConfig(decay_steps=9)}, r"--optim\.warmup-steps"),
-        ({"policy": PolicyConfig(robot="tabletpo")}, "did you mean 'tabletop'"),
+        ({"policy": PolicyConfig(robot="tabletpo")}, "Did you mean 'tabletop'"),
         ({"init_from": "nowhere"}, "no checkpoint at"),
     ],
 )

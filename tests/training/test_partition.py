@@ -18,11 +18,11 @@ from pi0_jax.config import PI0, DataConfig, MeshConfig, ModelConfig, OptimConfig
 from pi0_jax.convert.run import convert
 from pi0_jax.inference.policy import Policy
 from pi0_jax.model.heads import make_network
-from pi0_jax.plan import estimate as planning
+from pi0_jax.plan.compile import build_program
 from pi0_jax.training import low_precision, sharding
 from pi0_jax.training.init_weights import first_weights
 from pi0_jax.training.loop import run
-from pi0_jax.training.partition import divide, flat, frozen_names, table, unite, with_adapters
+from pi0_jax.training.partition import combine, flat, frozen_names, partition, table, with_adapters
 from tests.data.conftest import write
 from tests.policies import TINY
 
@@ -111,7 +111,7 @@ def test_adapters_on_one_expert_leave_the_other_trained_and_are_trained_under_an
 def test_openpis_adapters_at_full_size_freeze_both_experts_and_train_the_rest():
     config = with_adapters(TrainConfig(policy=PolicyConfig(model=PI0), tune=TuneConfig("lora")))
     names = flat(weights_of(config.policy.model))
-    trained, frozen = divide(unite(names, None), frozen_of(PI0, TuneConfig("lora")))
+    trained, frozen = partition(combine(names, None), frozen_of(PI0, TuneConfig("lora")))
     count = {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in (("t", trained), ("f", frozen))}
     plain = sum(x.size for x in jax.tree.leaves(weights_of(PI0)))
     adapters = sum(x.size for name, x in names.items() if "_lora_" in name)
@@ -155,7 +155,7 @@ def test_frozen_weights_are_the_checkpoints_rounded_once_under_fsdp_and_after_re
 
 def test_a_state_has_no_optimizer_state_and_no_average_of_what_is_frozen(config):
     for tune in (TuneConfig("expert"), LORA):
-        program, _ = planning._program(
+        program, _ = build_program(
             dataclasses.replace(config, tune=tune), sharding.make_mesh(MeshConfig(1), jax.devices()[:1])
         )
         state = program.shapes
@@ -169,7 +169,7 @@ def test_a_state_has_no_optimizer_state_and_no_average_of_what_is_frozen(config)
 
 def test_adapters_start_without_effect_on_weights_that_have_none(config):
     lora = with_adapters(dataclasses.replace(config, tune=LORA))
-    program, _ = planning._program(lora, sharding.make_mesh(MeshConfig(1), jax.devices()[:1]))
+    program, _ = build_program(lora, sharding.make_mesh(MeshConfig(1), jax.devices()[:1]))
     weights = flat(first_weights(lora, program.network, program.shapes))
     adapters = {name: x for name, x in weights.items() if "_lora_" in name}
     assert len(adapters) == 20

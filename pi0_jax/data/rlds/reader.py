@@ -23,7 +23,7 @@ import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -43,55 +43,6 @@ FORMATS = ("tfrecord", "array_record")
 METADATA = "episode_metadata/file_path"
 
 _log = logging.getLogger(__name__)
-
-
-class Preset(NamedTuple):
-    """Where a published dataset keeps what a policy needs."""
-
-    keys: dict[str, str]
-    """LeRobot's names → features of the dataset; " + " puts several side by side."""
-    fps: float
-    task: str = "language_instruction"
-    """Feature with the instruction of each step."""
-    only: str | None = None
-    """Regular expression that the episode's `file_path` has to contain."""
-
-
-# Khazatsky et al. 2024, arXiv 2403.12945. Failed attempts are in the published records too, and only their path tells.
-_DROID = {
-    "observation.images.exterior_1_left": "observation/exterior_image_1_left",
-    "observation.images.exterior_2_left": "observation/exterior_image_2_left",
-    "observation.images.wrist_left": "observation/wrist_image_left",
-    "observation.state": "observation/joint_position + observation/gripper_position",
-}
-PRESETS = {
-    "droid": Preset(
-        _DROID | {"action": "action_dict/joint_position + action_dict/gripper_position"}, 15, only="success"
-    ),
-    "droid_velocity": Preset(
-        _DROID | {"action": "action_dict/joint_velocity + action_dict/gripper_position"}, 15, only="success"
-    ),
-    # Walke et al. 2023, arXiv 2308.12952: the authors' own release `bridge_dataset`, as Octo and OpenVLA read it; the
-    # older copy in Open X-Embodiment, `bridge`, has other keys. `image_0` is over the shoulder.
-    "bridge": Preset(
-        {
-            "observation.images.image_0": "observation/image_0",
-            "observation.state": "observation/state",
-            "action": "action",
-        },
-        fps=5,
-    ),
-    # Brohan et al. 2022, arXiv 2212.06817, as in Open X-Embodiment's `fractal20220817_data`.
-    "fractal": Preset(
-        {
-            "observation.images.image": "observation/image",
-            "observation.state": "observation/base_pose_tool_reached + observation/gripper_closed",
-            "action": "action/world_vector + action/rotation_delta + action/gripper_closedness_action",
-        },
-        fps=3,
-        task="observation/natural_language_instruction",
-    ),
-}
 
 
 class RldsDataset(Source):

@@ -1,35 +1,48 @@
-"""Robots: what each one's cameras, state and actions are. One file a robot; `get_robot` finds it by name.
+"""Robots: their cameras, states and actions, and their names elsewhere. One file per robot sets `ROBOT`.
 
-State and actions are in the robot's own units here. What follows, the robot's `adapt` included, is the transforms'
-(`pi0_jax.data.transform`).
+A built-in robot is a file of this folder, found by its name; a robot of your own is a file anywhere. State and actions
+are in the robot's own units here; `pi0_jax.data.transform` converts them, by the robot's `adapt` too.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
 import runpy
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, NotRequired, TypedDict
 
 import numpy as np
+
+from pi0_jax.errors import UserError, did_you_mean
 
 SEMANTICS = ("absolute", "gripper", "relative", "angle")
 """What an action dimension means. absolute: used as it is. gripper: absolute too, an opening or a command of it.
 relative: the model predicts its difference to the state's dimension of the same index when the chunk begins.
 angle: relative as well, in radians, where the difference is brought to (-π, π]."""
 
-ROBOTS = (
-    "aloha", "bridge", "droid", "droid_velocity", "fractal", "libero", "metaworld", "so100", "so101", "tabletop", "ur5",
-)  # fmt: skip
-"""Names of the robots here; each is the file of its name, but for those in `_FILES`."""
-_FILES = {"droid_velocity": "droid", "so101": "so100"}
+ROBOTS = tuple(sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py")))
+"""Names of the built-in robots: the files of this folder."""
+
+
+class RawObservation(TypedDict):
+    """What a robot sees, in its own units."""
+
+    images: dict[str, np.ndarray]
+    """By camera of the model, RGB `[h, w, 3]`: uint8, or float in [0, 1]."""
+    state: np.ndarray
+    """`[d]`."""
+    prompt: str
+    """The instruction."""
+    previous: NotRequired[np.ndarray]
+    """What remains of the chunk in execution, `[n, d]`, for a new chunk that continues it."""
+    delay: NotRequired[int]
+    """How many actions of `previous` will be executed before the new chunk can be."""
 
 
 class Planar(NamedTuple):
-    """Which dimensions are x and y of one vector in the plane, for the square's symmetries (`data.augment`)."""
+    """Dimensions that are x and y of one vector in the plane, for the square's symmetries (`data.augment`)."""
 
     state: tuple[tuple[int, int], ...]
     """Pairs (index of x, index of y) of the state; positions are relative to the centre of the scene."""
@@ -38,7 +51,7 @@ class Planar(NamedTuple):
 
 
 class Adapter(NamedTuple):
-    """From a robot's own units to those that the model's weights know, and back; functions on `[*b d]`."""
+    """Conversion from a robot's own units to those of the model's weights, and back; functions on `[*b d]`."""
 
     state: Callable[[np.ndarray], np.ndarray]
     state_inverse: Callable[[np.ndarray], np.ndarray]
@@ -46,13 +59,36 @@ class Adapter(NamedTuple):
     actions_inverse: Callable[[np.ndarray], np.ndarray]
 
 
+class Clients(NamedTuple):
+    """Names that clients and benchmarks of other projects use for a robot (`pi0_jax.serving`)."""
+
+    cameras: Mapping[str, str] = {}
+    """Name in openpi's clients → camera of the model, beside the last words of the dataset's features."""
+    unused_cameras: tuple[str, ...] = ()
+    """Cameras that openpi's clients send and no policy reads."""
+    state: tuple[str, ...] = ("observation/joint_position", "observation/gripper_position")
+    """Keys of the pieces that a state may be sent in."""
+    reset_pose: tuple[float, ...] | None = None
+    """Pose that openpi's client moves each arm to before an episode, radians."""
+    action_spec: Mapping[str, str] = {}
+    """Groups of actions for vla-eval, in order: name → specification in its `specs`; empty: raw actions."""
+
+
+class RldsNames(NamedTuple):
+    """Where a published RLDS dataset of a robot keeps what a policy needs."""
+
+    keys: Mapping[str, str]
+    """Name that the robot uses → feature of the dataset; " + " puts several side by side."""
+    fps: float
+    task: str = "language_instruction"
+    """Feature with the instruction of each step."""
+    only: str | None = None
+    """Regular expression that the episode's `file_path` has to contain."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Robot:
-    """A robot as the policy meets it.
-
-    A raw observation of it is a dict: `images` by model camera name, uint8 RGB `[h, w, 3]`; `state` `[d]` in the
-    robot's units; `prompt`, the instruction.
-    """
+    """A robot as the policy meets it."""
 
     name: str
     cameras: dict[str, str]
@@ -62,20 +98,28 @@ class Robot:
     actions: tuple[str, ...]
     """Names of the action's dimensions."""
     fps: float | None
-    """Control rate, actions a second; None where it differs from one set-up to the next."""
+    """Control rate, actions per second; None where it differs from one set-up to the next."""
     image_size: tuple[int, int]
     """Height and width of the images, pixels, in `example` only: other sizes are resized."""
     planar: Planar | None = None
     """None where the symmetries of the square mean nothing."""
     semantics: tuple[str, ...] = ()
-    """One of `SEMANTICS` for each action; empty: all absolute."""
+    """One of `SEMANTICS` per action; empty: all absolute."""
     adapt: Adapter | None = None
     """Conversion to the units of the weights; None: they are the robot's."""
     changes: tuple[str, ...] = ()
     """Actions that are a change or a velocity, by name: the robot holds still at 0 of them, and where it is at the
     last of the others."""
+    clients: Clients = dataclasses.field(default_factory=Clients)
+    """Names in other projects' clients and benchmarks."""
+    rlds: RldsNames | None = None
+    """Names in the robot's published RLDS dataset, the preset of the robot's name in `DatasetConfig`."""
 
-    def example(self) -> dict[str, Any]:
+    def select_cameras(self, cameras: Collection[str]) -> dict[str, str]:
+        """The robot's cameras among `cameras` of a model: feature of the dataset → camera of the model."""
+        return {feature: camera for feature, camera in self.cameras.items() if camera in cameras}
+
+    def example(self) -> RawObservation:
         """A valid raw observation, all zeros."""
         return {
             "images": {camera: np.zeros((*self.image_size, 3), np.uint8) for camera in self.cameras.values()},
@@ -95,35 +139,42 @@ def get_robot(name: str) -> Robot:
         name: one of `ROBOTS`, or the path of a file ending in .py that sets `ROBOT`.
 
     Raises:
-        ValueError: there is none of that name, or the file defines none, or one that contradicts itself.
+        UserError: no name, there is no such robot, or the file defines none, or one that contradicts itself.
         FileNotFoundError: there is no such file.
     """
-    if name.endswith(".py"):
-        return check_robot(_from_file(Path(name)))
-    if name not in ROBOTS:
-        match = difflib.get_close_matches(name, ROBOTS, n=1)
-        raise ValueError(
-            f"there is no robot {name!r}{f' (did you mean {match[0]!r}?)' if match else ''}; the robots are "
-            f"{sorted(ROBOTS)}. A robot of your own is a file: docs/your_robot.md."
+    own = "For a robot of your own, `pi0 data robot PATH` writes its file from a LeRobot dataset: docs/your_robot.md."
+    if not name:
+        raise UserError(f"`policy.robot` names no robot. Set it to one of {', '.join(ROBOTS)}, or to a file. {own}")
+    if not name.endswith(".py") and name not in ROBOTS:
+        raise UserError(
+            f"there is no robot {name!r}.{did_you_mean(name, ROBOTS)} The robots are {', '.join(ROBOTS)}. {own}"
         )
-    module = importlib.import_module(f"pi0_jax.data.robots.{_FILES.get(name, name)}")
-    return getattr(module, name.upper())
+    path = Path(name) if name.endswith(".py") else Path(__file__).with_name(f"{name}.py")
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no robot file {path}. docs/your_robot.md says what is in one.")
+    if path.parent == Path(__file__).parent:
+        robot = vars(importlib.import_module(f"{__name__}.{path.stem}"))["ROBOT"]
+    else:
+        robot = runpy.run_path(str(path)).get("ROBOT")
+    if not isinstance(robot, Robot):
+        raise UserError(f"{path} sets no `ROBOT` of type pi0_jax.data.robots.Robot. See docs/your_robot.md.")
+    return check_robot(robot)
 
 
 def semantics_of(robot: Robot, override: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
-    """What each action dimension means: as `override` says for the robot's name, or as the robot declares.
+    """The meaning of each action dimension: by `override` for the robot's name, or as the robot declares.
 
     Raises:
-        ValueError: another number of dimensions, an unknown word, or one relative to a state that is not there.
+        UserError: another number of dimensions, an unknown word, or one relative to a state that is not there.
     """
     chosen = tuple(override.get(robot.name) or robot.semantics or ("absolute",) * len(robot.actions))
     if len(chosen) != len(robot.actions):
-        raise ValueError(f"{robot.name} has {len(robot.actions)} actions, and semantics for {len(chosen)}: {chosen}.")
+        raise UserError(f"{robot.name} has {len(robot.actions)} actions, and semantics for {len(chosen)}: {chosen}.")
     if unknown := sorted(set(chosen) - set(SEMANTICS)):
-        raise ValueError(f"{robot.name} has actions of semantics {unknown}; expected one of {SEMANTICS}.")
+        raise UserError(f"{robot.name} has actions of semantics {unknown}; expected one of {SEMANTICS}.")
     for number, kind in enumerate(chosen):
         if kind in ("relative", "angle") and number >= len(robot.state):
-            raise ValueError(
+            raise UserError(
                 f"action {robot.actions[number]!r} of {robot.name} is {kind} to state {number}, and there are only "
                 f"{len(robot.state)}. Bring the state into the order of the actions."
             )
@@ -135,16 +186,7 @@ def check_robot(robot: Robot) -> Robot:
     semantics_of(robot, {})
     for key, names in (("state", robot.state), ("actions", robot.actions), ("cameras", robot.cameras.values())):
         if len(set(names)) != len(tuple(names)):
-            raise ValueError(f"{robot.name} has names twice among its {key}: {list(names)}.")
+            raise UserError(f"{robot.name} has names twice among its {key}: {list(names)}.")
     if unknown := sorted(set(robot.changes) - set(robot.actions)):
-        raise ValueError(f"{robot.name} has no actions {unknown} that could be changes; it has {list(robot.actions)}.")
-    return robot
-
-
-def _from_file(path: Path) -> Robot:
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no robot file {path}. docs/your_robot.md says what is in one.")
-    robot = runpy.run_path(str(path)).get("ROBOT")
-    if not isinstance(robot, Robot):
-        raise ValueError(f"{path} sets no `ROBOT` of type pi0_jax.data.robots.Robot. See docs/your_robot.md.")
+        raise UserError(f"{robot.name} has no actions {unknown} that could be changes; it has {list(robot.actions)}.")
     return robot

@@ -7,9 +7,12 @@ relative are openpi's; features are named as in LeRobot's ALOHA datasets with th
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import numpy as np
 
-from pi0_jax.data.robots import Adapter, Robot
+from pi0_jax.data.robots import Adapter, Clients, Robot
 
 ARM = ("waist", "shoulder", "elbow", "forearm_roll", "wrist_angle", "wrist_rotate", "gripper")
 NAMES = tuple(f"{side}_{joint}" for side in ("left", "right") for joint in ARM)
@@ -51,17 +54,14 @@ def angle_from_command(command: np.ndarray) -> np.ndarray:
     return command * (COMMAND_OPEN - COMMAND_CLOSED) + COMMAND_CLOSED - ANGLE_CLOSED
 
 
-def _convert(grippers):
-    def convert(values: np.ndarray) -> np.ndarray:
-        out = np.asarray(values) * SIGNS
-        for i in GRIPPERS:
-            out[..., i] = grippers(out[..., i])
-        return out
-
-    return convert
+def _convert(gripper: Callable[[np.ndarray], np.ndarray], values: np.ndarray) -> np.ndarray:
+    out = np.asarray(values) * SIGNS
+    for i in GRIPPERS:
+        out[..., i] = gripper(out[..., i])
+    return out
 
 
-ALOHA = Robot(
+ROBOT = Robot(
     name="aloha",
     cameras={
         "observation.images.cam_high": "base_0_rgb",
@@ -74,9 +74,10 @@ ALOHA = Robot(
     image_size=(480, 640),
     semantics=(*["relative"] * 6, "gripper") * 2,
     adapt=Adapter(
-        state=_convert(angle_from_opening),
-        state_inverse=_convert(opening_from_angle),
-        actions=_convert(angle_from_command),
-        actions_inverse=_convert(command_from_angle),
+        state=functools.partial(_convert, angle_from_opening),
+        state_inverse=functools.partial(_convert, opening_from_angle),
+        actions=functools.partial(_convert, angle_from_command),
+        actions_inverse=functools.partial(_convert, command_from_angle),
     ),
+    clients=Clients(unused_cameras=("cam_low",), reset_pose=(0.0, -1.5, 1.5, 0.0, 0.0, 0.0)),
 )

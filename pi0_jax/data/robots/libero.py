@@ -7,9 +7,9 @@ controller's units, so nothing is relative.
 
 from __future__ import annotations
 
-from pi0_jax.data.robots import Robot
+from pi0_jax.data.robots import Clients, Robot
 
-LIBERO = Robot(
+ROBOT = Robot(
     name="libero",
     cameras={"observation.images.image": "base_0_rgb", "observation.images.image2": "left_wrist_0_rgb"},
     state=("x", "y", "z", "axis_angle_x", "axis_angle_y", "axis_angle_z", "finger_left", "finger_right"),  # metres, rad
@@ -18,4 +18,8 @@ LIBERO = Robot(
     image_size=(256, 256),
     semantics=(*["absolute"] * 6, "gripper"),
     changes=("dx", "dy", "dz", "droll", "dpitch", "dyaw"),
+    clients=Clients(
+        {"wrist_image": "left_wrist_0_rgb"},
+        action_spec={"position": "POSITION_DELTA", "rotation": "ROTATION_AA", "gripper": "GRIPPER_CLOSE_POS"},
+    ),
 )

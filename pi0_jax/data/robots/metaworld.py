@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pi0_jax.data.robots import Robot
 
-METAWORLD = Robot(
+ROBOT = Robot(
     name="metaworld",
     cameras={"observation.image": "base_0_rgb"},
     state=("x", "y", "z", "gripper"),  # metres; gripper 0 closed to 1 open

@@ -1,14 +1,12 @@
-"""SO-100 and SO-101: five joints and a gripper, by Hugging Face and The Robot Studio, as LeRobot records them."""
+"""SO-100: five joints and a gripper, by Hugging Face and The Robot Studio, as LeRobot records them."""
 
 from __future__ import annotations
-
-import dataclasses
 
 from pi0_jax.data.robots import Robot
 
 NAMES = ("shoulder_pan.pos", "shoulder_lift.pos", "elbow_flex.pos", "wrist_flex.pos", "wrist_roll.pos", "gripper.pos")
 
-SO100 = Robot(
+ROBOT = Robot(
     name="so100",
     cameras={"observation.images.front": "base_0_rgb", "observation.images.wrist": "left_wrist_0_rgb"},
     state=NAMES,  # degrees, or LeRobot's -100 to 100; gripper 0 to 100
@@ -17,4 +15,3 @@ SO100 = Robot(
     image_size=(480, 640),
     semantics=(*["relative"] * 5, "gripper"),
 )
-SO101 = dataclasses.replace(SO100, name="so101")

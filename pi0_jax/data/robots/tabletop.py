@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pi0_jax.data.robots import Planar, Robot
 
-TABLETOP = Robot(
+ROBOT = Robot(
     name="tabletop",
     cameras={"observation.images.top": "top", "observation.images.tool": "tool"},
     state=("tool_x", "tool_y", "tool_z", "command_x", "command_y", "command_z"),  # metres

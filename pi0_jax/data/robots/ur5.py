@@ -10,7 +10,7 @@ from pi0_jax.data.robots import Robot
 
 JOINTS = ("base", "shoulder", "elbow", "wrist_1", "wrist_2", "wrist_3")
 
-UR5 = Robot(
+ROBOT = Robot(
     name="ur5",
     cameras={"observation.images.base": "base_0_rgb", "observation.images.wrist": "left_wrist_0_rgb"},
     state=(*JOINTS, "gripper"),  # radians; gripper 0 to 1

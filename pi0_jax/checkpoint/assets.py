@@ -1,0 +1,146 @@
+"""Plain files of a checkpoint beside its weights: configuration, statistics, tokenizer, position of the data.
+
+`config.json` has the policy once, under `policy`; `train` has all other fields of the experiment, or is null.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pi0_jax import config_json
+from pi0_jax.checkpoint.locate import CheckpointError, previous_step, resolve
+from pi0_jax.config import PolicyConfig, TrainConfig
+from pi0_jax.errors import UserError
+
+FORMAT_VERSION = 1
+"""Version of the folder's layout and of config.json; raised when old readers would misread new checkpoints."""
+
+
+class Assets(NamedTuple):
+    """What a policy needs besides weights."""
+
+    policy: PolicyConfig
+    norm_stats: dict[str, Any] | None
+    """JSON object of `norm_stats.json`; None for weights that belong to no dataset yet."""
+    tokenizer: bytes | None
+    """SentencePiece model file; None where the user has to bring it."""
+    train: TrainConfig | None = None
+    """Experiment that made the weights; None for converted ones."""
+
+
+def load_assets(path: str | Path) -> Assets:
+    """Reads the policy's configuration, statistics and tokenizer.
+
+    Args:
+        path: anything that `resolve` takes.
+
+    Raises:
+        FileNotFoundError: no such path.
+        CheckpointError: foreign, incomplete or damaged folder, or one of another format version.
+    """
+    folder = resolve(path) / "assets"
+    content = _read_json(folder / "config.json")
+    try:
+        policy, train = _from_json(content)
+        names = tuple(content["files"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / 'config.json'} does not fit this version: {error!r}") from error
+    except UserError as error:
+        raise CheckpointError(f"{folder / 'config.json'} does not fit this version: {error}") from error
+    stats = _read_json(folder / "norm_stats.json") if "norm_stats.json" in names else None
+    tokenizer = _read(folder / "tokenizer.model") if "tokenizer.model" in names else None
+    return Assets(policy, stats, tokenizer, train)
+
+
+def write_assets(folder: str | Path, assets: Assets) -> None:
+    """Writes the plain files of a checkpoint's `assets/`, for programs that write `params/` themselves."""
+    for name, content in asset_files(assets).items():
+        Path(folder, name).write_bytes(content)
+
+
+def asset_files(assets: Assets) -> dict[str, bytes]:
+    """Names and contents of the files in `assets/`."""
+    files = {}
+    if assets.norm_stats is not None:
+        files["norm_stats.json"] = to_json(assets.norm_stats)
+    if assets.tokenizer is not None:
+        files["tokenizer.model"] = assets.tokenizer
+    train = None if assets.train is None else config_json.dump(assets.train)
+    if train is not None:
+        train.pop("policy")
+    policy = config_json.dump(assets.policy)
+    config = {"format_version": FORMAT_VERSION, "files": list(files), "policy": policy, "train": train}
+    return files | {"config.json": to_json(config)}
+
+
+def policy_to_json(policy: PolicyConfig) -> dict[str, Any]:
+    """A policy's configuration as a JSON object, as other programs' checkpoints keep it beside their own files."""
+    return {"format_version": FORMAT_VERSION} | config_json.dump(policy)
+
+
+def policy_from_json(content: dict[str, Any]) -> PolicyConfig:
+    """The inverse of `policy_to_json`.
+
+    Raises:
+        CheckpointError: the object is of another version.
+    """
+    version = content.get("format_version", 1)
+    fields = {name: value for name, value in content.items() if name != "format_version"}
+    try:
+        return _from_json({"format_version": version, "policy": fields, "train": None})[0]
+    except UserError as error:
+        raise CheckpointError(f"this policy configuration does not fit this version: {error}") from error
+
+
+def load_data_state(path: str | Path) -> dict[str, Any]:
+    """Reads the state of the data iterator.
+
+    Raises:
+        FileNotFoundError: no such path.
+        CheckpointError: the checkpoint has none, or a damaged one.
+    """
+    return _read_json(resolve(path) / "data_state" / "iterator.json")
+
+
+def to_json(value: Any) -> bytes:
+    """A JSON file for people and programs."""
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def _from_json(content: dict[str, Any]) -> tuple[PolicyConfig, TrainConfig | None]:
+    """Policy and experiment of a config.json of any version that is read."""
+    version = content.get("format_version")
+    model = content["policy"]["model"]  # up to November 2026 `remat` was a truth value
+    model["remat"] = {True: "full", False: "none"}.get(model.get("remat", "full"), model.get("remat"))
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"it has format version {version}, and this pi0_jax reads {FORMAT_VERSION}. "
+            "Use the version of pi0_jax that wrote it."
+        )
+    policy = config_json.load(content["policy"], PolicyConfig, "config.policy")
+    if content["train"] is None:
+        return policy, None
+    train = config_json.load(content["train"] | {"policy": content["policy"]}, TrainConfig, "config")
+    return policy, dataclasses.replace(train, policy=policy)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(_read(path))
+    except ValueError as error:
+        raise _damaged(path, error) from error
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    step = path.parent.parent
+    return CheckpointError(f"{path.parent} is damaged or incomplete ({path}): {error}. {previous_step(step)}")

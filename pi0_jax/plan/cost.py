@@ -1,0 +1,187 @@
+"""Cost of a run without the hardware: memory, FLOPs, traffic and time of one update, per device.
+
+For TPUs the real update is compiled by libtpu for a topology that need not be there: its memory is what the compiler
+allotted and its traffic what the program sends. For GPUs no compiler is at hand, so the same update is compiled for as
+many CPU devices: what each device holds and which collectives there are is the same program's, but activations are
+estimated from what the backward pass keeps (`kept_for_backward`), because a CPU's temporaries are not a GPU's.
+
+Times are bounds: FLOPs at the data sheet's peak, bytes through memory, and bytes sent, each as if the others cost
+nothing. A step takes at least the largest of the three.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import time
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.linen import meta
+from jax.sharding import Mesh
+
+from pi0_jax import flops, pi0
+from pi0_jax.config import ModelConfig, TrainConfig, TuneConfig
+from pi0_jax.model.heads import make_network
+from pi0_jax.plan.compile import batch_shapes, build_program, compile_update, placed_bytes, resident_bytes
+from pi0_jax.plan.devices import GPUS, Device, find_devices
+from pi0_jax.plan.hlo_collectives import KINDS
+from pi0_jax.training import sharding
+from pi0_jax.training.inputs import trained_model
+from pi0_jax.training.partition import combine, flat, frozen_names, partition, with_adapters
+from pi0_jax.training.program import Program
+
+
+class Plan(NamedTuple):
+    """One update on one device of many. Sizes in bytes, times in seconds."""
+
+    topology: str
+    device: Device | None
+    """None where its data sheet is unknown."""
+    mesh: dict[str, int]
+    batch_size: int
+    resident_bytes: dict[str, int]
+    """What stays from step to step: `parameters`, `optimizer`, `average`, and the `batch`."""
+    temporaries: float
+    """Activations, gradients and workspace."""
+    estimated: bool
+    """Whether `temporaries` is an estimate; otherwise it is the compiler's."""
+    peak: float
+    flops: float
+    """Of matrix products."""
+    hbm_bytes: float
+    """Bytes through memory; an estimate."""
+    comm_bytes: dict[str, float]
+    """Bytes sent, by kind of collective."""
+    seconds_to_compile: float
+
+    @property
+    def fits(self) -> bool:
+        return self.device is None or self.peak <= self.device.memory
+
+    @property
+    def times(self) -> dict[str, float]:
+        """Lower bounds of a step by what bounds it; empty for an unknown device."""
+        if self.device is None:
+            return {}
+        devices = math.prod(self.mesh.values())
+        link = self.device.link if not self.device.node or devices <= self.device.node else self.device.network
+        return {
+            "compute": self.flops / self.device.flops,
+            "memory": self.hbm_bytes / self.device.bandwidth,
+            "network": sum(self.comm_bytes.values()) / link,
+        }
+
+    @property
+    def samples_per_second(self) -> float:
+        """At most, over all devices; NaN for an unknown device."""
+        return self.batch_size / max(self.times.values()) if self.times else math.nan
+
+
+def make_plan(config: TrainConfig, topology: str | None = None, *, compiled: bool = True) -> Plan:
+    """Plans the updates of a run.
+
+    Args:
+        config: of the run. Its weights and demonstrations are not needed.
+        topology: as of `find_devices`.
+        compiled: False leaves the compiler out: temporaries are estimated and traffic is unknown.
+
+    Raises:
+        UserError: unknown topology, libtpu is missing, or the mesh or the batch does not fit it.
+    """
+    name, devices, device = find_devices(topology)
+    config = with_model(config, attention="xla")  # planned on CPU devices, where there is no other kernel
+    mesh = sharding.make_mesh(config.mesh, devices)
+    program, batch = build_program(config, mesh)
+    resident = resident_bytes(program, batch)
+    work = flops.count(program.update, jax.ShapeDtypeStruct((), np.uint32), program.shapes, batch) / mesh.size
+    temporaries, estimated = estimate_temporaries(config, mesh, program), True
+    peak, seconds = sum(resident.values()) + temporaries, 0.0
+    sent: dict[str, float] = dict.fromkeys(KINDS, 0.0)
+    on_gpus = name.partition(":")[0] in GPUS
+    if compiled and not (on_gpus and mesh.size == 1):  # one device sends nothing
+        start = time.monotonic()
+        used, sent = compile_update(program, batch)
+        seconds = time.monotonic() - start
+        if not on_gpus:
+            peak, temporaries, estimated = used, used - sum(resident.values()), False
+    return Plan(
+        topology=name,
+        device=device,
+        mesh=dict(mesh.shape),
+        batch_size=config.batch_size,
+        resident_bytes=resident,
+        temporaries=temporaries,
+        estimated=estimated,
+        peak=peak,
+        flops=work,
+        hbm_bytes=_hbm_bytes(config, mesh, program, temporaries),
+        comm_bytes=sent,
+        seconds_to_compile=seconds,
+    )
+
+
+def estimate_temporaries(config: TrainConfig, mesh: Mesh, program: Program) -> float:
+    """Bytes of gradients, of what the backward pass keeps, and of one layer's workspace, on each device."""
+    model = config.policy.model
+    samples = config.batch_size / sharding.batch_ways(mesh) / config.parts
+    gradients = placed_bytes(program.shapes.params) * (1 if config.parts == 1 else 2)  # of a microbatch, and their sum
+    kept = kept_for_backward(config)
+    everything = kept_for_backward(with_model(config, remat="none"))
+    layers = max(model.depth + model.vision.depth, 1)
+    workspace = everything / layers if model.remat != "none" else 0.0
+    gathered = 0.0
+    if mesh.shape["fsdp"] > 1:  # two layers' weights, one in use and one on its way, and a layer's gradient
+        weights = sum(x.size for x in jax.tree.leaves(program.shapes.weights)) / mesh.shape["tensor"]
+        gathered = 3 * weights / layers * jnp.dtype(model.dtype).itemsize
+    return gradients + samples * (kept + workspace) / mesh.shape["tensor"] + gathered
+
+
+def with_model(config: TrainConfig, **changes) -> TrainConfig:
+    """A run with other fields of its model."""
+    model = dataclasses.replace(config.policy.model, **changes)
+    return dataclasses.replace(config, policy=dataclasses.replace(config.policy, model=model))
+
+
+def kept_for_backward(config: TrainConfig) -> float:
+    """Bytes per example that the backward pass finds stored under the model's rematerialisation policy.
+
+    They are the outputs of the forward half of the gradient's program that grow with the batch.
+    """
+    config = with_adapters(config)
+    model = trained_model(config)
+    return _residuals(model, config.flow, config.tune, 2) - _residuals(model, config.flow, config.tune, 1)
+
+
+@functools.lru_cache(maxsize=64)
+def _residuals(model: ModelConfig, flow, tune: TuneConfig, size: int) -> float:
+    network = make_network(model)
+    weights = meta.unbox(jax.eval_shape(functools.partial(pi0.init_params, network), jax.random.key(0)))
+    trainable, frozen = partition(weights, frozen_names(tune, model, flat(weights)))
+
+    def residuals(trainable, frozen, batch):
+        def loss(trainable):
+            return pi0.loss(network, combine(trainable, frozen), batch, jax.random.key(0), flow)[0]
+
+        return jax.vjp(loss, trainable)[1]
+
+    program = jax.make_jaxpr(residuals)(trainable, frozen, batch_shapes(model, size)).jaxpr
+    inputs = set(program.invars)
+    kept = {var for var in program.outvars if not hasattr(var, "val") and var not in inputs}  # literals have a value
+    return float(sum(var.aval.size * var.aval.dtype.itemsize for var in kept))
+
+
+def _hbm_bytes(config: TrainConfig, mesh: Mesh, program: Program, temporaries: float) -> float:
+    """Bytes through a device's memory in one update: an estimate that counts no activation twice.
+
+    State and gradients are read and written once; the weights are read by the forward and the backward pass, and once
+    more where a layer is computed again; what the backward pass finds was written and is read.
+    """
+    state, gradients = placed_bytes(program.shapes), placed_bytes(program.shapes.params)
+    model = config.policy.model
+    weights = sum(x.size for x in jax.tree.leaves(program.shapes.weights)) * jnp.dtype(model.dtype).itemsize
+    passes = 2 if model.remat == "none" else 3
+    return 2 * (state + gradients) + passes * weights / mesh.shape["tensor"] + 2 * max(temporaries - gradients, 0.0)

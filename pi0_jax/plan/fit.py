@@ -1,0 +1,99 @@
+"""The nearest settings that fit where a run does not."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from jax.sharding import Mesh
+
+from pi0_jax.config import MeshConfig, OptimConfig, TrainConfig
+from pi0_jax.plan.compile import build_program, resident_bytes
+from pi0_jax.plan.cost import Plan, estimate_temporaries, make_plan, with_model
+from pi0_jax.plan.devices import find_devices
+from pi0_jax.training import sharding
+
+REMATS = ("none", "matmuls", "gate_up", "full")
+"""From the one that keeps most."""
+
+
+def alternatives(
+    config: TrainConfig, mesh: Mesh, needs: Callable[[TrainConfig], float]
+) -> Iterator[tuple[str, TrainConfig]]:
+    """Ways to need less memory, each on top of those before it, with the flags that ask for them.
+
+    First what changes no number: dividing the state, computing activations again, or microbatches. Then what is held
+    per parameter: an average in bfloat16, 8-bit moments, no average. At last, in place of those, adapters alone.
+    Microbatches are given up again where the sum of their gradients takes more than they save.
+
+    Args:
+        config: of the run.
+        mesh: of the run.
+        needs: bytes on each device under a configuration.
+    """
+    flags: dict[str, str] = {}
+
+    def with_flags(values: dict[str, str], config: TrainConfig) -> tuple[str, TrainConfig]:
+        flags.update(values)
+        return " ".join(f"{flag} {value}" for flag, value in flags.items()), config
+
+    tensor, ways = mesh.shape["tensor"], sharding.batch_ways(mesh)
+    if mesh.shape["data"] > 1 and config.mesh.slices == 1:
+        config = dataclasses.replace(config, mesh=MeshConfig(1, -1, tensor))
+        values = {"--mesh.data": "1", "--mesh.fsdp": "-1"} | ({"--mesh.tensor": str(tensor)} if tensor > 1 else {})
+        yield with_flags(values, config)
+    for policy in REMATS[REMATS.index(config.policy.model.remat) + 1 :]:
+        config = with_model(config, remat=policy)
+        yield with_flags({"--policy.model.remat": policy}, config)
+    undivided = config
+    while config.batch_size % (2 * ways * config.parts) == 0:
+        config = dataclasses.replace(config, parts=2 * config.parts)
+        yield with_flags({"--parts": str(config.parts)}, config)
+    if config.parts > undivided.parts and needs(config) > needs(undivided):
+        config = undivided
+        del flags["--parts"]
+    same_numbers = dict(flags), config
+    for changes in _smaller_optimizers(config.optim):
+        config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, **changes))
+        yield with_flags({f"--optim.{name.replace('_', '-')}": str(value) for name, value in changes.items()}, config)
+    if config.tune.recipe != "lora":
+        flags, config = same_numbers
+        config = dataclasses.replace(config, tune=dataclasses.replace(config.tune, recipe="lora"))
+        yield with_flags({"--tune.recipe": "lora"}, config)
+
+
+def _smaller_optimizers(optim: OptimConfig) -> Iterator[dict[str, Any]]:
+    """Changes of the optimizer's settings, each of which needs less than those before it."""
+    if optim.ema_decay is not None and optim.ema_dtype != "bfloat16":
+        yield {"ema_dtype": "bfloat16"}
+    if optim.name == "adamw":
+        yield {"name": "adamw_8bit"}
+    if optim.ema_decay is not None:
+        yield {"ema_decay": None}
+
+
+def find_fitting(config: TrainConfig, plan: Plan) -> tuple[str, Plan] | None:
+    """The first of `alternatives` that fits: chosen by the estimate, scaled to the compiler's figure, and compiled.
+
+    Args:
+        config: what does not fit.
+        plan: of it.
+
+    Returns:
+        Its flags and its plan; None where none of them fits.
+    """
+    assert plan.device is not None
+    devices = find_devices(plan.topology)[1]
+    mesh = sharding.make_mesh(config.mesh, devices)
+    scale = plan.temporaries / estimate_temporaries(config, mesh, build_program(config, mesh)[0])
+
+    def guess(other: TrainConfig) -> float:
+        mesh = sharding.make_mesh(other.mesh, devices)
+        program, batch = build_program(other, mesh)
+        return sum(resident_bytes(program, batch).values()) + scale * estimate_temporaries(other, mesh, program)
+
+    for flags, other in alternatives(config, mesh, guess):
+        if guess(other) <= plan.device.memory and (checked := make_plan(other, plan.topology)).fits:
+            return flags, checked
+    return None
