@@ -4,7 +4,7 @@
     openpi-env/bin/python benchmarks/foreign_actions.py openpi-torch
 
 It runs where `pi0 convert --verify-with` does (docs/checkpoints.md says how to make the environments), and by the same
-code. OpenCheckpoint are normal with several standard deviations; an initialiser's is about 0.2 at this size. Each line gives
+code. Weights are normal with several standard deviations; an initialiser's is about 0.2 at this size. Each line gives
 the largest difference over two seeds: `plain` where each implementation keeps to its own flow times, and `same_times`
 where ours takes the other's, as `--verify-with` does.
 """
@@ -19,11 +19,10 @@ from pathlib import Path
 import numpy as np
 
 from pi0_jax.config import ExpertConfig, ModelConfig, PolicyConfig, VisionConfig
-from pi0_jax.convert.formats import OpenCheckpoint
+from pi0_jax.convert.formats import OpenCheckpoint, write_checkpoint
 from pi0_jax.convert.lazy import in_memory
-from pi0_jax.convert.leaves import leaves, shape_of, sizes
+from pi0_jax.convert.parameters import parameters
 from pi0_jax.convert.verify import agree
-from pi0_jax.convert.formats import write_checkpoint
 
 MODEL = ModelConfig(
     vision=VisionConfig(width=16, depth=2, mlp_dim=32, num_heads=2, image_size=16, patch_size=8),
@@ -70,10 +69,10 @@ def differences(framework: agree.Framework, weights: OpenCheckpoint) -> dict[str
 def random_weights(variant, deviation: float, seed: int) -> OpenCheckpoint:
     """Normal weights of a small model, in memory."""
     model = ModelConfig(**{**vars(MODEL), "variant": variant})
-    rng, letters = np.random.default_rng(seed), sizes(model)
+    rng = np.random.default_rng(seed)
     tensors = {
-        path: in_memory((deviation * rng.normal(size=shape_of(axes, letters))).astype(np.float32))
-        for path, axes in leaves(model).items()
+        path: in_memory((deviation * rng.normal(size=parameter.shape)).astype(np.float32))
+        for path, parameter in parameters(model).items()
     }
     return OpenCheckpoint("pi0", Path("random"), PolicyConfig(model, normalization="quantile"), tensors)
 

@@ -6,6 +6,7 @@ Each takes an `OpenCheckpoint` and returns one whose tensors compute when they a
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Literal
 
 import flax.linen as nn
@@ -104,17 +105,17 @@ def add_action_expert(
     """
     chosen = {name: getattr(config, name) for name in ("action", "action_dim", "action_horizon", "prompt_length")}
     model = dataclasses.replace(opened.policy.model, variant=variant, **chosen)
-    missing = [path for path in parameters(model) if path not in opened.tensors]
-
-    @jax.jit
-    def fresh(key: jax.Array) -> dict[str, jax.Array]:
-        boxes = initial_parameters(model, key)
-        return nn.meta.unbox({path: boxes[path] for path in missing})
-
-    arrays = {path: in_memory(np.asarray(leaf)) for path, leaf in fresh(jax.random.key(seed)).items()}
+    missing = tuple(path for path in parameters(model) if path not in opened.tensors)
+    arrays = {path: in_memory(np.asarray(x)) for path, x in _fresh(model, missing, jax.random.key(seed)).items()}
     changes = {"model": model, "normalization": "zscore" if variant == "pi0" else "quantile"}
     tensors = {path: opened.tensors.get(path) or arrays[path] for path in parameters(model)}
     return opened._replace(policy=replaced(opened.policy, changes), tensors=tensors)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _fresh(model: ModelConfig, paths: tuple[str, ...], key: jax.Array) -> dict[str, jax.Array]:
+    boxes = initial_parameters(model, key)
+    return nn.meta.unbox({path: boxes[path] for path in paths})
 
 
 def _merged(name: str, w: LazyArray, a: LazyArray, b: LazyArray, scale: float) -> LazyArray:

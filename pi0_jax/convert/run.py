@@ -120,7 +120,7 @@ def disagreement(actions: dict[str, Any]) -> str:
     """What a record's `actions` say where the two do not agree."""
     return (
         f"actions differ by {actions['largest_difference']:.3g}, more than {actions['tolerance']:g}; source and result "
-        f"part at {actions['parts_at']}"
+        f"diverge at {actions['diverges_at']}"
     )
 
 

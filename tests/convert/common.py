@@ -3,19 +3,13 @@
 import dataclasses
 from pathlib import Path
 
-import flax.linen as nn
-import jax
 import ml_dtypes
 import numpy as np
-from flax.traverse_util import flatten_dict
 
 from pi0_jax.config import BinConfig, CompactConfig, ExpertConfig, ModelConfig, PolicyConfig
-from pi0_jax.convert.formats import OpenCheckpoint
+from pi0_jax.convert.formats import OpenCheckpoint, write_checkpoint
 from pi0_jax.convert.lazy import in_memory
-from pi0_jax.convert.leaves import leaves, shape_of, sizes
-from pi0_jax.convert.formats import write_checkpoint
-from pi0_jax.model.heads import make_network
-from pi0_jax.pi0 import init_params
+from pi0_jax.convert.parameters import parameters
 from tests.conftest import tiny_config
 
 MODELS = ("pi0", "pi05", "pi0_fast", "pi0_lora")
@@ -45,10 +39,9 @@ def tiny_model(name: str) -> ModelConfig:
 def tiny_weights(name: str, dtype=np.float32, seed: int = 0, model: ModelConfig | None = None) -> OpenCheckpoint:
     """Random weights of `tiny_model(name)`, or of another model, in memory."""
     model, rng = model or tiny_model(name), np.random.default_rng(seed)
-    letters = sizes(model)
     tensors = {
-        path: in_memory((0.3 * rng.normal(size=shape_of(axes, letters))).astype(dtype))
-        for path, axes in leaves(model).items()
+        path: in_memory((0.3 * rng.normal(size=parameter.shape)).astype(dtype))
+        for path, parameter in parameters(model).items()
     }
     policy = PolicyConfig(model, robot="arm", normalization="zscore" if name.startswith("pi0_l") else "quantile")
     return OpenCheckpoint("pi0", Path("memory"), policy, tensors, STATS, b"\x00a tokenizer\xff")
@@ -64,13 +57,7 @@ HEADS = {
 
 def tiny_weights_of_head(head: str, seed: int = 0) -> OpenCheckpoint:
     """Random weights of a model that exists only here, in memory."""
-    model, rng = tiny_config("pi0", **HEADS[head]), np.random.default_rng(seed)
-    shapes = jax.eval_shape(lambda key: nn.meta.unbox(init_params(make_network(model), key)), jax.random.key(0))
-    tensors = {
-        path: in_memory((0.3 * rng.normal(size=leaf.shape)).astype(np.float32))
-        for path, leaf in flatten_dict(shapes, sep="/").items()
-    }
-    return OpenCheckpoint("pi0", Path("memory"), PolicyConfig(model, robot="arm", normalization="quantile"), tensors, STATS)
+    return tiny_weights("pi0", seed=seed, model=tiny_config("pi0", **HEADS[head]))._replace(tokenizer=None)
 
 
 def save_tiny(folder: Path, name: str, dtype=np.float32, seed: int = 0) -> Path:

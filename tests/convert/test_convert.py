@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from pi0_jax import checkpoint
+from pi0_jax.convert.assemble import foreign_tensors
 from pi0_jax.convert.describe import describe, differences, text
-from pi0_jax.convert.formats import Overrides, open_checkpoint
-from pi0_jax.convert.lazy import in_memory, open_orbax, open_safetensors, read_all, write_orbax, write_safetensors
+from pi0_jax.convert.formats import Overrides, open_checkpoint, openpi, write_checkpoint
+from pi0_jax.convert.lazy import in_memory, open_safetensors, read_all, write_safetensors
+from pi0_jax.convert.orbax_format import open_orbax, write_orbax
 from pi0_jax.convert.run import convert
-from pi0_jax.convert.formats import foreign_tensors, write_checkpoint
 from tests.convert.common import DTYPES, MODELS, STATS, save_tiny, tiny_model, tiny_weights
 
 FORMATS = ("openpi", "openpi-torch", "lerobot")
@@ -227,11 +228,12 @@ def test_statistics_that_were_changed_in_lerobot_win_over_the_exact_copy(tmp_pat
     assert found["state"]["mean"] == pytest.approx([0.1, 1 / 3])
 
 
+def _paligemma():
+    return foreign_tensors(tiny_weights("pi0_fast", ml_dtypes.bfloat16), "openpi", openpi.rules("pi0_fast"))
+
+
 def test_big_vision_weights_get_a_fresh_action_expert(tmp_path):
-    tensors = {
-        name.replace("PaliGemma/", "params/"): array
-        for name, array in read_all(foreign_tensors(tiny_weights("pi0_fast", ml_dtypes.bfloat16), "openpi")).items()
-    }
+    tensors = {name.replace("PaliGemma/", "params/"): array for name, array in read_all(_paligemma()).items()}
     np.savez(tmp_path / "pt.npz", **tensors)
     blocks = {}
     for name, array in tensors.items():  # the same, as models without scan are saved

@@ -8,8 +8,7 @@ import pytest
 from pi0_jax import cli
 from pi0_jax.convert import remote
 from pi0_jax.convert.describe import differences
-from pi0_jax.convert.formats import Overrides, open_checkpoint
-from pi0_jax.convert.formats import write_checkpoint
+from pi0_jax.convert.formats import Overrides, open_checkpoint, write_checkpoint
 from tests.convert.common import tiny_weights
 
 fsspec = pytest.importorskip("fsspec")

@@ -13,19 +13,18 @@ import pytest
 
 from pi0_jax import cli
 from pi0_jax.convert.describe import differences
-from pi0_jax.convert.formats import Overrides, open_checkpoint
+from pi0_jax.convert.formats import Overrides, open_checkpoint, write_checkpoint
 from pi0_jax.convert.lazy import in_memory
 from pi0_jax.convert.run import convert
-from pi0_jax.convert.formats import write_checkpoint
 from pi0_jax.data.tokenizer import Tokenizer
 from tests.convert.common import save_tiny, tiny_weights
 
 KILLED = """
 import os, signal, sys
-from pi0_jax.convert import run, write
+from pi0_jax.convert import formats, run
 
 def half(*arguments):
-    write.write_checkpoint(*arguments)
+    formats.write_checkpoint(*arguments)
     os.kill(os.getpid(), signal.SIGKILL)
 
 run.write_checkpoint = half

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from pi0_jax.convert import openpi
+from pi0_jax.convert.formats import openpi
 from pi0_jax.flow.loss import squared_error
 from pi0_jax.flow.path import interpolate
 from pi0_jax.pi0 import sample_actions

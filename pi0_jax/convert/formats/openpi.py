@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pi0_jax import checkpoint
 from pi0_jax.config import ModelConfig
 from pi0_jax.convert.assemble import (
     all_finite,
@@ -71,10 +72,10 @@ def _expert(name: str, suffix: str) -> list[Rule]:
     modulation = {} if name == "language" else norms
     return [
         Rule(f"{ours}/attn/q", f"{q}/w", "layers heads embed head_dim"),
-        Rule(f"{ours}/attn/q_lora_a", f"{q}/lora_a", "layers heads embed lora"),
+        Rule(f"{ours}/attn/q_lora_a", f"{q}/lora_a", "layers heads embed lora_rank"),
         Rule(f"{ours}/attn/q_lora_b", f"{q}/lora_b"),
         Rule(f"{ours}/attn/kv", f"{kv}/w", "layers stack kv_heads embed head_dim"),
-        Rule(f"{ours}/attn/kv_lora_a", f"{kv}/lora_a", "layers stack kv_heads embed lora"),
+        Rule(f"{ours}/attn/kv_lora_a", f"{kv}/lora_a", "layers stack kv_heads embed lora_rank"),
         Rule(f"{ours}/attn/kv_lora_b", f"{kv}/lora_b"),
         Rule(f"{ours}/attn/o", f"{o}/w"),
         *(Rule(f"{ours}/attn/o_lora_{x}", f"{o}/lora_{x}") for x in "ab"),
@@ -132,19 +133,12 @@ def write_beside(opened: OpenCheckpoint, folder: Path, asset_id: str) -> None:
 
 
 def _detect(path: Path) -> Path | None:
-    if path.name == "params" and (path / "_METADATA").is_file():
-        path = path.parent
-    steps = [p for p in path.iterdir() if p.name.isdecimal() and (p / "params").is_dir()] if path.is_dir() else []
-    step = max(steps, key=lambda p: int(p.name), default=path)
-    if (step / "assets" / "config.json").is_file():
-        return None  # ours
-    if (step / "params" / "_METADATA").is_file():
-        return step
-    if (path / "_METADATA").is_file():
-        return path
-    if (step / "params").is_dir():
-        raise UserError(f"{step / 'params'} has no _METADATA, so it is not whole; copy it again.")
-    return None
+    if not path.exists():
+        return None
+    found = checkpoint.identify(path)
+    if found.kind == "unknown" and (path / "params").is_dir():
+        raise UserError(f"{path / 'params'} has no _METADATA, so it is not whole; copy it again.")
+    return found.path if found.kind == "openpi" else None
 
 
 def _open(folder: Path, overrides: Overrides) -> OpenCheckpoint:

@@ -13,14 +13,9 @@ from pi0_jax.convert.rules import Rule, bind, to_ours
 
 
 def _detect(path: Path) -> Path | None:
-    """What `checkpoint.resolve` finds; it also says what is wrong with a folder that is ours and incomplete."""
-    if path.name == "params" and (path / "_METADATA").is_file():
-        path = path.parent
-    marks = ("checkpoints", "params", "assets/config.json", "meta/info.json")
-    in_a_run = "checkpoints" in (path.name, path.parent.name) or "orbax-checkpoint-tmp" in path.name
-    if path.exists() and not (path.is_dir() and (in_a_run or any((path / mark).exists() for mark in marks))):
-        return None
-    return checkpoint.resolve(path)
+    """The step folder; raises CheckpointError over a folder that is ours and incomplete, and says what is wrong."""
+    found = checkpoint.identify(path)
+    return None if found.convertible or found.kind == "unknown" else checkpoint.resolve(path)
 
 
 def _open(folder: Path, overrides: Overrides) -> OpenCheckpoint:

@@ -1,4 +1,4 @@
-"""Whether two checkpoints act alike: one observation, one noise, the same steps through both; and where they part.
+"""Whether two checkpoints act alike: one observation, one noise, the same steps through both; and where they diverge.
 
 Everything runs in float32 with exact matrix products, so that what differs is the weights or the implementation.
 """
@@ -70,7 +70,7 @@ def agreement(source: OpenCheckpoint, result: OpenCheckpoint, framework: str, to
         tolerance: largest difference of normalised actions that counts as agreement.
 
     Returns:
-        A JSON object: the largest difference, whether it is within the tolerance, and if not, where the two part first.
+        A JSON object: the largest difference, whether it is within the tolerance, and if not, where the two diverge first.
     """
     before, after = source.policy.model, result.policy.model
     inputs = example(before)
@@ -83,7 +83,7 @@ def agreement(source: OpenCheckpoint, result: OpenCheckpoint, framework: str, to
         "largest_difference": difference,
         "tolerance": tolerance,
         "agree": agree,
-        "parts_at": None if agree else first_difference(a.stages, b.stages, tolerance),
+        "diverges_at": None if agree else first_difference(a.stages, b.stages, tolerance),
         "steps": STEPS,
         "seed": _SEED,
     }
