@@ -34,12 +34,11 @@ from pi0_jax.config import DataConfig, ModelConfig, PolicyConfig, TrainConfig, V
 from pi0_jax.data.cache import build_cache
 from pi0_jax.data.lerobot.reader import LeRobotDataset, LeRobotWriter
 from pi0_jax.data.loader import make_loader
-from pi0_jax.data.mixture import Part, open_parts
-from pi0_jax.data.normalization import summarise_source
+from pi0_jax.data.mixture import open_datasets
 from pi0_jax.data.robots import Robot
 from pi0_jax.data.source import Source
 from pi0_jax.data.tokenizer import Tokenizer
-from pi0_jax.data.tools.stats import compute_group_stats
+from pi0_jax.data.tools.stats import compute_normalizations, summarise_source
 from pi0_jax.data.transform import make_transform
 
 FPS = 20
@@ -128,11 +127,11 @@ def config_for(root: Path, args: Args, cameras: int, cache: Path | None, workers
 
 
 def loader_for(config: TrainConfig):
-    parts: list[Part] = open_parts(config.data, config.policy)
-    groups = compute_group_stats(parts, config.policy)
+    datasets = open_datasets(config.data, config.policy)
+    groups = compute_normalizations(datasets, config.policy.model.action_horizon)
     tokenizer = Tokenizer.train(["move"], 512)
     return make_loader(
-        [(part, make_transform(config.policy, part.robot, groups[part.stats], tokenizer)) for part in parts], config
+        [(each, make_transform(config.policy, each.robot, groups[each.stats], tokenizer)) for each in datasets], config
     )
 
 

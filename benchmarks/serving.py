@@ -29,11 +29,11 @@ import numpy as np
 import tyro
 from websockets.asyncio.client import connect
 
+from pi0_client.client import Client
+from pi0_client.msgpack_numpy import pack, unpack
 from pi0_jax.evaluate.rollout import roll_out, wilson
 from pi0_jax.evaluate.simulators.suites import get_suite
 from pi0_jax.inference.policy import Policy
-from pi0_jax.serving.client import Client
-from pi0_jax.serving.msgpack_numpy import pack, unpack
 
 Run = Annotated[Path, tyro.conf.Positional]
 QUESTIONS = 50
@@ -83,7 +83,7 @@ def load(args: Load) -> dict[str, Any]:
     with served(args.run, *flags) as (uri, pid):
         frames = questions(uri)
         with Client(uri) as client:
-            solo = [unpack(client._ask(frame))["actions"] for frame in frames]
+            solo = [unpack(client._request(frame))["actions"] for frame in frames]
         before, start = counters(uri), time.perf_counter()
         seconds, worst, memory = asyncio.run(_ask_all(uri, frames, solo, args, pid))
         elapsed, after = time.perf_counter() - start, counters(uri)

@@ -5,9 +5,10 @@ Run:     make demo, or python train.py configs/tabletop.py
 
 from pi0_jax.config import (
     AugmentConfig,
+    Beta,
     DataConfig,
     ExpertConfig,
-    FlowConfig,
+    Gaussian,
     ModelConfig,
     OptimConfig,
     PolicyConfig,
@@ -43,8 +44,8 @@ config = TrainConfig(
             remat="none",
         ),
         robot="tabletop",
+        objective=Gaussian(time=Beta(2.5), draws=3, regression_draw=True, regression_warmup_steps=1000),
     ),
-    flow=FlowConfig(beta_alpha=2.5, samples_per_observation=3, mean_draw=True, mean_steps=1000),
     optim=OptimConfig(name="muon", peak_lr=4e-3, end_lr=4e-5, warmup_steps=100, weight_decay=1e-4, ema_decay=0.998),
     augment=AugmentConfig(square_symmetries=True),
     data=DataConfig(path="data/tabletop", validation_path="data/tabletop-validation"),

@@ -12,7 +12,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
+
+from pi0_jax.config import ModelConfig
 
 
 class Observation(NamedTuple):
@@ -40,3 +43,24 @@ class Batch(NamedTuple):
     """False for steps after the episode's end."""
     dim_mask: Bool[Array, "*b ad"]
     """False for dimensions that the robot does not have."""
+
+
+def scale_images(observation: Observation) -> Observation:
+    """uint8 images to float32 in [-1, 1]; float images pass unchanged."""
+    images = {
+        name: image.astype(jnp.float32) / 255.0 * 2.0 - 1.0 if image.dtype == jnp.uint8 else image
+        for name, image in observation.images.items()
+    }
+    return observation._replace(images=images)
+
+
+def example_observation(model: ModelConfig, batch_size: int) -> Observation:
+    """Zeros in the shapes that a network takes."""
+    size = model.vision.image_size
+    return Observation(
+        images={name: jnp.zeros((batch_size, size, size, 3)) for name in model.cameras},
+        image_masks={name: jnp.ones(batch_size, bool) for name in model.cameras},
+        state=jnp.zeros((batch_size, model.action_dim)),
+        prompt=jnp.zeros((batch_size, model.prompt_length), jnp.int32),
+        prompt_mask=jnp.ones((batch_size, model.prompt_length), bool),
+    )

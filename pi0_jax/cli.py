@@ -23,7 +23,7 @@ import tyro
 from tqdm import tqdm
 
 from pi0_jax.config import MeshConfig, TrainConfig
-from pi0_jax.config_file import load_config
+from pi0_jax.config_file import load_config, parse
 
 COMMANDS = {
     "train": ("training", "train a policy: pi0 train configs/tabletop.py --batch-size 64"),
@@ -133,7 +133,7 @@ def _experiment(args: list[str], command: str) -> TrainConfig:
     if (preset := _take(overrides, "--sharding")) is not None:
         config = dataclasses.replace(config, mesh=load_config(preset, MeshConfig))
     example = f"Fields of {path}, which flags set anew: pi0 {command} {path} --optim.peak-lr 3e-4 --batch-size 64"
-    return tyro.cli(TrainConfig, default=config, args=overrides, prog=f"pi0 {command} {path}", description=example)
+    return parse(config, overrides, prog=f"pi0 {command} {path}", description=example)
 
 
 def _take(args: list[str], flag: str) -> str | None:

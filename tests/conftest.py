@@ -17,7 +17,7 @@ import pytest
 if jax.__version_info__ < (0, 11):
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
-from pi0_jax.config import CompactConfig, ExpertConfig, ModelConfig, VisionConfig
+from pi0_jax.config import ExpertConfig, ModelConfig, VisionConfig
 
 
 def tiny_config(variant: str = "pi0", **changes) -> ModelConfig:
@@ -38,7 +38,6 @@ def tiny_config(variant: str = "pi0", **changes) -> ModelConfig:
         prompt_length=7,
         dtype="float32",
         remat="none",
-        compact=CompactConfig(width=32, depth=2, time_width=16),
     )
     return ModelConfig(**{**defaults, **changes})
 

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import flax.linen as nn
 import jax
 import numpy as np
 
@@ -10,21 +9,21 @@ from pi0_jax.checkpoint import Assets, CheckpointWriter
 from pi0_jax.config import DataConfig, PolicyConfig, TrainConfig
 from pi0_jax.data.normalization import NormStats, stats_to_json
 from pi0_jax.data.tokenizer import Tokenizer
-from pi0_jax.model.heads import make_network
-from pi0_jax.pi0 import init_params
+from pi0_jax.pi0 import init_params, make_objective
+from pi0_jax.sampler import Euler
 from tests.conftest import tiny_config
 
 STATS = {
     "state": NormStats(*np.array([[0.0] * 6, [0.1] * 6, [-0.2] * 6, [0.2] * 6, [-0.3] * 6, [0.3] * 6])),
     "actions": NormStats(*np.array([[0.01] * 3, [0.02] * 3, [-0.04] * 3, [0.04] * 3, [-0.04] * 3, [0.04] * 3])),
 }
-TINY = PolicyConfig(model=tiny_config(action_dim=8, vocab_size=512, prompt_length=24), robot="tabletop", num_steps=3)
+TINY = PolicyConfig(model=tiny_config(action_dim=8, vocab_size=512, prompt_length=24), robot="tabletop", sampler=Euler(3))
 
 
 def tiny_params(config: PolicyConfig):
     """Random parameters."""
-    network = make_network(config.model)
-    return jax.jit(lambda key: nn.meta.unbox(init_params(network, key)))(jax.random.key(0))
+    objective = make_objective(config.objective, config.model)
+    return jax.jit(lambda key: init_params(objective, key))(jax.random.key(0))
 
 
 def save_tiny_checkpoint(run: Path, **changes) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import json
 import os
 import resource
@@ -10,7 +11,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import textwrap
+from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -21,10 +24,13 @@ import pytest
 
 from pi0_jax import checkpoint
 from pi0_jax.checkpoint import Assets, CheckpointError, CheckpointWriter, space
-from pi0_jax.config import ModelConfig, PolicyConfig, TrainConfig
+from pi0_jax.config import Beta, ConditionDropout, Gaussian, Guidance, ModelConfig, PolicyConfig, TrainConfig
+from pi0_jax.sampler import Euler
 
 STATS = {"norm_stats": {"state": {"mean": [0.1, 1 / 3], "std": [1.0, 2.0], "q01": None, "q99": None}}}
-TRAIN = TrainConfig(policy=PolicyConfig(model=ModelConfig(cameras=("a", "b"), variant="pi05")), num_steps=7)
+TRAIN = TrainConfig(
+    policy=PolicyConfig(robot="tabletop", model=ModelConfig(cameras=("a", "b"), variant="pi05")), num_steps=7
+)
 ASSETS = Assets(TRAIN.policy, STATS, b"\x00tokenizer\xff", TRAIN)
 
 
@@ -350,7 +356,7 @@ def test_a_missing_path_lists_what_is_there_instead(run):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('"format_version": 1', '"format_version": 2', "format version 2"),
+        ('"format_version": 2', '"format_version": 3', "format version 3, and .* reads 1 and 2"),
         ('"depth": 18', '"depht": 18', r"depht.*config\.policy\.model"),
         ('"pi05"', '"pi06"', "pi06"),
     ],
@@ -362,10 +368,41 @@ def test_a_config_of_another_version_is_refused(copy, old, new, message):
         checkpoint.load_assets(copy)
 
 
+@pytest.fixture
+def version1(tmp_path):
+    """A run that the first version of the format saved."""
+    with tarfile.open(Path(__file__).parent / "goldens" / "version1_run.tar.gz") as archive:
+        archive.extractall(tmp_path / "version1", filter="data")
+    return tmp_path / "version1"
+
+
+def test_a_checkpoint_of_version_1_is_read(version1):
+    checkpoint.verify(checkpoint.resolve(version1))
+    assets = checkpoint.load_assets(version1)
+    assert assets.train is not None
+    assert assets.train.policy == assets.policy
+    assert assets.policy.sampler == Euler(num_steps=3)
+    assert assets.policy.guidance == Guidance(1.5, "prompt")
+    assert assets.policy.objective == Gaussian(
+        time=Beta(2.0), draws=2, regression_draw=True, regression_warmup_steps=2, dropout=ConditionDropout(prompt=0.1)
+    )
+    assert assets.train.optim.peak_lr == 1e-3
+    assert "image_encoder" in checkpoint.restore_params(version1)
+
+
 @pytest.mark.parametrize(("old", "new"), [("true", "full"), ("false", "none")])
-def test_remat_of_older_checkpoints_was_a_truth_value(copy, old, new):
-    file = copy / "checkpoints" / "30" / "assets" / "config.json"
+def test_remat_of_the_first_checkpoints_was_a_truth_value(version1, old, new):
+    file = checkpoint.resolve(version1) / "assets" / "config.json"
     content = file.read_text()
-    assert '"remat": "full"' in content
-    file.write_text(content.replace('"remat": "full"', f'"remat": {old}'))
-    assert checkpoint.load_assets(copy).policy.model.remat == new
+    assert '"remat": "none"' in content
+    file.write_text(content.replace('"remat": "none"', f'"remat": {old}'))
+    assert checkpoint.load_assets(version1).policy.model.remat == new
+
+
+def test_a_policy_beside_weights_of_other_programs_is_read_in_both_versions(version1):
+    content = json.loads((checkpoint.resolve(version1) / "assets" / "config.json").read_text())["policy"]
+    policy = checkpoint.policy_from_json(content)
+    assert policy == dataclasses.replace(checkpoint.load_assets(version1).policy, objective=Gaussian())
+    assert checkpoint.policy_from_json(checkpoint.policy_to_json(policy)) == policy
+    with pytest.raises(CheckpointError, match="format version 9"):
+        checkpoint.policy_from_json(content | {"format_version": 9})

@@ -9,8 +9,11 @@ from typing import Annotated, Any, Literal
 import pytest
 
 from pi0_jax import config_json
-from pi0_jax.config import PI05, PolicyConfig, TrainConfig
+from pi0_jax.config import PI05, Compact, Guidance, ModelConfig, PolicyConfig, Tokens, TrainConfig
+from pi0_jax.config import Reflow as ReflowObjective
 from pi0_jax.errors import UserError
+from pi0_jax.sampler import Greedy
+from pi0_jax.sampler.ddim import DDIM
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +63,18 @@ def test_tagged_unions_survive_json(config):
     assert config_json.load(content, Experiment, "config") == config
 
 
-def test_every_configuration_of_the_package_survives_json():
-    config = TrainConfig(policy=PolicyConfig(model=PI05, robot="libero"), num_steps=7)
+@pytest.mark.parametrize(
+    "policy",
+    [
+        PolicyConfig(robot="libero", model=PI05),
+        PolicyConfig(robot="libero", objective=Tokens(), sampler=Greedy(), model=ModelConfig(head=Compact(width=3))),
+        PolicyConfig(
+            robot="libero", objective=ReflowObjective(teacher="runs/t"), sampler=DDIM(), guidance=Guidance(2.0)
+        ),
+    ],
+)
+def test_every_configuration_of_the_package_survives_json(policy):
+    config = TrainConfig(policy=policy, num_steps=7)
     content = json.loads(json.dumps(config_json.dump(config)))
     assert config_json.load(content, TrainConfig, "config") == config
 

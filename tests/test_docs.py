@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import tyro
 
+from pi0_client.client import Client
 from pi0_jax import pi0
 from pi0_jax.config import TrainConfig
 from pi0_jax.config_file import load_config
 from pi0_jax.data.robots import get_robot
 from pi0_jax.inference.policy import Policy
-from pi0_jax.serving.backend import RobotPolicy
-from pi0_jax.serving.client import Client
+from pi0_jax.serving.robot_policy import RobotPolicy
 from pi0_jax.training import loop
 from tests.serving.fake import serving
 
@@ -58,9 +58,9 @@ def test_the_robot_loop_of_the_page_on_serving_sends_actions(checkpoint_folder, 
     namespace: dict = {"robot": robot}
     (robot_loop,) = (block for block in BLOCKS if "with Executor(" in block)
     exec(compile(robot_loop, "docs/serving.md", "exec"), namespace)
-    tally = namespace["executor"].tally
-    assert tally.steps >= 4
-    assert tally.failures == 0
+    stats = namespace["executor"].stats
+    assert stats.steps >= 4
+    assert stats.failures == 0
     assert np.isfinite(sent).all()
 
 
@@ -75,12 +75,12 @@ def test_the_quick_start_of_the_page_on_serving_moves_a_robot(checkpoint_folder,
     namespace: dict = {"robot": robot}
     acting, plain = BLOCKS[:2]
     with serving(RobotPolicy(Policy.load(checkpoint_folder), (1,), real_time=True)) as server:
-        monkeypatch.setattr("pi0_jax.serving.client.Client", lambda uri: Client(server.uri))
+        monkeypatch.setattr("pi0_client.client.Client", lambda uri: Client(server.uri))
         monkeypatch.setattr(time, "sleep", lambda seconds: wait_for_answers(namespace))
         exec(compile(acting, "docs/serving.md", "exec"), namespace)
         exec(compile(plain, "docs/serving.md", "exec"), namespace)
-    assert namespace["executor"].tally.chunks >= 2
-    assert namespace["executor"].tally.failures == 0
+    assert namespace["executor"].stats.chunks >= 2
+    assert namespace["executor"].stats.failures == 0
     assert len(sent) >= 12
     assert np.isfinite(sent).all()
 

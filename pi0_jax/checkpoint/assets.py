@@ -5,17 +5,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pi0_jax import config_json
 from pi0_jax.checkpoint.locate import CheckpointError, previous_step, resolve
-from pi0_jax.config import PolicyConfig, TrainConfig
+from pi0_jax.config import PolicyConfig, TrainConfig, version1
 from pi0_jax.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Version of the folder's layout and of config.json; raised when old readers would misread new checkpoints."""
 
 
@@ -112,19 +111,16 @@ def to_json(value: Any) -> bytes:
 
 def _from_json(content: dict[str, Any]) -> tuple[PolicyConfig, TrainConfig | None]:
     """Policy and experiment of a config.json of any version that is read."""
-    version = content.get("format_version")
-    model = content["policy"]["model"]  # up to November 2026 `remat` was a truth value
-    model["remat"] = {True: "full", False: "none"}.get(model.get("remat", "full"), model.get("remat"))
-    if version != FORMAT_VERSION:
+    version, policy, train = content.get("format_version"), content["policy"], content["train"]
+    if version == 1:
+        policy, train = version1.upgrade(policy, train)
+    elif version != FORMAT_VERSION:
         raise UserError(
-            f"it has format version {version}, and this pi0_jax reads {FORMAT_VERSION}. "
+            f"it has format version {version}, and this pi0_jax reads 1 and {FORMAT_VERSION}. "
             "Use the version of pi0_jax that wrote it."
         )
-    policy = config_json.load(content["policy"], PolicyConfig, "config.policy")
-    if content["train"] is None:
-        return policy, None
-    train = config_json.load(content["train"] | {"policy": content["policy"]}, TrainConfig, "config")
-    return policy, dataclasses.replace(train, policy=policy)
+    structured = config_json.load(policy, PolicyConfig, "config.policy")
+    return structured, train and config_json.load(train | {"policy": policy}, TrainConfig, "config")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

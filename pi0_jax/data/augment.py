@@ -11,6 +11,8 @@ Convention: the cameras look straight down, image right is +x and image up is +y
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +21,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 from pi0_jax.batch import Batch
 from pi0_jax.config import AugmentConfig
 from pi0_jax.data.normalization import Mode, NormStats, Stats, affine
-from pi0_jax.data.robots import Robot
+from pi0_jax.data.robots import Planar, Robot
+from pi0_jax.errors import UserError
 
 Images = Float[Array, "b h w 3"]
 
@@ -30,44 +33,58 @@ LUMA = (0.299, 0.587, 0.114)
 """Share of red, green and blue in the brightness of a colour (ITU-R BT.601)."""
 
 
-def augment(key: PRNGKeyArray, batch: Batch, config: AugmentConfig, robot: Robot, stats: Stats, mode: Mode) -> Batch:
-    """The batch with float images in [-1, 1], changed at random as `config` says.
+def make_augment(
+    config: AugmentConfig, robot: Robot, stats: Stats, mode: Mode, cameras: Collection[str]
+) -> Callable[[PRNGKeyArray, Batch], Batch]:
+    """A function that changes a batch at random as `config` says, and makes its images float in [-1, 1].
 
-    Everything but `key` and `batch` is static: close over it before `jax.jit`.
+    The same key gives the same changes. The function expects uint8 images, and state and actions normalised and padded;
+    it may be jitted. With the default config images are converted and nothing else happens.
 
     Args:
-        key: the same key gives the same changes.
-        batch: uint8 images; state and actions normalised and padded.
-        config: what to change and how much. With the defaults images are converted and nothing else happens.
+        config: what to change and how much.
         robot: names the planar axes that symmetries act on.
         stats: the statistics that state and actions were normalised with.
-        mode: and how.
+        mode: how they were normalised.
+        cameras: of the model, which `fixed_cameras` has to be among; a batch may lack some.
 
     Raises:
-        ValueError: a setting is out of range, or symmetries are asked for where they make no sense.
+        UserError: a setting is out of range, or symmetries are asked for where they make no sense.
     """
-    observation = batch.observation
-    _check(config, tuple(observation.images))
-    symmetry_key, warp_key, colour_key = jax.random.split(key, 3)
-    images, state, actions = dict(observation.images), observation.state, batch.actions
+    _check(config, cameras)
     if config.square_symmetries:
-        planar = _check_symmetries(batch, robot, stats, mode)
-        element = jax.random.randint(symmetry_key, state.shape[:1], 0, SYMMETRIES)
-        images = {camera: turn_images(image, element) for camera, image in images.items()}
-        state = _turn_vectors(state[:, None], element, planar.state, stats["state"], mode)[:, 0]
-        actions = _turn_vectors(actions, element, planar.actions, stats["actions"], mode)
-    for number, camera in enumerate(sorted(images)):
-        image = images[camera].astype(jnp.float32) / 255.0
-        image = _jitter(jax.random.fold_in(colour_key, number), image, config)
-        if camera not in config.fixed_cameras and (config.crop < 1 or config.rotate_degrees > 0):
-            image = _warp(jax.random.fold_in(warp_key, number), image, config)
-        images[camera] = image * 2.0 - 1.0
-    return batch._replace(observation=observation._replace(images=images, state=state), actions=actions)
+        planar = _check_symmetries(robot, stats, mode)
+        turn_state = _make_turn(planar.state, stats["state"], mode)
+        turn_actions = _make_turn(planar.actions, stats["actions"], mode)
+
+    def augment(key: PRNGKeyArray, batch: Batch) -> Batch:
+        observation = batch.observation
+        symmetry_key, warp_key, colour_key = jax.random.split(key, 3)
+        images, state, actions = dict(observation.images), observation.state, batch.actions
+        if config.square_symmetries:
+            element = jax.random.randint(symmetry_key, state.shape[:1], 0, SYMMETRIES)
+            images = {camera: turn_images(image, element) for camera, image in images.items()}
+            state, actions = turn_state(state[:, None], element)[:, 0], turn_actions(actions, element)
+        for number, camera in enumerate(sorted(images)):
+            image = images[camera].astype(jnp.float32) / 255.0
+            image = _jitter(jax.random.fold_in(colour_key, number), image, config)
+            if camera not in config.fixed_cameras and (config.crop < 1 or config.rotate_degrees > 0):
+                image = _warp(jax.random.fold_in(warp_key, number), image, config)
+            images[camera] = image * 2.0 - 1.0
+        return batch._replace(observation=observation._replace(images=images, state=state), actions=actions)
+
+    return augment
 
 
-def turn_images(images: UInt8[Array, "b s s 3"], element: Int[Array, "b"]) -> UInt8[Array, "b s s 3"]:
-    """Each image under its own symmetry: which pixel goes where is looked up, so that all cost the same."""
+def turn_images(images: UInt8[Array, "b h w 3"], element: Int[Array, "b"]) -> UInt8[Array, "b h w 3"]:
+    """Each image under its own symmetry: pixels are moved by a lookup table, so that all cost the same.
+
+    Raises:
+        UserError: the images are not square.
+    """
     size = images.shape[1]
+    if images.shape[2] != size:
+        raise UserError(f"`augment.square_symmetries` needs square images; these are {images.shape[1:3]}.")
     pixels = np.arange(size * size).reshape(size, size)
     sources = np.stack([np.rot90(pixels[:, ::-1] if g >= 4 else pixels, g % 4).ravel() for g in range(SYMMETRIES)])
     flat = images.reshape(images.shape[0], size * size, 3)
@@ -81,10 +98,10 @@ def symmetry_matrices() -> Float[np.ndarray, "8 2 2"]:
     return np.stack(powers + [power @ mirror for power in powers])
 
 
-def _turn_vectors(
-    values: Float[Array, "b t ad"], element: Int[Array, "b"], pairs: tuple, stats: NormStats, mode: Mode
-) -> Float[Array, "b t ad"]:
-    """Normalised vectors, turned in the robot's units.
+def _make_turn(
+    pairs: tuple[tuple[int, int], ...], stats: NormStats, mode: Mode
+) -> Callable[[Float[Array, "b t ad"], Int[Array, "b"]], Float[Array, "b t ad"]]:
+    """A function that turns normalised vectors as their symmetries turn them in the robot's units.
 
     With raw = scale * y + offset and P the turn, y becomes (P (scale * y + offset) - offset) / scale.
     """
@@ -94,15 +111,19 @@ def _turn_vectors(
         turn[np.ix_(range(SYMMETRIES), pair, pair)] = symmetry_matrices()
     scale, offset = affine(stats, mode)
     divisor = np.where(scale == 0, 1.0, scale)  # constant dimensions are in no pair, and P leaves them alone
-    padded = values.shape[-1]
-    matrix = np.tile(np.eye(padded), (SYMMETRIES, 1, 1))
-    matrix[:, :dims, :dims] = turn * divisor / divisor[:, None]
-    shift = np.zeros((SYMMETRIES, padded))
-    shift[:, :dims] = (turn @ offset - offset) / divisor
-    turned = jnp.einsum(
-        "BTD,BED->BTE", values, jnp.asarray(matrix, jnp.float32)[element], precision=jax.lax.Precision.HIGHEST
-    )
-    return turned + jnp.asarray(shift, jnp.float32)[element][:, None]
+
+    def apply(values: Float[Array, "b t ad"], element: Int[Array, "b"]) -> Float[Array, "b t ad"]:
+        padded = values.shape[-1]
+        matrix = np.tile(np.eye(padded), (SYMMETRIES, 1, 1))
+        matrix[:, :dims, :dims] = turn * divisor / divisor[:, None]
+        shift = np.zeros((SYMMETRIES, padded))
+        shift[:, :dims] = (turn @ offset - offset) / divisor
+        turned = jnp.einsum(
+            "BTD,BED->BTE", values, jnp.asarray(matrix, jnp.float32)[element], precision=jax.lax.Precision.HIGHEST
+        )
+        return turned + jnp.asarray(shift, jnp.float32)[element][:, None]
+
+    return apply
 
 
 def _warp(key: PRNGKeyArray, images: Images, config: AugmentConfig) -> Images:
@@ -158,30 +179,26 @@ def _jitter(key: PRNGKeyArray, images: Images, config: AugmentConfig) -> Images:
     return jnp.clip(mixed + shift, 0.0, 1.0).reshape(images.shape)
 
 
-def _check(config: AugmentConfig, cameras: tuple[str, ...]) -> None:
+def _check(config: AugmentConfig, cameras: Collection[str]) -> None:
     if not 0 < config.crop <= 1:
-        raise ValueError(f"`augment.crop` is {config.crop}; expected a share of the image's side, above 0 and up to 1.")
+        raise UserError(f"`augment.crop` is {config.crop}; expected a share of the image's side, above 0 and up to 1.")
     for name in ("brightness", "contrast", "saturation"):
         if not 0 <= getattr(config, name) <= 1:
-            raise ValueError(f"`augment.{name}` is {getattr(config, name)}; expected a relative change of 0 to 1.")
-
+            raise UserError(f"`augment.{name}` is {getattr(config, name)}; expected a relative change of 0 to 1.")
     if unknown := sorted(set(config.fixed_cameras) - set(cameras)):
-        raise ValueError(f"`augment.fixed_cameras` names {unknown}; the cameras are {sorted(cameras)}.")
+        raise UserError(f"`augment.fixed_cameras` names {unknown}; the cameras are {sorted(cameras)}.")
 
 
-def _check_symmetries(batch: Batch, robot: Robot, stats: Stats, mode: Mode):
+def _check_symmetries(robot: Robot, stats: Stats, mode: Mode) -> Planar:
     if robot.planar is None:
-        raise ValueError(f"`augment.square_symmetries` needs a robot with planar axes; {robot.name} names none.")
-    for camera, image in batch.observation.images.items():
-        if image.shape[1] != image.shape[2]:
-            raise ValueError(f"`augment.square_symmetries` needs square images; {camera!r} is {image.shape[1:3]}.")
+        raise UserError(f"`augment.square_symmetries` needs a robot with planar axes; {robot.name} names none.")
     for key, names, pairs in (
         ("state", robot.state, robot.planar.state),
         ("actions", robot.actions, robot.planar.actions),
     ):
         scale = affine(stats[key], mode).scale
         if constant := [names[i] for pair in pairs for i in pair if scale[i] == 0]:
-            raise ValueError(
+            raise UserError(
                 f"`augment.square_symmetries` turns {key} {constant}, which never change in the demonstrations. "
                 "Their normalisation has no scale: record demonstrations in all directions."
             )

@@ -1,10 +1,9 @@
-"""What `pi0 data SUBCOMMAND` does; the dataclasses are the command lines."""
+"""`pi0 data SUBCOMMAND`: the dataclasses are the command lines, the functions run them."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,16 +11,16 @@ from typing import Annotated, Any
 
 import tyro
 
-from pi0_jax.config import DatasetConfig, TrainConfig
+from pi0_jax.config import TrainConfig
 from pi0_jax.data.cache import build_cache
 from pi0_jax.data.lerobot.merge import convert
-from pi0_jax.data.mixture import Part, open_parts, open_source
+from pi0_jax.data.mixture import OpenDataset, dataset_configs, open_datasets, open_source
 from pi0_jax.data.normalization import save_json, stats_to_json
-from pi0_jax.data.robots import get_robot, semantics_of
-from pi0_jax.data.source import Source
-from pi0_jax.data.tools.check import check_part
+from pi0_jax.data.robots import get_robot
+from pi0_jax.data.tools.check import check_dataset
 from pi0_jax.data.tools.show import show
-from pi0_jax.data.tools.stats import compute_group_stats
+from pi0_jax.data.tools.stats import compute_normalizations
+from pi0_jax.errors import UserError
 
 Path_ = Annotated[Path, tyro.conf.Positional]
 Config = Annotated[Path, tyro.conf.Positional]
@@ -42,7 +41,7 @@ class Stats:
     workers: int | None = None
     """Processes; one a core by default."""
     ray: bool = False
-    """Run on a Ray cluster (pip install pi0_jax[ray]); without an address on this machine."""
+    """Run on a Ray cluster (pip install 'pi0_jax[ray]'); without an address on this machine."""
     skip_bad_episodes: bool = False
     """Leave out episodes that cannot be read, and say which."""
 
@@ -77,7 +76,7 @@ class Show:
     episodes: int = 4
     """Episodes to draw."""
     rerun: Path | None = None
-    """Also log them to this Rerun recording, .rrd (pip install pi0_jax[viz])."""
+    """Also log them to this Rerun recording, .rrd (pip install 'pi0_jax[viz]')."""
     skip_bad_episodes: bool = False
     """Leave out episodes that cannot be read, and say which."""
 
@@ -140,18 +139,19 @@ def stats(args: Stats, config: TrainConfig) -> None:
     """Runs `pi0 data stats`.
 
     Raises:
-        FileNotFoundError, ValueError, OSError: what the user gave cannot be used; the message says how to go on.
+        FileNotFoundError, UserError, OSError: something that the user chose cannot be used; the message says why.
     """
-    parts = _parts(config, args.skip_bad_episodes, config.data.validation_share)
-    groups = compute_group_stats(parts, config.policy, workers=args.workers or os.cpu_count() or 1, ray=args.ray)
-    semantics = {part.robot.name: semantics_of(part.robot, config.policy.action_semantics) for part in parts}
+    datasets = _open(config, args.skip_bad_episodes, config.data.validation_share)
+    workers, horizon = args.workers or os.cpu_count() or 1, config.policy.model.action_horizon
+    groups = compute_normalizations(datasets, horizon, workers=workers, ray=args.ray)
+    semantics = {dataset.robot.name: dataset.semantics for dataset in datasets}
     own = groups.get(get_robot(config.policy.robot).name, next(iter(groups.values())))
-    save_json(stats_to_json(own, groups, semantics), args.output)
+    save_json(stats_to_json(own.stats, groups, semantics), args.output)
     for name, group in groups.items():
-        robot = next(part.robot for part in parts if part.stats == name)
+        robot = next(dataset.robot for dataset in datasets if dataset.stats == name)
         for key, names in (("state", robot.state), ("actions", robot.actions)):
             print(f"\n{name} {key:18} {'mean':>10} {'std':>10} {'1 %':>10} {'99 %':>10} {'min':>10} {'max':>10}")
-            entry = group[key]
+            entry = group.stats[key]
             for i, dim in enumerate(names):
                 columns = (entry.mean, entry.std, entry.q01, entry.q99, entry.min, entry.max)
                 print(f"  {dim:28}" + "".join(f" {c[i]:10.4g}" for c in columns if c is not None))
@@ -159,29 +159,23 @@ def stats(args: Stats, config: TrainConfig) -> None:
 
 
 def check(args: Check, config: TrainConfig) -> None:
-    """Runs `pi0 data check`; raises ValueError with all that was found."""
-    log = logging.getLogger(Source.__module__)
-    log.setLevel(logging.ERROR)  # what was skipped is among what was found
-    try:
-        parts = _parts(config, True)
-    finally:
-        log.setLevel(logging.NOTSET)
-    groups = compute_group_stats(parts, config.policy, workers=os.cpu_count() or 1)
+    """Runs `pi0 data check`; raises UserError with all that was found."""
+    datasets = _open(config, True, log_skipped=False)
+    groups = compute_normalizations(datasets, config.policy.model.action_horizon, workers=os.cpu_count() or 1)
     found = [
-        f"{part.source.root}: {problem}"
-        for part in parts
-        for problem in check_part(part, config.policy, groups[part.stats], outside=args.outside, decode=args.decode)
+        f"{dataset.source.root}: {problem}"
+        for dataset in datasets
+        for problem in check_dataset(dataset, groups[dataset.stats].stats, outside=args.outside, decode=args.decode)
     ]
     if found:
-        raise ValueError(f"{len(found)} problem{'s' * (len(found) > 1)}:\n  " + "\n  ".join(found))
-    episodes, frames = (sum(getattr(part.source, name) for part in parts) for name in ("num_episodes", "num_frames"))
-    print(f"no problem in {len(parts)} dataset{'s' * (len(parts) > 1)}, {episodes} episodes, {frames} frames")
+        raise UserError(f"{len(found)} problem{'s' * (len(found) > 1)}:\n  " + "\n  ".join(found))
+    episodes, frames = (sum(getattr(each.source, name) for each in datasets) for name in ("num_episodes", "num_frames"))
+    print(f"no problem in {len(datasets)} dataset{'s' * (len(datasets) > 1)}, {episodes} episodes, {frames} frames")
 
 
 def show_(args: Show, config: TrainConfig) -> None:
     """Runs `pi0 data show`; errors as of `stats`."""
-    parts = _parts(config, args.skip_bad_episodes)
-    show(parts, args.output, args.episodes, args.rerun)
+    show(_open(config, args.skip_bad_episodes), args.output, args.episodes, args.rerun)
     print(f"wrote {args.output}")
 
 
@@ -189,20 +183,19 @@ def cache(args: Cache, config: TrainConfig) -> None:
     """Runs `pi0 data cache`; errors as of `stats`."""
     size = config.policy.model.vision.image_size
     total = frames = 0
-    for part in _parts(config, args.skip_bad_episodes):
-        cameras = [key for key, name in part.robot.cameras.items() if name in config.policy.model.cameras]
-        total += build_cache(part.source, args.output, cameras, size, args.jpeg, args.workers)
-        frames += part.source.num_frames * len(cameras)
-    print(f"{frames} frames of {size} px, {total / 1e6:.1f} MB, {total / frames:.0f} bytes a frame: {args.output}")
+    for dataset in _open(config, args.skip_bad_episodes):
+        total += build_cache(dataset.source, args.output, list(dataset.cameras), size, args.jpeg, args.workers)
+        frames += dataset.source.num_frames * len(dataset.cameras)
+    print(f"{frames} frames of {size} px, {total / 1e6:.1f} MB, {total / frames:.0f} bytes per frame: {args.output}")
     print("set data.cache to it")
 
 
 def convert_(args: Convert, config: TrainConfig) -> None:
     """Runs `pi0 data convert`; errors as of `stats`."""
     data = dataclasses.replace(config.data, frames="random", cache=None, skip_bad_episodes=args.skip_bad_episodes)
-    datasets = data.datasets or (DatasetConfig(data.path),)
+    datasets = dataset_configs(data)
     if not 0 <= args.dataset < len(datasets):
-        raise ValueError(f"--dataset is {args.dataset}; the config has {len(datasets)}, counted from 0.")
+        raise UserError(f"--dataset is {args.dataset}; the config has {len(datasets)}, counted from 0.")
     dataset = datasets[args.dataset]
     robot = get_robot(dataset.robot or config.policy.robot)
     source = open_source(dataset, data, robot)
@@ -258,19 +251,19 @@ def _model_cameras(cameras: Sequence[str]) -> dict[str, str]:
 
 def _names(features: dict[str, Any], key: str) -> tuple[str, ...]:
     if key not in features:
-        raise ValueError(f"the dataset has no {key!r}; it has {sorted(features)}.")
+        raise UserError(f"the dataset has no {key!r}; it has {sorted(features)}.")
     names = features[key].get("names")
     names = next(iter(names.values())) if isinstance(names, dict) else names
     width = features[key]["shape"][0]
     return tuple(map(str, names)) if names and len(names) == width else tuple(f"{key}_{i}" for i in range(width))
 
 
-def _parts(config: TrainConfig, skip: bool, validation_share: float = 0.0) -> list[Part]:
-    data = dataclasses.replace(
-        config.data, cache=None, validation_share=validation_share, frames="random",
-        skip_bad_episodes=skip or config.data.skip_bad_episodes,
-    )  # fmt: skip
-    return open_parts(data, config.policy)
+def _open(
+    config: TrainConfig, skip_bad: bool, validation_share: float = 0.0, *, log_skipped: bool = True
+) -> list[OpenDataset]:
+    skip_bad = skip_bad or config.data.skip_bad_episodes
+    changes = {"cache": None, "frames": "random", "skip_bad_episodes": skip_bad, "validation_share": validation_share}
+    return open_datasets(dataclasses.replace(config.data, **changes), config.policy, log_skipped=log_skipped)
 
 
 SUBCOMMANDS: dict[str, tuple[type, Callable]] = {
@@ -281,4 +274,4 @@ SUBCOMMANDS: dict[str, tuple[type, Callable]] = {
     "convert": (Convert, convert_),
     "robot": (Robot, robot_),
 }
-"""Name of a subcommand to its command line, and what runs it with its configuration (None where it takes none)."""
+"""Name of a subcommand to its command line, and the function that runs it with its configuration (None: without)."""

@@ -6,13 +6,14 @@ places come from a `Stream`, and everything after is a handful of array operatio
 Python out of the way.
 """
 
+# pyright: reportTypedDictNotRequiredAccess=false
 from __future__ import annotations
 
 import functools
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import grain
 import jax
@@ -21,11 +22,12 @@ from absl import flags
 from jaxtyping import Int
 
 from pi0_jax.batch import Batch
-from pi0_jax.config import TrainConfig
-from pi0_jax.data.mixture import FrameOrder, Part, Stream
+from pi0_jax.config import ModelConfig, TrainConfig
+from pi0_jax.data.mixture import FrameOrder, OpenDataset, Stream
 from pi0_jax.data.robots import Robot
 from pi0_jax.data.source import ACTION, STATE, VALID, Source
 from pi0_jax.data.transform import Transform, to_observation
+from pi0_jax.errors import UserError
 
 Indices = Int[np.ndarray, "b"]
 _SHARED = grain.experimental.DatasetOptions(min_shm_size=2**18)
@@ -101,7 +103,9 @@ class Loader:
         return iter(ahead)
 
 
-def make_loader(parts: Sequence[tuple[Part, Transform]], config: TrainConfig, rows: Indices | None = None) -> Loader:
+def make_loader(
+    datasets: Sequence[tuple[OpenDataset, Transform]], config: TrainConfig, rows: Indices | None = None
+) -> Loader:
     """An endless iterator over shuffled training batches, numpy arrays with uint8 images.
 
     Each epoch of a dataset has its own order, which depends on `config.seed` alone. Processes that share a batch ask
@@ -110,22 +114,21 @@ def make_loader(parts: Sequence[tuple[Part, Transform]], config: TrainConfig, ro
     The iterator's `get_state()` is a small dict; `set_state()` continues exactly there.
 
     Args:
-        parts: datasets from `open_parts`, each with the transform of its robot and statistics.
+        datasets: from `open_datasets`, each with the transform of its robot and statistics.
         config: batch size, seed, horizon, workers.
         rows: of each batch, the examples that this process needs; None: all.
 
     Raises:
-        ValueError: a dataset is not its robot's, or there is nothing to learn; prompt buckets that are none.
+        UserError: a dataset is not its robot's, or there is nothing to learn; prompt buckets that are none.
     """
     _check_buckets(config)
-    readers = [_Reader(part, transform, config) for part, transform in parts]
-    frames = [_learnable(part.source, part.training, config.policy.model.action_horizon) for part, _ in parts]
+    readers = [_Reader(dataset, transform, config.policy.model) for dataset, transform in datasets]
+    frames = [_learnable(dataset.source, dataset.training) for dataset, _ in datasets]
     orders = []
-    for number, ((part, _), own) in enumerate(zip(parts, frames, strict=True)):
-        shards = part.source.shard_ends if config.data.shuffle == "shards" else None
+    for number, ((dataset, _), own) in enumerate(zip(datasets, frames, strict=True)):
+        shards = dataset.source.shard_ends if config.data.shuffle == "shards" else None
         orders.append(FrameOrder(own, config.seed, number, shards, config.data.shuffle_window))
-    given = [part.weight for part, _ in parts]
-    weights = None if None in given else [weight for weight in given if weight is not None]
+    weights = [dataset.weight for dataset, _ in datasets if dataset.weight is not None] or None
     stream = Stream(orders, [len(own) for own in frames], weights, config.seed)
     data, wanted = config.data, np.arange(config.batch_size) if rows is None else rows
     prepare = _Prepare(readers, stream, config.batch_size, wanted, data.prompt_buckets)
@@ -173,24 +176,24 @@ def shorten_prompts(batch: Batch, longest: int, buckets: Sequence[int]) -> Batch
 def _check_buckets(config: TrainConfig) -> None:
     buckets, most = config.data.prompt_buckets, config.policy.model.prompt_length
     if list(buckets) != sorted(set(buckets)) or not all(0 < bucket <= most for bucket in buckets):
-        raise ValueError(
+        raise UserError(
             f"data.prompt_buckets is {list(buckets)}; expected ascending lengths from 1 to the model's prompt_length, "
             f"{most}, which is used where a prompt is longer than all of them."
         )
 
 
 def eval_batches(
-    parts: Sequence[tuple[Part, Transform]], config: TrainConfig, rows: Indices | None = None
+    datasets: Sequence[tuple[OpenDataset, Transform]], config: TrainConfig, rows: Indices | None = None
 ) -> Iterator[Batch]:
     """All held-out frames once and in order, in batches of `config.batch_size`, or the given rows of each.
 
     The last batch of each dataset is filled up with copies of its last frame whose `step_mask` is False throughout.
 
     Raises:
-        ValueError: a dataset is not its robot's, or there is nothing to learn.
+        UserError: a dataset is not its robot's, or there is nothing to learn.
     """
-    readers = [_Reader(part, transform, config) for part, transform in parts]
-    frames = [_learnable(part.source, part.held_out, config.policy.model.action_horizon) for part, _ in parts]
+    readers = [_Reader(dataset, transform, config.policy.model) for dataset, transform in datasets]
+    frames = [_learnable(dataset.source, dataset.held_out) for dataset, _ in datasets]
     wanted = np.arange(config.batch_size) if rows is None else rows
 
     def batches() -> Iterator[Batch]:
@@ -207,24 +210,16 @@ def eval_batches(
     return batches()
 
 
-class _Item(NamedTuple):
-    """Names of one camera."""
-
-    feature: str
-    camera: str
-
-
 class _Reader:
     """From frames of one dataset to their batch."""
 
-    def __init__(self, part: Part, transform: Transform, config: TrainConfig):
-        self._source, self._transform, model = part.source, transform, config.policy.model
-        _check_dataset(part.source, part.robot)
+    def __init__(self, dataset: OpenDataset, transform: Transform, model: ModelConfig):
+        self._source, self._cameras, self._transform = dataset.source, dataset.cameras, transform
+        _check_dataset(dataset.source, dataset.robot)
         self._horizon = model.action_horizon
-        self._cameras = [_Item(key, name) for key, name in part.robot.cameras.items() if name in model.cameras]
-        self._dim_mask = np.arange(model.action_dim) < len(part.robot.actions)
-        for item in self._cameras:  # decodes video that is decoded once, and fails, now rather than later
-            part.source.images(item.feature, np.array([0]))
+        self._dim_mask = np.arange(model.action_dim) < len(dataset.robot.actions)
+        for feature in self._cameras:  # decodes video that is decoded once, and fails, now rather than later
+            self._source.images(feature, np.array([0]))
 
     @functools.cached_property
     def _tasks(self) -> np.ndarray:
@@ -235,9 +230,9 @@ class _Reader:
 
     def prompt_lengths(self, rows: Indices) -> Indices:
         """Tokens of the prompt of each row."""
-        sample = {"images": {}, "state": self._source.columns(STATE)[rows]}
-        prompts = self._tasks[self._source.task_index[rows]]
-        return self._transform.forward(sample | {"prompt": prompts})["prompt_mask"].sum(-1)
+        state, prompts = self._source.columns(STATE)[rows], self._tasks[self._source.task_index[rows]]
+        sample = self._transform.forward({"images": {}, "state": state, "prompt": prompts})
+        return sample["prompt_mask"].sum(-1)
 
     def __call__(self, rows: Indices, seconds: np.ndarray) -> Batch:
         """The batch of `rows`; adds the time that each stage took to `seconds`."""
@@ -246,11 +241,11 @@ class _Reader:
         step_mask &= valid_steps(self._source, rows, self._horizon)
         state, prompts = self._source.columns(STATE)[rows], self._tasks[self._source.task_index[rows]]
         marks.append(time.perf_counter())
-        images = {item.camera: self._source.images(item.feature, rows) for item in self._cameras}
+        images = {camera: self._source.images(feature, rows) for feature, camera in self._cameras.items()}
         marks.append(time.perf_counter())
         sample = self._transform.forward({"images": images, "state": state, "prompt": prompts, "actions": actions})
-        masks: dict[str, Any] = {"step_mask": step_mask, "dim_mask": np.tile(self._dim_mask, (len(rows), 1))}
-        batch = Batch(to_observation(sample), sample["actions"], **masks)
+        arrays: Any = sample["actions"], step_mask, np.tile(self._dim_mask, (len(rows), 1))  # numpy until placed
+        batch = Batch(to_observation(sample), *arrays)
         seconds += np.diff([*marks, time.perf_counter()])
         return batch
 
@@ -266,7 +261,7 @@ def valid_steps(source: Source, indices: Indices, horizon: int) -> np.ndarray:
     return np.logical_and.accumulate(source.chunk(indices, horizon, VALID)[0][..., 0] > 0, axis=1)
 
 
-def _learnable(source: Source, episodes: np.ndarray, horizon: int) -> Indices:
+def _learnable(source: Source, episodes: np.ndarray) -> Indices:
     """Frames of some episodes with at least one step to learn: those whose own step is one."""
     frames = np.arange(source.num_frames)
     if len(episodes) < source.num_episodes:
@@ -274,7 +269,7 @@ def _learnable(source: Source, episodes: np.ndarray, horizon: int) -> Indices:
     if VALID in source.features:
         frames = frames[source.columns(VALID)[frames, 0] > 0]
     if not len(frames):
-        raise ValueError(
+        raise UserError(
             f"{source.root} has nothing to learn: of its {source.num_episodes} episodes {len(episodes)} are asked for"
             + (f", and column {VALID!r} is 0 in all their frames." if VALID in source.features else ".")
         )
@@ -283,16 +278,16 @@ def _learnable(source: Source, episodes: np.ndarray, horizon: int) -> Indices:
 
 def _check_dataset(source: Source, robot: Robot) -> None:
     if missing := [key for key in robot.cameras if key not in source.cameras]:
-        raise ValueError(
+        raise UserError(
             f"{source.root} lacks video {missing} of {robot.name}; it has {list(source.cameras)}. "
             "Set `policy.robot` to the robot of this dataset, or name the dataset's cameras in its `keys`."
         )
     for key, names in ((STATE, robot.state), (ACTION, robot.actions)):
         shape = source.columns(key).shape[1:]
         if shape != (len(names),):
-            raise ValueError(f"column {key!r} of {source.root} has shape {shape}; {robot.name} has {', '.join(names)}.")
+            raise UserError(f"column {key!r} of {source.root} has shape {shape}; {robot.name} has {', '.join(names)}.")
     if robot.fps is not None and source.fps != robot.fps:
-        raise ValueError(
-            f"{source.root} has {source.fps} frames a second; {robot.name} acts at {robot.fps}. "
+        raise UserError(
+            f"{source.root} has {source.fps} frames per second; {robot.name} acts at {robot.fps}. "
             "Actions learnt at one rate do not fit another."
         )

@@ -7,7 +7,6 @@ on anywhere in it.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import logging
 from collections.abc import Callable, Sequence
@@ -21,9 +20,9 @@ from pi0_jax.config import DataConfig, DatasetConfig, PolicyConfig
 from pi0_jax.data.cache import CachedFrames
 from pi0_jax.data.lerobot.reader import LeRobotDataset, find_dataset
 from pi0_jax.data.rlds.reader import RldsDataset
-from pi0_jax.data.robots import ROBOTS, Robot, get_robot
+from pi0_jax.data.robots import ROBOTS, Robot, get_robot, semantics_of
 from pi0_jax.data.source import ACTION, STATE, Renamed, Source
-from pi0_jax.errors import UserError
+from pi0_jax.errors import UserError, did_you_mean
 
 BLOCK = 2**16
 """Samples after which the datasets have had exactly their shares. Shares are multiples of one in so many."""
@@ -47,59 +46,81 @@ Order = Callable[[int], Int[np.ndarray, "n"]]
 """From the number of an epoch to the frames in the order in which it visits them."""
 
 
-class Part(NamedTuple):
+class OpenDataset(NamedTuple):
     """One dataset of a mixture."""
 
     source: Source
     robot: Robot
+    cameras: dict[str, str]
+    """The robot's cameras that the model reads: feature of the source → camera of the model."""
+    semantics: tuple[str, ...]
+    """Meaning of each action dimension, one of `data.robots.SEMANTICS`."""
     weight: float | None
     stats: str
     """Name of the statistics that normalise it."""
     training: Int[np.ndarray, "e"]
     """Episodes to train on."""
-    held_out: Int[np.ndarray, "e"]
+    held_out: Int[np.ndarray, "v"]
     """Episodes for the validation loss."""
 
 
-def open_parts(data: DataConfig, policy: PolicyConfig) -> list[Part]:
-    """Opens the datasets of an experiment.
+def open_datasets(data: DataConfig, policy: PolicyConfig, *, log_skipped: bool = True) -> list[OpenDataset]:
+    """Opens the datasets of an experiment, and logs the episodes that were left out.
 
     Raises:
-        FileNotFoundError, ValueError: a dataset cannot be read, or is not its robot's; some have weights and others
-            have not, or a weight is not positive; a share of episodes is out of range.
+        FileNotFoundError, UserError: no dataset is named, one cannot be read, or is not its robot's; some have weights
+            and others have not, or a weight is not positive; a share of episodes is out of range.
     """
     if not 0 <= data.validation_share < 1:
-        raise ValueError(
-            f"`data.validation_share` is {data.validation_share}; expected a share, 0 or more and below 1."
-        )
-    datasets = data.datasets or (DatasetConfig(data.path),)
+        raise UserError(f"`data.validation_share` is {data.validation_share}; expected a share, 0 or more and below 1.")
+    datasets = dataset_configs(data)
     weights = [dataset.weight for dataset in datasets]
     if any(weight is None for weight in weights) and any(weight is not None for weight in weights):
-        raise ValueError(f"the datasets have weights {weights}; give one to all of them or to none.")
+        raise UserError(f"the datasets have weights {weights}; give one to all of them or to none.")
     if bad := [weight for weight in weights if weight is not None and not weight > 0]:
-        raise ValueError(f"datasets have weights {bad}; a weight is above 0. Leave out what should not be sampled.")
-    return [open_part(dataset, data, policy) for dataset in datasets]
+        raise UserError(f"datasets have weights {bad}; a weight is above 0. Leave out what should not be sampled.")
+    found = [open_dataset(dataset, data, policy) for dataset in datasets]
+    for dataset in found if log_skipped else ():
+        dataset.source.report_skipped()
+    return found
 
 
-def open_part(dataset: DatasetConfig, data: DataConfig, policy: PolicyConfig) -> Part:
-    """Opens one dataset; errors as of `open_parts`."""
+def dataset_configs(data: DataConfig) -> tuple[DatasetConfig, ...]:
+    """The datasets that a configuration names.
+
+    Raises:
+        UserError: none.
+    """
+    if data.datasets:
+        return data.datasets
+    if not data.path:
+        raise UserError(
+            "the configuration names no demonstrations. Set `data.path` to the folder of a LeRobot or RLDS dataset, "
+            'such as data=DataConfig(path="data/mine"), or list several in `data.datasets` (docs/data.md).'
+        )
+    return (DatasetConfig(data.path),)
+
+
+def open_dataset(dataset: DatasetConfig, data: DataConfig, policy: PolicyConfig) -> OpenDataset:
+    """Opens one dataset; errors as of `open_datasets`."""
     robot = get_robot(dataset.robot or policy.robot)
-    source = open_source(dataset, data, robot)
+    source, cameras = open_source(dataset, data, robot), robot.select_cameras(policy.model.cameras)
     if data.cache is not None:
-        size = policy.model.vision.image_size
-        cameras = [key for key, name in robot.cameras.items() if name in policy.model.cameras]
-        source = CachedFrames(source, Path(data.cache), cameras, size)
+        source = CachedFrames(source, Path(data.cache), list(cameras), policy.model.vision.image_size)
     episodes = np.arange(source.num_episodes)
     keys = source.episode_keys() if data.validation_share > 0 else [0] * source.num_episodes
     held_out = np.array([key < data.validation_share * 2**64 for key in keys])
-    return Part(source, robot, dataset.weight, dataset.stats or robot.name, episodes[~held_out], episodes[held_out])
+    semantics, stats = semantics_of(robot, policy.action_semantics), dataset.stats or robot.name
+    return OpenDataset(
+        source, robot, cameras, semantics, dataset.weight, stats, episodes[~held_out], episodes[held_out]
+    )
 
 
 def open_source(dataset: DatasetConfig, data: DataConfig, robot: Robot) -> Source:
     """The episodes of a dataset, under the names of its robot.
 
     Raises:
-        FileNotFoundError, ValueError: see `LeRobotDataset` and `RldsDataset`; or neither is in the folder.
+        FileNotFoundError, UserError: see `LeRobotDataset` and `RldsDataset`; or neither is in the folder.
     """
     preset = None if dataset.preset is None else get_robot(dataset.preset).rlds
     if dataset.preset is not None and preset is None:
@@ -110,10 +131,10 @@ def open_source(dataset: DatasetConfig, data: DataConfig, robot: Robot) -> Sourc
         raise FileNotFoundError(_no_dataset(root))
     if preset is not None or any(any(root.glob(name)) for name in RLDS_FILES):
         if dataset.without_episodes:
-            raise ValueError(f"{root} is an RLDS dataset, whose episodes have no numbers for `without_episodes`.")
+            raise UserError(f"{root} is an RLDS dataset, whose episodes have no numbers for `without_episodes`.")
         fps = dataset.fps or (preset.fps if preset else robot.fps)
         if fps is None:
-            raise ValueError(
+            raise UserError(
                 f"{root} is an RLDS dataset, which does not store its rate, and {robot.name} has no fixed one: set the "
                 "dataset's `fps`."
             )
@@ -133,10 +154,10 @@ def open_source(dataset: DatasetConfig, data: DataConfig, robot: Robot) -> Sourc
     if keys:
         source = Renamed(source, keys)
     if missing := [name for name in (STATE, ACTION) if name not in source.features]:
-        close = difflib.get_close_matches(missing[0], [name for name in source.features if name not in source.cameras])
-        raise ValueError(
-            f"{root} has no {' and no '.join(missing)}; it has {list(source.features)}. Say where they are in the "
-            f"dataset's `keys`, such as keys={{{missing[0]!r}: {(close or ['its name'])[0]!r}}}."
+        columns = [name for name in source.features if name not in source.cameras]
+        raise UserError(
+            f"{root} has no {' and no '.join(missing)}; it has {list(source.features)}. Name them in the dataset's "
+            f"`keys`, such as keys={{{missing[0]!r}: 'NAME'}}.{did_you_mean(missing[0], columns)}"
         )
     return source
 

@@ -16,11 +16,11 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from pi0_client.player import Player, Strategy, real_time, receding_horizon, temporal_ensemble
 from pi0_jax.config import RealTimeConfig
 from pi0_jax.evaluate.rollout import check_run, wilson
 from pi0_jax.evaluate.simulators.suites import Episode, Suite
 from pi0_jax.inference.policy import Policy
-from pi0_jax.inference.realtime.player import Player, Strategy, real_time, receding_horizon, temporal_ensemble
 
 STRATEGIES: dict[str, tuple[Callable[[int], Strategy], RealTimeConfig | None]] = {
     "synchronous": (receding_horizon, None),
@@ -167,13 +167,13 @@ class _Run:
         """Takes in what has come by now; returns whether the policy is to be asked."""
         self._take_in()
         if self._ask is None:
-            self._ask = self.player.ask()
+            self._ask = self.player.query()
             return self._ask is not None
         return False
 
     def observe(self) -> dict:
         assert self._ask is not None
-        return self._episode.observe() | self._ask.told()
+        return self._episode.observe() | self._ask.as_request()
 
     def answer_later(self, chunk: np.ndarray) -> None:
         milliseconds, answered = self._latency.draw(self._rng)
@@ -199,7 +199,7 @@ class _Run:
         if self._ask is None or self.player.step * self._period < self._due - 1e-6:
             return
         if self._chunk is None:
-            self.player.lose()
+            self.player.abandon()
         else:
             before = self.player.due()
             self._delays.append(self.player.receive(self._chunk))

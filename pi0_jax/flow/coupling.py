@@ -12,53 +12,59 @@ conditions, and the conditional law stays as it is.
 
 from __future__ import annotations
 
-from typing import Literal
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key
 from scipy.optimize import linear_sum_assignment
 
-Coupling = Literal["independent", "optimal", "sinkhorn"]
+Rows = Float[Array, "b *e"]
+"""One row per example."""
 
 
-def couple(
-    noise: Float[Array, "b *e"],
-    data: Float[Array, "b *e"],
-    condition: Float[Array, "b c"],
-    key: PRNGKeyArray,
-    coupling: Coupling = "independent",
-    *,
-    condition_weight: float = 1.0,
-    regularization: float = 0.05,
-) -> Float[Array, "b *e"]:
-    """The noise in a new order: its row i goes with row i of the data.
+@dataclasses.dataclass(frozen=True)
+class Independent:
+    """Noise is paired with actions at random."""
 
-    Args:
-        noise, data: one row an example.
-        condition: what the data are conditioned on, as numbers; used with a positive weight only.
-        key: for the draws from a Sinkhorn plan.
-        coupling: "independent" leaves the order; "optimal" is the exact assignment, computed by SciPy on the host;
-            "sinkhorn" draws from the entropic plan, all on the device.
-        condition_weight: cost of a unit of squared distance between conditions; 0 is the plain coupling, which biases
-            a conditional law.
-        regularization: entropy of the Sinkhorn plan, as a share of the mean squared difference of noise and data.
+    def couple(self, noise: Rows, data: Rows, condition: Float[Array, "b c"], key: Key[Array, ""]) -> Rows:
+        """The noise as it is."""
+        return noise
 
-    Raises:
-        ValueError: unknown coupling.
-    """
-    match coupling:
-        case "independent":
-            return noise
-        case "optimal":
-            return noise[assignment(transport_cost(noise, data, condition, condition_weight))]
-        case "sinkhorn":
-            cost = transport_cost(noise, data, condition, condition_weight)
-            moving = transport_cost(noise, data, condition, 0.0)
-            plan = sinkhorn(cost, regularization * jnp.mean(moving))
-            return noise[jax.random.categorical(key, plan, axis=0)]
-    raise ValueError(f"unknown coupling {coupling!r}; choose independent, optimal or sinkhorn.")
+
+@dataclasses.dataclass(frozen=True)
+class OptimalTransport:
+    """Noise is paired with the batch's actions by the exact assignment, computed by SciPy on the host."""
+
+    condition_weight: float = 1.0
+    """Cost of pairing noise with the actions of another observation, per unit of squared distance between state, prompt
+    and images, beside the mean squared difference of noise and actions. At 0 the coupling is the plain one, which
+    biases the actions given the observation."""
+
+    def couple(self, noise: Rows, data: Rows, condition: Float[Array, "b c"], key: Key[Array, ""]) -> Rows:
+        """The noise in a new order: its row i goes with row i of the data."""
+        return noise[assignment(transport_cost(noise, data, condition, self.condition_weight))]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sinkhorn:
+    """Noise is paired with the batch's actions by draws from the entropic transport plan, all on the device."""
+
+    condition_weight: float = 1.0
+    """As of `OptimalTransport`."""
+    regularization: float = 0.05
+    """Entropy of the plan, as a share of the mean squared difference of noise and data."""
+
+    def couple(self, noise: Rows, data: Rows, condition: Float[Array, "b c"], key: Key[Array, ""]) -> Rows:
+        """The noise of each row of the data; a row of the noise may serve several."""
+        cost = transport_cost(noise, data, condition, self.condition_weight)
+        moving = transport_cost(noise, data, condition, 0.0)
+        plan = sinkhorn(cost, self.regularization * jnp.mean(moving))
+        return noise[jax.random.categorical(key, plan, axis=0)]
+
+
+Coupling = Independent | OptimalTransport | Sinkhorn
 
 
 def transport_cost(
@@ -86,7 +92,9 @@ def assignment(cost: Float[Array, "b b"]) -> Int[Array, "b"]:
     return jax.pure_callback(solve, shape, jax.lax.stop_gradient(cost), vmap_method="sequential")
 
 
-def sinkhorn(cost: Float[Array, "b b"], regularization: float | Float[Array, ""], num_iterations: int = 100):
+def sinkhorn(
+    cost: Float[Array, "b b"], regularization: float | Float[Array, ""], num_iterations: int = 100
+) -> Float[Array, "b b"]:
     """Logarithm of the entropic transport plan between uniform margins (Cuturi 2013, arXiv 1306.0895), `[b b]`.
 
     Args:

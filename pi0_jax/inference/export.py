@@ -23,7 +23,6 @@ from jaxtyping import Array, Float
 
 from pi0_jax.atomic import written
 from pi0_jax.data.normalization import affine
-from pi0_jax.data.robots import semantics_of
 from pi0_jax.inference.policy import Policy, prompt_lengths
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -115,7 +114,7 @@ def describe(policy: Policy) -> dict[str, Any]:
         "image_size": config.model.vision.image_size,
         "state": list(robot.state),
         "actions": list(robot.actions),
-        "semantics": list(semantics_of(robot, config.action_semantics)),
+        "semantics": list(policy.normalization.semantics),
         "variant": config.model.variant,
         "num_steps": config.num_steps,
         "normalization": {

@@ -18,8 +18,8 @@ from jaxtyping import Float, PRNGKeyArray
 from pi0_jax import checkpoint, pi0
 from pi0_jax.batch import Observation
 from pi0_jax.config import PolicyConfig
-from pi0_jax.data.normalization import Stats, semantics_from_json, stats_from_json
-from pi0_jax.data.robots import Robot, get_robot
+from pi0_jax.data.normalization import Normalization, Stats, semantics_from_json, stats_from_json
+from pi0_jax.data.robots import Robot, get_robot, semantics_of
 from pi0_jax.data.tokenizer import Tokenizer
 from pi0_jax.data.transform import Sample, check_observation, make_transform, to_observation
 from pi0_jax.flow.guidance import Previous
@@ -72,7 +72,8 @@ class Policy:
         self.config = config
         self.robot: Robot = get_robot(config.robot)
         self.tokenizer, self.stats = tokenizer, stats
-        self._transform = make_transform(config, self.robot, stats, tokenizer)
+        self.normalization = Normalization(stats, semantics_of(self.robot, config.action_semantics))
+        self._transform = make_transform(config, self.robot, self.normalization, tokenizer)
         # A camera that the robot lacks is masked; leaving it out gives the same numbers.
         present = tuple(name for name in config.model.cameras if name in self.robot.cameras.values())
         model = dataclasses.replace(config.model, cameras=present)
@@ -372,16 +373,16 @@ class Policy:
         return stacked, anchors, self._previous(samples)
 
     def _previous(self, samples: Sequence[Sample]) -> Previous | None:
-        """The transforms made `actions` of what is left of a chunk, relative to the new state where they are relative.
+        """What remains of the chunks in execution, relative to the new state where actions are relative.
 
         A trained network cannot be told of more certain actions than it learned with: only so many are."""
-        if not any("actions" in sample for sample in samples):
+        if not any("previous" in sample for sample in samples):
             return None
         model, trained = self.config.model, self.config.real_time.method == "trained"
         actions = np.zeros((len(samples), model.action_horizon, model.action_dim), np.float32)
         delay, end = np.zeros((2, len(samples)), np.int32)
         for i, sample in enumerate(samples):
-            left = sample.get("actions", actions[0, :0])[: model.action_horizon]
+            left = sample.get("previous", actions[0, :0])[: model.action_horizon]
             actions[i, : len(left)], end[i] = left, len(left)
             delay[i] = min(sample.get("delay", 0), len(left), model.max_delay if trained else len(left))
         return Previous(*map(jnp.asarray, (actions, delay, end)))

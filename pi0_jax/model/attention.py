@@ -12,8 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 MASKED = -2.3819763e38
 """Stands for minus infinity in masked logits; the reference implementations' value, finite in bfloat16."""
 
-Kernel = Literal["xla", "cudnn"]
-"""See `ModelConfig.attention`."""
+from pi0_jax.config.model import Kernel
 
 _log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Who may connect: addresses, tokens and certificates."""
+"""Addresses, tokens and certificates: who may connect."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ import socket
 import ssl
 from pathlib import Path
 
+from pi0_jax.errors import UserError
+
 TOKEN_VARIABLE = "PI0_TOKEN"
 MIN_TOKEN = 16
 """Characters of a token, at least."""
 
 
 def is_loopback(host: str | None) -> bool:
-    """Whether an address, or `localhost`, can be reached from this machine alone."""
+    """Whether an address, or `localhost`, is reachable from this machine alone."""
     if host == "localhost":
         return True
     try:
@@ -31,7 +33,7 @@ def read_token(path: Path | None) -> str | None:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is too short to be a secret, or cannot be sent in a header.
+        UserError: it is too short to be a secret, or cannot be sent in a header.
     """
     if path is not None and not path.is_file():
         raise FileNotFoundError(f"there is no token file {path}. Make one: openssl rand -hex 32 > {path}")
@@ -40,7 +42,7 @@ def read_token(path: Path | None) -> str | None:
         return None
     token = token.strip()
     if len(token) < MIN_TOKEN or not token.isascii() or not token.isprintable():
-        raise ValueError(
+        raise UserError(
             f"the token has {len(token)} characters; expected at least {MIN_TOKEN} printable ASCII ones. "
             "Make one: openssl rand -hex 32"
         )
@@ -51,24 +53,24 @@ def check_address(host: str, token: str | None, insecure: bool) -> None:
     """Refuses to serve a network without a token.
 
     Raises:
-        ValueError: others can reach `host`, there is no token, and `insecure` was not asked for.
+        UserError: others can reach `host`, there is no token, and `insecure` was not asked for.
     """
     if not is_loopback(host) and token is None and not insecure:
-        raise ValueError(
+        raise UserError(
             f"on {host} everybody in the network could drive this policy and see its cameras. Set a token "
             f"(--token-file FILE, or {TOKEN_VARIABLE}), keep to --host 127.0.0.1, or say --insecure."
         )
 
 
 def check_free(host: str, port: int) -> None:
-    """Finds out whether an address can be listened at, before minutes go into compiling.
+    """Checks that an address is free to listen at, before minutes go into compiling.
 
     Raises:
-        OSError: it cannot.
-        ValueError: there is no such port.
+        OSError: it is not.
+        UserError: there is no such port.
     """
     if not 0 <= port <= 65_535:
-        raise ValueError(f"--port is {port}; expected 1 to 65535, or 0 for any that is free.")
+        raise UserError(f"--port is {port}; expected 1 to 65535, or 0 for any free one.")
     try:
         for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
             with socket.socket(family, kind, protocol) as probe:
@@ -76,22 +78,22 @@ def check_free(host: str, port: int) -> None:
                 probe.bind(address)
     except OSError as error:
         raise OSError(
-            f"cannot listen at {host}, port {port}: {error.strerror}. Choose another --port (0: any that is free), or "
+            f"cannot listen at {host}, port {port}: {error.strerror}. Choose another --port (0: any free one), or "
             "another --host."
         ) from error
 
 
 def tls_context(certificate: Path | None, key: Path | None) -> ssl.SSLContext | None:
-    """For a server with these PEM files; None where there is no certificate.
+    """The TLS context of a server with these PEM files; None without a certificate.
 
     Raises:
-        ValueError: one without the other, or files that are no certificate and its key.
+        UserError: one without the other, or files that are not a certificate and its key.
         FileNotFoundError: a file is missing.
     """
     if certificate is None and key is None:
         return None
     if certificate is None or key is None:
-        raise ValueError("TLS needs both --tls-certificate and --tls-key.")
+        raise UserError("TLS needs both --tls-certificate and --tls-key.")
     for path in (certificate, key):
         if not path.is_file():
             raise FileNotFoundError(f"there is no file {path}.")
@@ -100,19 +102,19 @@ def tls_context(certificate: Path | None, key: Path | None) -> ssl.SSLContext | 
     try:
         context.load_cert_chain(certificate, key)
     except ssl.SSLError as error:
-        raise ValueError(f"{certificate} and {key} are no certificate and its key ({error}).") from error
+        raise UserError(f"{certificate} and {key} are not a certificate and its key ({error}).") from error
     return context
 
 
 def is_authorized(header: str | None, token: str) -> bool:
     """Whether an Authorization header carries the token: `Api-Key TOKEN`, or `Basic` with it as the password, which is
-    what a browser sends. The time taken does not tell how much of it was right."""
-    kind, _, given = (header or "").partition(" ")
+    what a browser sends. The comparison takes constant time."""
+    kind, _, secret = (header or "").partition(" ")
     if kind.lower() == "basic":
         try:
-            given = base64.b64decode(given, validate=True).decode("utf-8", "replace").partition(":")[2]
+            secret = base64.b64decode(secret, validate=True).decode("utf-8", "replace").partition(":")[2]
         except (binascii.Error, ValueError):
-            given = ""
+            secret = ""
     elif kind.lower() != "api-key":
-        given = ""
-    return hmac.compare_digest(given.strip().encode("utf-8", "replace"), token.encode())
+        secret = ""
+    return hmac.compare_digest(secret.strip().encode("utf-8", "replace"), token.encode())

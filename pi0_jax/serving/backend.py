@@ -1,35 +1,35 @@
-"""What the server needs of a policy, and `RobotPolicy`, which gives it for a checkpoint."""
+"""The interface of a policy behind the server: `robot_policy` implements it for a checkpoint, `replicas` for a fleet."""
 
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 
-from pi0_jax.config import PolicyConfig
-from pi0_jax.data.robots import Robot, get_robot
-from pi0_jax.data.transform import check_observation
-from pi0_jax.inference.policy import Policy, check_batch_sizes
-from pi0_jax.serving.client_formats import read_executed, read_request, read_seed
-from pi0_jax.serving.session import Session
+@dataclasses.dataclass
+class Session:
+    """State of one client's connection. It is never in two batches at once."""
 
-RESET_POSE = {"aloha": [0.0, -1.5, 1.5, 0.0, 0.0, 0.0]}
-"""Where openpi's client moves a robot's arms before an episode, radians; openpi's metadata say so too."""
+    name: str
+    answered: int = 0
+    """Requests answered since the connection, or since its last reset."""
+    memory: Any = None
+    """The policy's own state, such as the last chunk."""
+
+    def reset(self) -> None:
+        """Resets to the state of a new connection, as before a new episode."""
+        self.answered, self.memory = 0, None
 
 
-class Served(Protocol):
-    """A policy as the server calls it. `prepare` may run in many threads at once, `infer_batch` in `parallel` of them,
+class PolicyBackend(Protocol):
+    """A policy as the server calls it. `validate` may run in many threads at once, `infer_batch` in `parallel` of them,
     and never for one session in two."""
 
     metadata: dict[str, Any]
-    """What a client is told when it connects: anything that `wire.pack` takes."""
+    """What a client receives when it connects: anything that `pack` encodes."""
     batch_sizes: tuple[int, ...]
-    """Numbers of requests that a program is compiled for, ascending. Others are filled up to the next."""
+    """Numbers of requests that a program is compiled for, ascending. Others are padded to the next."""
     parallel: int
     """Batches that can be computed at once."""
 
@@ -37,164 +37,17 @@ class Served(Protocol):
         """Compiles everything; after it, no request compiles."""
         ...
 
-    def prepare(self, request: Any) -> Any:
-        """Checks a decoded request and makes of it what `infer_batch` takes.
+    def validate(self, request: Any) -> Any:
+        """Checks a decoded request and converts it to what `infer_batch` takes.
 
         Raises:
-            ValueError: the request is at fault; the client is told the message.
+            ValueError: the request is at fault; the client receives the message.
         """
         ...
 
     def infer_batch(self, observations: Sequence[Any], sessions: Sequence[Session]) -> list[dict[str, Any]]:
-        """Answers, each with `actions` `[ah, d]`; whatever else is in them goes to the client too.
+        """Answers, each with `actions` `[ah, d]`; its other entries go to the client too.
 
         No answer may depend on the others of its batch. `sessions` are the clients', in the same order.
         """
         ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Prepared:
-    """A request that was found good."""
-
-    observation: dict[str, Any]
-    seed: tuple[int, ...] | None
-    executed: int | None
-    """Actions of the session's last chunk that were executed, where the new chunk is to go on from the rest of it."""
-
-
-def check_request(request: Any, robot: Robot, prompt: str | None = None, real_time: bool = False) -> Prepared:
-    """The robot's raw observation in a request, checked.
-
-    Args:
-        request: a decoded frame.
-        robot: whose it should be.
-        prompt: instruction for requests without one.
-        real_time: whether requests may say what is left of the chunk in execution.
-
-    Raises:
-        ValueError: the request is at fault; the message says how.
-    """
-    raw, executed = read_request(request, robot, prompt), read_executed(request)
-    rest = raw
-    if executed is not None and raw.get("previous") is None:  # so that `delay` is checked
-        rest = raw | {"previous": np.zeros((1, len(robot.actions)))}
-    checked = check_observation(rest, robot)
-    observation = raw | {key: checked[key] for key in ("images", "state", "prompt")}
-    prepared = Prepared(observation, read_seed(request), executed)
-    if not real_time and ("previous" in raw or prepared.executed is not None):
-        raise ValueError("`previous` and `executed` need a server with --real-time, which compiles what they take.")
-    return prepared
-
-
-class RobotPolicy:
-    """A checkpoint's policy behind the server.
-
-    The noise of a session's n-th request is a function of `seed` and n, so that a client's answers are those it would
-    get alone.
-
-    Args:
-        policy: the policy.
-        batch_sizes: numbers of requests to compile a program for.
-        prompt: instruction for clients that send none.
-        seed: of the noise of sessions that do not send their own.
-        real_time: compile programs for chunks that go on from the ones in execution too; without, such requests are
-            refused.
-    """
-
-    parallel = 1
-
-    def __init__(
-        self,
-        policy: Policy,
-        batch_sizes: Sequence[int] = (1, 2, 4, 8),
-        prompt: str | None = None,
-        seed: int = 0,
-        real_time: bool = False,
-    ):
-        self.policy, self.prompt, self.seed, self.real_time = policy, prompt, seed, real_time
-        self.config, self.batch_sizes = policy.config, check_batch_sizes(batch_sizes)
-        self.metadata = describe(policy.config, real_time)
-
-    def warm_up(self) -> None:
-        """Compiles programs for each batch size and length of prompts."""
-        self.policy.warm_up(self.batch_sizes, real_time=self.real_time)
-        for size in self.batch_sizes:
-            noise_keys([(0,)] * size, self.seed)
-
-    def prepare(self, request: Any) -> Prepared:
-        """The robot's raw observation in a request, checked; errors as of `Served.prepare`."""
-        return check_request(request, self.policy.robot, self.prompt, self.real_time)
-
-    def infer_batch(self, observations: Sequence[Prepared], sessions: Sequence[Session]) -> list[dict[str, Any]]:
-        """Chunks in the robot's units; `infer_ms` is from observations to actions in host memory, for the batch."""
-        start = time.perf_counter()
-        count = len(observations)
-        size = next(n for n in self.batch_sizes if n >= count)
-        rows = list(range(count)) + [0] * (size - count)
-        seeds = [prepared.seed or session for prepared, session in zip(observations, sessions, strict=True)]
-        keys = noise_keys([seeds[i] for i in rows], self.seed)
-        raw = [self._go_on(prepared, session) for prepared, session in zip(observations, sessions, strict=True)]
-        chunks = self.policy.infer_batch([raw[i] for i in rows], keys)[:count]
-        for session, chunk in zip(sessions, chunks, strict=True):
-            session.memory = chunk
-        timing = {"infer_ms": 1000 * (time.perf_counter() - start), "batch_size": count}
-        return [{"actions": np.asarray(chunk, np.float32), "policy_timing": timing} for chunk in chunks]
-
-    def _go_on(self, prepared: Prepared, session: Session) -> dict[str, Any]:
-        """The observation, with what is left of the session's last chunk if it is to go on from that."""
-        if prepared.executed is None or session.memory is None:
-            return prepared.observation
-        return prepared.observation | {"previous": session.memory[prepared.executed :]}
-
-
-def noise_keys(seeds: Sequence[tuple[int, ...] | Session], base: int) -> jax.Array:
-    """Keys of noise: of a seed, of a key's two words, or of a session's next request under the server's seed `base`."""
-    rows = [(0, base, s.answered) if isinstance(s, Session) else (len(s), *s, 0)[:3] for s in seeds]
-    table = np.array(rows, np.uint32)
-    return _noise_keys(table[:, 0], table[:, 1:])
-
-
-@jax.jit
-@jax.vmap
-def _noise_keys(kind, words):
-    key = jax.random.key(words[0])
-    return jnp.stack([jax.random.fold_in(key, words[1]), key, jax.random.wrap_key_data(words)])[kind]
-
-
-def describe(config: PolicyConfig, real_time: bool = False) -> dict[str, Any]:
-    """What clients are told about a policy: its robot, what to send and what comes back."""
-    robot = get_robot(config.robot)
-    told = {
-        "robot": robot.name,
-        "cameras": [camera for camera in robot.cameras.values() if camera in config.model.cameras],
-        "image_size": config.model.vision.image_size,
-        "state": list(robot.state),
-        "actions": list(robot.actions),
-        "action_horizon": config.model.action_horizon,
-        "execute_steps": config.execute_steps,
-        "num_steps": config.num_steps,
-        "fps": robot.fps,
-        "real_time": real_time,
-    }
-    return told | ({"reset_pose": RESET_POSE[robot.name]} if robot.name in RESET_POSE else {})
-
-
-def describe_for_roboarena(config: PolicyConfig) -> dict[str, Any]:
-    """The same in RoboArena's words; its clients allow no others.
-
-    Raises:
-        ValueError: it is not a policy for DROID, the robot of RoboArena.
-    """
-    spaces = {"droid": "joint_position", "droid_velocity": "joint_velocity"}
-    if config.robot not in spaces:
-        raise ValueError(f"RoboArena's robots are DROID's; this policy is for {config.robot!r}.")
-    size = config.model.vision.image_size
-    return {
-        "image_resolution": [size, size],
-        "needs_wrist_camera": True,
-        "n_external_cameras": 1,
-        "needs_stereo_camera": False,
-        "needs_session_id": False,
-        "action_space": spaces[config.robot],
-    }

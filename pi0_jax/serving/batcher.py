@@ -1,4 +1,4 @@
-"""Requests of many clients, gathered into batches and computed in threads of their own."""
+"""Batching: gathers requests of many clients and computes them in threads of their own."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from typing import Any
 
 import numpy as np
 
+from pi0_jax.serving.backend import Session
 from pi0_jax.serving.metrics import Metrics
-from pi0_jax.serving.session import Session
 
 log = logging.getLogger(__name__)
 
 
 class Refused(Exception):
-    """A request that gets no actions, through no fault of the policy; the client is told the message.
+    """A request without an answer, through no fault of the policy; the client receives the message.
 
     Attributes:
-        outcome: the word for it in metrics and logs.
+        outcome: its name in metrics and logs.
     """
 
     outcome = "invalid"
@@ -56,7 +56,7 @@ class NotFinite(Refused):
 
 
 @dataclasses.dataclass(eq=False)
-class _Waiting:
+class _Pending:
     observation: Any
     session: Session
     answer: asyncio.Future
@@ -64,19 +64,19 @@ class _Waiting:
 
 
 class Batcher:
-    """Gathers requests and has them computed, off the event loop.
+    """Gathers requests into batches and computes them off the event loop.
 
     A batch starts when its oldest request has waited for the window, or earlier: when the largest compiled batch is
-    full, or every client waits already, so that nobody else could join. While the policy computes all that it can at
-    once, the next gathers.
+    full, or every client waits already, so that nobody else could join. While the policy is busy, the next batch
+    gathers.
 
     Args:
-        policy: a `Served`.
+        policy: a `PolicyBackend`.
         window: seconds a request may wait for others to join it.
         max_waiting: requests that may wait; one more is refused.
         deadline: seconds from a request's arrival within which it is answered or refused.
         clients: how many clients there are.
-        metrics: where times and sizes are counted.
+        metrics: receives times and sizes.
     """
 
     def __init__(
@@ -91,36 +91,36 @@ class Batcher:
     ):
         self._policy, self._window, self._max_waiting, self._deadline = policy, window, max_waiting, deadline
         self._clients, self._metrics = clients, metrics
-        self._waiting: collections.deque[_Waiting] = collections.deque()
-        self._came = asyncio.Event()
+        self._waiting: collections.deque[_Pending] = collections.deque()
+        self._arrived = asyncio.Event()
         self._threads = concurrent.futures.ThreadPoolExecutor(policy.parallel, "inference")
         self._lock = threading.Lock()
         self.computing = 0
-        """Requests that are computed now."""
+        """Requests being computed."""
 
     @property
     def waiting(self) -> int:
-        """How many requests wait to be computed."""
+        """Number of requests that wait to be computed."""
         return len(self._waiting)
 
     async def infer(self, observation: Any, session: Session, since: float) -> dict[str, Any]:
-        """The answer to one prepared request.
+        """The answer to one validated request.
 
         Args:
-            observation: what the policy's `prepare` returned.
-            session: its client's.
-            since: when the request came, by `time.perf_counter`.
+            observation: what the policy's `validate` returned.
+            session: its client's session.
+            since: when the request arrived, by `time.perf_counter`.
 
         Raises:
-            Busy, Late, NotFinite: there are no actions; see there.
-            Exception: whatever the policy raised.
+            Busy, Late, NotFinite: see these classes.
+            Exception: raised by the policy.
         """
         if len(self._waiting) >= self._max_waiting:
             raise Busy(f"{len(self._waiting)} requests wait already, and that is the limit. Ask again in a moment.")
-        item = _Waiting(observation, session, asyncio.get_running_loop().create_future(), since)
+        item = _Pending(observation, session, asyncio.get_running_loop().create_future(), since)
         self._waiting.append(item)
         self._metrics.waiting.set(len(self._waiting))
-        self._came.set()
+        self._arrived.set()
         try:
             async with asyncio.timeout(self._deadline - (time.perf_counter() - since)):
                 return await item.answer
@@ -142,16 +142,16 @@ class Batcher:
                 computation.add_done_callback(lambda _: free.release())
 
     def close(self) -> None:
-        """Lets go of the threads, without waiting for what they compute."""
+        """Releases the threads, without waiting for what they compute."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def _next(self) -> list[_Waiting]:
-        """The next batch, as soon as it should start."""
-        batch: list[_Waiting] = []
+    async def _next(self) -> list[_Pending]:
+        """Waits until the next batch should start, and returns it."""
+        batch: list[_Pending] = []
         while not batch:
             while not self._waiting:
-                self._came.clear()
-                await self._came.wait()
+                self._arrived.clear()
+                await self._arrived.wait()
             await self._gather()
             count = min(len(self._waiting), self._policy.batch_sizes[-1])
             batch = [item for item in (self._waiting.popleft() for _ in range(count)) if not item.answer.done()]
@@ -159,21 +159,21 @@ class Batcher:
         return batch
 
     async def _gather(self) -> None:
-        """Returns when the oldest request should wait no longer."""
+        """Waits while others may still join the oldest request."""
         end = self._waiting[0].since + self._window
         while len(self._waiting) < min(self._policy.batch_sizes[-1], self._clients() - self.computing):
-            left = end - time.perf_counter()
-            if left <= 0:
+            timeout = end - time.perf_counter()
+            if timeout <= 0:
                 return
-            self._came.clear()
+            self._arrived.clear()
             try:
-                await asyncio.wait_for(self._came.wait(), left)
+                await asyncio.wait_for(self._arrived.wait(), timeout)
             except TimeoutError:
                 return
 
-    async def _compute(self, batch: list[_Waiting]) -> None:
-        """Has a batch computed and hands out the answers. If it fails, each is tried alone: the fault of one request
-        shall not be the others'."""
+    async def _compute(self, batch: list[_Pending]) -> None:
+        """Computes a batch and distributes the answers. If it fails, each request is retried alone, which isolates
+        failures."""
         loop = asyncio.get_running_loop()
         start = time.perf_counter()
         try:
@@ -182,31 +182,33 @@ class Batcher:
             if len(batch) == 1:
                 _settle(batch[0].answer, error)
                 return
-            log.warning("a batch of %d failed (%s: %s); each is tried alone", len(batch), type(error).__name__, error)
+            log.warning(
+                "a batch of %d failed (%s: %s); each request is retried alone", len(batch), type(error).__name__, error
+            )
             for item in batch:
                 if not item.answer.done():
                     await self._compute([item])
             return
         seconds = time.perf_counter() - start
-        self._metrics.saw_batch(len(batch), seconds, [start - item.since for item in batch])
+        self._metrics.count_batch(len(batch), seconds, [start - item.since for item in batch])
         for item, answer in zip(batch, answers, strict=True):
             timing = {"infer_ms": 1000 * seconds, "wait_ms": 1000 * (start - item.since)}
             _settle(item.answer, answer if isinstance(answer, Exception) else answer | {"server_timing": timing})
 
-    def _call(self, batch: list[_Waiting]) -> list[dict[str, Any] | NotFinite]:
-        """In a thread: the policy's answers, checked."""
+    def _call(self, batch: list[_Pending]) -> list[dict[str, Any] | NotFinite]:
+        """In a thread: the policy's answers, with those that are not finite replaced by an error."""
         self._count(len(batch))
         try:
             answers = self._policy.infer_batch([item.observation for item in batch], [item.session for item in batch])
-        finally:  # not in the event loop, where a cancelled task would forget what the thread still does
+        finally:  # not in the event loop, where a task may be cancelled while the thread still computes
             self._count(-len(batch))
         if len(answers) != len(batch):
             raise RuntimeError(f"the policy gave {len(answers)} answers to {len(batch)} observations.")
         return [answer if np.isfinite(answer["actions"]).all() else _not_finite(answer) for answer in answers]
 
-    def _count(self, more: int) -> None:
+    def _count(self, change: int) -> None:
         with self._lock:
-            self.computing += more
+            self.computing += change
 
 
 def _settle(answer: asyncio.Future, value: Any) -> None:

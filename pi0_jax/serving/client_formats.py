@@ -1,7 +1,7 @@
-"""From what clients send to a policy's raw observation.
+"""Formats of requests: converts what clients send to a policy's raw observation.
 
-Ours is `images` by camera, `state` and `prompt`. openpi's clients name things by robot: keys with slashes in a flat
-map, states in pieces, channels first. All of these are understood; what is not needed is left alone.
+Ours is `images` by camera, `state` and `prompt`. The names of openpi's clients depend on the robot: keys with slashes
+in a flat map, states in pieces, channels first. All of these are accepted; other keys are ignored.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from pi0_jax.data.robots import Robot
+from pi0_jax.errors import UserError
 
 _DROID = {
     "exterior_image_1_left": "base_0_rgb",
@@ -24,41 +25,41 @@ UNUSED = {"aloha": {"cam_low"}}
 PREFIXES = ("observation.images.", "observation/images/", "observation/", "images/")
 STATES = ("state", "observation/state", "observation.state")
 REAL_TIME = ("previous", "delay")
-"""What joins an observation whose chunk is to go on from the one in execution."""
+"""Entries of an observation whose chunk is to continue the one in execution."""
 MAX_PROMPT = 10_000
-"""Characters; a model reads some hundred, and a longer one would only take time."""
+"""Characters; a model reads a few hundred, and a longer one would only take time."""
 PIECES = ("observation/joint_position", "observation/gripper_position")
 """A state in two parts, DROID's."""
 
 
 def read_request(request: Any, robot: Robot, prompt: str | None = None) -> dict[str, Any]:
-    """The raw observation in a request, as `data.transform.check_observation` wants it; that is still to be called.
+    """The raw observation in a request, for `data.transform.check_observation` to check.
 
     Args:
         request: a decoded frame.
-        robot: whose it should be.
+        robot: the robot that it should come from.
         prompt: instruction for requests without one.
 
     Raises:
-        ValueError: not a map, or it has no images or no state.
+        UserError: not a map, or it has no images or no state.
     """
     if not isinstance(request, dict):
-        raise ValueError(f"a request came as {type(request).__name__}; expected a map with images, state and prompt.")
+        raise UserError(f"a request came as {type(request).__name__}; expected a map with images, state and prompt.")
     observation = {"state": _state(request, robot), "images": _images(request, robot)}
     observation |= {key: request[key] for key in REAL_TIME if key in request}
-    told = request.get("prompt", prompt)
-    if isinstance(told, (str, bytes)) and len(told) > MAX_PROMPT:
-        raise ValueError(f"`prompt` has {len(told)} characters; at most {MAX_PROMPT} are taken.")
-    if told is not None:
-        observation["prompt"] = told.decode("utf-8", "replace") if isinstance(told, bytes) else told
+    prompt = request.get("prompt", prompt)
+    if isinstance(prompt, (str, bytes)) and len(prompt) > MAX_PROMPT:
+        raise UserError(f"`prompt` has {len(prompt)} characters; at most {MAX_PROMPT} are accepted.")
+    if prompt is not None:
+        observation["prompt"] = prompt.decode("utf-8", "replace") if isinstance(prompt, bytes) else prompt
     return observation
 
 
 def read_seed(request: dict[str, Any]) -> tuple[int, ...] | None:
-    """The noise that a request asks for: a seed, or the two words of a JAX key's data.
+    """The noise of a request: a seed, or the two words of a JAX key's data.
 
     Raises:
-        ValueError: it is something else.
+        UserError: it is something else.
     """
     seed = request.get("seed")
     if seed is None:
@@ -67,20 +68,20 @@ def read_seed(request: dict[str, Any]) -> tuple[int, ...] | None:
     words = tuple(seed) if isinstance(seed, list) else (seed,)
     if len(words) in (1, 2) and all(isinstance(word, int) and 0 <= word < 2**32 for word in words):
         return words
-    raise ValueError(f"`seed` came as {str(seed)[:80]}; expected a whole number from 0 to 2³² - 1, or two of them.")
+    raise UserError(f"`seed` came as {str(seed)[:80]}; expected a whole number from 0 to 2³² - 1, or two of them.")
 
 
 def read_executed(request: dict[str, Any]) -> int | None:
-    """How many actions of the session's last chunk were executed, for a chunk that is to go on from the rest.
+    """Executed actions of the session's last chunk, for a chunk that is to continue its remaining ones.
 
     Raises:
-        ValueError: it is no such number.
+        UserError: it is no such number.
     """
     executed = request.get("executed")
     if executed is None:
         return None
     if not isinstance(executed, (int, np.integer)) or executed < 0:
-        raise ValueError(f"`executed` came as {str(executed)[:40]}; expected how many actions of the last chunk were.")
+        raise UserError(f"`executed` came as {str(executed)[:40]}; expected how many actions of the last chunk were.")
     return int(executed)
 
 
@@ -89,7 +90,7 @@ def _images(request: dict[str, Any], robot: Robot) -> dict[Any, Any]:
     names |= ALIASES.get(robot.name, {}) | {camera: camera for camera in robot.cameras.values()}
     nested = request.get("images")
     if nested is not None and not isinstance(nested, dict):
-        raise ValueError(f"`images` came as {type(nested).__name__}; expected a map by camera.")
+        raise UserError(f"`images` came as {type(nested).__name__}; expected a map by camera.")
     found = {str(name): image for name, image in (nested or {}).items()}
     for key, image in request.items():
         short = next((key.removeprefix(p) for p in PREFIXES if isinstance(key, str) and key.startswith(p)), "")
@@ -97,7 +98,7 @@ def _images(request: dict[str, Any], robot: Robot) -> dict[Any, Any]:
             found[short] = image
     if nested is None and not found and robot.cameras:
         keys = sorted(str(key) for key in request if key not in ("state", "prompt"))[:20]
-        raise ValueError(
+        raise UserError(
             f"a request has no picture of {robot.name}'s cameras; it has {keys}. Send `images` with "
             f"{list(robot.cameras.values())}, or openpi's {[f'observation/{name}' for name in names]}."
         )
@@ -116,7 +117,7 @@ def _state(request: dict[str, Any], robot: Robot) -> Any:
             return request[key]
     if all(key in request for key in PIECES):
         return np.concatenate([np.atleast_1d(np.asarray(request[key], np.float32)) for key in PIECES])
-    raise ValueError(
+    raise UserError(
         f"a request lacks the state; it has {sorted(map(str, request))[:20]}. Send `state` (or `observation/state`): "
         f"{', '.join(robot.state)}."
     )

@@ -1,4 +1,4 @@
-"""The server's log: lines for people or JSON for machines, written without holding up what they tell of."""
+"""The server's log: lines for people or JSON for machines, written by a thread of its own."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ import time
 from typing import TextIO
 
 FIELDS = ("session", "peer", "error", "outcome", "answered")
-"""What a record may carry beside its message."""
+"""Attributes that a record may have beside its message."""
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object a line: time (UTC), level, logger, message, the fields above, and a traceback where there is
-    one."""
+    """One JSON object per line: time (UTC), level, logger, message, the fields above, and the traceback if any."""
 
     def format(self, record: logging.LogRecord) -> str:
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03}Z"
@@ -35,7 +34,7 @@ class JsonLines(logging.Formatter):
 
 
 class Text(logging.Formatter):
-    """A message with its fields behind it, for people. Line breaks of strangers do not break lines."""
+    """A message followed by its fields, for people. Line breaks in a message are escaped."""
 
     def format(self, record: logging.LogRecord) -> str:
         fields = " ".join(f"{name}={getattr(record, name)}" for name in FIELDS if hasattr(record, name))
@@ -43,10 +42,10 @@ class Text(logging.Formatter):
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 
-class Unhurried(logging.handlers.QueueHandler):
-    """Writes records in a thread of its own, so that a pipe which nobody reads holds up no request.
+class BackgroundHandler(logging.handlers.QueueHandler):
+    """Writes records in a thread of its own, so that a pipe which nobody reads delays no request.
 
-    Up to `waiting` records wait; what comes beyond is dropped, and a line says how many were.
+    Up to `waiting` records wait; more are dropped, and a line says how many.
     """
 
     def __init__(self, formatter: logging.Formatter, stream: TextIO, waiting: int = 10_000):
@@ -73,7 +72,7 @@ class Unhurried(logging.handlers.QueueHandler):
             lines = [self._waiting.get().getMessage()]
             if dropped := self._dropped:
                 self._dropped = 0
-                text = f"{dropped} lines of the log were dropped, as they came faster than they were read"
+                text = f"{dropped} lines of the log were dropped, because they came faster than they were read"
                 lines.append(self.format(logging.LogRecord(__name__, logging.WARNING, "", 0, text, None, None)))
             with contextlib.suppress(OSError, ValueError):  # the reader is gone
                 print(*lines, sep="\n", file=self._stream, flush=True)
@@ -81,6 +80,9 @@ class Unhurried(logging.handlers.QueueHandler):
 
 
 def set_up(form: str) -> None:
-    """Makes the log of this package `text` or `json` on stderr, whatever it was."""
+    """Sends this package's log to stderr, as `text` or `json`."""
     logger = logging.getLogger("pi0_jax")
-    logger.handlers, logger.propagate = [Unhurried(JsonLines() if form == "json" else Text(), sys.stderr)], False
+    logger.handlers, logger.propagate = (
+        [BackgroundHandler(JsonLines() if form == "json" else Text(), sys.stderr)],
+        False,
+    )

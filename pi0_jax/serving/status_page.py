@@ -1,4 +1,4 @@
-"""The status page: one HTML file without scripts or anything from elsewhere. Whatever came by wire is escaped."""
+"""The status page: one HTML file without scripts or external resources. Everything from the network is escaped."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def render(state: str, metadata: Mapping[str, Any], metrics: Metrics, clients: i
 
     Args:
         state: ready, busy or stopping.
-        metadata: what clients are told about the policy.
-        metrics: what was counted, with the last answer.
+        metadata: the policy's metadata for clients.
+        metrics: counters, and the last answer.
         clients: connections now.
         waiting: requests that wait now.
     """
@@ -54,7 +54,7 @@ def render(state: str, metadata: Mapping[str, Any], metrics: Metrics, clients: i
         facts["latency"] = f"p50 {p50:.1f} ms, p95 {p95:.1f} ms, p99 {p99:.1f} ms over the last {recent.size}"
     rows = "".join(f"<tr><th>{name}</th><td>{_escape(value)}</td></tr>" for name, value in facts.items())
     sizes = sorted(metrics.batch_sizes)
-    parts = [
+    sections = [
         f"<h1>{_escape(title)}</h1><table>{rows}</table>",
         '<div class="row">',
         _figure("latency of the last answers, ms", latency_histogram(recent)),
@@ -64,13 +64,12 @@ def render(state: str, metadata: Mapping[str, Any], metrics: Metrics, clients: i
         '<p class="muted">This page renews itself every 2 seconds. Metrics for Prometheus: /metrics.</p>',
     ]
     head = f"<meta charset='utf-8'><meta http-equiv='refresh' content='2'><title>{_escape(title)}</title>"
-    return (
-        f"<!doctype html><html lang='en'><head>{head}<style>{STYLE}</style></head><body>{''.join(parts)}</body></html>"
-    )
+    body = "".join(sections)
+    return f"<!doctype html><html lang='en'><head>{head}<style>{STYLE}</style></head><body>{body}</body></html>"
 
 
 def latency_histogram(milliseconds: np.ndarray) -> str:
-    """Bars of how many answers took how long, up to the 99.5th percentile; what is beyond is in the last bar."""
+    """Histogram of latencies up to the 99.5th percentile; the last bar includes longer ones."""
     if not milliseconds.size:
         return bars([], [])
     top = max(float(np.percentile(milliseconds, 99.5)), 1e-3)
@@ -82,43 +81,43 @@ def bars(labels: Sequence[str], counts: Sequence[int], width: int = 420, height:
     """A bar chart as SVG."""
     if not counts:
         return "<p class='muted'>nothing yet</p>"
-    tallest, each, floor = max(*counts, 1), (width - 10) / len(counts), height - 18
-    parts = [f"<svg viewBox='0 0 {width} {height}' width='{width}' role='img' aria-label='bar chart'>"]
+    tallest, pitch, floor = max(*counts, 1), (width - 10) / len(counts), height - 18
+    elements = [f"<svg viewBox='0 0 {width} {height}' width='{width}' role='img' aria-label='bar chart'>"]
     for i, (label, count) in enumerate(zip(labels, counts, strict=True)):
-        tall, x = (floor - 16) * count / tallest, 5 + i * min(each, 80)
-        parts.append(
-            f"<rect x='{x:.1f}' y='{floor - tall:.1f}' width='{0.9 * min(each, 60):.1f}' height='{tall:.1f}' "
+        tall, x = (floor - 16) * count / tallest, 5 + i * min(pitch, 80)
+        elements.append(
+            f"<rect x='{x:.1f}' y='{floor - tall:.1f}' width='{0.9 * min(pitch, 60):.1f}' height='{tall:.1f}' "
             f"fill='{COLOURS[0]}'><title>{count}</title></rect>"
             f"<text x='{x:.1f}' y='{height - 4}'>{_escape(label)}</text>"
         )
         if len(counts) <= 8:
-            parts.append(f"<text x='{x:.1f}' y='{floor - tall - 4:.1f}'>{count}</text>")
-    return "".join(parts) + "</svg>"
+            elements.append(f"<text x='{x:.1f}' y='{floor - tall - 4:.1f}'>{count}</text>")
+    return "".join(elements) + "</svg>"
 
 
 def chunk_plot(actions: np.ndarray, names: Sequence[str], width: int = 640, height: int = 220) -> str:
-    """A chunk `[ah, d]` as lines over its steps, as SVG; the scale is written at the left."""
+    """A line plot of a chunk `[ah, d]` over its steps, as SVG, with the scale at the left."""
     steps, dims = actions.shape
     low, high = float(min(actions.min(), 0)), float(max(actions.max(), 0))
     span = (high - low) or 1.0
     right, floor = width - 110, height - 20
     x = 60 + (right - 60) * np.arange(steps) / max(steps - 1, 1)
-    parts = [f"<svg viewBox='0 0 {width} {height}' width='{width}' role='img' aria-label='last chunk'>"]
+    elements = [f"<svg viewBox='0 0 {width} {height}' width='{width}' role='img' aria-label='last chunk'>"]
     for value in sorted({low, 0.0, high}):
         y = floor - (floor - 10) * (value - low) / span
-        parts.append(f"<line x1='60' x2='{right}' y1='{y:.1f}' y2='{y:.1f}' stroke='#ddd'/>")
-        parts.append(f"<text x='55' y='{y + 4:.1f}' text-anchor='end'>{value:.3g}</text>")
+        elements.append(f"<line x1='60' x2='{right}' y1='{y:.1f}' y2='{y:.1f}' stroke='#ddd'/>")
+        elements.append(f"<text x='55' y='{y + 4:.1f}' text-anchor='end'>{value:.3g}</text>")
     for i in range(dims):
         y = floor - (floor - 10) * (actions[:, i] - low) / span
         points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
         colour, dash = COLOURS[i % len(COLOURS)], "" if i < len(COLOURS) else " stroke-dasharray='5 3'"
         name = names[i] if i < len(names) else f"action {i}"
-        parts.append(f"<polyline points='{points}' fill='none' stroke='{colour}' stroke-width='1.6'{dash}/>")
-        parts.append(f"<text x='{right + 8}' y='{18 + 13 * i}' fill='{colour}'>{_escape(name)}</text>")
-    parts.append(
+        elements.append(f"<polyline points='{points}' fill='none' stroke='{colour}' stroke-width='1.6'{dash}/>")
+        elements.append(f"<text x='{right + 8}' y='{18 + 13 * i}' fill='{colour}'>{_escape(name)}</text>")
+    elements.append(
         f"<text x='60' y='{height - 4}'>1</text><text x='{right}' y='{height - 4}' text-anchor='end'>{steps}</text>"
     )
-    return "".join(parts) + "</svg>"
+    return "".join(elements) + "</svg>"
 
 
 def _last(last: tuple[Any, Any] | None, names: Sequence[str]) -> str:

@@ -12,13 +12,20 @@ import numpy as np
 
 from pi0_jax.batch import Batch
 from pi0_jax.checkpoint import Assets
-from pi0_jax.config import AugmentConfig, DatasetConfig, ModelConfig, TrainConfig
+from pi0_jax.config import DatasetConfig, ModelConfig, TrainConfig
 from pi0_jax.data.loader import Loader, eval_batches, make_loader
-from pi0_jax.data.mixture import Part, open_part, open_parts
-from pi0_jax.data.normalization import Stats, read_stats_file, semantics_from_json, stats_from_json, stats_to_json
-from pi0_jax.data.robots import Robot, get_robot, semantics_of
+from pi0_jax.data.mixture import OpenDataset, open_dataset, open_datasets
+from pi0_jax.data.normalization import (
+    Normalization,
+    Stats,
+    normalization_from_json,
+    read_stats_file,
+    semantics_from_json,
+    stats_to_json,
+)
+from pi0_jax.data.robots import Robot, get_robot
 from pi0_jax.data.tokenizer import Tokenizer
-from pi0_jax.data.tools.stats import compute_group_stats
+from pi0_jax.data.tools.stats import compute_normalizations
 from pi0_jax.data.transform import make_transform
 
 _log = logging.getLogger(__name__)
@@ -71,13 +78,6 @@ def _check_cameras(config: TrainConfig) -> None:
         )  # fmt: skip
 
 
-def trained_augment(config: TrainConfig) -> AugmentConfig:
-    """How training changes pictures: `fixed_cameras` may name those that `trained_model` leaves out."""
-    left_out = set(config.policy.model.cameras) - set(trained_model(config).cameras)
-    fixed = tuple(camera for camera in config.augment.fixed_cameras if camera not in left_out)
-    return dataclasses.replace(config.augment, fixed_cameras=fixed)
-
-
 def load_inputs(
     config: TrainConfig, *, resumed: Assets | None, initial: Assets | None, rows: np.ndarray | None = None
 ) -> Inputs:
@@ -96,12 +96,12 @@ def load_inputs(
         FileNotFoundError, ValueError: no usable dataset or tokenizer; see `pi0_jax.data`.
     """
     robot = get_robot(config.policy.robot)
-    parts = open_parts(config.data, config.policy)
+    kept = {} if resumed is None else semantics_from_json(resumed.norm_stats or {})
+    policy = dataclasses.replace(config.policy, action_semantics=config.policy.action_semantics | kept)
+    datasets = open_datasets(config.data, policy)
     _check_cameras(config)
-    declared = {part.robot.name: semantics_of(part.robot, config.policy.action_semantics) for part in parts}
-    semantics = declared if resumed is None else declared | semantics_from_json(resumed.norm_stats or {})
-    policy = dataclasses.replace(config.policy, action_semantics=semantics, model=trained_model(config))
-    groups = _stats(config, parts, resumed, semantics)
+    policy = dataclasses.replace(policy, model=trained_model(config))
+    groups = _normalizations(config, datasets, resumed)
     if robot.name not in groups:
         raise ValueError(
             f"no dataset has statistics called {robot.name!r}, which `policy.robot` needs; there are {sorted(groups)}."
@@ -111,27 +111,28 @@ def load_inputs(
             f"augment.square_symmetries turns vectors by one set of statistics; the datasets have {sorted(groups)}. "
             "Give them one name in `stats`, or turn the symmetries off."
         )
-    stats = groups[robot.name]
-    tokenizer = _tokenizer(config, parts, resumed or initial, keep=resumed is not None)
+    stats = groups[robot.name].stats
+    semantics = {dataset.robot.name: dataset.semantics for dataset in datasets}
+    tokenizer = _tokenizer(config, datasets, resumed or initial, keep=resumed is not None)
 
-    def transformed(some: Sequence[Part]):
-        return [(part, make_transform(policy, part.robot, groups[part.stats], tokenizer)) for part in some]
+    def transformed(some: Sequence[OpenDataset]):
+        return [(each, make_transform(policy, each.robot, groups[each.stats], tokenizer)) for each in some]
 
-    for part in parts:
+    for part in datasets:
         _log.info(
             "data: %s, %d episodes, %d frames, %d instructions",
             part.source.root, len(part.training), _frames(part, part.training), len(part.source.tasks),
         )  # fmt: skip
-    held_out = [part for part in parts if len(part.held_out)]
+    held_out = [part for part in datasets if len(part.held_out)]
     if config.data.validation_share > 0 and not held_out:
         _log.warning(
             "no episode is held out: data.validation_share %g of so few gave none", config.data.validation_share
         )
     if config.data.validation_path is not None:
-        part = open_part(
+        part = open_dataset(
             DatasetConfig(config.data.validation_path),
             dataclasses.replace(config.data, validation_share=0.0, cache=None),
-            config.policy,
+            policy,
         )
         held_out = [part._replace(held_out=part.training, training=part.held_out)]
     validation = None
@@ -141,19 +142,19 @@ def load_inputs(
         validation = functools.partial(eval_batches, transformed(held_out), config, rows)
         validation()  # decodes the videos, and fails, now rather than in the middle of the run
     assets = Assets(config.policy, stats_to_json(stats, groups, semantics), tokenizer.model, config)
-    loader = make_loader(transformed(parts), config, rows)
+    loader = make_loader(transformed(datasets), config, rows)
     return Inputs(robot, stats, assets, loader, validation)
 
 
-def _frames(part: Part, episodes: np.ndarray) -> int:
+def _frames(part: OpenDataset, episodes: np.ndarray) -> int:
     return int(np.diff(part.source.ends, prepend=0)[episodes].sum())
 
 
-def _stats(
-    config: TrainConfig, parts: Sequence[Part], resumed: Assets | None, semantics: dict[str, tuple[str, ...]]
-) -> dict[str, Stats]:
+def _normalizations(
+    config: TrainConfig, datasets: Sequence[OpenDataset], resumed: Assets | None
+) -> dict[str, Normalization]:
     """Statistics by name: those of the checkpoint, of a file, or of the demonstrations."""
-    names = list(dict.fromkeys(part.stats for part in parts))
+    semantics = {dataset.robot.name: dataset.semantics for dataset in datasets}
     if resumed is not None and resumed.norm_stats is not None:
         content = resumed.norm_stats
     elif config.data.norm_stats is not None:
@@ -165,14 +166,14 @@ def _stats(
                     f"{semantics[name]} here. Compute the statistics again: pi0 data stats"
                 )
     else:
-        return compute_group_stats(parts, config.policy)
-    return {name: stats_from_json(content, name) for name in names}
+        return compute_normalizations(datasets, config.policy.model.action_horizon)
+    return {each.stats: normalization_from_json(content, each.robot, semantics, each.stats) for each in datasets}
 
 
-def _tokenizer(config: TrainConfig, parts: Sequence[Part], given: Assets | None, *, keep: bool) -> Tokenizer:
+def _tokenizer(config: TrainConfig, datasets: Sequence[OpenDataset], given: Assets | None, *, keep: bool) -> Tokenizer:
     if given is not None and given.tokenizer is not None and (keep or config.data.tokenizer is None):
         return Tokenizer(given.tokenizer, source="the checkpoint's tokenizer")
     if config.data.tokenizer is not None:
         return Tokenizer.from_file(config.data.tokenizer)
-    texts = [task for part in parts for task in part.source.tasks]
+    texts = [task for each in datasets for task in each.source.tasks]
     return Tokenizer.train(texts, config.policy.model.vocab_size)

@@ -25,6 +25,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from pi0_jax import flops
+from pi0_jax.atomic import written
 from pi0_jax.config import TrainConfig
 from pi0_jax.training.guard import Guard, skipped_before
 from pi0_jax.training.inputs import trained_model
@@ -226,9 +227,8 @@ def drop_rows_after(path: Path, step: int):
                 kept.append(line + "\n")
         except (ValueError, KeyError):
             continue
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, path)
+    with written(path) as partial:
+        partial.write_text("".join(kept))
 
 
 def _text(values: dict[str, float]) -> str:

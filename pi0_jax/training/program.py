@@ -16,12 +16,12 @@ from jaxtyping import Array, PRNGKeyArray
 from pi0_jax import pi0
 from pi0_jax.batch import Batch
 from pi0_jax.config import FlowConfig, TrainConfig
-from pi0_jax.data.augment import augment
+from pi0_jax.data.augment import make_augment
 from pi0_jax.data.normalization import Stats
 from pi0_jax.data.robots import Robot
 from pi0_jax.model.heads import Network, make_network
 from pi0_jax.training import optimizer, sharding
-from pi0_jax.training.inputs import trained_augment, trained_model
+from pi0_jax.training.inputs import trained_model
 from pi0_jax.training.partition import combine, flat, frozen_names, partition
 from pi0_jax.training.state import TrainState, create
 from pi0_jax.training.step import Metrics, make_update
@@ -83,9 +83,7 @@ def build(config: TrainConfig, mesh: Mesh, robot: Robot, stats: Stats, rows: np.
     def compiled_update(flow: FlowConfig):
         draw = functools.partial(pi0.draw, computed.config, flow=flow, reflow=config.reflow_from is not None)
         whole = sharding.keep_batch_divided(mesh, functools.partial(_error, computed, flow, config.parts))
-        augmented = functools.partial(
-            augment, config=trained_augment(config), robot=robot, stats=stats, mode=config.policy.normalization
-        )
+        augmented = make_augment(config.augment, robot, stats, config.policy.normalization, config.policy.model.cameras)
 
         # The seed is an argument, so that runs which differ in it alone share their compiled programs.
         def update(seed, state: TrainState, *rest):

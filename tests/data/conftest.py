@@ -66,4 +66,4 @@ def config() -> TrainConfig:
         prompt_length=16,
         vocab_size=512,
     )
-    return TrainConfig(policy=PolicyConfig(model=model), batch_size=6)
+    return TrainConfig(policy=PolicyConfig(model=model, robot="tabletop"), batch_size=6)

@@ -9,33 +9,36 @@ import pytest
 
 from pi0_jax.data import loader as loading
 from pi0_jax.data.lerobot.reader import LeRobotDataset, LeRobotWriter
-from pi0_jax.data.mixture import Part
-from pi0_jax.data.normalization import compute_stats, unnormalize_values
+from pi0_jax.data.mixture import OpenDataset
+from pi0_jax.data.normalization import Normalization, unnormalize_values
 from pi0_jax.data.robots import get_robot
 from pi0_jax.data.tokenizer import Tokenizer
+from pi0_jax.data.tools.stats import compute_stats
 from pi0_jax.data.transform import make_transform
 from tests.data.conftest import FEATURES, episode
 
+ABSOLUTE = ("absolute",) * 3
 
-def part_of(dataset):
+
+def opened(dataset):
     """The dataset alone, all its episodes to train on and to validate with."""
     every = np.arange(dataset.num_episodes)
-    return Part(dataset, get_robot("tabletop"), None, "tabletop", every, every)
+    robot = get_robot("tabletop")
+    return OpenDataset(dataset, robot, robot.cameras, ABSOLUTE, None, "tabletop", every, every)
 
 
 def make_loader(dataset, transform, config, *rows):
-    return loading.make_loader([(part_of(dataset), transform)], config, *rows)
+    return loading.make_loader([(opened(dataset), transform)], config, *rows)
 
 
 def eval_batches(dataset, transform, config, *rows):
-    return loading.eval_batches([(part_of(dataset), transform)], config, *rows)
+    return loading.eval_batches([(opened(dataset), transform)], config, *rows)
 
 
 @pytest.fixture
 def transform(dataset, config):
-    return make_transform(
-        config.policy, get_robot("tabletop"), compute_stats(dataset), Tokenizer.train(dataset.tasks, 512)
-    )
+    normalization = Normalization(compute_stats(dataset), ABSOLUTE)
+    return make_transform(config.policy, get_robot("tabletop"), normalization, Tokenizer.train(dataset.tasks, 512))
 
 
 def frames_in(batch, dataset):
@@ -132,7 +135,7 @@ def test_prompts_are_padded_to_the_first_length_that_holds_those_of_all_processe
     model = dataclasses.replace(config.policy.model, variant="pi05", prompt_length=64)
     tokens = Tokenizer.train(dataset.tasks, 512)
     policy = dataclasses.replace(config.policy, model=model)
-    transform = make_transform(policy, get_robot("tabletop"), compute_stats(dataset), tokens)
+    transform = make_transform(policy, get_robot("tabletop"), Normalization(compute_stats(dataset), ABSOLUTE), tokens)
     config = dataclasses.replace(config, policy=policy, batch_size=2)
     whole = take(make_loader(dataset, transform, config), 8)
     needed = [int(batch.observation.prompt_mask.sum(1).max()) for batch in whole]
@@ -193,7 +196,7 @@ def test_without_a_column_of_validity_all_steps_count(transform, config, tmp_pat
 
 
 def test_dataset_of_another_robot_is_refused(dataset, transform, config, tmp_path):
-    with pytest.raises(ValueError, match="20 frames a second; tabletop acts at 5"):
+    with pytest.raises(ValueError, match="20 frames per second; tabletop acts at 5"):
         make_loader(recorded(tmp_path / "fast", np.ones(9), fps=20), transform, config)
     without = {name: feature for name, feature in FEATURES.items() if name != "observation.images.tool"}
     with pytest.raises(ValueError, match=r"lacks video \['observation\.images\.tool'\]"):

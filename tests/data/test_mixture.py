@@ -12,11 +12,10 @@ from pi0_jax.config import DataConfig, DatasetConfig
 from pi0_jax.data.cache import CachedFrames, build_cache
 from pi0_jax.data.lerobot.reader import LeRobotDataset
 from pi0_jax.data.loader import eval_batches, make_loader
-from pi0_jax.data.mixture import BLOCK, FrameOrder, Stream, apportion, open_parts
-from pi0_jax.data.normalization import compute_stats
+from pi0_jax.data.mixture import BLOCK, FrameOrder, Stream, apportion, open_datasets
 from pi0_jax.data.rlds.reader import RldsDataset
 from pi0_jax.data.tokenizer import Tokenizer
-from pi0_jax.data.tools.stats import compute_group_stats
+from pi0_jax.data.tools.stats import compute_normalizations, compute_stats
 from pi0_jax.data.transform import make_transform
 from tests.data.conftest import LENGTHS, write
 from tests.data.formats import RLDS_KEYS, write_rlds, write_v2
@@ -96,8 +95,8 @@ def mixed(config, folders, weights=(0.6, 0.4), **data):
 
 
 def with_transforms(config):
-    parts = open_parts(config.data, config.policy)
-    groups = compute_group_stats(parts, config.policy)
+    parts = open_datasets(config.data, config.policy)
+    groups = compute_normalizations(parts, 4)
     tokenizer = Tokenizer.train(parts[0].source.tasks, 512)
     return [(part, make_transform(config.policy, part.robot, groups[part.stats], tokenizer)) for part in parts]
 
@@ -158,21 +157,21 @@ def test_worker_processes_give_the_same_batches_and_resume_with_another_number(c
 
 def test_statistics_of_a_group_are_those_of_all_its_datasets(config, folders):
     config = mixed(config, folders)
-    together = compute_group_stats(open_parts(config.data, config.policy), config.policy)
+    together = compute_normalizations(open_datasets(config.data, config.policy), 4)
     alone = compute_stats(LeRobotDataset(folders[0]))
     assert list(together) == ["tabletop"]  # both hold the same episodes: the same statistics
     for key in ("state", "actions"):
-        np.testing.assert_allclose(together["tabletop"][key].mean, alone[key].mean, rtol=1e-12)
-        np.testing.assert_allclose(together["tabletop"][key].std, alone[key].std, rtol=1e-12)
+        np.testing.assert_allclose(together["tabletop"].stats[key].mean, alone[key].mean, rtol=1e-12)
+        np.testing.assert_allclose(together["tabletop"].stats[key].std, alone[key].std, rtol=1e-12)
     data = dataclasses.replace(
         config.data, datasets=tuple(dataclasses.replace(d, stats=f"s{i}") for i, d in enumerate(config.data.datasets))
     )
-    assert list(compute_group_stats(open_parts(data, config.policy), config.policy)) == ["s0", "s1"]
+    assert list(compute_normalizations(open_datasets(data, config.policy), 4)) == ["s0", "s1"]
 
 
 def test_held_out_episodes_are_held_out_of_every_copy(config, folders):
     config = mixed(config, folders, validation_share=0.4)
-    parts = open_parts(config.data, config.policy)
+    parts = open_datasets(config.data, config.policy)
     sides = []
     for part in parts:
         keys = np.array(part.source.episode_keys())
@@ -188,7 +187,7 @@ def test_held_out_episodes_are_held_out_of_every_copy(config, folders):
                         for p in parts for e in getattr(p, side)])
         for side in ("training", "held_out")
     ]  # fmt: skip
-    stats = compute_group_stats(parts, config.policy)["tabletop"]["state"]
+    stats = compute_normalizations(parts, 4)["tabletop"].stats["state"]
     for batches, own in (
         (take(make_loader(readied, config), 20), states[0]),
         (eval_batches(readied, config), states[1]),
@@ -208,7 +207,7 @@ def test_held_out_episodes_are_held_out_of_every_copy(config, folders):
 def test_what_makes_no_sense_is_refused(config, folders, weights, data, message):
     config = mixed(config, folders, weights, **data)
     with pytest.raises(ValueError, match=message):
-        open_parts(config.data, config.policy)
+        open_datasets(config.data, config.policy)
 
 
 @pytest.mark.parametrize(
@@ -227,13 +226,16 @@ def test_a_folder_that_is_no_dataset_is_explained(config, tmp_path, make, messag
     (tmp_path / make).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / make).touch()
     with pytest.raises(FileNotFoundError, match=message):
-        open_parts(DataConfig(str(tmp_path / "other")), config.policy)
+        open_datasets(DataConfig(str(tmp_path / "other")), config.policy)
 
 
 def test_names_that_a_dataset_lacks_are_to_be_said_in_its_keys(config, folders):
     datasets = (DatasetConfig(folders[1], keys={"action": "action/xyz"}),)
-    with pytest.raises(ValueError, match=r"has no observation\.state;.*keys=\{'observation\.state': 'observation/"):
-        open_parts(DataConfig(datasets=datasets), config.policy)
+    with pytest.raises(
+        ValueError,
+        match=r"has no observation\.state;.*keys=\{'observation\.state': 'NAME'\}\. Did you mean 'observation/",
+    ):
+        open_datasets(DataConfig(datasets=datasets), config.policy)
 
 
 def sources(root):

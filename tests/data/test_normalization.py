@@ -10,7 +10,6 @@ from pi0_jax.data.normalization import (
     NormStats,
     affine,
     check_stats,
-    compute_stats,
     load_stats,
     normalize_values,
     save_stats,
@@ -18,6 +17,7 @@ from pi0_jax.data.normalization import (
     stats_to_json,
     unnormalize_values,
 )
+from pi0_jax.data.tools.stats import compute_stats
 
 MODES = ("zscore", "quantile")
 

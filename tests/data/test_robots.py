@@ -9,7 +9,7 @@ import pytest
 
 from pi0_jax.config import ModelConfig, PolicyConfig, VisionConfig
 from pi0_jax.data import robots
-from pi0_jax.data.normalization import NormStats
+from pi0_jax.data.normalization import Normalization, NormStats
 from pi0_jax.data.robots import ROBOTS, SEMANTICS, get_robot, semantics_of
 from pi0_jax.data.robots.aloha import angle_from_command, angle_from_opening, command_from_angle, opening_from_angle
 from pi0_jax.data.tokenizer import Tokenizer
@@ -43,7 +43,7 @@ def test_every_robot_is_consistent_and_its_example_is_valid(name):
     check_observation(robot.example(), robot)
     assert pickle.loads(pickle.dumps(robot)).cameras == robot.cameras  # worker processes get it
     assert set(semantics_of(robot, {})) <= set(SEMANTICS)
-    assert all(camera in PolicyConfig().model.cameras for camera in robot.cameras.values()) or name == "tabletop"
+    assert all(camera in ModelConfig().cameras for camera in robot.cameras.values()) or name == "tabletop"
 
 
 @pytest.mark.parametrize("name", ROBOTS)
@@ -55,7 +55,9 @@ def test_actions_of_every_robot_come_back_through_the_whole_chain(name):
     dims = {"state": len(robot.state), "actions": len(robot.actions)}
     stats = {key: NormStats(random.normal(size=d), random.uniform(0.5, 2, d)) for key, d in dims.items()}
     tokenizer = Tokenizer.train(["do nothing"], 512)
-    transform = make_transform(PolicyConfig(model=model, robot=name), robot, stats, tokenizer)
+    transform = make_transform(
+        PolicyConfig(model=model, robot=name), robot, Normalization(stats, semantics_of(robot, {})), tokenizer
+    )
     state = random.uniform(0.1, 0.9, dims["state"]).astype(np.float32)
     actions = random.uniform(0.1, 0.9, (5, dims["actions"])).astype(np.float32)
     sample = transform.forward(robot.example() | {"state": state, "actions": actions})
@@ -85,9 +87,11 @@ def test_the_anchor_is_the_true_state_even_where_normalisation_holds_it_constant
     constant = NormStats(*(np.full(7, value) for value in (1.0, 0.0, 1.0, 1.0, 1.0, 1.0)))
     moving = NormStats(np.zeros(7), np.ones(7))
     transform = make_transform(
-        PolicyConfig(model=model, robot="ur5"), robot, {"state": constant, "actions": moving},
+        PolicyConfig(model=model, robot="ur5"),
+        robot,
+        Normalization({"state": constant, "actions": moving}, semantics_of(robot, {})),
         Tokenizer.train(["do nothing"], 512),
-    )  # fmt: skip
+    )
     sample = transform.forward(robot.example() | {"state": np.full(7, 5.0, np.float32)})
     back = transform.inverse({"actions": np.zeros((1, 32)), "anchor": sample["anchor"]})
     np.testing.assert_allclose(back["actions"], 5.0)

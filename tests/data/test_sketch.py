@@ -6,11 +6,11 @@ import functools
 import numpy as np
 import pytest
 
-from pi0_jax.config import PolicyConfig
-from pi0_jax.data.normalization import compute_stats, finish, merge_summaries, summarise_source
 from pi0_jax.data.robots import get_robot
 from pi0_jax.data.sketch import SAMPLE, merge, scramble, summarise
-from pi0_jax.data.tools.stats import compute_group_stats
+from pi0_jax.data.tools.stats import compute_normalizations, compute_stats, finish, merge_summaries, summarise_source
+from pi0_jax.errors import UserError
+from tests.data.test_loader import opened
 from tests.data.test_normalization import in_memory
 
 
@@ -94,7 +94,7 @@ def test_episodes_can_be_summarised_apart_and_merged(monkeypatch):
     source, robot, semantics = dataset_in_memory(), get_robot("ur5"), (*["relative"] * 6, "gripper")
     whole = compute_stats(source, robot, semantics, 4)
     parts = [summarise_source(source, robot, semantics, 4, [episode]) for episode in (2, 0, 1)]
-    monkeypatch.setattr("pi0_jax.data.normalization.ROWS_AT_ONCE", 40)
+    monkeypatch.setattr("pi0_jax.data.tools.stats.ROWS_AT_ONCE", 40)
     for merged in (finish(merge_summaries(parts)), compute_stats(source, robot, semantics, 4)):
         for key in ("state", "actions"):
             np.testing.assert_array_equal(merged[key].q99, whole[key].q99)
@@ -102,12 +102,8 @@ def test_episodes_can_be_summarised_apart_and_merged(monkeypatch):
 
 
 def test_several_processes_give_the_same_statistics(dataset, monkeypatch):
-    from tests.data.test_loader import part_of
-
     monkeypatch.setattr("pi0_jax.data.tools.stats.FRAMES_PER_TASK", 10)
-    parts = [part_of(dataset)._replace(source=dataset)]
-    one = compute_group_stats(parts, PolicyConfig(), workers=1)["tabletop"]
-    two = compute_group_stats(parts, PolicyConfig(), workers=2)["tabletop"]
+    one, two = (compute_normalizations([opened(dataset)], 4, workers=n)["tabletop"].stats for n in (1, 2))
     whole = compute_stats(dataset)
     for key in ("state", "actions"):
         for a, b in zip(one[key], two[key], strict=True):
@@ -115,10 +111,11 @@ def test_several_processes_give_the_same_statistics(dataset, monkeypatch):
         np.testing.assert_array_equal(one[key].q99, whole[key].q99)
 
 
-def test_a_group_with_different_dimensions_is_refused(dataset):
-    from tests.data.test_loader import part_of
-
-    part = part_of(dataset)
-    other = part._replace(robot=dataclasses.replace(part.robot, actions=("a", "b")))
-    with pytest.raises(ValueError, match="different names in `stats`"):
-        compute_group_stats([part, other], PolicyConfig())
+def test_a_group_whose_dimensions_differ_in_number_or_meaning_is_refused(dataset):
+    one = opened(dataset)
+    for other in (
+        one._replace(robot=dataclasses.replace(one.robot, state=("a", "b"))),
+        one._replace(semantics=("absolute", "absolute", "gripper")),
+    ):
+        with pytest.raises(UserError, match="Give them different names in `stats`"):
+            compute_normalizations([one, other], 4)

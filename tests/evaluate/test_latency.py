@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
+from pi0_client.player import real_time, receding_horizon
 from pi0_jax.config import RealTimeConfig
 from pi0_jax.evaluate.commands import Evaluate, evaluate
 from pi0_jax.evaluate.latency import STRATEGIES, Latency, Trace, simulate, summary
 from pi0_jax.evaluate.simulators.suites import get_suite
 from pi0_jax.inference.policy import Policy
-from pi0_jax.inference.realtime.player import real_time, receding_horizon
 
 pytest.importorskip("mujoco", reason="the simulator is not installed: pip install pi0_jax[sim]")
 

@@ -32,7 +32,7 @@ def test_read_back_it_gives_the_policys_actions(policy, folder):
     raw = [example | {"state": rng.normal(size=6).astype(np.float32) / 10} for _ in range(2)]
     noise = rng.normal(size=(2, TINY.model.action_horizon, TINY.model.action_dim)).astype(np.float32)
     expected = policy.infer_batch(raw, jax.random.split(jax.random.key(0), 2), noise=noise)
-    transform = make_transform(policy.config, policy.robot, policy.stats, policy.tokenizer)
+    transform = make_transform(policy.config, policy.robot, policy.normalization, policy.tokenizer)
     samples = [to_observation(transform.forward(check_observation(x, policy.robot))) for x in raw]
     observation = jax.tree.map(lambda *x: np.stack(x), *samples)
     inputs = {f"images/{camera}": image for camera, image in observation.images.items()}

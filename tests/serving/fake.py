@@ -1,4 +1,4 @@
-"""What the tests of serving stand on: a policy that needs no network and no JAX; servers in a thread or a process."""
+"""For the tests of serving: a policy that needs no network and no JAX; servers in a thread or a process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from pi0_jax.serving.server import PolicyServer, Settings
+from pi0_jax.serving.server import PolicyServer
+from pi0_jax.serving.settings import Settings
 
 
 class FakePolicy:
@@ -33,7 +34,7 @@ class FakePolicy:
     def warm_up(self) -> None:
         self.warm = True
 
-    def prepare(self, request: Any) -> dict[str, Any]:
+    def validate(self, request: Any) -> dict[str, Any]:
         if not isinstance(request, dict) or "state" not in request:
             raise ValueError("the observation lacks ['state'].")
         state = np.asarray(request["state"], np.float32)
@@ -59,9 +60,9 @@ class FakePolicy:
 
 
 @contextlib.contextmanager
-def serving(policy: Any, **settings: Any) -> Iterator[PolicyServer]:
+def serving(policy: Any, token: str | None = None, tls: Any = None, **settings: Any) -> Iterator[PolicyServer]:
     """A server in a thread of its own. Its loop is `server.loop`; `call` runs a coroutine there."""
-    server = PolicyServer(policy, Settings(**{"port": 0, "drain": 2.0} | settings))
+    server = PolicyServer(policy, Settings(**{"port": 0, "drain": 2.0} | settings), token=token, tls=tls)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()

@@ -12,7 +12,7 @@ import msgpack
 import numpy as np
 from websockets.asyncio.client import ClientConnection, connect
 
-from pi0_jax.serving.msgpack_numpy import pack, unpack
+from pi0_client.msgpack_numpy import pack, unpack
 
 ODD: list[Any] = [
     None, True, -1, 0, 2**31, 2**63 - 1, -(2**63), 1e308, float("nan"), float("inf"), "", "\0", "é" * 3000, "1",

@@ -21,11 +21,11 @@ import numpy as np
 import pytest
 from websockets.sync.client import connect
 
+from pi0_client.msgpack_numpy import pack, unpack
 from pi0_jax.data.normalization import NormStats, stats_to_json
 from pi0_jax.inference.policy import Policy
-from pi0_jax.serving.backend import RobotPolicy, describe_for_roboarena
-from pi0_jax.serving.msgpack_numpy import pack, unpack
-from pi0_jax.serving.session import Session
+from pi0_jax.serving.backend import Session
+from pi0_jax.serving.robot_policy import RobotPolicy, describe_for_roboarena
 from tests.conftest import tiny_config
 from tests.policies import TINY, save_tiny_checkpoint
 from tests.serving.fake import command, serving
@@ -99,8 +99,8 @@ def test_inspect_robots_franka_acts_by_a_droid_policy(droid, tmp_path):
     received = []
 
     class Heard(RobotPolicy):
-        def prepare(self, request):
-            received.append(super().prepare(request))
+        def validate(self, request):
+            received.append(super().validate(request))
             return received[-1]
 
     with serving(served := Heard(droid, (1,))) as server:
@@ -185,7 +185,7 @@ def test_vla_evals_connection_gets_one_action_after_another_of_batched_chunks(po
     served = RobotPolicy(policy, (1,))
     for n, taken in actions.items():
         session = Session("alone")
-        observation = served.prepare(server._request(vla_eval_observation(n)))
+        observation = served.validate(server._request(vla_eval_observation(n)))
         (first,) = served.infer_batch([observation], [session])
         session.answered += 1
         (second,) = served.infer_batch([observation], [session])
@@ -202,11 +202,11 @@ def test_vla_eval_gets_no_actions_that_are_not_finite_and_batches_beyond_the_com
     served = RobotPolicy(policy, (1, 2))
     server = Pi0ModelServer(served)
     contexts = [SessionContext(str(i), "episode", "sync") for i in range(5)]
-    prepared = [{"prepared": served.prepare(server._request(vla_eval_observation(i)))} for i in range(5)]
-    assert len(server.predict_batch(prepared, contexts)) == 5
+    requests = [{"validated": served.validate(server._request(vla_eval_observation(i)))} for i in range(5)]
+    assert len(server.predict_batch(requests, contexts)) == 5
     served.infer_batch = lambda observations, sessions: [{"actions": np.full((6, 3), np.nan)}] * len(sessions)
     with pytest.raises(RuntimeError, match="not finite"):
-        server.predict_batch(prepared, contexts)
+        server.predict_batch(requests, contexts)
 
 
 def test_the_command_serves_vla_eval_and_ends_on_sigterm(checkpoint_folder, tmp_path):

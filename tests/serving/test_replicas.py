@@ -7,11 +7,11 @@ import concurrent.futures
 import numpy as np
 import pytest
 
+from pi0_client.client import Client
 from pi0_jax.inference.policy import Policy
-from pi0_jax.serving.backend import RobotPolicy
-from pi0_jax.serving.client import Client
+from pi0_jax.serving.robot_policy import RobotPolicy
 from tests.serving.fake import command, serving
-from tests.serving.test_backend import observation
+from tests.serving.test_robot_policy import observation
 
 
 def drive(uri: str, n: int) -> np.ndarray:

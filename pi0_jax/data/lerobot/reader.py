@@ -119,7 +119,6 @@ class LeRobotDataset(Source):
                 f"{self.root} is damaged: meta/info.json counts {self._info['total_frames']} frames, the episodes in "
                 f"meta/episodes {total}. Copy the dataset again."
             )
-        self.report_skipped()
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in super().__getstate__().items() if name != "_rows"} | {"_frames": {}}

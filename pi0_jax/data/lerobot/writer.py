@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Int, UInt8
 
-from pi0_jax.atomic import partial_path
+from pi0_jax.atomic import partial_path, put_in_place
 from pi0_jax.data.video import KEY_FRAME_EVERY, PRESET, VideoWriter
 
 VERSION = "v3.0"
@@ -206,13 +206,7 @@ class LeRobotWriter:
             self._close_files()
             self._write_meta()
             self._refuse_existing()
-            if self.root.exists():
-                old = self._partial.with_suffix(".old")
-                self.root.rename(old)
-                self._partial.rename(self.root)
-                shutil.rmtree(old)
-            else:
-                self._partial.rename(self.root)
+            put_in_place(self._partial, self.root, replace_folder=True)
         except BaseException:
             self.discard()
             raise

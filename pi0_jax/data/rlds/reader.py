@@ -105,7 +105,6 @@ class RldsDataset(Source):
         texts = np.concatenate([shard[f"column/{task}"] for shard in self._index])[self._rows]
         found, self._task_index = _unique(texts)
         self.tasks = found.tolist()
-        self.report_skipped()
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in super().__getstate__().items() if name != "_steps"}

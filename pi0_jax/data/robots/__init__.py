@@ -161,7 +161,7 @@ def get_robot(name: str) -> Robot:
     return check_robot(robot)
 
 
-def semantics_of(robot: Robot, override: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
+def semantics_of(robot: Robot, override: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
     """The meaning of each action dimension: by `override` for the robot's name, or as the robot declares.
 
     Raises:

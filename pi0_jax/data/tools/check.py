@@ -1,14 +1,13 @@
-"""What spoils training on a dataset, found before it does."""
+"""Problems of a dataset that spoil training, found before it starts."""
 
 from __future__ import annotations
 
 import numpy as np
 from tqdm import tqdm
 
-from pi0_jax.config import PolicyConfig
 from pi0_jax.data.lerobot.reader import LeRobotDataset
-from pi0_jax.data.mixture import Part
-from pi0_jax.data.normalization import RANGE_SHARE, Stats
+from pi0_jax.data.mixture import OpenDataset
+from pi0_jax.data.normalization import RANGE_SHARE, NormStats, Stats
 from pi0_jax.data.source import ACTION, STATE, Renamed, Source
 
 NEARLY_CONSTANT = 1e-6
@@ -18,22 +17,19 @@ BEYOND = 1.5
 SHOWN = 5
 
 
-def check_part(
-    part: Part, policy: PolicyConfig, stats: Stats, *, outside: float = 0.05, decode: bool = False
-) -> list[str]:
+def check_dataset(dataset: OpenDataset, stats: Stats, *, outside: float = 0.05, decode: bool = False) -> list[str]:
     """Problems of a dataset, each a sentence; empty if there is none.
 
     Args:
-        part: the dataset, opened without the episodes that cannot be read, which are among the problems.
-        policy: of the model.
-        stats: what normalises it.
+        dataset: opened without the episodes that cannot be read, which are among the problems.
+        stats: the statistics that normalise it.
         outside: largest share of values beyond `BEYOND` times the range of the quantiles.
         decode: decode every frame.
 
     Raises:
-        ValueError, FileNotFoundError: a column cannot be read at all, or holds what is not finite.
+        UserError, FileNotFoundError: a column cannot be read at all, or holds what is not finite.
     """
-    source, robot = part.source, part.robot
+    source, robot = dataset.source, dataset.robot
     found = [f"{name}: {reason}" for name, reason in source.skipped.items()]
     for key, feature, names in (("state", STATE, robot.state), ("actions", ACTION, robot.actions)):
         values = source.columns(feature)
@@ -44,16 +40,16 @@ def check_part(
         found += [f"{key} {problem}" for problem in _check_ranges(stats[key], names)]
         found += _check_outside(values, stats[key], names, key, outside) if robot.adapt is None else []
     found += _check_tasks(source)
-    found += _check_rate(part)
+    found += _check_rate(dataset)
     inner = source
     while isinstance(inner, Renamed):
         inner = inner.source
-    cameras = [key for key, name in robot.cameras.items() if name in policy.model.cameras]
-    found += [f"camera {key!r} is missing; it has {list(source.cameras)}" for key in set(cameras) - set(source.cameras)]
+    missing = [key for key in dataset.cameras if key not in source.cameras]
+    found += [f"camera {key!r} is missing; it has {list(source.cameras)}" for key in missing]
     if isinstance(inner, LeRobotDataset):
         found += _check_timestamps(inner)
     if decode:
-        found += _decode_all(source, [key for key in cameras if key in source.cameras])
+        found += _decode_all(source, [key for key in dataset.cameras if key not in missing])
     return found
 
 
@@ -65,26 +61,33 @@ def _check_values(values: np.ndarray, source: Source, names: tuple[str, ...]) ->
     return [f"{names[i]} is not finite in {n} frames of {', '.join(episodes)}" for i, n in enumerate(bad.sum(0)) if n]
 
 
-def _check_ranges(entry, names: tuple[str, ...]) -> list[str]:
-    spread = entry.max - entry.min
+def _bounds(entry: NormStats) -> tuple[np.ndarray, ...]:
+    """Minimum, maximum, and the 1 % and 99 % quantiles, which statistics of demonstrations always have."""
+    return tuple(np.asarray(values, float) for values in (entry.min, entry.max, entry.q01, entry.q99))
+
+
+def _check_ranges(entry: NormStats, names: tuple[str, ...]) -> list[str]:
+    low, high, q01, q99 = _bounds(entry)
+    spread, middle = high - low, q99 - q01
     found = []
     for i, name in enumerate(names):
         if spread[i] < NEARLY_CONSTANT:
             found.append(f"{name} is constant, {entry.mean[i]:.6g}: leave it out of the robot's dimensions")
-        elif min(entry.q99[i] - entry.q01[i], entry.std[i]) < RANGE_SHARE * spread[i]:
+        elif min(middle[i], entry.std[i]) < RANGE_SHARE * spread[i]:
             found.append(
-                f"{name} is nearly constant: its 1 % to 99 % range is {entry.q99[i] - entry.q01[i]:.3g}, its standard "
-                f"deviation {entry.std[i]:.3g}, of a range of {spread[i]:.3g}; look for outliers"
+                f"{name} is nearly constant: its 1 % to 99 % range is {middle[i]:.3g}, its standard deviation "
+                f"{entry.std[i]:.3g}, of a range of {spread[i]:.3g}; look for outliers"
             )
     return found
 
 
-def _check_outside(values: np.ndarray, entry, names: tuple[str, ...], key: str, limit: float) -> list[str]:
+def _check_outside(values: np.ndarray, entry: NormStats, names: tuple[str, ...], key: str, limit: float) -> list[str]:
     """Only where the statistics are of these values: relative actions are left out by their dimensions' sizes."""
-    width = np.maximum(entry.q99 - entry.q01, RANGE_SHARE * (entry.max - entry.min))
-    if (values.min(0) < entry.min - 1e-6).any() or (values.max(0) > entry.max + 1e-6).any():
+    low, high, q01, q99 = _bounds(entry)
+    width = np.maximum(q99 - q01, RANGE_SHARE * (high - low))
+    if (values.min(0) < low - 1e-6).any() or (values.max(0) > high + 1e-6).any():
         return []
-    normalised = (values - entry.q01) / np.where(width > 0, width, np.inf) * 2 - 1
+    normalised = (values - q01) / np.where(width > 0, width, np.inf) * 2 - 1
     share = (np.abs(normalised) > BEYOND).mean(0)
     return [
         f"{key} {name}: {share[i]:.1%} of the frames are beyond {BEYOND} times the range of the quantiles"
@@ -106,10 +109,11 @@ def _check_tasks(source: Source) -> list[str]:
     return [f"tasks {empty} have no text; they are those of {', '.join(episodes[:SHOWN])}{more}"]
 
 
-def _check_rate(part: Part) -> list[str]:
-    if part.robot.fps is None or part.robot.fps == part.source.fps:
-        return []
-    return [f"{part.source.fps} frames a second; {part.robot.name} acts at {part.robot.fps}"]
+def _check_rate(dataset: OpenDataset) -> list[str]:
+    source, robot = dataset.source, dataset.robot
+    return (
+        [] if robot.fps in (None, source.fps) else [f"{source.fps} frames per second; {robot.name} acts at {robot.fps}"]
+    )
 
 
 def _check_timestamps(dataset: LeRobotDataset) -> list[str]:
@@ -121,7 +125,7 @@ def _check_timestamps(dataset: LeRobotDataset) -> list[str]:
     if not off.any():
         return []
     names = [dataset.episodes[e] for e in np.unique(episode[off])]
-    return [f"{off.sum()} timestamps are off {dataset.fps} frames a second, in {', '.join(names[:SHOWN])}"]
+    return [f"{off.sum()} timestamps are off {dataset.fps} frames per second, in {', '.join(names[:SHOWN])}"]
 
 
 def _decode_all(source: Source, cameras: list[str]) -> list[str]:

@@ -7,15 +7,16 @@ import html
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import PIL.Image
 
 from pi0_jax.atomic import written
-from pi0_jax.data.mixture import Part
+from pi0_jax.data.mixture import OpenDataset
 from pi0_jax.data.source import ACTION, STATE, Source
 from pi0_jax.data.transform import resize_with_pad
+from pi0_jax.errors import require_package
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,20 +33,20 @@ COLUMNS = 4
 HISTOGRAM_FRAMES = 100_000
 
 
-def show(parts: Sequence[Part], output: Path, episodes: int, rerun: Path | None = None) -> None:
+def show(datasets: Sequence[OpenDataset], output: Path, episodes: int, rerun: Path | None = None) -> None:
     """Writes the page.
 
     Args:
-        parts: the datasets.
+        datasets: the datasets.
         output: HTML file.
         episodes: how many to draw, evenly over the dataset.
         rerun: Rerun recording to write the same episodes to; None: none.
 
     Raises:
-        ValueError: a frame cannot be read; Rerun is asked for and not installed.
+        UserError: a frame cannot be read; Rerun is asked for and not installed.
         OSError: the file cannot be written.
     """
-    body = "".join(_section(part, episodes) for part in parts)
+    body = "".join(_section(dataset, episodes) for dataset in datasets)
     style = (
         "body{font:14px sans-serif;margin:2em;max-width:1200px}img{max-width:100%}"
         "td,th{padding:2px 8px;vertical-align:top}th{text-align:left;white-space:nowrap}"
@@ -54,15 +55,15 @@ def show(parts: Sequence[Part], output: Path, episodes: int, rerun: Path | None 
     with written(output) as partial:
         partial.write_text(page, encoding="utf-8")
     if rerun is not None:
-        _log_to_rerun(parts, episodes, rerun)
+        _log_to_rerun(datasets, episodes, rerun)
 
 
 def _chosen(source: Source, episodes: int) -> list[int]:
     return np.unique(np.linspace(0, source.num_episodes - 1, min(episodes, source.num_episodes)).astype(int)).tolist()
 
 
-def _section(part: Part, episodes: int) -> str:
-    source, robot = part.source, part.robot
+def _section(dataset: OpenDataset, episodes: int) -> str:
+    source, robot = dataset.source, dataset.robot
     lengths = np.diff(source.ends, prepend=0)
     facts = {
         "robot": robot.name,
@@ -81,16 +82,16 @@ def _section(part: Part, episodes: int) -> str:
     )
     if len(source.tasks) > TASKS:
         tasks += f"<li>and {len(source.tasks) - TASKS} more"
-    parts = [f"<h1>{html.escape(str(source.root))}</h1><table>{rows}</table><h2>Instructions</h2><ul>{tasks}</ul>"]
+    sections = [f"<h1>{html.escape(str(source.root))}</h1><table>{rows}</table><h2>Instructions</h2><ul>{tasks}</ul>"]
     for key, feature, names in (("States", STATE, robot.state), ("Actions", ACTION, robot.actions)):
         values = source.columns(feature)
         values = values[:: -(-len(values) // HISTOGRAM_FRAMES)]
-        parts.append(f"<h2>{key}</h2>{_histograms(values, names)}")
+        sections.append(f"<h2>{key}</h2>{_histograms(values, names)}")
     for episode in _chosen(source, episodes):
         first, end = source.episode_range(episode)
         title = f"{source.episodes[episode]}: {source.task(first)}, {end - first} frames"
-        parts.append(f"<h2>{html.escape(title)}</h2>{_sheet(source, first, end)}{_curves(part, first, end)}")
-    return "".join(parts)
+        sections.append(f"<h2>{html.escape(title)}</h2>{_sheet(source, first, end)}{_curves(dataset, first, end)}")
+    return "".join(sections)
 
 
 def _sheet(source: Source, first: int, end: int) -> str:
@@ -118,11 +119,11 @@ def _histograms(values: np.ndarray, names: Sequence[str]) -> str:
     return _figure(figure, "histograms; lines are the 1 % and 99 % quantiles")
 
 
-def _curves(part: Part, first: int, end: int) -> str:
+def _curves(dataset: OpenDataset, first: int, end: int) -> str:
     """States in blue and actions in orange over seconds; those of one name together."""
-    source, seconds = part.source, np.arange(end - first) / part.source.fps
+    source, robot, seconds = dataset.source, dataset.robot, np.arange(end - first) / dataset.source.fps
     lines: dict[str, dict[str, np.ndarray]] = {}
-    for color, feature, names in (("tab:blue", STATE, part.robot.state), ("tab:orange", ACTION, part.robot.actions)):
+    for color, feature, names in (("tab:blue", STATE, robot.state), ("tab:orange", ACTION, robot.actions)):
         values = source.columns(feature)[first:end]
         for name, column in zip(_labels(names, values), values.T, strict=True):
             lines.setdefault(name, {})[color] = column
@@ -165,22 +166,19 @@ def _embedded(content: bytes, kind: str, text: str) -> str:
     return f'<p><img alt="{html.escape(text)}" src="data:image/{kind};base64,{base64.b64encode(content).decode()}">'
 
 
-def _log_to_rerun(parts: Sequence[Part], episodes: int, path: Path) -> None:
-    try:
-        import rerun  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise ValueError("a Rerun recording needs: pip install pi0_jax[viz]") from error
+def _log_to_rerun(datasets: Sequence[OpenDataset], episodes: int, path: Path) -> None:
+    rerun: Any = require_package("rerun", "viz", "a Rerun recording")
     rerun.init("pi0_jax")
     rerun.save(str(path))
-    for part in parts:
-        source = part.source
+    for dataset in datasets:
+        source, robot = dataset.source, dataset.robot
         for episode in _chosen(source, episodes):
             base = [*source.root.absolute().parts[-2:], source.episodes[episode]]  # lists: Rerun escapes their parts
             for number, row in enumerate(range(*source.episode_range(episode))):
                 rerun.set_time("time", duration=number / source.fps)
                 for camera in source.cameras:
                     rerun.log([*base, camera], rerun.Image(source.image(row, camera)))
-                for feature, names in ((STATE, part.robot.state), (ACTION, part.robot.actions)):
+                for feature, names in ((STATE, robot.state), (ACTION, robot.actions)):
                     for name, value in zip(names, source.columns(feature)[row].tolist(), strict=True):
                         rerun.log([*base, feature, name], rerun.Scalars(value))
     rerun.disconnect()  # completes the file

@@ -1,95 +1,216 @@
-"""Statistics of datasets, from their columns alone, by several processes: no picture is read."""
+"""Statistics of datasets as training's own transforms give them, from columns alone: no picture is read."""
 
+# pyright: reportTypedDictNotRequiredAccess=false
 from __future__ import annotations
 
-import concurrent.futures
-import importlib
-import multiprocessing
+import functools
 import os
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from pi0_jax.config import PolicyConfig
-from pi0_jax.data.mixture import Part
-from pi0_jax.data.normalization import Stats, Summary, finish, merge_summaries, summarise_source
-from pi0_jax.data.robots import semantics_of
+from pi0_jax.data.mixture import OpenDataset
+from pi0_jax.data.normalization import Normalization, NormStats, Stats
+from pi0_jax.data.pool import run_tasks
+from pi0_jax.data.robots import Robot
+from pi0_jax.data.sketch import Sketch, merge, summarise
+from pi0_jax.data.source import ACTION, STATE, VALID, Source
+from pi0_jax.data.transform import Sample, adapt, relative_actions, relative_dims
+from pi0_jax.errors import UserError, require_package
 
 FRAMES_PER_TASK = 2**19
 """Frames that one task of a worker covers, at least one episode."""
+ROWS_AT_ONCE = 2**20
+"""Rows summarised at a time, which bounds memory."""
 
 
-def compute_group_stats(
-    parts: Sequence[Part], policy: PolicyConfig, *, workers: int = 1, ray: bool = False
-) -> dict[str, Stats]:
-    """Statistics of each group of datasets, over their training episodes.
+class Summary(NamedTuple):
+    """What statistics are made of. Summaries can be merged, in any order and grouping, to the same quantiles."""
+
+    state: Sketch
+    actions: Sketch | None
+    """Of the actions of single frames; None: none is valid."""
+    relative: Sketch | None
+    """Of those `dims` of actions that are relative to the state, over whole chunks."""
+    dims: list[int]
+
+
+def compute_normalizations(
+    datasets: Sequence[OpenDataset], horizon: int, *, workers: int = 1, ray: bool = False
+) -> dict[str, Normalization]:
+    """Statistics of each group of datasets, over their training episodes, by the group's name.
 
     Args:
-        parts: the datasets.
-        policy: horizon, and the meaning of actions.
+        datasets: the datasets.
+        horizon: actions in a chunk.
         workers: processes; 1: this one. The result is the same for any number, up to rounding of means.
         ray: hand the work to a Ray cluster instead, which the `ray` extra brings.
 
     Raises:
-        ValueError: as of `summarise_source`; datasets of one group have different dimensions; Ray is not installed.
+        UserError: as of `summarise_source`; datasets of one group have different dimensions, or actions of different
+            meaning; Ray is not installed.
     """
-    work: list[Task] = []
-    widths: dict[str, tuple[int, int]] = {}
-    for number, part in enumerate(parts):
-        width = (len(part.robot.state), len(part.robot.actions))
-        if widths.setdefault(part.stats, width) != width:
-            raise ValueError(
-                f"datasets with common statistics {part.stats!r} have {widths[part.stats]} and {width} dimensions of "
-                "state and actions. Give them different names in `stats`."
+    tasks: list[tuple[OpenDataset, int, int, np.ndarray]] = []
+    first: dict[str, OpenDataset] = {}
+    for number, dataset in enumerate(datasets):
+        one = first.setdefault(dataset.stats, dataset)
+        shapes = [(len(each.robot.state), each.semantics) for each in (one, dataset)]
+        if shapes[0] != shapes[1]:
+            raise UserError(
+                f"datasets with common statistics {dataset.stats!r} have {one.robot.name}'s and {dataset.robot.name}'s "
+                "dimensions of state and actions, which differ in number or meaning. Give them different names in "
+                "`stats`."
             )
-        semantics = semantics_of(part.robot, policy.action_semantics)
-        frames = np.cumsum(np.diff(part.source.ends, prepend=0)[part.training])
+        frames = np.cumsum(np.diff(dataset.source.ends, prepend=0)[dataset.training])
         cuts = np.flatnonzero(np.diff(frames // FRAMES_PER_TASK)) + 1
-        for episodes in np.split(part.training, cuts):
-            if len(episodes):
-                work.append((part, number, semantics, policy.model.action_horizon, episodes))
-    totals: dict[str, list[Summary]] = {}
-    count = sum(len(episodes) for *_, episodes in work)
-    results = _with_ray(work) if ray else _each(work, workers)
-    with tqdm(total=count, desc="statistics", unit="episode", disable=len(work) < 2 or None) as bar:
-        for (part, *_, episodes), summary in zip(work, results, strict=True):
-            totals.setdefault(part.stats, []).append(summary)
+        splits = np.split(dataset.training, cuts)
+        tasks += [(dataset, number, horizon, episodes) for episodes in splits if len(episodes)]
+    totals: dict[str, Summary] = {}
+    count = sum(len(episodes) for *_, episodes in tasks)
+    results = _with_ray(tasks) if ray else run_tasks(_summarise, tasks, workers, ordered=True)
+    with tqdm(total=count, desc="statistics", unit="episode", disable=len(tasks) < 2 or None) as bar:
+        for (dataset, *_, episodes), summary in zip(tasks, results, strict=True):
+            found = totals.get(dataset.stats)
+            totals[dataset.stats] = summary if found is None else merge_summaries([found, summary])
             bar.update(len(episodes))
-    return {name: finish(merge_summaries(found)) for name, found in totals.items()}
+    return {name: Normalization(finish(total), first[name].semantics) for name, total in totals.items()}
 
 
-Task = tuple[Part, int, tuple[str, ...], int, np.ndarray]
-"""A dataset, its number, the meaning of its actions, the horizon, and some of its episodes."""
+def compute_stats(
+    source: Source,
+    robot: Robot | None = None,
+    semantics: tuple[str, ...] = (),
+    horizon: int = 1,
+    episodes: Iterable[int] | None = None,
+) -> Stats:
+    """Statistics of one dataset, in this process; see `summarise_source`."""
+    return finish(summarise_source(source, robot, semantics, horizon, episodes))
 
 
-def _summarise(part: Part, number: int, semantics: tuple[str, ...], horizon: int, episodes: np.ndarray) -> Summary:
-    return summarise_source(part.source, part.robot, semantics, horizon, episodes, identity=number)
+def summarise_source(
+    source: Source,
+    robot: Robot | None = None,
+    semantics: tuple[str, ...] = (),
+    horizon: int = 1,
+    episodes: Iterable[int] | None = None,
+    *,
+    identity: int = 0,
+) -> Summary:
+    """Summary of the states and actions that the model will see, before normalisation.
+
+    Actions are those of every frame; dimensions that are relative to the state are taken over whole chunks from every
+    frame, as training sees them, up to the episode's end. Frames marked invalid (column `valid` 0) give no action, and
+    end a chunk.
+
+    Args:
+        source: the demonstrations.
+        robot: whose units are converted by its `adapt`; None: as they are.
+        semantics: of the actions; empty: all absolute.
+        horizon: actions in a chunk.
+        episodes: those to look at; None: all.
+        identity: of the dataset among those whose summaries are merged.
+
+    Raises:
+        UserError: a value is not finite, or no action is valid.
+    """
+    chosen = np.arange(source.num_episodes) if episodes is None else np.asarray(list(episodes), int)
+    lengths = np.diff(source.ends, prepend=0)
+    limit = ROWS_AT_ONCE // (horizon if relative_dims(semantics) else 1)
+    groups = np.split(chosen, np.flatnonzero(np.diff(np.cumsum(lengths[chosen]) // limit)) + 1)
+    total = merge_summaries(
+        _summarise_episodes(source, robot, semantics, horizon, group, identity) for group in groups if len(group)
+    )
+    if total.actions is None:
+        raise UserError(f"{source.root}: column {VALID!r} is 0 in all frames, so no action is left to learn.")
+    return total
 
 
-def _each(work: list[Task], workers: int) -> Iterator[Summary]:
-    if workers <= 1 or len(work) < 2:
-        yield from (_summarise(*task) for task in work)
-        return
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(min(workers, len(work)), mp_context=context) as pool:
-        yield from pool.map(_summarise, *zip(*work, strict=True))
+def merge_summaries(summaries: Iterable[Summary]) -> Summary:
+    """One summary of several, at least one."""
+    return functools.reduce(
+        lambda a, b: Summary(
+            merge(a.state, b.state), _merge(a.actions, b.actions), _merge(a.relative, b.relative), a.dims
+        ),
+        summaries,
+    )
 
 
-def _with_ray(work: list[Task]) -> Iterator[Summary]:
-    try:
-        ray: Any = importlib.import_module("ray")
-    except ImportError as error:
-        raise ValueError("statistics on a cluster need Ray: pip install pi0_jax[ray]") from error
+def finish(summary: Summary) -> Stats:
+    """The statistics that a summary stands for."""
+    assert summary.actions is not None
+    stats = {"state": stats_of(summary.state), "actions": stats_of(summary.actions)}
+    if summary.relative is not None:
+        for values, relative in zip(stats["actions"], stats_of(summary.relative), strict=True):
+            assert values is not None
+            values[summary.dims] = relative
+    return stats
+
+
+def stats_of(sketch: Sketch) -> NormStats:
+    """Statistics of the rows of a sketch."""
+    q01, q99 = sketch.quantile(0.01), sketch.quantile(0.99)
+    return NormStats(sketch.mean.copy(), np.sqrt(sketch.variance), q01, q99, sketch.min.copy(), sketch.max.copy())
+
+
+def _merge(a: Sketch | None, b: Sketch | None) -> Sketch | None:
+    return merge(a, b) if a is not None and b is not None else a or b
+
+
+def _summarise(dataset: OpenDataset, number: int, horizon: int, episodes: np.ndarray) -> Summary:
+    return summarise_source(
+        dataset.source, dataset.robot, dataset.semantics, horizon, episodes.tolist(), identity=number
+    )
+
+
+def _summarise_episodes(
+    source: Source, robot: Robot | None, semantics: tuple[str, ...], horizon: int, episodes: np.ndarray, number: int
+) -> Summary:
+    first, end = int(episodes[0]), int(episodes[-1]) + 1
+    offset = source.episode_range(first)[0]
+    ends = source.ends[first:end] - offset
+    names = [STATE, ACTION] + [VALID] * (VALID in source.features)
+    columns = {name: source.read(name, first, end) for name in names}
+    for name, values in columns.items():
+        if (bad := ~np.isfinite(values).all(1)).any():
+            where = source.episodes[first + int(np.searchsorted(ends, np.flatnonzero(bad)[0], side="right"))]
+            raise UserError(
+                f"{source.root}: column {name!r} holds NaN or infinity in {bad.sum()} frames, the first of them in "
+                f"{where}. Record it again without them."
+            )
+    sample: Sample = {"state": columns[STATE], "actions": columns[ACTION]}
+    sample = sample if robot is None else adapt(robot).forward(sample)
+    state, actions = sample["state"], sample["actions"]
+    kept = np.isin(first + np.searchsorted(ends, np.arange(len(state)), side="right"), episodes)
+    valid = columns[VALID][:, 0] > 0 if VALID in columns else np.ones(len(state), bool)
+    rows = (np.uint64(number) << np.uint64(48)) + np.arange(offset, offset + len(state), dtype=np.uint64)
+    starts, dims = np.flatnonzero(kept & valid), relative_dims(semantics)
+    whole = summarise(state[kept], rows[kept])
+    if not len(starts):
+        return Summary(whole, None, None, dims)
+    single = summarise(actions[starts], rows[starts])
+    if not dims:
+        return Summary(whole, single, None, dims)
+    steps = starts[:, None] + np.arange(horizon)
+    inside = steps < ends[np.searchsorted(ends, starts, side="right")][:, None]
+    steps = np.minimum(steps, len(state) - 1)
+    inside &= np.logical_and.accumulate(valid[steps], axis=1)
+    chunks = relative_actions(semantics).forward({"state": state[starts], "actions": actions[steps]})["actions"]
+    numbers = (rows[starts][:, None] * np.uint64(horizon) + np.arange(horizon, dtype=np.uint64))[inside]
+    return Summary(whole, single, summarise(chunks[inside][:, dims], numbers), dims)
+
+
+def _with_ray(tasks: list[tuple[OpenDataset, int, int, np.ndarray]]) -> Iterator[Summary]:
+    ray: Any = require_package("ray", "ray", "computing statistics on a cluster")
     started = not ray.is_initialized()
     if started:
         ray.init(num_cpus=None if "RAY_ADDRESS" in os.environ else os.cpu_count(), include_dashboard=False)
     try:
         # The index of a dataset may be large: it goes to a node once, not with every task.
-        shared = {number: ray.put(part) for number, part in {number: part for part, number, *_ in work}.items()}
+        shared = {number: ray.put(dataset) for number, dataset in {task[1]: task[0] for task in tasks}.items()}
         run = ray.remote(_summarise)
-        yield from map(ray.get, [run.remote(shared[number], number, *rest) for _, number, *rest in work])
+        yield from map(ray.get, [run.remote(shared[number], number, *rest) for _, number, *rest in tasks])
     finally:
         if started:
             ray.shutdown()

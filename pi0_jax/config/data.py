@@ -1,0 +1,95 @@
+"""Demonstrations, and random changes to them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class AugmentConfig:
+    """Random changes to a training batch, made on the device. All off by default."""
+
+    crop: float = 1.0
+    """Side of a random crop as a share of the image, resized back (openpi: 0.95, all but wrist cameras)."""
+    rotate_degrees: float = 0.0
+    """Largest rotation of the image, degrees (openpi: 5, all but wrist cameras)."""
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    """Largest relative change of each (openpi: 0.3, 0.4, 0.5, all cameras)."""
+    fixed_cameras: tuple[str, ...] = ()
+    """Cameras that crop and rotation leave alone, because they move with the hand."""
+    square_symmetries: bool = False
+    """Turn or mirror images, state and actions together by one of the square's eight symmetries. Valid only with
+    straight-down cameras and no left or right in the language; needs a robot that names its planar axes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetConfig:
+    """One dataset of a mixture."""
+
+    path: str
+    """Folder of a LeRobot dataset (2.0, 2.1 or 3.0) or of an RLDS dataset; or hf://owner/name for one on the hub."""
+    weight: float | None = None
+    """Share of the samples, relative to the other weights; None for all datasets: each by its number of frames."""
+    robot: str | None = None
+    """Name of its robot; None: `policy.robot`."""
+    stats: str | None = None
+    """Datasets of one name here are normalised by their common statistics; None: the robot's name. A policy normalises
+    by the statistics that are called like its robot."""
+    keys: dict[str, str] = dataclasses.field(default_factory=dict)
+    """The robot's name of a feature → the dataset's; "a + b" puts two side by side."""
+    preset: Literal["droid", "droid_velocity", "bridge", "fractal"] | None = None
+    """Published RLDS dataset whose keys, rate and instruction are known (`data.rlds.PRESETS`)."""
+    without_episodes: tuple[int, ...] = ()
+    """Episodes of a LeRobot dataset to leave out, by their `episode_index`."""
+    split: str = "train"
+    """Split of an RLDS dataset."""
+    task: str | None = None
+    """Feature of an RLDS dataset with the instruction; None: the preset's, or language_instruction."""
+    fps: float | None = None
+    """Frames per second of an RLDS dataset, which does not store it; None: the preset's, or the robot's."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where demonstrations come from and how they are read."""
+
+    path: str | None = None
+    """Folder of a LeRobot or RLDS dataset of `policy.robot`; not used where `datasets` names some."""
+    validation_path: str | None = None
+    """Folder of held-out demonstrations for the validation loss; None skips it, unless `validation_share` says more."""
+    datasets: tuple[DatasetConfig, ...] = ()
+    """A mixture of datasets."""
+    validation_share: float = 0.0
+    """Share of the episodes that is held out for the validation loss, by a hash of their states and actions: copies of
+    an episode are on the same side."""
+    norm_stats: str | None = None
+    """File of statistics (`pi0 data stats`, or openpi's norm_stats.json); None: computed from the demonstrations."""
+    frames: Literal["once", "random"] = "once"
+    """once: video is decoded at its first use, uncompressed, into the dataset's folder. random: frames are decoded when
+    they are needed, which takes no room."""
+    cache: str | None = None
+    """Folder that `pi0 data cache` made, with frames at the model's resolution; None: `frames` says where they are."""
+    shuffle: Literal["frames", "shards"] = "frames"
+    """frames: all frames in random order. shards: files in random order, and frames at random within a few files at a
+    time, for datasets on disks that are slow to jump."""
+    shuffle_window: int = 8
+    """Files whose frames are mixed where `shuffle` is shards."""
+    skip_bad_episodes: bool = False
+    """Leave out episodes that cannot be read, and log them, instead of stopping."""
+    num_workers: int = 0
+    """Processes that prepare batches; 0: threads of the training process alone."""
+    num_threads: int = 2
+    """Reader threads, in each process."""
+    prefetch: int = 8
+    """Batches prepared ahead, in each process."""
+    prompt_buckets: tuple[int, ...] = ()
+    """Lengths, ascending, of which a batch's prompts are padded to the first that holds all of them, in place of
+    `prompt_length`. Losses are the same within rounding; each length is a program of its own, compiled when it is met
+    first. Empty: always `prompt_length`."""
+    offline: bool = False
+    """Never ask the network. Only datasets given as hf://owner/name do so, and are then taken from the hub's cache."""
+    tokenizer: str | None = None
+    """SentencePiece model file (PaliGemma's for released weights); None trains a small one on the instructions."""

@@ -1,0 +1,98 @@
+"""What a policy learns, as values. One class per objective; `objective/<name>.py` says what it computes."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from pi0_jax.flow.coupling import Coupling, Independent
+from pi0_jax.flow.path import Path, Predicts, Straight
+from pi0_jax.flow.time import Beta, TimeDistribution, Uniform
+
+Condition = Literal["prompt", "images", "both"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ConditionDropout:
+    """Probabilities with which an example is trained without the prompt, the images, or both, for classifier-free
+    guidance. What is dropped is masked, so that no token attends to it: that is the null condition. The state stays
+    (π0.5 has it in the prompt)."""
+
+    prompt: float = 0.0
+    images: float = 0.0
+    both: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Common:
+    dropout: ConditionDropout = ConditionDropout()
+    mask_padded_steps: bool = True
+    """Leave steps after the episode's end out of the loss. openpi counts them: set False to match it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Regression(_Common):
+    time: TimeDistribution = Beta()
+    """Distribution of the flow time."""
+    draws: int = 1
+    """Draws of (noise, time) per observation and step; they share the prefix, so more draws cost little."""
+    mask_padded_dims: bool = False
+    """Leave zero-padded action dimensions out of the loss. The released weights were trained with them in it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gaussian(_Regression):
+    """Flow matching and diffusion: the network says, at a random point of a Gaussian path from actions to noise, which
+    way the path goes. The defaults are π0's (Lipman et al. 2022, arXiv 2210.02747; arXiv 2410.24164)."""
+
+    path: Path = Straight()
+    predicts: Predicts = "velocity"
+    """What the network's output means: velocity dx/dt, noise (Ho et al. 2020, arXiv 2006.11239), data, or
+    v = alpha · noise - sigma · actions (Salimans and Ho 2022, arXiv 2202.00512). Any sampler runs any of them."""
+    coupling: Coupling = Independent()
+    """Which noise goes with which actions of a batch."""
+    regression_draw: bool = False
+    """Take one of the draws at x = 0, t = 1 instead of at random: its target is minus the conditional mean action. That
+    is behaviour cloning by regression, and no noise hides from the network what the instruction means."""
+    regression_warmup_steps: int = 0
+    """Train on that draw alone for so many steps at first. A network that starts from random weights has to find out
+    which object the instruction means, and noisy actions among its inputs hide that for long."""
+    max_delay: int = 0
+    """Training-time real-time chunking (arXiv 2512.05964): the network learns to go on from a prefix of up to so many
+    clean actions, whose number is drawn uniformly from 0 to this per draw. 0: no such training."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shortcut(_Regression):
+    """Average velocities over spans of time, for few steps (Frans et al. 2024, arXiv 2410.12557)."""
+
+    bootstrap_fraction: float = 0.25
+    """Fraction of the examples trained on the self-consistency target: one step of d equals two steps of d / 2. The
+    others learn the velocity itself."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reflow(_Regression):
+    """Rectified flow: straight lines from noise to the actions that a teacher's flow makes of it (Liu et al. 2022,
+    arXiv 2209.03003)."""
+
+    teacher: str
+    """Checkpoint of the teacher, a flow of the same network."""
+    teacher_steps: int = 20
+    """Euler steps in which the teacher makes actions from noise."""
+    time: TimeDistribution = Uniform()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tokens(_Common):
+    """Discretised actions: cross-entropy over uniform bins, after RT-2 (arXiv 2307.15818)."""
+
+    bins: int = 256
+    """Bins per action dimension, uniform between its 1st and 99th percentile: needs quantile normalisation."""
+    dims: int | None = None
+    """Action dimensions that are predicted, the first ones; None: all, padding included."""
+    order: Literal["parallel", "autoregressive"] = "parallel"
+    """parallel: all bins at once. autoregressive: each given those before it."""
+
+
+ObjectiveConfig = Gaussian | Shortcut | Reflow | Tokens

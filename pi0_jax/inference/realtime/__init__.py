@@ -1,1 +1,0 @@
-"""Acting while the policy computes."""

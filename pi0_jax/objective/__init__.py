@@ -1,0 +1,93 @@
+"""What a policy learns and how it acts, as plain functions.
+
+The class of a configuration names its file: `Gaussian` is made by `objective/gaussian.py`, which has
+
+    network(config, model)      the network that the objective trains
+    make(config, network)       the objective itself
+
+so a new objective is a class in `config/objective.py` and a file here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from jaxtyping import Array, Float, Key
+
+from pi0_jax.batch import Batch, Observation
+from pi0_jax.config import ConditionDropout, Independent, ModelConfig, ObjectiveConfig, RealTimeConfig
+from pi0_jax.config.objective import Condition
+from pi0_jax.flow.path import Chunk
+from pi0_jax.flow.realtime import Previous
+from pi0_jax.sampler import Euler, Flow, Sampler
+
+Params = Any
+"""Nested dicts of arrays: a network's parameters."""
+Draws = Any
+"""Tree of arrays, whose first axes count examples and are divided into microbatches alike."""
+Metrics = dict[str, Array]
+
+
+class SampleOptions(NamedTuple):
+    """How chunks are sampled, besides the noise."""
+
+    sampler: Sampler = Euler()
+    guidance_scale: float | Float[Array, ""] | None = None
+    """Of classifier-free guidance; may be traced. None: no guidance."""
+    guidance_without: Condition = "prompt"
+    previous: Previous | None = None
+    """What is left of the chunks that are being executed, for the new ones to go on from."""
+    real_time: RealTimeConfig = RealTimeConfig()
+    """How they go on; its `max_guidance` may be traced."""
+    keys: Key[Array, "b"] | None = None
+    """One per chunk, for samplers that draw noise on the way."""
+    features: Any = None
+    """What the network computed of the sampler's times beforehand (`Objective.features`)."""
+
+
+class Objective(NamedTuple):
+    """What can be learned, and how it acts: functions, as optax pairs `init` and `update`."""
+
+    network: Any
+    """With `init(key)`, the parameters in boxes that carry logical axis names."""
+    draw: Callable[[Batch, Key[Array, ""], Array | int], tuple[Draws, Float[Array, ""]]]
+    """All randomness of a batch at a step of training: the draws, and how many entries of them the loss counts."""
+    loss: Callable[..., tuple[Float[Array, ""], Metrics]]
+    """Of parameters, the draws of any microbatch, the count of the whole batch, and the teacher's parameters if there
+    is one. Losses of microbatches add up to that of the batch."""
+    sample: Callable[[Params, Observation, Float[Array, "b ah ad"], SampleOptions], Float[Array, "b ah ad"]]
+    """Normalised, padded actions, float32, from observations and standard normal noise."""
+    flow: Callable[[Params, Observation, SampleOptions], tuple[Flow, Callable[[Chunk], Chunk]]] | None = None
+    """What a solver integrates for given observations, guidance included, and what it does to each point; None: there
+    is nothing to integrate, guide or continue."""
+    features: Callable[[Params, Sampler], Any] | None = None
+    """What the network computes of the sampler's times alone, one row per step."""
+    teacher: str | None = None
+    """Checkpoint whose parameters `loss` reads besides."""
+
+
+def make_objective(config: ObjectiveConfig, model: ModelConfig) -> Objective:
+    """The objective of a configuration, on its network.
+
+    Raises:
+        UserError: the model has no such head, or settings that do not go together.
+    """
+    module = _module(config)
+    return module.make(config, module.network(config, model))
+
+
+def for_validation(config: ObjectiveConfig) -> ObjectiveConfig:
+    """The objective whose loss is measured on held-out data, whatever training does: only steps inside episodes count
+    (which drops the last batch's filling), nothing is dropped, and noise is paired at random."""
+    plain = getattr(_module(config), "plain", lambda c: c)(config)
+    fixed = {"mask_padded_steps": True, "dropout": ConditionDropout(), "coupling": Independent()}
+    names = {field.name for field in dataclasses.fields(plain)}
+    return dataclasses.replace(plain, **{name: value for name, value in fixed.items() if name in names})
+
+
+def _module(config: ObjectiveConfig) -> ModuleType:
+    return importlib.import_module(f"{__name__}.{type(config).__name__.lower()}")

@@ -1,0 +1,143 @@
+"""Flow matching and diffusion: the network says, at a random point between actions and noise, which way the path goes.
+
+    x_t = alpha(t) · actions + sigma(t) · noise          t drawn at random, noise standard normal
+    loss = | network(observation, x_t, t) - target |²    on the straight path the target is noise - actions
+
+Several draws of (noise, t) per observation share its tokens, which are most of the work.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from pi0_jax.batch import Batch, scale_images
+from pi0_jax.config import Gaussian, Independent, ModelConfig
+from pi0_jax.errors import UserError
+from pi0_jax.flow.loss import flow_loss, loss_mask
+from pi0_jax.flow.path import interpolate
+from pi0_jax.flow.realtime import is_prefix
+from pi0_jax.model.head import Network, make_head
+from pi0_jax.objective import Metrics, Objective, Params, SampleOptions
+from pi0_jax.objective.conditioning import check_dropout, coupled_noise, drop
+from pi0_jax.objective.sampling import make_flow, sample_flow, time_features
+
+
+class Draws(NamedTuple):
+    """Examples, and what was drawn at random for them. The first axis of every array counts examples."""
+
+    batch: Batch
+    dropout: Float[Array, "b"]
+    """In [0, 1): decides what of the observation is dropped."""
+    noise: Float[Array, "b s ah ad"]
+    time: Float[Array, "b s"]
+    delay: Int[Array, "b s"]
+    """Actions that stay clean (`Gaussian.max_delay`)."""
+
+
+def network(config: Gaussian, model: ModelConfig) -> Network:
+    """The network of the model's head.
+
+    Raises:
+        UserError: settings that do not go together.
+    """
+    check_dropout(config.dropout)
+    if config.regression_warmup_steps and config.predicts == "noise":
+        raise UserError("objective.regression_warmup_steps: a network that predicts noise has nothing to regress on.")
+    if not 0 <= config.max_delay < model.action_horizon:
+        raise UserError(
+            f"objective.max_delay is {config.max_delay}; of a chunk of {model.action_horizon} actions at most "
+            f"{model.action_horizon - 1} can stay clean, and 0 means none."
+        )
+    if config.max_delay and not model.head.time_per_action:
+        raise UserError(
+            f"objective.max_delay is {config.max_delay}, which takes a head with a time per action; "
+            f"{type(model.head).__name__} has one time per chunk."
+        )
+    return make_head(model)
+
+
+def make(config: Gaussian, network: Network) -> Objective:
+    """The objective's functions."""
+
+    def draw(batch: Batch, key: Key[Array, ""], step: Int[Array, ""] | int) -> tuple[Draws, Int[Array, ""]]:
+        draws = draw_points(config, batch, key)
+        horizon = batch.actions.shape[1]
+        delay = jax.random.randint(jax.random.fold_in(key, 5), draws.time.shape, 0, config.max_delay + 1)
+        noise, time = draws.noise, draws.time
+        if config.coupling != Independent():
+            observation = drop(scale_images(batch.observation), draws.dropout, config.dropout)
+            noise = coupled_noise(config.coupling, noise, batch.actions, observation, jax.random.fold_in(key, 3))
+        if config.regression_draw or config.regression_warmup_steps:
+            # At t = 1 and x = 0 the target is minus the conditional mean action: regression, without any noise.
+            first = (jnp.arange(noise.shape[1]) == 0) & config.regression_draw
+            regress = first | (jnp.asarray(step) < config.regression_warmup_steps)
+            noise = jnp.where(regress[:, None, None], 0.0, noise)
+            time = jnp.where(regress, 1.0, time)
+        draws = draws._replace(noise=noise, time=time, delay=delay)
+        return draws, jnp.sum(mask(draws, is_prefix(delay, horizon)))
+
+    def mask(draws: Draws, clean):
+        return chunk_mask(config, draws.batch, draws.noise.shape) & ~clean[..., None]
+
+    def loss(params: Params, draws: Draws, count: Int[Array, ""]) -> tuple[Float[Array, ""], Metrics]:
+        observation = drop(scale_images(draws.batch.observation), draws.dropout, config.dropout)
+        noise, time = draws.noise, draws.time
+        actions = jnp.broadcast_to(draws.batch.actions[:, None], noise.shape)
+        clean = is_prefix(draws.delay, noise.shape[2])
+        if config.max_delay:
+            time = jnp.where(clean, 0.0, time[..., None])
+        x, target = interpolate(config.path, actions, noise, time, config.predicts)
+        predicted = network.joint(params, observation, x, time)
+        return flow_loss(predicted, target, mask(draws, clean), count), {}
+
+    def flow(params: Params, observation, options: SampleOptions):
+        return make_flow(
+            network, config.path, config.predicts, params, observation, options, max_delay=config.max_delay
+        )
+
+    return Objective(
+        network=network,
+        draw=draw,
+        loss=loss,
+        sample=lambda params, observation, noise, options: sample_flow(
+            *flow(params, observation, options), noise, options
+        ),
+        flow=flow,
+        features=lambda params, sampler: time_features(network, params, sampler),
+    )
+
+
+def draw_points(config, batch: Batch, key: Key[Array, ""]) -> Draws:
+    """Noise and times of a batch, as every objective on a path draws them.
+
+    Args:
+        config: with `draws` and `time`.
+        batch: normalised examples.
+        key: of this step.
+    """
+    # The first two keys came first: runs of older versions draw the same noise.
+    noise_key, time_key = jax.random.split(key)
+    b, horizon, dim = batch.actions.shape
+    noise = jax.random.normal(noise_key, (b, config.draws, horizon, dim))
+    time = config.time.sample(time_key, (b, config.draws))
+    dropout = jax.random.uniform(jax.random.fold_in(key, 2), (b,))
+    return Draws(batch, dropout, noise, time, jnp.zeros(time.shape, jnp.int32))
+
+
+def chunk_mask(config, batch: Batch, shape: tuple[int, ...]):
+    """Entries of the draws' chunks that the loss counts.
+
+    Args:
+        config: with `mask_padded_steps` and `mask_padded_dims`.
+        batch: with the masks.
+        shape: of the noise, `[b, s, ah, ad]`.
+    """
+    return loss_mask(
+        shape,
+        batch.step_mask[:, None] if config.mask_padded_steps else None,
+        batch.dim_mask[:, None] if config.mask_padded_dims else None,
+    )

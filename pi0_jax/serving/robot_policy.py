@@ -1,0 +1,175 @@
+"""A checkpoint's policy as the server's backend."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pi0_jax.config import PolicyConfig
+from pi0_jax.data.robots import Robot, get_robot
+from pi0_jax.data.transform import check_observation
+from pi0_jax.errors import UserError
+from pi0_jax.inference.policy import Policy, check_batch_sizes
+from pi0_jax.serving.backend import Session
+from pi0_jax.serving.client_formats import read_executed, read_request, read_seed
+
+RESET_POSE = {"aloha": [0.0, -1.5, 1.5, 0.0, 0.0, 0.0]}
+"""Where openpi's client moves a robot's arms before an episode, radians; openpi's metadata say so too."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ValidatedRequest:
+    """A request that was checked."""
+
+    observation: dict[str, Any]
+    seed: tuple[int, ...] | None
+    executed: int | None
+    """Executed actions of the session's last chunk, where the new chunk is to continue its remaining ones."""
+
+
+def validate_request(
+    request: Any, robot: Robot, prompt: str | None = None, real_time: bool = False
+) -> ValidatedRequest:
+    """Checks a decoded request.
+
+    Args:
+        request: a decoded frame.
+        robot: the robot that it should come from.
+        prompt: instruction for requests without one.
+        real_time: whether requests may include what remains of the chunk in execution.
+
+    Raises:
+        UserError: the request is at fault; the message says how.
+    """
+    raw, executed = read_request(request, robot, prompt), read_executed(request)
+    to_check = raw
+    if executed is not None and raw.get("previous") is None:  # so that `delay` is checked
+        to_check = raw | {"previous": np.zeros((1, len(robot.actions)))}
+    checked = check_observation(to_check, robot)
+    observation = raw | {key: checked[key] for key in ("images", "state", "prompt")}
+    if not real_time and ("previous" in raw or executed is not None):
+        raise UserError("`previous` and `executed` need a server with --real-time, which compiles what they take.")
+    return ValidatedRequest(observation, read_seed(request), executed)
+
+
+class RobotPolicy:
+    """A checkpoint's policy behind the server.
+
+    The noise of a session's n-th request is a function of `seed` and n, so that a client's answers are those it would
+    get alone.
+
+    Args:
+        policy: the policy.
+        batch_sizes: numbers of requests to compile a program for.
+        prompt: instruction for clients that send none.
+        seed: noise seed of sessions that do not send their own.
+        real_time: compile programs for chunks that continue the one in execution too; without, such requests are
+            refused.
+    """
+
+    parallel = 1
+
+    def __init__(
+        self,
+        policy: Policy,
+        batch_sizes: Sequence[int] = (1, 2, 4, 8),
+        prompt: str | None = None,
+        seed: int = 0,
+        real_time: bool = False,
+    ):
+        self.policy, self.prompt, self.seed, self.real_time = policy, prompt, seed, real_time
+        self.config, self.batch_sizes = policy.config, check_batch_sizes(batch_sizes)
+        self.metadata = describe(policy.config, real_time)
+
+    def warm_up(self) -> None:
+        """Compiles programs for each batch size and length of prompts."""
+        self.policy.warm_up(self.batch_sizes, real_time=self.real_time)
+        for size in self.batch_sizes:
+            noise_keys([(0,)] * size, self.seed)
+
+    def validate(self, request: Any) -> ValidatedRequest:
+        """Checks a decoded request; raises as `PolicyBackend.validate` does."""
+        return validate_request(request, self.policy.robot, self.prompt, self.real_time)
+
+    def infer_batch(
+        self, observations: Sequence[ValidatedRequest], sessions: Sequence[Session]
+    ) -> list[dict[str, Any]]:
+        """Chunks in the robot's units; `infer_ms` is the batch's time from observations to actions in host memory."""
+        start = time.perf_counter()
+        count = len(observations)
+        size = next(n for n in self.batch_sizes if n >= count)
+        rows = list(range(count)) + [0] * (size - count)
+        requests = list(zip(observations, sessions, strict=True))
+        seeds = [request.seed or session for request, session in requests]
+        keys = noise_keys([seeds[i] for i in rows], self.seed)
+        raw = [_with_previous(request, session) for request, session in requests]
+        chunks = self.policy.infer_batch([raw[i] for i in rows], keys)[:count]
+        for session, chunk in zip(sessions, chunks, strict=True):
+            session.memory = chunk
+        timing = {"infer_ms": 1000 * (time.perf_counter() - start), "batch_size": count}
+        return [{"actions": np.asarray(chunk, np.float32), "policy_timing": timing} for chunk in chunks]
+
+
+def _with_previous(request: ValidatedRequest, session: Session) -> dict[str, Any]:
+    """The observation, with what remains of the session's last chunk if the new one is to continue it."""
+    if request.executed is None or session.memory is None:
+        return request.observation
+    return request.observation | {"previous": session.memory[request.executed :]}
+
+
+def noise_keys(seeds: Sequence[tuple[int, ...] | Session], base: int) -> jax.Array:
+    """Noise keys: of a seed, of a key's two words, or of a session's next request under the server's seed `base`."""
+    rows = [(0, base, s.answered) if isinstance(s, Session) else (len(s), *s, 0)[:3] for s in seeds]
+    table = np.array(rows, np.uint32)
+    return _noise_keys(table[:, 0], table[:, 1:])
+
+
+@jax.jit
+@jax.vmap
+def _noise_keys(kind, words):
+    key = jax.random.key(words[0])
+    return jnp.stack([jax.random.fold_in(key, words[1]), key, jax.random.wrap_key_data(words)])[kind]
+
+
+def describe(config: PolicyConfig, real_time: bool = False) -> dict[str, Any]:
+    """A policy's metadata for clients: its robot, what to send and what comes back."""
+    robot = get_robot(config.robot)
+    metadata = {
+        "robot": robot.name,
+        "cameras": [camera for camera in robot.cameras.values() if camera in config.model.cameras],
+        "image_size": config.model.vision.image_size,
+        "state": list(robot.state),
+        "actions": list(robot.actions),
+        "action_horizon": config.model.action_horizon,
+        "execute_steps": config.execute_steps,
+        "num_steps": getattr(config.sampler, "num_steps", None),
+        "fps": robot.fps,
+        "real_time": real_time,
+    }
+    return metadata | ({"reset_pose": RESET_POSE[robot.name]} if robot.name in RESET_POSE else {})
+
+
+def describe_for_roboarena(config: PolicyConfig) -> dict[str, Any]:
+    """The metadata in RoboArena's words; its clients allow no others.
+
+    Raises:
+        UserError: it is not a policy for DROID, the robot of RoboArena.
+    """
+    spaces = {"droid": "joint_position", "droid_velocity": "joint_velocity"}
+    if config.robot not in spaces:
+        raise UserError(f"RoboArena's robots are DROID's; this policy is for {config.robot!r}.")
+    size = config.model.vision.image_size
+    return {
+        "image_resolution": [size, size],
+        "needs_wrist_camera": True,
+        "n_external_cameras": 1,
+        "needs_stereo_camera": False,
+        "needs_session_id": False,
+        "action_space": spaces[config.robot],
+    }
