@@ -15,6 +15,7 @@ from pi0_jax.convert.lazy import LazyArray, LazyArrays, finite
 from pi0_jax.convert.parameters import has_velocity_expert, infer_model, parameters, replaced
 from pi0_jax.convert.rules import Rule, bind, from_ours, to_ours
 from pi0_jax.errors import UserError
+from pi0_jax.sampler import Euler, Solver
 
 CAMERAS = {
     "pi0_fast": ("base_0_rgb", "base_1_rgb", "wrist_0_rgb"),
@@ -157,25 +158,26 @@ def foreign_tensors(opened: OpenCheckpoint, format: str, rules: Sequence[Rule]) 
     Raises:
         UserError: the format has no place for a parameter, or the model is one that exists only here.
     """
-    model = opened.policy.model
-    if not has_velocity_expert(model):
+    policy = opened.policy
+    if not has_velocity_expert(policy):
         raise UserError(
-            f"{format} holds action experts that predict velocities, and {opened.path} has the head {model.head!r} and "
-            f"predicts {model.prediction}: nothing there could run it. Such weights convert to pi0 only (--to pi0)."
+            f"{format} holds action experts that predict velocities, and {opened.path} is of another kind: "
+            f"{policy.model.head}, {policy.objective}. Nothing there could run it. Such weights convert to pi0 only "
+            "(--to pi0)."
         )
-    return from_ours(rules, parameters(model), opened.tensors)
+    return from_ours(rules, parameters(policy.model), opened.tensors)
 
 
 def lost_settings(opened: OpenCheckpoint, format: str) -> list[str]:
     """Settings of the policy that openpi and LeRobot have no place for: a sentence each."""
     notes, policy = [], opened.policy
-    sampler = {"solver": "euler", "grid_power": 1.0, "guidance_scale": 1.0}
-    if other := [name for name, usual in sampler.items() if getattr(policy, name) != usual]:
-        settings = ", ".join(f"{name} {getattr(policy, name)}" for name in other)
-        notes.append(f"{format} samples by Euler's method with equal steps and no guidance, without {settings}")
-    if delay := policy.model.max_delay:
+    if isinstance(policy.sampler, Solver) and policy.sampler != Euler(policy.sampler.num_steps):
+        notes.append(f"{format} samples by Euler's method with equal steps, without {policy.sampler}")
+    if policy.guidance is not None:
+        notes.append(f"{format} has no classifier-free guidance (guidance.scale {policy.guidance.scale})")
+    if delay := getattr(policy.objective, "max_delay", 0):
         notes.append(
-            f"{format} has no setting for a model that was trained to go on from up to {delay} actions (max_delay); "
-            "conversion.json remembers it"
+            f"{format} has no setting for a model that was trained to go on from up to {delay} actions "
+            "(objective.max_delay); conversion.json remembers it"
         )
     return notes

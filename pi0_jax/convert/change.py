@@ -79,13 +79,13 @@ def grow(opened: OpenCheckpoint, overrides: Overrides) -> OpenCheckpoint:
         )
     if overrides.horizon is not None:
         grown = dataclasses.replace(grown, execute_steps=min(policy.execute_steps, overrides.horizon))
-    before, after = parameters(policy.model), parameters(grown.model)
+    before, after = (parameters(p.model, p.objective) for p in (policy, grown))
     for path, parameter in before.items():
         changed = [axis for axis, size in parameter.sizes.items() if after[path].sizes[axis] != size]
-        if any(axis != "action" for axis in changed) or (changed and not has_velocity_expert(policy.model)):
+        if any(axis != "action" for axis in changed) or (changed and not has_velocity_expert(policy)):
             raise UserError(
-                f"--action-dim and --horizon change models with π0's action expert; {opened.path} has the head "
-                f"{policy.model.head!r} and predicts {policy.model.prediction}."
+                f"--action-dim and --horizon change models with π0's action expert; {opened.path} is of another kind: "
+                f"{policy.model.head}, {policy.objective}."
             )
     tensors = {path: _padded(tensor, after[path].shape) for path, tensor in opened.tensors.items()}
     return opened._replace(policy=grown, tensors=tensors)

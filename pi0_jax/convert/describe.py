@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections import Counter
 from typing import Any
 
 import numpy as np
 
+from pi0_jax import checkpoint
 from pi0_jax.convert.formats import OpenCheckpoint
 from pi0_jax.convert.lazy import pieces_of_both
 from pi0_jax.convert.parameters import has_velocity_expert
@@ -30,13 +30,13 @@ _NAMES = {"pi0": "π0", "pi05": "π0.5", "pi0_fast": "backbone alone (π0-FAST, 
 def describe(opened: OpenCheckpoint) -> dict[str, Any]:
     """Family, sizes, parameters by component, dtypes, statistics, adapters and step, as a JSON object."""
     model = opened.policy.model
-    other = "projections of actions and time" if has_velocity_expert(model) else "head"
+    other = "projections of actions and time" if has_velocity_expert(opened.policy) else "head"
     counts: Counter[str] = Counter()
     for path, tensor in opened.tensors.items():
         counts[_component(path, other)] += tensor.size
     stats = (opened.norm_stats or {}).get("norm_stats", {})
-    config = dataclasses.asdict(model)
-    config["cameras"] = list(model.cameras)
+    policy = checkpoint.policy_to_json(opened.policy)
+    config = policy["model"]
     if model.variant == "pi0_fast":
         for name in ("action", "action_dim", "action_horizon"):
             config.pop(name)
@@ -48,6 +48,8 @@ def describe(opened: OpenCheckpoint) -> dict[str, Any]:
         "robot": opened.policy.robot,
         "normalization": opened.policy.normalization,
         "model": config,
+        "objective": policy["objective"],
+        "sampler": policy["sampler"],
         "parameters": {**counts, "all": sum(counts.values())},
         "bytes": sum(tensor.nbytes for tensor in opened.tensors.values()),
         "dtypes": dict(Counter(str(tensor.dtype) for tensor in opened.tensors.values())),
@@ -76,18 +78,14 @@ def text(content: dict[str, Any]) -> str:
         f"  language       width {model['language']['width']}, {model['depth']} layers, {model['num_heads']} heads of "
         f"{model['head_dim']} ({model['num_kv_heads']} key/value), vocabulary {model['vocab_size']}",
     ]
-    if model["head"] != "expert":
-        lines.append(
-            f"  actions        head {model['head']}, {model['action_dim']} dimensions, chunks of "
-            f"{model['action_horizon']}"
-        )
-    elif "action" in model:
-        lines.append(
-            f"  actions        expert of width {model['action']['width']}, {model['action_dim']} dimensions, chunks of "
-            f"{model['action_horizon'] or 'a length that is not stored'}"
-        )
-    if model["prediction"] != "velocity":
-        lines.append(f"  predicts       {model['prediction']}")
+    kind = model["head"]["type"]
+    if "action" in model:
+        head = f"expert of width {model['action']['width']}" if kind == "Expert" else f"head {kind}"
+        horizon = model["action_horizon"] or "a length that is not stored"
+        lines.append(f"  actions        {head}, {model['action_dim']} dimensions, chunks of {horizon}")
+    objective = content["objective"]
+    settings = [f"{name} {value}" for name in ("predicts", "path") if (value := _short(objective.get(name)))]
+    lines.append(f"  objective      {', '.join([objective['type'], *settings])}")
     lines.append(f"  inputs         cameras {', '.join(model['cameras'])}; prompts of {model['prompt_length']} tokens")
     for name, adapter in content["lora"].items():
         lines.append(
@@ -113,7 +111,7 @@ def differences(a: OpenCheckpoint, b: OpenCheckpoint) -> list[str]:
     for name in ("policy", "norm_stats", "tokenizer"):
         x, y = getattr(a, name), getattr(b, name)
         if name == "policy":
-            lines += _fields(dataclasses.asdict(x), dataclasses.asdict(y))
+            lines += _fields(checkpoint.policy_to_json(x), checkpoint.policy_to_json(y))
         elif x != y:
             lines.append(f"{name}: " + ("only one has it" if x is None or y is None else "they differ"))
     for path in sorted({*a.tensors, *b.tensors}):
@@ -138,6 +136,11 @@ def differences(a: OpenCheckpoint, b: OpenCheckpoint) -> list[str]:
     return lines
 
 
+def _short(value: Any) -> Any:
+    """A setting in a word: of a choice among kinds, its kind."""
+    return value["type"] if isinstance(value, dict) else value
+
+
 def _component(path: str, other: str) -> str:
     if "_lora_" in path:
         return "adapters"
@@ -147,8 +150,8 @@ def _component(path: str, other: str) -> str:
 def _fields(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:
     lines = []
     for name, x in a.items():
-        y = b[name]
-        if isinstance(x, dict):
+        y = b.get(name)
+        if isinstance(x, dict) and isinstance(y, dict):
             lines += _fields(x, y, f"{prefix}{name}.")
         elif x != y and not (name in _MAY_BE_UNKNOWN and (not x or not y or x != x or y != y)):  # 0 or nan
             lines.append(f"policy {prefix}{name}: {x} and {y}")

@@ -19,14 +19,15 @@ import flax.linen as nn
 import jax
 from flax.traverse_util import flatten_dict
 
-from pi0_jax.config import ModelConfig
+from pi0_jax.config import Expert, Gaussian, ModelConfig, ObjectiveConfig, PolicyConfig, Reflow, Straight
 from pi0_jax.convert.lazy import LazyArray
 from pi0_jax.convert.rules import Parameter, Rule
 from pi0_jax.errors import UserError
-from pi0_jax.model.heads import make_network
-from pi0_jax.pi0 import init_params
+from pi0_jax.objective import make_objective
 
 Config = TypeVar("Config")
+FLOW = Gaussian()
+"""π0's objective, on whose network checkpoints of other formats are."""
 
 BACKBONE = ("image_encoder", "image_projector", "embedding", "backbone/layers/language", "backbone/language_norm")
 """Where the paths begin that a model without action expert (variant pi0_fast) has too."""
@@ -65,16 +66,18 @@ _PATCHES = 25
 """Patches of an image in that model; no field, but `image_size` follows from it."""
 
 
-def initial_parameters(model: ModelConfig, key: jax.Array) -> dict[str, Any]:
+def initial_parameters(model: ModelConfig, key: jax.Array, objective: ObjectiveConfig = FLOW) -> dict[str, Any]:
     """The network's freshly initialised parameters by path, in boxes with logical axis names."""
-    return dict(flatten_dict(init_params(make_network(model), key), sep="/"))
+    return dict(flatten_dict(make_objective(objective, model).network.init(key), sep="/"))
 
 
 @functools.lru_cache
-def parameters(model: ModelConfig) -> Mapping[str, Parameter]:
-    """Path of each of the network's parameters, joined by "/", to its shape and axes."""
-    runs = dataclasses.replace(model, variant="pi0") if model.variant == "pi0_fast" else model
-    boxes = jax.eval_shape(functools.partial(initial_parameters, runs), jax.random.key(0))
+def parameters(model: ModelConfig, objective: ObjectiveConfig = FLOW) -> Mapping[str, Parameter]:
+    """Path of each parameter of the network that an objective trains, joined by "/", to its shape and axes."""
+    runs = dataclasses.replace(model, action_horizon=model.action_horizon or 1)  # 0: not known
+    if model.variant == "pi0_fast":
+        runs = dataclasses.replace(runs, variant="pi0")
+    boxes = jax.eval_shape(lambda key: initial_parameters(runs, key, objective), jax.random.key(0))
     found = {}
     for path, box in boxes.items():
         if model.variant == "pi0_fast" and not path.startswith(BACKBONE):
@@ -86,12 +89,15 @@ def parameters(model: ModelConfig) -> Mapping[str, Parameter]:
     return MappingProxyType(found)
 
 
-def has_velocity_expert(model: ModelConfig) -> bool:
-    """Whether the model is π0's action expert and predicts velocities, as other formats' models do.
+def has_velocity_expert(policy: PolicyConfig) -> bool:
+    """Whether the policy is π0's action expert and predicts velocities, as other formats' policies do.
 
-    Others exist only here. (Predictions of ε and v have the same parameters, and would be mistaken for velocities.)
+    Others exist only here. (Predictions of noise and v have the same parameters, and would be mistaken for velocities.)
     """
-    return model.head == "expert" and model.prediction == "velocity"
+    match policy.objective:
+        case Gaussian(path=Straight(), predicts="velocity") | Reflow():
+            return isinstance(policy.model.head, Expert)
+    return False
 
 
 def replaced(config: Config, changes: Mapping[str, Any]) -> Config:

@@ -40,10 +40,10 @@ def convert(
     target: str | Path,
     to: str = "pi0",
     *,
-    overrides: Overrides = Overrides(),  # noqa: B008 - frozen
+    overrides: Overrides = Overrides(),
     dtype: change.Dtype | None = None,
     merge_lora: bool = False,
-    model: ModelConfig = ModelConfig(),  # noqa: B008 - frozen
+    model: ModelConfig = ModelConfig(),
     verify: bool = True,
     edited: bool = False,
     verify_with: str | None = None,

@@ -6,7 +6,17 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from pi0_jax.config import BinConfig, CompactConfig, ExpertConfig, ModelConfig, PolicyConfig
+from pi0_jax.config import (
+    Compact,
+    Cosine,
+    ExpertConfig,
+    Gaussian,
+    ModelConfig,
+    ObjectiveConfig,
+    PolicyConfig,
+    Shortcut,
+    Tokens,
+)
 from pi0_jax.convert.formats import OpenCheckpoint, write_checkpoint
 from pi0_jax.convert.lazy import in_memory
 from pi0_jax.convert.parameters import parameters
@@ -36,28 +46,37 @@ def tiny_model(name: str) -> ModelConfig:
     return dataclasses.replace(model, **experts)
 
 
-def tiny_weights(name: str, dtype=np.float32, seed: int = 0, model: ModelConfig | None = None) -> OpenCheckpoint:
+def tiny_weights(
+    name: str,
+    dtype=np.float32,
+    seed: int = 0,
+    model: ModelConfig | None = None,
+    objective: ObjectiveConfig = Gaussian(),
+) -> OpenCheckpoint:
     """Random weights of `tiny_model(name)`, or of another model, in memory."""
     model, rng = model or tiny_model(name), np.random.default_rng(seed)
     tensors = {
         path: in_memory((0.3 * rng.normal(size=parameter.shape)).astype(dtype))
-        for path, parameter in parameters(model).items()
+        for path, parameter in parameters(model, objective).items()
     }
-    policy = PolicyConfig(model, robot="arm", normalization="zscore" if name.startswith("pi0_l") else "quantile")
+    normalization = "zscore" if name.startswith("pi0_l") else "quantile"
+    policy = PolicyConfig(model=model, objective=objective, robot="arm", normalization=normalization)
     return OpenCheckpoint("pi0", Path("memory"), policy, tensors, STATS, b"\x00a tokenizer\xff")
 
 
 HEADS = {
-    "compact": {"head": "compact", "compact": CompactConfig(width=12, depth=2, time_width=8)},
-    "bins": {"prediction": "bins", "bins": BinConfig(count=6)},
-    "average_velocity": {"prediction": "average_velocity"},
-    "epsilon": {"prediction": "epsilon"},
+    "Compact": ({"head": Compact(width=12, depth=2, time_width=8)}, Gaussian()),
+    "Tokens": ({}, Tokens(bins=6)),
+    "Shortcut": ({}, Shortcut()),
+    "noise": ({}, Gaussian(path=Cosine(), predicts="noise")),
 }
 
 
 def tiny_weights_of_head(head: str, seed: int = 0) -> OpenCheckpoint:
-    """Random weights of a model that exists only here, in memory."""
-    return tiny_weights("pi0", seed=seed, model=tiny_config("pi0", **HEADS[head]))._replace(tokenizer=None)
+    """Random weights of a policy that exists only here, in memory."""
+    changes, objective = HEADS[head]
+    weights = tiny_weights("pi0", seed=seed, model=tiny_config("pi0", **changes), objective=objective)
+    return weights._replace(tokenizer=None)
 
 
 def save_tiny(folder: Path, name: str, dtype=np.float32, seed: int = 0) -> Path:

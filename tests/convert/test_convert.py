@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 
 from pi0_jax import checkpoint
+from pi0_jax.config import Gaussian, Guidance
 from pi0_jax.convert.assemble import foreign_tensors
 from pi0_jax.convert.describe import describe, differences, text
 from pi0_jax.convert.formats import Overrides, open_checkpoint, openpi, write_checkpoint
 from pi0_jax.convert.lazy import in_memory, open_safetensors, read_all, write_safetensors
 from pi0_jax.convert.orbax_format import open_orbax, write_orbax
 from pi0_jax.convert.run import convert
+from pi0_jax.sampler import Euler
 from tests.convert.common import DTYPES, MODELS, STATS, save_tiny, tiny_model, tiny_weights
 
 FORMATS = ("openpi", "openpi-torch", "lerobot")
@@ -113,9 +115,9 @@ def test_settings_of_lerobot_are_read_and_those_that_we_lack_refused(tmp_path):
     config = json.loads(path.read_text())
     config["input_features"]["observation.images.empty_camera_0"] = {"type": "VISUAL", "shape": [3, 16, 16]}
     path.write_text(json.dumps(config | {"rtc_training_max_delay": 3, "empty_cameras": 1}))
-    model = open_checkpoint(tmp_path / "x", OVERRIDES).policy.model
-    assert model.max_delay == 3
-    assert model.cameras == tiny_model("pi05").cameras  # an empty camera is always masked: none at all
+    policy = open_checkpoint(tmp_path / "x", OVERRIDES).policy
+    assert policy.objective == Gaussian(max_delay=3)
+    assert policy.model.cameras == tiny_model("pi05").cameras  # an empty camera is always masked: none at all
     for changed in ({"use_visual_memory": True}, {"use_proprioceptive_memory": True}, {"min_period": 1e-3}):
         path.write_text(json.dumps(config | changed))
         with pytest.raises(ValueError, match=next(iter(changed))):
@@ -131,12 +133,11 @@ def test_settings_of_lerobot_are_read_and_those_that_we_lack_refused(tmp_path):
 
 def test_what_other_formats_have_no_place_for_is_said_and_remembered(tmp_path, caplog):
     weights = tiny_weights("pi05")
-    model = dataclasses.replace(weights.policy.model, max_delay=2)
-    policy = dataclasses.replace(weights.policy, model=model, guidance_scale=1.5)
+    policy = dataclasses.replace(weights.policy, objective=Gaussian(max_delay=2), guidance=Guidance(1.5))
     write_checkpoint(weights._replace(policy=policy), tmp_path / "x", "pi0")
     convert(tmp_path / "x", tmp_path / "lerobot", "lerobot")
     assert '"rtc_training_max_delay": 2' in caplog.text
-    assert "guidance_scale 1.5" in caplog.text
+    assert "guidance.scale 1.5" in caplog.text
     assert "rtc_training_max_delay" not in (tmp_path / "lerobot/config.json").read_text()  # 0.6.1 would not load it
     assert open_checkpoint(tmp_path / "lerobot").policy == policy
 
@@ -148,8 +149,8 @@ def test_a_config_that_was_changed_in_lerobot_wins_over_the_record(saved, tmp_pa
     changed = {"n_action_steps": 2, "num_inference_steps": 5, "tokenizer_max_length": 9, "rtc_training_max_delay": 1}
     path.write_text(json.dumps(config | changed))
     policy = open_checkpoint(tmp_path / "x").policy
-    assert (policy.execute_steps, policy.num_steps) == (2, 5)
-    assert (policy.model.prompt_length, policy.model.max_delay) == (9, 1)
+    assert (policy.execute_steps, policy.sampler) == (2, Euler(5))
+    assert (policy.model.prompt_length, policy.objective) == (9, Gaussian(max_delay=1))
     assert policy.robot == "arm"
 
 

@@ -29,7 +29,7 @@ SPARE = ("lm_head.weight", "embed_tokens.weight")
 """Ends of names that may be absent in PyTorch: either of the tied pair, and the unused layer."""
 
 SOURCES = [
-    *[("pi0", name) for name in ("pi0", "pi05", "pi0_fast", "pi0_lora", "compact")],
+    *[("pi0", name) for name in ("pi0", "pi05", "pi0_fast", "pi0_lora", "Compact")],
     *[("openpi", name) for name in ("pi0", "pi05", "pi0_fast", "pi0_lora")],
     *[(kind, name) for kind in ("openpi-torch", "lerobot") for name in ("pi0", "pi05", "pi0_fast")],
     ("big_vision", "pi0_fast"),
@@ -38,7 +38,7 @@ SOURCES = [
 
 def source_of(kind, name, folder):
     """Writes a checkpoint of a format; its path, its tensors and the name of the function that opens them."""
-    weights = tiny_weights_of_head(name) if name == "compact" else tiny_weights(name)
+    weights = tiny_weights_of_head(name) if name == "Compact" else tiny_weights(name)
     if kind == "big_vision":
         folder.mkdir()
         tensors = read_all(foreign_tensors(weights, "openpi", openpi.rules("pi0_fast")))

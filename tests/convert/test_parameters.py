@@ -47,7 +47,7 @@ def test_a_model_comes_back_from_the_shapes_of_its_tensors(name, layout):
         "vision.num_heads": model.vision.num_heads,
     }
     tensors = tensors_of(layout.rules(model.variant), model)
-    not_shown = ("cameras", "action_horizon", "prompt_length", "dtype", "remat", "compact")
+    not_shown = ("cameras", "action_horizon", "prompt_length", "dtype", "remat")
     guess = replaced(layout.guess_model(tensors), {field: getattr(model, field) for field in not_shown})
     scale = model.language.lora_scale
     guess = replaced(guess, {"language.lora_scale": scale, "action.lora_scale": scale})

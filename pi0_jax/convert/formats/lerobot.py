@@ -25,6 +25,7 @@ from pi0_jax.convert.formats.openpi_torch import (
 from pi0_jax.convert.lazy import LazyArrays, in_memory, open_safetensors, read_all, write_safetensors
 from pi0_jax.convert.verify import lerobot as verify
 from pi0_jax.errors import UserError
+from pi0_jax.sampler import Solver
 
 _STATE, _ACTION, _IMAGES = "observation.state", "action", "observation.images."
 _NORMALIZATIONS = {"MEAN_STD": "zscore", "QUANTILES": "quantile"}
@@ -93,9 +94,9 @@ def _read_settings(path: Path) -> _Settings:
         "execute_steps": raw.get("n_action_steps", horizon),
     }
     if "num_inference_steps" in raw:
-        stated["num_steps"] = raw["num_inference_steps"]
+        stated["sampler.num_steps"] = raw["num_inference_steps"]
     if delay := raw.get("rtc_training_max_delay"):
-        stated["model.max_delay"] = delay
+        stated["objective.max_delay"] = delay
     defaults = {"model.dtype": "bfloat16" if raw.get("dtype") == "bfloat16" else "float32"}
     return _Settings(variant, stated, defaults, height, tuple(warnings), raw)
 
@@ -157,7 +158,8 @@ def _write_settings(folder: Path, policy: PolicyConfig, norm_stats: dict[str, An
         "normalization_mapping": norm_map,
     }
     if model.variant != "pi0_fast":
-        config["num_inference_steps"] = policy.num_steps
+        assert isinstance(policy.sampler, Solver)
+        config["num_inference_steps"] = policy.sampler.num_steps
     write_json(folder / "config.json", config)
 
     device = _step("device_processor", device="cpu", float_dtype=None)
@@ -267,7 +269,7 @@ def _write(opened: OpenCheckpoint, folder: Path, asset_id: str) -> None:
 
 
 def _lost(opened: OpenCheckpoint) -> list[str]:
-    notes, delay = lost_settings(opened, "lerobot"), opened.policy.model.max_delay
+    notes, delay = lost_settings(opened, "lerobot"), getattr(opened.policy.objective, "max_delay", 0)
     if opened.tokenizer is not None:
         notes.append("LeRobot names its tokenizer and reads no file: tokenizer.model lies beside the weights unused")
     if delay and opened.policy.model.variant == "pi05":

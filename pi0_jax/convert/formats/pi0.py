@@ -20,7 +20,7 @@ def _detect(path: Path) -> Path | None:
 
 def _open(folder: Path, overrides: Overrides) -> OpenCheckpoint:
     assets = checkpoint.load_assets(folder)
-    wanted = parameters(assets.policy.model)
+    wanted = parameters(assets.policy.model, assets.policy.objective)
     tensors = all_finite(open_orbax(folder / "params"))
     rules, _ = bind([Rule(path, path) for path in wanted], wanted, tensors)
     step = int(folder.name) if folder.name.isdecimal() else None

@@ -15,14 +15,14 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from pi0_jax.batch import Observation
-from pi0_jax.config import ModelConfig
+from pi0_jax.config import ModelConfig, ObjectiveConfig
 from pi0_jax.convert.formats import OpenCheckpoint, formats
 from pi0_jax.convert.verify import Inputs, Runner, Stages
 from pi0_jax.errors import UserError
-from pi0_jax.model.heads import Network, make_network
 from pi0_jax.model.siglip import Block
 from pi0_jax.model.velocity import Prefix, VelocityNetwork
-from pi0_jax.pi0 import sample_actions
+from pi0_jax.objective import Objective, SampleOptions, make_objective
+from pi0_jax.sampler import Euler, Greedy
 
 OURS = "ours"
 """Framework in which both sides run in our network."""
@@ -34,7 +34,7 @@ class Trace(NamedTuple):
     """What a model computed from its inputs."""
 
     actions: np.ndarray
-    """After `STEPS` Euler steps (DDIM for a diffusion), normalised."""
+    """After `STEPS` Euler steps, normalised."""
     stages: dict[str, np.ndarray]
     """What was computed on the way, of the first step, in the order of computation; valid tokens only, `[token d]`."""
 
@@ -70,7 +70,8 @@ def agreement(source: OpenCheckpoint, result: OpenCheckpoint, framework: str, to
         tolerance: largest difference of normalised actions that counts as agreement.
 
     Returns:
-        A JSON object: the largest difference, whether it is within the tolerance, and if not, where the two diverge first.
+        A JSON object: the largest difference, whether it is within the tolerance, and if not, where the
+        two diverge first.
     """
     before, after = source.policy.model, result.policy.model
     inputs = example(before)
@@ -154,12 +155,19 @@ def run_ours(opened: OpenCheckpoint, inputs: Inputs, times: tuple[float, ...] | 
         jnp.asarray(inputs["token_mask"]),
     )
     noise = jnp.asarray(inputs["noise"])
+    arguments = (opened.policy.objective, model, times is not None, params, observation, noise)
     with jax.default_matmul_precision("highest"):
-        network = make_network(model) if times is None else DoubleTime(model)
-        found = jax.device_get(_stages(network, params, observation, noise))
-        grid = None if times is None else jnp.asarray(times, jnp.float32)
-        actions = np.asarray(_sample(network, params, observation, noise, grid))
-    return Trace(actions, valid_stages(found, _present(inputs, model)))
+        found = jax.device_get(_stages(*arguments))
+        actions = _sample(*arguments) if times is None else _euler(*arguments, jnp.asarray(times, jnp.float32))
+    return Trace(np.asarray(actions), valid_stages(found, _present(inputs, model)))
+
+
+def _objective(config: ObjectiveConfig, model: ModelConfig, double: bool) -> Objective:
+    """The objective; with `double`, the flow time is embedded in double precision."""
+    objective = make_objective(config, model)
+    if double:
+        objective.network._module = DoubleTime(objective.network._module.config)
+    return objective
 
 
 def valid_stages(found: Stages, cameras: np.ndarray) -> dict[str, np.ndarray]:
@@ -216,24 +224,32 @@ def _present(inputs: Inputs, model: ModelConfig) -> np.ndarray:
     return np.array([inputs[f"image_masks/{i}"] for i in range(len(model.cameras))]).reshape(-1)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _sample(network: Network, params, observation: Observation, noise, times=None):
-    if times is None:
-        solver = "ddim" if network.config.prediction in ("epsilon", "v") else "euler"
-        return sample_actions(network, params, observation, noise, num_steps=STEPS, solver=solver)
-    variables: Any = {"params": params}
-    prefix = network.apply(variables, observation, method="prefill")
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _sample(config: ObjectiveConfig, model: ModelConfig, double: bool, params: Any, observation, noise) -> jax.Array:
+    objective = _objective(config, model, double)
+    sampler = Greedy() if objective.flow is None else Euler(STEPS)
+    return objective.sample(params, observation, noise, SampleOptions(sampler))
 
-    def step(x, time):
-        velocity = network.apply(variables, prefix, x, jnp.broadcast_to(time, len(x)), method="velocity")
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _euler(
+    config: ObjectiveConfig, model: ModelConfig, double: bool, params: Any, observation, noise, times: jax.Array
+) -> jax.Array:
+    """Samples by equal steps whose velocities are evaluated at these times."""
+    network = _objective(config, model, double).network
+    prefix = network.prefill(params, observation)
+
+    def step(x: jax.Array, time: jax.Array) -> tuple[jax.Array, None]:
+        velocity = network.velocity(params, prefix, x, jnp.broadcast_to(time, len(x)))
         return x + jnp.float32(-1 / STEPS) * velocity, None
 
     return jax.lax.scan(step, noise, times)[0]
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _stages(network: Network, params, observation: Observation, noise) -> dict[str, Any]:
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _stages(config: ObjectiveConfig, model: ModelConfig, double: bool, params: Any, observation, noise) -> Stages:
     """What `valid_stages` takes, of one evaluation at time 1."""
+    network = _objective(config, model, double).network._module
     variables: Any = {"params": params}
     (tokens, mask), state = network.apply(
         variables,

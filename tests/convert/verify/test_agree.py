@@ -74,13 +74,13 @@ def test_a_large_difference_is_recorded_and_the_exit_code_says_so(tmp_path, caps
     assert "10-step actions in our network differ by at most 0" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("head", ["compact", "bins"])
+@pytest.mark.parametrize("head", ["Compact", "Tokens"])
 def test_other_heads_are_compared_too(head):
     weights = tiny_weights_of_head(head)
     assert agree.agreement(weights, weights, "ours", 1e-6)["agree"]
     other = changed(weights, "backbone/layers/language/attn/kv", 1)
     traces = [agree.run_ours(w, agree.example(weights.policy.model)).stages for w in (weights, other)]
-    expected = "pooled observation" if head == "compact" else "the solver's steps"
+    expected = "pooled observation" if head == "Compact" else "the solver's steps"
     assert agree.first_difference(*traces, 1e-5).startswith(expected)
 
 
