@@ -34,14 +34,14 @@ format: $(VENV)/dev
 	$(BIN)/ruff check --fix .
 
 data/tabletop/meta/info.json: | $(VENV)/sim
-	$(BIN)/pi0 record data/tabletop
+	$(BIN)/pi0 record data/tabletop --env tabletop
 
 data/tabletop-validation/meta/info.json: | $(VENV)/sim
-	$(BIN)/pi0 record data/tabletop-validation --split validation --episodes 60
+	$(BIN)/pi0 record data/tabletop-validation --env tabletop --split validation --episodes 60
 
-# The marks say what was installed; they are older than pyproject.toml when that changed.
+# These files mark what is installed; after a change of pyproject.toml it is installed again.
 $(VENV)/sim: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[sim]'
+	$(BIN)/python -m pip install --quiet --editable '.[sim,report]'
 	touch $@
 
 $(VENV)/dev: pyproject.toml | $(BIN)/python

@@ -3,9 +3,9 @@
     python benchmarks/serving.py load runs/tabletop --clients 64 --seconds 300
     python benchmarks/serving.py closed-loop runs/tabletop --episodes 200      # pip install --no-deps openpi-client
 
-`load` has many clients ask at once, as fast as they get answers or at a rate, and compares each answer with the one
-that a client alone got. `closed-loop` runs the tabletop over the network and in this process, with the same layouts and
-noise, and compares episode by episode. Both print JSON.
+`load` has many clients send requests at once, as fast as they get answers or at a rate, and compares each answer with
+the one that a single client got. `closed-loop` runs the tabletop over the network and in this process, with the same
+layouts and noise, and compares episode by episode. Both print JSON.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from websockets.asyncio.client import connect
 
 from pi0_client.client import Client
 from pi0_client.msgpack_numpy import pack, unpack
-from pi0_jax.evaluate.rollout import roll_out, wilson
-from pi0_jax.evaluate.simulators.suites import get_suite
+from pi0_jax.evaluate.rollout import roll_out
+from pi0_jax.evaluate.simulators import get_simulator
 from pi0_jax.inference.policy import Policy
 
 Run = Annotated[Path, tyro.conf.Positional]
-QUESTIONS = 50
-"""Observations that clients ask about, each with a seed of its own."""
+NUM_REQUESTS = 50
+"""Different observations, each with a seed of its own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Load:
     clients: int = 64
     seconds: float = 300.0
     rate: float = 0.0
-    """Questions of one client a second; 0: the next as soon as the last is answered."""
+    """Requests per client and second; 0: the next as soon as the last is answered."""
     batch_sizes: tuple[int, ...] = (1, 2, 4, 8)
 
 
@@ -81,11 +81,11 @@ def load(args: Load) -> dict[str, Any]:
     """Latencies, memory and agreement."""
     flags = ["--batch-sizes", *map(str, args.batch_sizes)]
     with served(args.run, *flags) as (uri, pid):
-        frames = questions(uri)
+        frames = request_frames(uri)
         with Client(uri) as client:
             solo = [unpack(client._request(frame))["actions"] for frame in frames]
         before, start = counters(uri), time.perf_counter()
-        seconds, worst, memory = asyncio.run(_ask_all(uri, frames, solo, args, pid))
+        seconds, worst, memory = asyncio.run(_send_all(uri, frames, solo, args, pid))
         elapsed, after = time.perf_counter() - start, counters(uri)
     p50, p95, p99 = np.percentile(1000 * np.array(seconds), [50, 95, 99])
     grown = {name: after[name] - before.get(name, 0) for name in after}
@@ -106,26 +106,26 @@ def load(args: Load) -> dict[str, Any]:
     }
 
 
-def questions(uri: str) -> list[bytes]:
+def request_frames(uri: str) -> list[bytes]:
     """Frames with observations of the served robot, of random pixels and states."""
     with Client(uri) as client:
-        told = client.metadata
-    rng, size = np.random.default_rng(0), told["image_size"]
+        metadata = client.metadata
+    rng, size = np.random.default_rng(0), metadata["image_size"]
     frames = []
-    for seed in range(QUESTIONS):
-        images = {camera: rng.integers(0, 256, (size, size, 3), np.uint8) for camera in told["cameras"]}
-        state = rng.normal(size=len(told["state"])).astype(np.float32) / 10
+    for seed in range(NUM_REQUESTS):
+        images = {camera: rng.integers(0, 256, (size, size, 3), np.uint8) for camera in metadata["cameras"]}
+        state = rng.normal(size=len(metadata["state"])).astype(np.float32) / 10
         frames.append(pack({"images": images, "state": state, "prompt": "do the task", "seed": seed}))
     return frames
 
 
-async def _ask_all(uri: str, frames: list[bytes], solo: list[np.ndarray], args: Load, pid: int):
+async def _send_all(uri: str, frames: list[bytes], solo: list[np.ndarray], args: Load, pid: int):
     """Seconds of each answer, the largest difference from a solo answer, and the server's memory now and then."""
     end = time.perf_counter() + args.seconds
     seconds: list[float] = []
     worst, memory = 0.0, [resident(pid)]
 
-    async def ask(n: int) -> None:
+    async def send(n: int) -> None:
         nonlocal worst
         rng = np.random.default_rng(n)
         await asyncio.sleep(rng.random() / (args.rate or 10))
@@ -147,7 +147,7 @@ async def _ask_all(uri: str, frames: list[bytes], solo: list[np.ndarray], args: 
             await asyncio.sleep(max(args.seconds / 10, 1.0))
             memory.append(resident(pid))
 
-    await asyncio.gather(watch(), *(ask(n) for n in range(args.clients)))
+    await asyncio.gather(watch(), *(send(n) for n in range(args.clients)))
     return seconds, worst, memory
 
 
@@ -159,12 +159,12 @@ def counters(uri: str) -> dict[str, float]:
 
 
 def resident(pid: int) -> float:
-    """MiB that a process holds (Linux)."""
+    """Resident memory of a process, MiB (Linux)."""
     return int(Path(f"/proc/{pid}/status").read_text().partition("VmRSS:")[2].split()[0]) / 1024
 
 
 class Remote:
-    """Stands in for a policy whose chunks come from a server, over one of openpi's clients an observation."""
+    """Stands in for a policy whose chunks come from a server, through one of openpi's clients per observation."""
 
     def __init__(self, policy: Policy, clients: list[Any]):
         self.robot, self.config = policy.robot, policy.config
@@ -174,8 +174,8 @@ class Remote:
     def infer_batch(self, observations, keys, num_steps=None):
         """Chunks with the noise of these keys."""
         words = np.asarray(jax.random.key_data(keys))
-        asked = [observation | {"seed": seed} for observation, seed in zip(observations, words, strict=True)]
-        answers = self._threads.map(lambda client, request: client.infer(request), self._clients, asked)
+        requests = [observation | {"seed": seed} for observation, seed in zip(observations, words, strict=True)]
+        answers = self._threads.map(lambda client, request: client.infer(request), self._clients, requests)
         return np.stack([answer["actions"] for answer in answers])
 
 
@@ -187,19 +187,19 @@ def closed_loop(args: ClosedLoop) -> dict[str, Any]:
         raise SystemExit(
             "pip install --no-deps openpi-client==0.1.2 (it asks for an older numpy than works)"
         ) from error
-    policy, suite = Policy.load(args.run), get_suite("tabletop")
+    policy, simulator = Policy.load(args.run), get_simulator("tabletop")
     with served(args.run) as (uri, _):
         remote = Remote(policy, [WebsocketClientPolicy(uri) for _ in range(args.clients)])
         over, alone = (
-            roll_out(each, suite, args.episodes, args.seed, batch_size=args.clients, progress=name)  # pyright: ignore
+            roll_out(each, simulator, args.episodes, args.seed, batch_size=args.clients, progress=name)
             for each, name in ((remote, "over the network"), (policy, "in this process"))
         )
     pairs = list(zip(over.outcomes, alone.outcomes, strict=True))
     same = [a for a, b in pairs if a.actions.shape == b.actions.shape and np.allclose(a.actions, b.actions, atol=1e-4)]
     return {
         "episodes": args.episodes,
-        "over_the_network": _rate(over.rates()["all"]),
-        "in_this_process": _rate(alone.rates()["all"]),
+        "over_the_network": str(over.rates()["all"]),
+        "in_this_process": str(alone.rates()["all"]),
         "episodes_of_the_same_outcome": sum(a.success == b.success for a, b in pairs),
         "episodes_of_the_same_actions": len(same),
         f"ms_for_{args.clients}_chunks_over_the_network": round(1000 * float(np.median(over.seconds)), 1),
@@ -207,12 +207,7 @@ def closed_loop(args: ClosedLoop) -> dict[str, Any]:
     }
 
 
-def _rate(counts: tuple[int, int]) -> str:
-    low, high = wilson(*counts)
-    return f"{counts[0]} of {counts[1]} [{low:.1%}, {high:.1%}]"
-
-
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server ends too
-    given = tyro.extras.subcommand_cli_from_dict({"load": Load, "closed-loop": ClosedLoop})
-    print(json.dumps(load(given) if isinstance(given, Load) else closed_loop(given), indent=1))
+    args = tyro.extras.subcommand_cli_from_dict({"load": Load, "closed-loop": ClosedLoop})
+    print(json.dumps(load(args) if isinstance(args, Load) else closed_loop(args), indent=1))

@@ -4,66 +4,67 @@ Run:     make compare, or make compare-quick for a small form
 """
 
 import dataclasses
-import runpy
-from pathlib import Path
 
-from pi0_jax.config import BinConfig, CompactConfig, CompareConfig, Contender, FlowConfig
+from configs.tabletop import config as base
+from pi0_jax.compare.config import Changes, CompareConfig, Contender
+from pi0_jax.config import Beta, Compact, Cosine, Gaussian, OptimalTransport, Reflow, Shortcut, Tokens, Uniform
+from pi0_jax.config.replace import replace
+from pi0_jax.sampler import Greedy
+from pi0_jax.sampler.ddim import DDIM
 
-base = runpy.run_path(str(Path(__file__).with_name("tabletop.py")))["config"]
 model = base.policy.model
-# All see quantile-normalised numbers, because the bins lie between the 1st and the 99th percentile.
-train = dataclasses.replace(
+train = replace(
     base,
-    policy=dataclasses.replace(base.policy, normalization="quantile"),
-    flow=FlowConfig(),
-    # Runs are short, and a longer average would still hold weights of their beginning.
-    optim=dataclasses.replace(base.optim, ema_decay=0.99),
-    num_steps=400,
-    validate_every=200,
+    {
+        # All see quantile-normalised numbers, because the bins lie between the 1st and the 99th percentile.
+        "policy.normalization": "quantile",
+        # Runs are short, and a longer average would still hold weights of their beginning.
+        "optim.ema_decay": 0.99,
+        "num_steps": 400,
+        "validate_every": 200,
+    },
 )
-flow = FlowConfig(beta_alpha=1.5, samples_per_observation=2)
+flow = Gaussian(time=Beta(1.5), draws=2)
 # The published width of the compact head, 1024, has ten times the weights of this backbone.
-compact = CompactConfig(width=256)
-bins = BinConfig(count=256, dims=3)
+compact = Compact(width=256)
+modulated = dataclasses.replace(compact, conditioning="adaln", pooling="attention")
+# Denoised actions are clipped to the quantiles, which are -1 and 1.
+diffusion = {"DDIM": DDIM(clip=1.0), "DDPM": DDIM(eta=1.0, clip=1.0)}
 
 
-def predicting(kind, **changes):
-    return dataclasses.replace(model, prediction=kind, **changes)
+def noising(predicts):
+    return Contender(model, Gaussian(path=Cosine(), predicts=predicts, time=Uniform(), draws=2), samplers=diffusion)
+
+
+def tokens(order, evaluations):
+    return Contender(model, Tokens(dims=3, order=order), samplers={"Greedy": Greedy()}, evaluations=(evaluations,))
 
 
 config = CompareConfig(
     train=train,
+    env="tabletop",
     contenders={
         "flow": Contender(model, flow),
         # At this weight two thirds of the noises of a batch change places; at 0.1 none does.
-        "flow-ot": Contender(model, dataclasses.replace(flow, coupling="optimal", condition_weight=0.02)),
-        "reflow": Contender(model, dataclasses.replace(flow, time="uniform"), teacher="flow"),
-        "shortcut": Contender(predicting("average_velocity"), flow, evaluations=(1, 2, 4, 10, 50)),
-        "compact": Contender(dataclasses.replace(model, head="compact", compact=compact), flow),
-        "compact-adaln": Contender(
-            dataclasses.replace(
-                model, head="compact", compact=dataclasses.replace(compact, conditioning="adaln", pooling="attention")
-            ),
-            flow,
-        ),
-        "diffusion-epsilon": Contender(
-            predicting("epsilon"), dataclasses.replace(flow, time="uniform"), solvers=("ddim", "ddpm")
-        ),
-        "diffusion-v": Contender(predicting("v"), dataclasses.replace(flow, time="uniform"), solvers=("ddim", "ddpm")),
-        "bins": Contender(predicting("bins", bins=bins), FlowConfig(), solvers=("argmax",), evaluations=(1,)),
-        "bins-sequence": Contender(
-            predicting("bin_sequence", bins=bins), FlowConfig(), solvers=("argmax",), evaluations=(24,)
-        ),
+        "flow-ot": Contender(model, dataclasses.replace(flow, coupling=OptimalTransport(condition_weight=0.02))),
+        "reflow": Contender(model, Reflow(teacher="flow", draws=2)),
+        "shortcut": Contender(model, Shortcut(time=Beta(1.5), draws=2), evaluations=(1, 2, 4, 10, 50)),
+        "compact": Contender(replace(model, {"head": compact}), flow),
+        "compact-adaln": Contender(replace(model, {"head": modulated}), flow),
+        "diffusion-epsilon": noising("noise"),
+        "diffusion-v": noising("v"),
+        "bins": tokens("parallel", 1),
+        "bins-sequence": tokens("autoregressive", 24),
     },
-    # Fewer steps leave the backbone deaf to the instruction: it begins to listen after about 1000.
-    backbone=FlowConfig(mean_draw=True),
+    # With fewer steps the policies ignore the language instruction: the backbone begins to follow it after about 1000.
+    backbone=Gaussian(regression_draw=True),
     backbone_steps=2200,
-    quick={
-        "seeds": (0,),
-        "backbone_steps": 1400,
-        "num_steps": 150,
-        "episodes": 60,
-        "evaluations": (1, 10),
-        "contenders": ("flow", "reflow", "diffusion-v", "bins"),
-    },
+    quick=Changes(
+        seeds=(0,),
+        backbone_steps=1400,
+        num_steps=150,
+        episodes=60,
+        evaluations=(1, 10),
+        contenders=("flow", "reflow", "diffusion-v", "bins"),
+    ),
 )

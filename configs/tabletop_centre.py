@@ -8,26 +8,24 @@ Run:     make demo                                           # the policy to sta
          pi0 evaluate runs/centre-lora --env tabletop_centre --episodes 200 --seed 1
 """
 
-import dataclasses
-import runpy
-from pathlib import Path
+from configs.tabletop import config as base
+from pi0_jax.config.replace import replace
 
-from pi0_jax.config import TuneConfig
-
-base = runpy.run_path(str(Path(__file__).with_name("tabletop.py")))["config"]
-config = dataclasses.replace(
+config = replace(
     base,
-    flow=dataclasses.replace(base.flow, mean_steps=0),
-    optim=dataclasses.replace(base.optim, peak_lr=1e-3, end_lr=1e-5, warmup_steps=40, ema_decay=0.99),
-    tune=TuneConfig(lora_ranks=(8, 8)),
-    data=dataclasses.replace(
-        base.data,
-        path="data/centre",
-        validation_path="data/centre-validation",
+    {
+        "policy.objective.regression_warmup_steps": 0,
+        "optim.peak_lr": 1e-3,
+        "optim.end_lr": 1e-5,
+        "optim.warmup_steps": 40,
+        "optim.ema_decay": 0.99,
+        "tune.lora_ranks": (8, 8),
+        "data.path": "data/centre",
+        "data.validation_path": "data/centre-validation",
         # The weights know state and actions in the units of their own demonstrations.
-        norm_stats="runs/tabletop/checkpoints/2800/assets/norm_stats.json",
-    ),
-    init_from="runs/tabletop",
-    run_dir="runs/centre",
-    num_steps=400,
+        "data.norm_stats": "runs/tabletop/checkpoints/2800/assets/norm_stats.json",
+        "init_from": "runs/tabletop",
+        "run_dir": "runs/centre",
+        "num_steps": 400,
+    },
 )

@@ -13,15 +13,17 @@ __version__ = "0.1.0"
 _HOME = {
     "Batch": "batch",
     "Observation": "batch",
-    "FlowConfig": "config",
+    "Gaussian": "config",
     "ModelConfig": "config",
     "PolicyConfig": "config",
     "TrainConfig": "config",
     "PI0": "config",
     "PI05": "config",
     "Policy": "inference.policy",
-    "VelocityNetwork": "model.velocity",
-    "integrate": "flow.solvers",
+    "SampleOptions": "objective",
+    "make_objective": "objective",
+    "integrate": "sampler",
+    "init_params": "pi0",
     "loss": "pi0",
     "sample_actions": "pi0",
 }
@@ -31,25 +33,27 @@ __all__ = [
     "PI0",
     "PI05",
     "Batch",
-    "FlowConfig",
+    "Gaussian",
     "ModelConfig",
     "Observation",
     "Policy",
     "PolicyConfig",
+    "SampleOptions",
     "TrainConfig",
-    "VelocityNetwork",
+    "init_params",
     "integrate",
     "loss",
+    "make_objective",
     "sample_actions",
 ]
 
 if TYPE_CHECKING:
     from pi0_jax.batch import Batch, Observation
-    from pi0_jax.config import PI0, PI05, FlowConfig, ModelConfig, PolicyConfig, TrainConfig
-    from pi0_jax.flow.solvers import integrate
+    from pi0_jax.config import PI0, PI05, Gaussian, ModelConfig, PolicyConfig, TrainConfig
     from pi0_jax.inference.policy import Policy
-    from pi0_jax.model.velocity import VelocityNetwork
-    from pi0_jax.pi0 import loss, sample_actions
+    from pi0_jax.objective import SampleOptions, make_objective
+    from pi0_jax.pi0 import init_params, loss, sample_actions
+    from pi0_jax.sampler import integrate
 
 
 def __getattr__(name: str):

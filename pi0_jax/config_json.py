@@ -54,38 +54,39 @@ def check(value: Any, kind: Any, name: str) -> None:
         kind: its type hint.
         name: dotted path for the message, such as "config.data.frames".
     """
-    kinds = _members(kind)
-    if value is None and type(None) in kinds:
-        return
-    words = [word for k in kinds if typing.get_origin(k) is Literal for word in typing.get_args(k)]
-    classes = tuple(k for k in kinds if _is_dataclass(k))
-    scalars = tuple(k for k in kinds if k in (str, bool, int, float))
-    if words and value not in words and not _is_scalar(value, scalars):
-        raise UserError(f"{name} is {value!r}; expected one of {words}.{did_you_mean(value, words)}")
-    if classes and not isinstance(value, classes):
-        raise UserError(f"{name} is {value!r}; expected {' or '.join(f'{k.__name__}(...)' for k in classes)}.")
-    if scalars and not words and not _is_scalar(value, scalars) and len(scalars) + (type(None) in kinds) == len(kinds):
-        raise UserError(f"{name} is {value!r}; expected {' or '.join(k.__name__ for k in scalars)}.")
+    fitting = [k for k in _members(kind) if _fits(value, k)]
+    if not fitting:
+        words = [word for k in _members(kind) if typing.get_origin(k) is Literal for word in typing.get_args(k)]
+        expected = " or ".join(map(_describe, _members(kind)))
+        raise UserError(f"{name} is {value!r}; expected {expected}.{did_you_mean(value, words)}")
+    entries = typing.get_args(fitting[0])
     if dataclasses.is_dataclass(value):
         hints = typing.get_type_hints(type(value))
         for field in dataclasses.fields(value):
             check(getattr(value, field.name), hints[field.name], f"{name}.{field.name}")
-    for inner in kinds:
-        if typing.get_origin(inner) is tuple and isinstance(value, tuple):
-            entries = typing.get_args(inner)
-            entries = entries[:1] * len(value) if entries[1:] == (...,) else entries
-            if len(entries) != len(value):
-                raise UserError(f"{name} is {value!r}; expected {len(entries)} values.")
-            for i, (entry, of) in enumerate(zip(value, entries, strict=True)):
-                check(entry, of, f"{name}[{i}]")
+    elif isinstance(value, tuple) and entries:
+        entries = entries[:1] * len(value) if entries[1:] == (...,) else entries
+        if len(entries) != len(value):
+            raise UserError(f"{name} is {value!r}; expected {len(entries)} values.")
+        for i, (entry, of) in enumerate(zip(value, entries, strict=True)):
+            check(entry, of, f"{name}[{i}]")
 
 
-def _is_scalar(value: Any, scalars: tuple[type, ...]) -> bool:
-    """Whether a value is one of some types; whole numbers are floats too, truth values are no numbers."""
-    return any(
-        isinstance(value, _NUMBERS.get(scalar, scalar)) and (scalar is bool or not isinstance(value, bool))
-        for scalar in scalars
-    )
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of a type, its fields and entries aside; whole numbers are floats, truth values no numbers."""
+    if typing.get_origin(kind) is Literal:
+        return value in typing.get_args(kind)
+    if kind in _NUMBERS:
+        return isinstance(value, _NUMBERS[kind]) and not isinstance(value, bool)
+    kind = typing.get_origin(kind) or kind
+    return isinstance(value, kind) if isinstance(kind, type) else True
+
+
+def _describe(kind: Any) -> str:
+    if typing.get_origin(kind) is Literal:
+        return f"one of {list(typing.get_args(kind))}"
+    name = {type(None): "None"}.get(kind, getattr(kind, "__name__", str(kind)))
+    return f"{name}(...)" if _is_dataclass(kind) else name
 
 
 def _members(kind: Any) -> tuple[Any, ...]:

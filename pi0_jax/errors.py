@@ -41,7 +41,7 @@ def require_package(name: str, extra: str, purpose: str = "this") -> types.Modul
 
     Args:
         name: the module's dotted name.
-        extra: the extra of pi0_jax that installs it.
+        extra: the extra of pi0_jax that installs it, in a clone of the repository.
         purpose: subject of the error's sentence, such as "exporting a policy".
 
     Raises:
@@ -53,4 +53,4 @@ def require_package(name: str, extra: str, purpose: str = "this") -> types.Modul
     except ImportError as error:
         absent = isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] == package
         why = "which is not installed" if absent else f"which cannot be imported ({error})"
-        raise UserError(f"{purpose} needs {package}, {why}: pip install 'pi0_jax[{extra}]'.") from error
+        raise UserError(f"{purpose} needs {package}, {why}: pip install -e '.[{extra}]'.") from error

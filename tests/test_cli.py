@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +10,14 @@ from pathlib import Path
 import pytest
 
 from pi0_jax import cli
-from pi0_jax.config import CompareConfig, TrainConfig
+from pi0_jax.config import TrainConfig
 from pi0_jax.config_file import load_config
+from pi0_jax.training.interrupt import Interrupted
 
 ROOT = Path(__file__).parents[1]
+CONFIG = "from pi0_jax.config import DataConfig, DatasetConfig, PolicyConfig, TrainConfig\n"
+CONFIG += "config = TrainConfig(policy=PolicyConfig(robot='tabletop'), "
+GOOD = CONFIG + "batch_size=16)\n"
 
 
 @pytest.fixture
@@ -21,7 +26,7 @@ def configs(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "configs"
     folder.mkdir()
-    (folder / "good.py").write_text("from pi0_jax.config import TrainConfig\nconfig = TrainConfig(batch_size=16)\n")
+    (folder / "good.py").write_text(GOOD)
     return folder
 
 
@@ -62,6 +67,31 @@ def test_help_shows_the_configs_own_defaults_and_an_example(configs, trained, ca
     assert "--optim.peak-lr 3e-4" in text
 
 
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
+        (["plan"], "pi0 plan configs/mine.py --topology v5e:4x4"),
+        (["data"], "normalise states and actions"),
+        (["data", "--help"], "normalise states and actions"),
+    ],
+)
+def test_usage_of_a_command_shows_what_comes_next(args, text, capsys):
+    assert cli.main(args) == (0 if "--help" in args else 2)
+    assert text in capsys.readouterr().out
+
+
+def test_flags_of_the_command_itself_go_to_it(configs, monkeypatch):
+    import pi0_jax.plan.commands
+
+    calls = []
+    monkeypatch.setattr(pi0_jax.plan.commands, "plan", lambda config, topology: calls.append((config, topology)))
+    (configs / "mesh.py").write_text("from pi0_jax.config import MeshConfig\nconfig = MeshConfig(fsdp=4)\n")
+    arguments = ["--topology", "v5e:4x4", "--batch-size", "8", "--sharding", "configs/mesh.py", "--mesh.data", "-1"]
+    assert cli.main(["plan", "configs/good.py", *arguments]) == 0
+    ((config, topology),) = calls
+    assert (config.batch_size, config.mesh.fsdp, topology) == (8, 4, "v5e:4x4")
+
+
 @pytest.mark.parametrize(("args", "code"), [([], 2), (["--help"], 0), (["train"], 2), (["train", "--help"], 0)])
 def test_usage_names_the_commands_with_an_example_each(args, code, capsys):
     assert cli.main(args) == code
@@ -71,9 +101,19 @@ def test_usage_names_the_commands_with_an_example_each(args, code, capsys):
 def test_a_mistyped_command_is_refused_with_a_suggestion(capsys):
     assert cli.main(["trian"]) == 2
     assert "Did you mean 'train'?" in capsys.readouterr().err
+    assert cli.main(["data", "stat"]) == 2
+    assert "pi0 data: there is no command 'stat'. Did you mean 'stats'?" in capsys.readouterr().err
 
 
-CONFIG = "from pi0_jax.config import DataConfig, TrainConfig\nconfig = TrainConfig(data="
+def test_a_path_of_another_kind_is_refused_with_the_command_for_it(tmp_path, capsys):
+    (tmp_path / "model.safetensors").touch()
+    assert cli.main(["infer", str(tmp_path), "--write-example", "x.npz"]) == 1
+    assert f"pi0 convert {tmp_path} TARGET" in capsys.readouterr().err
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "meta").mkdir()
+    (tmp_path / "meta" / "info.json").touch()
+    assert cli.main(["infer", str(tmp_path), "--write-example", "x.npz"]) == 1
+    assert "--data.path" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -83,9 +123,9 @@ CONFIG = "from pi0_jax.config import DataConfig, TrainConfig\nconfig = TrainConf
         ("config = 3\n", "of type int"),
         ("\n\nconfig = undefined\n", "line 3 of .*NameError"),
         ("config = (\n", "SyntaxError"),
-        (CONFIG + "DataConfig(frames='randm'))", r"config\.data\.frames is 'randm' \(did you mean 'random'\?\)"),
-        (CONFIG + "DataConfig(datasets=('here',)))", r"datasets\[0\] is 'here'; expected DatasetConfig"),
-        (CONFIG + "None)", r"config\.data is None; expected DataConfig"),
+        (CONFIG + "data=DataConfig(frames='randm'))", r"config\.data\.frames is 'randm';.*Did you mean 'random'\?"),
+        (CONFIG + "data=DataConfig(datasets=('here',)))", r"datasets\[0\] is 'here'; expected DatasetConfig"),
+        (CONFIG + "data=None)", r"config\.data is None; expected DataConfig"),
     ],
 )
 def test_a_file_that_is_no_config_is_refused_with_the_reason(configs, text, message):
@@ -100,6 +140,8 @@ def test_a_missing_config_lists_those_that_exist_and_the_closest(configs):
 
 
 def test_all_shipped_configs_load():
+    from pi0_jax.compare.config import CompareConfig
+
     for path in (ROOT / "configs").glob("*.py"):
         assert isinstance(load_config(path, object), TrainConfig | CompareConfig)
 
@@ -125,16 +167,27 @@ def test_an_error_of_ours_keeps_its_traceback(configs, monkeypatch):
         cli.main(["train", "configs/good.py"])
 
 
-@pytest.mark.parametrize(("error", "code"), [("KeyboardInterrupt()", 130), ("Interrupted(5, 'run/5', 15)", 0)])
-def test_a_signal_gives_the_shells_exit_code(configs, monkeypatch, error, code):
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (
+            Interrupted(5, Path("run/5"), signal.SIGTERM),
+            0,
+            "Continue with: pi0 train configs/good.py --seed 3 --resume",
+        ),
+        (Interrupted(5, Path("run/5"), signal.SIGINT), 130, "Last checkpoint: run/5"),
+    ],
+)
+def test_a_signal_gives_the_shells_exit_code_and_the_way_on(configs, monkeypatch, capsys, error, code, text):
     import pi0_jax.training.loop
-    from pi0_jax.training.interrupt import Interrupted
 
-    def run(config):
-        raise eval(error, {"Interrupted": Interrupted})
+    def run(config: TrainConfig):
+        raise error
 
     monkeypatch.setattr(pi0_jax.training.loop, "run", run)
-    assert cli.main(["train", "configs/good.py"]) == code
+    assert cli.main(["train", "configs/good.py", "--seed", "3", "--overwrite"]) == code
+    assert text in capsys.readouterr().err
 
 
 def test_train_py_is_the_same_command(configs):

@@ -13,17 +13,16 @@ Running a policy takes `params` and `assets` and nothing from the repository. Or
 temporary name, in a background thread, and renames it when it is complete: a folder with a step's name was complete
 when it was written, and `verify` says whether it still is.
 
-Where a checkpoint is and what its assets say is known without JAX and Orbax, which are imported at the first use of a
-name that needs them.
+Orbax is imported at the first use of a name that needs it: reading where a checkpoint is and its assets does not.
 """
 
+# ruff: noqa: F401
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING
 
 from pi0_jax.checkpoint.assets import (
-    FORMAT_VERSION,
     Assets,
     load_assets,
     load_data_state,
@@ -39,33 +38,11 @@ if TYPE_CHECKING:
     from pi0_jax.checkpoint.space import tree_bytes
     from pi0_jax.checkpoint.writer import CheckpointWriter
 
-__all__ = [
-    "FORMAT_VERSION",
-    "Assets",
-    "CheckpointError",
-    "CheckpointWriter",
-    "Found",
-    "check_params",
-    "identify",
-    "latest_step",
-    "load_assets",
-    "load_data_state",
-    "param_names",
-    "policy_from_json",
-    "policy_to_json",
-    "resolve",
-    "restore_params",
-    "restore_train_state",
-    "set_aside",
-    "steps",
-    "tree_bytes",
-    "verify",
-    "write_assets",
-]
+_LAZY = {name: "reader" for name in ("check_params", "param_names", "restore_params", "restore_train_state")}
+_LAZY |= {"tree_bytes": "space", "CheckpointWriter": "writer"}
 
 
 def __getattr__(name: str):
-    home = {"CheckpointWriter": "writer", "tree_bytes": "space"}.get(name, "reader")
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
-    return getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pi0_jax import config_json
-from pi0_jax.checkpoint.locate import CheckpointError, previous_step, resolve
+from pi0_jax.checkpoint.locate import CheckpointError, read, resolve
 from pi0_jax.config import PolicyConfig, TrainConfig, version1
 from pi0_jax.errors import UserError
 
@@ -40,17 +40,11 @@ def load_assets(path: str | Path) -> Assets:
         FileNotFoundError: no such path.
         CheckpointError: foreign, incomplete or damaged folder, or one of another format version.
     """
-    folder = resolve(path) / "assets"
-    content = _read_json(folder / "config.json")
-    try:
-        policy, train = _from_json(content)
-        names = tuple(content["files"])
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / 'config.json'} does not fit this version: {error!r}") from error
-    except UserError as error:
-        raise CheckpointError(f"{folder / 'config.json'} does not fit this version: {error}") from error
-    stats = _read_json(folder / "norm_stats.json") if "norm_stats.json" in names else None
-    tokenizer = _read(folder / "tokenizer.model") if "tokenizer.model" in names else None
+    step = resolve(path)
+    content = read(step, "assets/config.json")
+    policy, train, names = _from_json(content, str(step / "assets" / "config.json"))
+    stats = read(step, "assets/norm_stats.json") if "norm_stats.json" in names else None
+    tokenizer = read(step, "assets/tokenizer.model", bytes) if "tokenizer.model" in names else None
     return Assets(policy, stats, tokenizer, train)
 
 
@@ -87,11 +81,9 @@ def policy_from_json(content: dict[str, Any]) -> PolicyConfig:
         CheckpointError: the object is of another version.
     """
     version = content.get("format_version", 1)
-    fields = {name: value for name, value in content.items() if name != "format_version"}
-    try:
-        return _from_json({"format_version": version, "policy": fields, "train": None})[0]
-    except UserError as error:
-        raise CheckpointError(f"this policy configuration does not fit this version: {error}") from error
+    policy = {name: value for name, value in content.items() if name != "format_version"}
+    content = {"format_version": version, "files": [], "policy": policy, "train": None}
+    return _from_json(content, "this policy configuration")[0]
 
 
 def load_data_state(path: str | Path) -> dict[str, Any]:
@@ -101,7 +93,7 @@ def load_data_state(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: no such path.
         CheckpointError: the checkpoint has none, or a damaged one.
     """
-    return _read_json(resolve(path) / "data_state" / "iterator.json")
+    return read(resolve(path), "data_state/iterator.json")
 
 
 def to_json(value: Any) -> bytes:
@@ -109,34 +101,21 @@ def to_json(value: Any) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
-def _from_json(content: dict[str, Any]) -> tuple[PolicyConfig, TrainConfig | None]:
-    """Policy and experiment of a config.json of any version that is read."""
-    version, policy, train = content.get("format_version"), content["policy"], content["train"]
-    if version == 1:
-        policy, train = version1.upgrade(policy, train)
-    elif version != FORMAT_VERSION:
-        raise UserError(
-            f"it has format version {version}, and this pi0_jax reads 1 and {FORMAT_VERSION}. "
-            "Use the version of pi0_jax that wrote it."
-        )
-    structured = config_json.load(policy, PolicyConfig, "config.policy")
-    return structured, train and config_json.load(train | {"policy": policy}, TrainConfig, "config")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
+def _from_json(content: dict[str, Any], name: str) -> tuple[PolicyConfig, TrainConfig | None, list[str]]:
+    """Policy, experiment and names of the other files in a config.json of any version that is read."""
     try:
-        return json.loads(_read(path))
-    except ValueError as error:
-        raise _damaged(path, error) from error
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise _damaged(path, error) from error
-
-
-def _damaged(path: Path, error: Exception) -> CheckpointError:
-    step = path.parent.parent
-    return CheckpointError(f"{path.parent} is damaged or incomplete ({path}): {error}. {previous_step(step)}")
+        version, policy, train, files = (content[key] for key in ("format_version", "policy", "train", "files"))
+        if version == 1:
+            policy, train = version1.upgrade(policy, train)
+        elif version != FORMAT_VERSION:
+            raise UserError(
+                f"it has format version {version}, and this pi0_jax reads 1 and {FORMAT_VERSION}. "
+                "Use the version of pi0_jax that wrote it."
+            )
+        if train is None:
+            return config_json.load(policy, PolicyConfig, "config.policy"), None, files
+        experiment = config_json.load(train | {"policy": policy}, TrainConfig, "config")
+        return experiment.policy, experiment, files
+    except (KeyError, TypeError, UserError) as error:
+        reason = error if isinstance(error, UserError) else repr(error)
+        raise CheckpointError(f"{name} does not fit this version: {reason}") from error

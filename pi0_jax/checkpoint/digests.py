@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from pi0_jax.checkpoint.locate import CheckpointError, Found, is_complete, previous_step
+from pi0_jax.checkpoint.locate import CheckpointError, Found, is_complete, previous_step, read
 
 _FILE = "digests.json"
 
@@ -55,11 +55,7 @@ def require_files(folder: Path) -> None:
 
 def _recorded(step: Path) -> Iterator[tuple[Path, int, int]]:
     """Path, size and CRC-32 of each file as written; none in a step without digests."""
-    path = step / _FILE
-    try:
-        content = json.loads(path.read_bytes()) if path.exists() else {}
-    except ValueError as error:
-        raise CheckpointError(f"{step} is damaged ({path}): {error}. {previous_step(step)}") from error
+    content = read(step, _FILE) if (step / _FILE).exists() else {}
     return ((step / name, size, crc) for name, (size, crc) in content.items())
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pi0_jax.compat import ORBAX_UNFINISHED
 from pi0_jax.errors import UserError
@@ -140,6 +142,16 @@ def previous_step(step: Path) -> str:
     """A sentence that names the checkpoint to fall back to from a step folder."""
     older = [s for s in _step_numbers(step.parent) if step.name.isdecimal() and s < int(step.name)]
     return f"The checkpoint before it is {step.parent / str(older[-1])}." if older else "There is none before it."
+
+
+def read(step: Path, name: str, decode: Callable[[bytes], Any] = json.loads) -> Any:
+    """Content of a file of a step folder; raises CheckpointError where it is missing or damaged."""
+    try:
+        return decode((step / name).read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{step} is damaged or incomplete ({step / name}): {error}. {previous_step(step)}"
+        ) from error
 
 
 def set_aside(step: str | Path) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 import time
 from pathlib import Path
@@ -15,12 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from pi0_jax import checkpoint
-from pi0_jax.config import CompareConfig, PolicyConfig, TrainConfig
-from pi0_jax.evaluate.report import HeldOut, held_out
+from pi0_jax.atomic import written
+from pi0_jax.compare.config import CompareConfig
+from pi0_jax.config import Reflow, Tokens, TrainConfig
+from pi0_jax.config.replace import replace
+from pi0_jax.data.robots import RawObservation, get_robot
+from pi0_jax.evaluate.chunk_errors import HeldOut, held_out
 from pi0_jax.evaluate.rollout import Rollout, roll_out
-from pi0_jax.evaluate.simulators.suites import get_suite
+from pi0_jax.evaluate.simulators import get_simulator
 from pi0_jax.flow.straightness import straightness
 from pi0_jax.inference.policy import Policy
+from pi0_jax.sampler import Euler
+from pi0_jax.sampler.solver import Solver
 from pi0_jax.training.loop import run
 
 BACKBONE = "backbone"
@@ -59,17 +64,18 @@ def is_done(config: CompareConfig, seed: int, name: str) -> bool:
 def training(config: CompareConfig, seed: int, name: str) -> TrainConfig:
     """How a cell is trained."""
     path = folder(config, seed, name)
-    train = dataclasses.replace(config.train, run_dir=str(path), seed=seed)
+    train = replace(config.train, {"run_dir": str(path), "seed": seed})
     if name == BACKBONE:
-        return dataclasses.replace(train, flow=config.backbone, num_steps=config.backbone_steps)
+        return replace(train, {"policy.objective": config.backbone, "num_steps": config.backbone_steps})
     contender = config.contenders[name]
-    policy = dataclasses.replace(train.policy, model=contender.model, solver=_solver(contender.solvers[0]))
-    train = dataclasses.replace(train, policy=policy, flow=contender.flow)
-    if contender.teacher is not None:
-        teacher = str(folder(config, seed, contender.teacher))
-        return dataclasses.replace(train, init_from=teacher, reflow_from=teacher)
-    backbone = str(folder(config, seed, BACKBONE))
-    return dataclasses.replace(train, init_from=backbone, init_parts=config.backbone_parts)
+    objective, first = contender.objective, (str(folder(config, seed, BACKBONE)), config.backbone_subtrees)
+    if isinstance(objective, Reflow):
+        first = str(folder(config, seed, objective.teacher)), ()
+        objective = dataclasses.replace(objective, teacher=first[0])
+    policy = dataclasses.replace(
+        train.policy, model=contender.model, objective=objective, sampler=next(iter(contender.samplers.values()))
+    )
+    return dataclasses.replace(train, policy=policy, init_from=first[0], init_parts=first[1])
 
 
 def run_cell(config: CompareConfig, seed: int, name: str) -> None:
@@ -88,74 +94,63 @@ def run_cell(config: CompareConfig, seed: int, name: str) -> None:
     figures: dict[str, Any] = {"name": name, "seed": seed, "training_seconds": time.monotonic() - begin}
     if name != BACKBONE:
         figures |= measure(config, seed, name)
-    temporary = path / (CELL + ".tmp")
-    temporary.write_text(json.dumps(figures, indent=1) + "\n")
-    os.replace(temporary, path / CELL)
+    with written(path / CELL) as file:
+        file.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 def measure(config: CompareConfig, seed: int, name: str) -> dict[str, Any]:
     """Closed loop, held-out error, jitter, latency, and the paths from noise to actions.
 
     Returns:
-        `rows`, one for each solver and number of network evaluations; `straightness` and `paths` of flows and
-        diffusions, by solver; sizes, seconds and versions.
+        `rows`, one for each sampler and number of network evaluations; `straightness` and `paths` of deterministic
+        solvers; sizes, seconds and versions.
     """
     contender, path = config.contenders[name], folder(config, seed, name)
-    data = held_out(checkpoint.load_assets(path).train, Policy.load(path))
+    simulator = get_simulator(config.env)
+    data = held_out(checkpoint.load_assets(path).train, get_robot(simulator.robot))
     assert data is not None, "a comparison needs held-out demonstrations: data.validation_path"
     rows, paths, straight = [], {}, {}
-    for solver in contender.solvers:
-        policy = Policy.load(path, solver=_solver(solver))
+    begin = time.monotonic()
+    for label, sampler in contender.samplers.items():
+        policy = Policy.load(path, sampler=sampler)
         for evaluations in contender.evaluations:
-            rows.append({"solver": solver, **_measure_one(policy, config, data, seed, evaluations)})
-        if contender.model.prediction not in ("bins", "bin_sequence") and solver != "ddpm":
+            # Action tokens are decoded in as many evaluations as they need.
+            steps = evaluations if isinstance(sampler, Solver) else None
+            rollout = roll_out(policy, simulator, config.episodes, 1000 + seed, num_steps=steps, batch_size=BATCH)
+            figures = _figures(policy, rollout, data, steps)
+            rows.append({"sampler": label, "evaluations": evaluations, **figures})
+        if isinstance(sampler, Solver) and not sampler.stochastic:
             keys = jax.random.split(jax.random.key(seed), BATCH)
             points = policy.paths(data.observations[:BATCH], keys, STRAIGHTNESS_STEPS)
-            straight[solver] = float(straightness(jnp.asarray(points)))
-            paths[solver] = _some_paths(policy, data)
-    parameters = sum(x.size for x in jax.tree.leaves(checkpoint.restore_params(path)))
-    rows_seconds = sum(row.pop("seconds") for row in rows)
+            straight[label] = float(straightness(jnp.asarray(points)))
+            paths[label] = _some_paths(policy, data)
     return {
-        "prediction": contender.model.prediction,
-        "head": contender.model.head,
-        "parameters": parameters,
+        "parameters": sum(x.size for x in jax.tree.leaves(checkpoint.restore_params(path))),
         "rows": rows,
         "straightness": straight,
         "paths": paths,
-        "measuring_seconds": rows_seconds,
+        "measuring_seconds": time.monotonic() - begin,
         "device": str(jax.devices()[0].device_kind),
         "jax": jax.__version__,
     }
 
 
-def _measure_one(policy: Policy, config: CompareConfig, data: HeldOut, seed: int, evaluations: int) -> dict[str, Any]:
-    begin = time.monotonic()
-    # Discretised actions are decoded in as many evaluations as they need, whatever the number of steps.
-    steps = 1 if policy.config.model.prediction in ("bins", "bin_sequence") else evaluations
-    suite = get_suite(config.env)
-    rollout = roll_out(policy, suite, config.episodes, seed=1000 + seed, num_steps=steps, batch_size=BATCH)
+def _figures(policy: Policy, rollout: Rollout, data: HeldOut, steps: int | None) -> dict[str, Any]:
     keys = jax.random.split(jax.random.key(0), len(data.observations))
-    error = np.concatenate(
-        [
-            policy.infer_batch(data.observations[i : i + BATCH], keys[i : i + BATCH], steps)
-            for i in range(0, len(keys), BATCH)
-        ]
-    )
-    error -= data.expert
-    squares = np.where(data.valid[..., None], np.square(error), 0.0)
-    counted = np.maximum(data.valid.sum(1), 1) * error.shape[-1]
-    each = np.sqrt(squares.sum((1, 2)) / counted)[data.valid.any(1)]
+    batches = [slice(i, i + BATCH) for i in range(0, len(keys), BATCH)]
+    chunks = np.concatenate([policy.infer_batch(data.observations[rows], keys[rows], steps) for rows in batches])
+    squares = np.where(data.valid[..., None], np.square(chunks - data.expert), 0.0)
+    counted, some = data.valid.sum(1) * chunks.shape[-1], data.valid.any(1)
+    each = np.sqrt(squares.sum((1, 2))[some] / counted[some])
     rates = rollout.rates()
     return {
-        "evaluations": evaluations,
-        "successes": rates["all"][0],
-        "episodes": rates["all"][1],
-        "by_task": rates,
-        "error": float(np.sqrt(squares.sum() / counted[data.valid.any(1)].sum())),
+        "successes": rates["all"].successes,
+        "episodes": rates["all"].episodes,
+        "by_task": {task: rate[:2] for task, rate in rates.items()},
+        "error": float(np.sqrt(squares.sum() / counted.sum())),
         "error_floor": float(np.quantile(each, 0.1)),
         "jitter": jitter(rollout),
         "latency_ms": 1000 * latency(policy, data.observations[0], steps),
-        "seconds": time.monotonic() - begin,
     }
 
 
@@ -166,38 +161,35 @@ def jitter(rollout: Rollout) -> float:
     return float(values.mean()) if values.size else float("nan")
 
 
-def latency(policy: Policy, observation: dict[str, Any], num_steps: int, repeats: int = 15) -> float:
+def latency(policy: Policy, observation: RawObservation, num_steps: int | None, repeats: int = 15) -> float:
     """Median seconds from one raw observation to its chunk in host memory, after compilation."""
     seconds = []
     for number in range(repeats + 1):
         begin = time.perf_counter()
-        policy.infer_batch([observation], jax.random.split(jax.random.key(number), 1), num_steps)
+        policy.infer_batch([observation], jax.random.key(number)[None], num_steps)
         seconds.append(time.perf_counter() - begin)
     return float(np.median(seconds[1:]))
 
 
-def control_latencies(config: CompareConfig, run: Path) -> dict[str, dict[str, float]]:
-    """Seconds a chunk by horizon and Euler steps, for the network of a run widened to other horizons.
+def control_latencies(config: CompareConfig) -> dict[str, dict[str, float]]:
+    """Seconds per chunk by horizon and Euler steps, for the first flow's network widened to other horizons.
 
-    The weights do not depend on the horizon, so those of the run serve for all.
+    The weights do not depend on the horizon, so those of one run serve for all.
     """
-    observation = get_suite(config.env).start(0, 0, distract=False).observe()
+    flows = [n for n, c in config.contenders.items() if not isinstance(c.objective, Tokens)]
+    path = folder(config, config.seeds[0], flows[0])
+    observation = get_simulator(config.env).start(0, 0).observe()
     table: dict[str, dict[str, float]] = {}
-    assets = checkpoint.load_assets(run)
+    model = checkpoint.load_assets(path).policy.model
     for horizon in HORIZONS:
-        policy = Policy.load(run, model=dataclasses.replace(assets.policy.model, action_horizon=horizon))
+        policy = Policy.load(path, sampler=Euler(), model=dataclasses.replace(model, action_horizon=horizon))
         table[str(horizon)] = {str(steps): latency(policy, observation, steps) for steps in CONTROL_STEPS}
     return table
 
 
-def _some_paths(policy: Policy, data: HeldOut, count: int = BATCH) -> list[list[float]]:
+def _some_paths(policy: Policy, data: HeldOut) -> list[list[float]]:
     """The way of one action's first coordinate from noise to data for one observation and many noises, model units."""
     observation = data.observations[len(data.observations) // 2]
-    keys = jax.random.split(jax.random.key(7), count)
-    points = policy.paths([observation] * count, keys, STRAIGHTNESS_STEPS)
+    keys = jax.random.split(jax.random.key(7), BATCH)
+    points = policy.paths([observation] * BATCH, keys, STRAIGHTNESS_STEPS)
     return np.round(points[:, :, 0, 0].T, 4).tolist()
-
-
-def _solver(name: str) -> Any:
-    """A solver for the configuration; discretised actions have none."""
-    return PolicyConfig.solver if name == "argmax" else name

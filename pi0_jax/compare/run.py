@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from pi0_jax.compare.cells import cells, folder, is_done, needs
-from pi0_jax.config import CompareConfig
+from pi0_jax.compare.config import CompareConfig
 
 
 class CellFailed(RuntimeError):

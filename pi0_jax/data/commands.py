@@ -41,7 +41,7 @@ class Stats:
     workers: int | None = None
     """Processes; one a core by default."""
     ray: bool = False
-    """Run on a Ray cluster (pip install 'pi0_jax[ray]'); without an address on this machine."""
+    """Run on a Ray cluster (pip install -e '.[ray]'); without an address on this machine."""
     skip_bad_episodes: bool = False
     """Leave out episodes that cannot be read, and say which."""
 
@@ -76,7 +76,7 @@ class Show:
     episodes: int = 4
     """Episodes to draw."""
     rerun: Path | None = None
-    """Also log them to this Rerun recording, .rrd (pip install 'pi0_jax[viz]')."""
+    """Also log them to this Rerun recording, .rrd (pip install -e '.[viz]')."""
     skip_bad_episodes: bool = False
     """Leave out episodes that cannot be read, and say which."""
 
@@ -205,7 +205,7 @@ def convert_(args: Convert, config: TrainConfig) -> None:
 
 def robot_(args: Robot, _: None) -> None:
     """Runs `pi0 data robot`; errors as of `stats`."""
-    from pi0_jax.data.lerobot.reader import LeRobotDataset
+    from pi0_jax.data.lerobot import LeRobotDataset
 
     if args.output.exists():
         raise FileExistsError(f"{args.output} exists. Choose another file with --output.")

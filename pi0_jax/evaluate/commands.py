@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections import Counter
 from pathlib import Path
@@ -12,12 +13,19 @@ import jax
 import numpy as np
 import tyro
 
+from pi0_jax.checkpoint import load_assets
+from pi0_jax.config import Guidance, PolicyConfig
+from pi0_jax.errors import UserError, did_you_mean, require_package
 from pi0_jax.evaluate.latency import STRATEGIES, Latency, describe, simulate, summary
-from pi0_jax.evaluate.report import encode_mp4, write_report
-from pi0_jax.evaluate.rollout import roll_out, table
-from pi0_jax.evaluate.simulators.suites import get_suite
+from pi0_jax.evaluate.page import encode_mp4
+from pi0_jax.evaluate.record import Source
+from pi0_jax.evaluate.record import record as record_demonstrations
+from pi0_jax.evaluate.report import write_report
+from pi0_jax.evaluate.rollout import Rate, roll_out
+from pi0_jax.evaluate.simulators import Simulator, find_simulator, get_simulator, has_option
 from pi0_jax.inference.files import format_chunk, load_observation, plot_chunk, save_observation
 from pi0_jax.inference.policy import Policy
+from pi0_jax.sampler import SAMPLERS
 
 Run = Annotated[Path, tyro.conf.Positional]
 
@@ -43,7 +51,10 @@ class Infer:
     observation: Path | None = None
     """An .npz with the arrays images/<camera>, state and prompt; or a .json that names pictures beside it."""
     env: str | None = None
-    """Simulator to run in: tabletop; or tabletop_centre, which has other tasks."""
+    """Simulator to run in: its name, or a Python file (pi0_jax.evaluate.simulators)."""
+    env_options: tuple[str, ...] = ()
+    """Options of the simulator, such as counterfactual=true: the instruction asks for something else than what is
+    scored, to see whether the policy ignores the language instruction."""
     write_example: Path | None = None
     """Write an observation of the right form (all zeros) to this .npz, to be filled in."""
     prompt: str | None = None
@@ -51,11 +62,11 @@ class Infer:
     episodes: int = 60
     """Episodes in the simulator."""
     seed: int = 0
-    """Of the noise, and of the simulator's layouts."""
+    """Seed of the noise, and of the simulator's layouts."""
     num_steps: int | None = None
     """Solver steps from noise to actions; the checkpoint's own number by default."""
-    solver: Literal["euler", "midpoint", "heun", "rk4", "ddim", "ddpm"] | None = None
-    """Solver; the checkpoint's own by default. ddim and ddpm are for diffusion policies."""
+    sampler: str | None = None
+    """Sampler, such as Heun or DDIM (`pi0_jax.sampler`); the checkpoint's own by default."""
     grid_power: float | None = None
     """Above 1, more of the solver's steps are near the data; the checkpoint's own by default."""
     guidance_scale: float | None = None
@@ -64,8 +75,6 @@ class Infer:
     """Round the weights to eight bits; what that changes is logged. fp8 is quick on GPUs that multiply float8."""
     execute_steps: int | None = None
     """Actions of a chunk executed before the policy is asked again; the checkpoint's own number by default."""
-    distract: bool = False
-    """In the simulator: name another object than the one that is scored, to see whether the policy listens."""
     batch_size: int = 64
     """Episodes side by side in the simulator."""
     strategy: Literal["synchronous", "asynchronous", "ensemble", "guidance", "identity", "trained"] | None = None
@@ -85,7 +94,7 @@ class Infer:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate(Infer):
-    """Runs a trained policy in closed loop in a simulator: the same as `pi0 infer RUN --env tabletop`.
+    """Runs a trained policy in closed loop in a simulator: `pi0 infer RUN --env ENV`, by default that of its robot.
 
     Example:
 
@@ -94,9 +103,6 @@ class Evaluate(Infer):
         pi0 evaluate runs/tabletop --strategy guidance --latency 300 --jitter 100
     """
 
-    env: str | None = "tabletop"
-    """Simulator to run in: tabletop; or tabletop_centre, which has other tasks."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Report:
@@ -104,26 +110,33 @@ class Report:
 
     run: Run
     """Run folder."""
-    env: str = "tabletop"
-    """Simulator to evaluate in."""
+    env: str | None = None
+    """Simulator to evaluate in; the first of the policy's robot by default."""
     episodes: int = 200
     """Episodes for each number of solver steps."""
     seed: int = 0
-    """Of the evaluation layouts, which never overlap with those of demonstrations."""
+    """Seed of the evaluation layouts, which never overlap with those of demonstrations."""
     output: Path | None = None
     """HTML file to write; <run>/report.html by default."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """Records demonstrations of the scripted expert in the tabletop simulator, as a LeRobot v3.0 dataset."""
+    """Records demonstrations of a simulator's scripted expert, as a LeRobot v3.0 dataset.
+
+    Example:
+
+        pi0 record data/tabletop --env tabletop
+    """
 
     path: Run
     """Folder to create."""
+    env: str
+    """Simulator: its name, or a Python file."""
+    env_options: tuple[str, ...] = ()
+    """Options of the simulator, as NAME=VALUE."""
     episodes: int = 1200
     """Demonstrations, the tasks in turn."""
-    env: Literal["tabletop", "tabletop_centre"] = "tabletop"
-    """tabletop: the six tasks. tabletop_centre: three new ones, to bring an object to the table's centre."""
     split: Literal["train", "validation"] = "train"
     """Layouts of the two never overlap, nor with those of evaluation."""
     seed: int = 0
@@ -136,42 +149,39 @@ def infer(args: Infer) -> None:
     """Runs `pi0 infer`.
 
     Raises:
-        FileNotFoundError, ValueError, OSError: what the user gave cannot be used; the message says how to go on.
+        UserError, FileNotFoundError, OSError: what the user gave cannot be used; the message says how to go on.
     """
-    asked = sum(x is not None for x in (args.observation, args.env, args.write_example))
+    evaluates = isinstance(args, Evaluate) or args.env is not None
+    asked = sum((args.observation is not None, evaluates, args.write_example is not None))
     if asked != 1:
-        raise ValueError(
+        raise UserError(
             f"{asked} of three things to do were given; "
-            "say what to run on: --observation FILE (one observation), --env tabletop (closed loop), or "
+            "say what to run on: --observation FILE (one observation), --env NAME (closed loop in a simulator), or "
             "--write-example FILE (a template of an observation)."
         )
-    suite = None if args.env is None else get_suite(args.env)
+    simulator = None if args.env is None else get_simulator(args.env, **_options(args.env_options))
     if args.observation is not None and not args.observation.is_file():
         load_observation(args.observation)  # fails before the weights are read
-    settings = ("num_steps", "solver", "grid_power", "guidance_scale", "execute_steps")
-    changes: dict[str, Any] = {name: value for name in settings if (value := getattr(args, name)) is not None}
     if args.strategy is None and (args.latency or args.jitter or args.drop):
-        raise ValueError("--latency, --jitter and --drop need a --strategy, which says what the robot does meanwhile.")
-    if args.strategy is not None and (real_time := STRATEGIES[args.strategy][1]) is not None:
-        changes["real_time"] = real_time
-    policy = Policy.load(args.run, bits=args.bits, **changes)
+        raise UserError("--latency, --jitter and --drop need a --strategy, which says what the robot does meanwhile.")
+    policy = Policy.load(args.run, bits=args.bits, **_changes(args, load_assets(args.run).policy))
     if args.write_example is not None:
         save_observation(args.write_example, policy.robot.example())
         print(f"wrote {args.write_example}; fill it in, then: pi0 infer {args.run} --observation {args.write_example}")
         return
-    output = _folder(args.output or _run_folder(args.run) / "infer")
-    if suite is not None and args.strategy is not None:
-        _act_in_time(suite, policy, args)
-        return
-    if suite is not None:
-        _infer_in(suite, policy, args, output)
+    if evaluates:
+        name = args.env or find_simulator(policy.robot.name)
+        simulator = simulator or get_simulator(name, **_options(args.env_options))
+        run = _evaluate if args.strategy is None else _evaluate_in_time
+        run(simulator, policy, args, Path(name).stem)
         return
     assert args.observation is not None
     observation = load_observation(args.observation)
     if args.prompt is not None:
         observation["prompt"] = args.prompt
     if args.repeat < 1:
-        raise ValueError(f"--repeat is {args.repeat}; it has to be at least 1.")
+        raise UserError(f"--repeat is {args.repeat}; it has to be at least 1.")
+    output = _output(args)
     policy.infer(observation, args.seed)  # compiles
     policy.forget_latency()
     for _ in range(args.repeat):
@@ -179,93 +189,139 @@ def infer(args: Infer) -> None:
     names = policy.robot.actions
     print(format_chunk(actions, names))
     np.savez(output / "actions.npz", actions=actions, names=np.array(names))
-    plot_chunk(actions, names, output / "actions.png", str(observation["prompt"]))
-    parts = policy.latency()
-    total = ", ".join(f"{name} {value:.1f}" for name, value in parts.pop("total").items())
-    print(f"ms a chunk, over {args.repeat} calls after compilation: {total}", end=" (median ")
-    print(", ".join(f"{name} {values['p50']:.1f}" for name, values in parts.items()) + ")")
-    print(f"saved {output / 'actions.npz'} and actions.png")
+    stages = policy.latency()
+    total = ", ".join(f"{name} {value:.1f}" for name, value in stages.pop("total").items())
+    print(f"ms per chunk, over {args.repeat} calls after compilation: {total}", end=" (median ")
+    print(", ".join(f"{name} {values['p50']:.1f}" for name, values in stages.items()) + ")")
+    print(f"saved {output / 'actions.npz'}")
+    try:
+        plot_chunk(actions, names, output / "actions.png", str(observation["prompt"]))
+        print(f"saved {output / 'actions.png'}")
+    except UserError as error:  # the plot is an extra
+        print(error)
 
 
-evaluate = infer
-"""Runs `pi0 evaluate`."""
+def evaluate(args: Evaluate) -> None:
+    """Runs `pi0 evaluate`; errors as of `infer`."""
+    infer(args)
 
 
-def _infer_in(suite, policy: Policy, args: Infer, output: Path) -> None:
-    film = range(min(len(suite.tasks), args.episodes))
+def _evaluate(simulator: Simulator, policy: Policy, args: Infer, name: str) -> None:
+    output = _output(args)
     result = roll_out(
         policy,
-        suite,
+        simulator,
         args.episodes,
         args.seed,
         batch_size=args.batch_size,
-        distract=args.distract,
-        film=film,
+        film=range(len(simulator.tasks)),
         progress="closed loop",
     )
-    print(table(result))
-    video = output / f"{args.env}.mp4"
-    pictures = [picture for i in film for picture in _held(result.outcomes[i].pictures, suite.fps)]
-    video.write_bytes(encode_mp4(pictures, suite.fps))
+    print(result.table())
+    films = [outcome.pictures for outcome in result.outcomes if outcome.pictures]
+    pictures = [picture for film in films for picture in (*film, *[film[-1]] * simulator.fps)]
+    video = output / f"{name}.mp4"
+    video.write_bytes(encode_mp4(pictures, simulator.fps))
     failed = Counter(outcome.task for outcome in result.outcomes if not outcome.success)
     if failed:
         print("failures:", ", ".join(f"{task} {count}" for task, count in failed.most_common()))
-    print(f"device {jax.devices()[0].device_kind}; video of {len(film)} episodes: {video}")
+    print(f"device {jax.devices()[0].device_kind}; video of {len(films)} episodes: {video}")
 
 
-def _act_in_time(suite, policy: Policy, args: Infer) -> None:
+def _evaluate_in_time(simulator: Simulator, policy: Policy, args: Infer, name: str) -> None:
     assert args.strategy is not None
     latency = Latency(args.latency, args.jitter, args.drop)
     strategy = STRATEGIES[args.strategy][0](policy.config.execute_steps)
     traces = simulate(
         policy,
-        suite,
+        simulator,
         strategy,
         latency,
         args.episodes,
         args.seed,
         batch_size=args.batch_size,
-        progress="simulated time",
+        progress=f"simulated time, {name}",
     )
-    print(describe(args.strategy, latency, summary(traces, suite.fps)))
-
-
-def _held(pictures: tuple[np.ndarray, ...], fps: int) -> list[np.ndarray]:
-    """Pictures of an episode, the last one for a moment longer."""
-    return [*pictures, *[pictures[-1]] * fps]
+    print(describe(args.strategy, latency, summary(traces, simulator.fps)))
 
 
 def report(args: Report) -> None:
     """Runs `pi0 report`; errors as in `infer`."""
-    suite = get_suite(args.env)
+    require_package("matplotlib", "report", "the report")
+    simulator = None if args.env is None else get_simulator(args.env)
     policy = Policy.load(args.run)
-    path = args.output or _run_folder(args.run) / "report.html"
+    name = args.env or find_simulator(policy.robot.name)
+    counterfactual = get_simulator(name, counterfactual=True) if has_option(name, "counterfactual") else None
+    run = _run_folder(args.run)
+    path = args.output or run / "report.html"
     _folder(path.parent)
-    figures = write_report(policy, _run_folder(args.run), suite, args.episodes, args.seed, path)
+    simulator = simulator or get_simulator(name)
+    figures = write_report(policy, run, simulator, counterfactual, args.episodes, args.seed, path)
     print()
-    for name, rate in figures["success"].items():
-        span = f"[{rate['low']:.1%}, {rate['high']:.1%}]"
-        print(f"{name:<18} {rate['successes']:>4} of {rate['episodes']:<4} {rate['rate']:>6.1%}   {span}")
-    other = figures["success_when_told_another_object"]
-    print(f"told to use another object: {other['rate']:.1%} of {other['episodes']}")
+    for task, rate in figures["success"].items():
+        print(f"{task:<18} {Rate(**rate)}")
+    if control := figures["success_under_counterfactual_instructions"]:
+        print(f"counterfactual instructions: {control['rate']:.1%} of {control['episodes']}")
     by_steps = figures["success_by_steps"]
-    print("by Euler steps: " + ", ".join(f"{steps}: {by_steps[steps]['rate']:.1%}" for steps in sorted(by_steps)))
+    print("by solver steps: " + ", ".join(f"{steps}: {by_steps[steps]['rate']:.1%}" for steps in sorted(by_steps)))
     print(f"\nsuccess rate {figures['success']['all']['rate']:.1%}, report: {path}")
 
 
 def record(args: Record) -> None:
     """Runs `pi0 record`; errors as in `infer`."""
-    try:
-        from pi0_jax.evaluate.simulators.tabletop.record import record as record_episodes
-    except ImportError as error:
-        raise ValueError("recording needs the simulator: pip install pi0_jax[sim]") from error
-    summary = record_episodes(args.path, args.episodes, args.split, args.seed, overwrite=args.overwrite, env=args.env)
+    source = Source(args.env, args.split, args.seed, options=tuple(_options(args.env_options).items()))
+    summary = record_demonstrations(args.path, source, args.episodes, overwrite=args.overwrite)
     print(f"{args.episodes} demonstrations, {summary['frames']} frames: {args.path}")
+
+
+def _changes(args: Infer, policy: PolicyConfig) -> dict[str, Any]:
+    """Fields of the checkpoint's policy that the flags set anew."""
+    changes: dict[str, Any] = {}
+    sampler = policy.sampler
+    if args.sampler is not None:
+        kinds = {name.lower(): kind for name, kind in SAMPLERS.items()}
+        if args.sampler.lower() not in kinds:
+            hint = did_you_mean(args.sampler, SAMPLERS)
+            raise UserError(f"--sampler is {args.sampler!r}; choose {', '.join(SAMPLERS)}.{hint}")
+        kind, fields = kinds[args.sampler.lower()], dataclasses.asdict(sampler)
+        sampler = kind(**{field.name: fields[field.name] for field in dataclasses.fields(kind) if field.name in fields})
+    for name in ("num_steps", "grid_power"):
+        if (value := getattr(args, name)) is not None:
+            if not hasattr(sampler, name):
+                raise UserError(f"--{name.replace('_', '-')} means nothing to the sampler {type(sampler).__name__}.")
+            sampler = dataclasses.replace(sampler, **{name: value})
+    if sampler != policy.sampler:
+        changes["sampler"] = sampler
+    if (scale := args.guidance_scale) is not None:
+        changes["guidance"] = None if scale == 1 else dataclasses.replace(policy.guidance or Guidance(), scale=scale)
+    if args.execute_steps is not None:
+        changes["execute_steps"] = args.execute_steps
+    if args.strategy is not None and (real_time := STRATEGIES[args.strategy][1]) is not None:
+        changes["real_time"] = real_time
+    return changes
+
+
+def _options(texts: tuple[str, ...]) -> dict[str, Any]:
+    """Options of a simulator from NAME=VALUE; a value is JSON, or else text."""
+    options: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"--env-options got {text!r}; expected NAME=VALUE, such as counterfactual=true.")
+        try:
+            options[name] = json.loads(value)
+        except ValueError:
+            options[name] = value
+    return options
 
 
 def _run_folder(path: Path) -> Path:
     """The run that a path belongs to, where it names one checkpoint of it."""
     return path.parents[1] if path.parent.name == "checkpoints" else path
+
+
+def _output(args: Infer) -> Path:
+    return _folder(args.output or _run_folder(args.run) / "infer")
 
 
 def _folder(path: Path) -> Path:

@@ -1,25 +1,62 @@
-"""Closed loop: a policy drives many episodes at once, one batch of observations a call."""
+"""Closed loop: a policy drives many episodes at once, one batch of observations per call."""
 
 from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import itertools
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
 import numpy as np
+from jaxtyping import Int, Key
 from scipy.stats import binomtest
 from tqdm import tqdm
 
-from pi0_jax.evaluate.simulators.suites import Episode, Suite
-from pi0_jax.inference.policy import Policy
+from pi0_jax.config import PolicyConfig
+from pi0_jax.data.robots import RawObservation, Robot
+from pi0_jax.errors import UserError
+from pi0_jax.evaluate.simulators import Episode, Simulator
+
+
+@runtime_checkable
+class BatchPolicy(Protocol):
+    """What the closed loop needs of `inference.policy.Policy`."""
+
+    @property
+    def robot(self) -> Robot: ...
+
+    @property
+    def config(self) -> PolicyConfig: ...
+
+    def infer_batch(self, observations: Sequence[Any], keys: Any, num_steps: int | None = None, /) -> np.ndarray: ...
+
+
+class Rate(NamedTuple):
+    """A success rate with its 95 % Wilson interval, which does not degenerate at 0 or all successes."""
+
+    successes: int
+    episodes: int
+    rate: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.successes:>4} of {self.episodes:<4} {self.rate:>6.1%}   [{self.low:.1%}, {self.high:.1%}]"
+
+
+def success_rate(successes: int, episodes: int) -> Rate:
+    """The rate of some successes."""
+    interval = binomtest(successes, episodes).proportion_ci(0.95, method="wilson")
+    return Rate(successes, episodes, successes / episodes, float(interval.low), float(interval.high))
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What became of one episode."""
+    """Result of one episode."""
 
     index: int
     task: str
@@ -27,9 +64,9 @@ class Outcome:
     success: bool
     num_steps: int
     actions: np.ndarray = dataclasses.field(repr=False)
-    """Those that were executed, robot units `[num_steps, d]`."""
+    """Executed actions, robot units `[num_steps, d]`."""
     pictures: tuple[np.ndarray, ...] = dataclasses.field(default=(), repr=False)
-    """One a step, for the episodes that were filmed."""
+    """One per step, for the episodes that were filmed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,131 +76,204 @@ class Rollout:
     outcomes: tuple[Outcome, ...]
     batch_size: int
     seconds: tuple[float, ...]
-    """Of each call of the policy, from observations to actions in host memory."""
+    """Durations of the policy's calls, from observations to actions in host memory, without the one that compiles."""
 
-    def rates(self) -> dict[str, tuple[int, int]]:
-        """Successes and episodes of each task, and of `all`."""
-        counts: dict[str, tuple[int, int]] = {}
+    def rates(self) -> dict[str, Rate]:
+        """Success rate of each task, and of `all`."""
+        success: dict[str, list[bool]] = {}
         for outcome in self.outcomes:
-            for name in (outcome.task, "all"):
-                won, total = counts.get(name, (0, 0))
-                counts[name] = won + outcome.success, total + 1
-        return {name: counts[name] for name in [*(n for n in counts if n != "all"), "all"] if name in counts}
+            success.setdefault(outcome.task, []).append(outcome.success)
+        success["all"] = [outcome.success for outcome in self.outcomes]
+        return {task: success_rate(sum(values), len(values)) for task, values in success.items()}
+
+    def table(self) -> str:
+        """Success by task with confidence intervals, and the latency, as text for a terminal."""
+        lines = [f"{task:<18} {rate}" for task, rate in self.rates().items()]
+        p50, p95 = np.percentile(1000 * np.array(self.seconds), [50, 95])
+        each = p50 / self.batch_size
+        latency = f"p50 {p50:.1f} ms, p95 {p95:.1f} ms ({each:.2f} ms per chunk)"
+        return "\n".join([*lines, f"latency of a call for {self.batch_size} chunks: {latency}"])
 
 
-def wilson(successes: int, total: int) -> tuple[float, float]:
-    """95 % confidence interval of a success rate (Wilson 1927); does not degenerate at 0 or all successes."""
-    interval = binomtest(successes, total).proportion_ci(0.95, method="wilson")
-    return float(interval.low), float(interval.high)
+@runtime_checkable
+class Driver(Protocol):
+    """Executes the policy's chunks in one episode."""
+
+    @property
+    def episode(self) -> Episode: ...
+
+    @property
+    def index(self) -> int: ...
+
+    @property
+    def over(self) -> bool: ...
+
+    @property
+    def step(self) -> int:
+        """Actions executed so far."""
+        ...
+
+    def asks(self) -> bool:
+        """Whether the policy has to answer now."""
+        ...
+
+    def observe(self) -> RawObservation:
+        """What the policy is asked with."""
+        ...
+
+    def receive(self, chunk: np.ndarray) -> None:
+        """Takes the policy's answer."""
+        ...
+
+    def advance(self) -> None:
+        """Executes actions; runs in a thread of its own."""
+        ...
+
+
+D = TypeVar("D", bound=Driver)
+
+
+def closed_loop(
+    policy: BatchPolicy,
+    simulator: Simulator,
+    begin: Callable[[int], D],
+    num_episodes: int,
+    seed: int,
+    *,
+    num_steps: int | None = None,
+    batch_size: int,
+    progress: str | None,
+) -> tuple[list[D], list[float]]:
+    """Runs episodes to their ends, several side by side; as soon as one ends the next takes its place.
+
+    Batches are filled up to one size, so that one program serves all. The noise of a chunk depends on the seed, the
+    episode and its step.
+
+    Args:
+        policy: a policy for the simulator's robot.
+        simulator: the simulator, whose robot is checked.
+        begin: starts the episode of an index.
+        num_episodes: number of episodes.
+        seed: seed of the noise.
+        num_steps: solver steps; None: the policy's.
+        batch_size: episodes that run side by side.
+        progress: title of a progress bar; None shows none.
+
+    Returns:
+        The drivers after their episodes, in order, and the seconds of each call of the policy but the first.
+
+    Raises:
+        UserError: the simulator is another robot's, or there is nothing to run.
+    """
+    if policy.robot.name != simulator.robot:
+        raise UserError(f"this policy is for the robot {policy.robot.name!r}; the environment has {simulator.robot!r}.")
+    if num_episodes < 1 or batch_size < 1:
+        raise UserError(f"{num_episodes} episodes in batches of {batch_size}; both have to be at least 1.")
+    batch_size, base = min(batch_size, num_episodes), jax.random.key(seed)
+    running, following = [begin(i) for i in range(batch_size)], iter(range(batch_size, num_episodes))
+    done: dict[int, D] = {}
+    seconds: list[float] = []
+    bar = tqdm(total=num_episodes, desc=progress, unit="episode", disable=progress is None)
+    with bar, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
+        while running:
+            asking = [driver for driver in running if driver.asks()]
+            if asking:
+                observations = list(threads.map(lambda driver: driver.observe(), asking))
+                rows = [*range(len(asking))] + [0] * (batch_size - len(asking))
+                index, step = (
+                    np.array(x) for x in zip(*((asking[i].index, asking[i].step) for i in rows), strict=True)
+                )
+                begun = time.perf_counter()
+                chunks = policy.infer_batch([observations[i] for i in rows], noise_keys(base, index, step), num_steps)
+                seconds.append(time.perf_counter() - begun)
+                for driver, chunk in zip(asking, chunks, strict=False):
+                    driver.receive(chunk)
+            list(threads.map(lambda driver: driver.advance(), running))
+            for driver in [driver for driver in running if driver.over]:
+                done[driver.index] = driver
+                driver.episode.close()
+                running.remove(driver)
+                running += [begin(index) for index in itertools.islice(following, 1)]
+                bar.update()
+    return [done[i] for i in range(num_episodes)], seconds[1:] or seconds
+
+
+@jax.jit
+def noise_keys(key: Key[jax.Array, ""], index: Int[jax.Array, "b"], step: Int[jax.Array, "b"]) -> Key[jax.Array, "b"]:
+    """Keys of the chunks that episodes `index` ask for at `step`."""
+    return jax.vmap(lambda i, n: jax.random.fold_in(jax.random.fold_in(key, i), n))(index, step)
 
 
 def roll_out(
-    policy: Policy,
-    suite: Suite,
+    policy: BatchPolicy,
+    simulator: Simulator,
     num_episodes: int,
     seed: int = 0,
     *,
     num_steps: int | None = None,
     batch_size: int = 64,
-    distract: bool = False,
-    film: Sequence[int] = (),
+    film: Iterable[int] = (),
     progress: str | None = None,
 ) -> Rollout:
     """Runs episodes in closed loop; each chunk's first `execute_steps` actions are executed, then the policy is asked.
 
-    As soon as an episode ends the next takes its place, so the batch stays full and one program serves all. Layouts
-    and noise depend on the seed and the episode alone, whatever the batch size.
+    Layouts and noise depend on the seed and the episode alone, whatever the batch size.
 
     Args:
-        policy: whose robot is the suite's.
-        suite: the simulator.
+        policy: a policy for the simulator's robot.
+        simulator: the simulator.
         num_episodes: number of episodes; episode i is of task i modulo the number of tasks.
         seed: other seeds give other layouts and other noise.
         num_steps: solver steps; None: the policy's.
         batch_size: episodes that run side by side.
-        distract: the instruction names another object than the one that is scored.
         film: indices of episodes to keep pictures of.
         progress: title of a progress bar; None shows none.
 
     Raises:
-        ValueError: the suite is another robot's, or there is nothing to run.
+        UserError: the simulator is another robot's, or there is nothing to run.
     """
-    check_run(policy, suite, num_episodes, batch_size)
-    batch_size = min(batch_size, num_episodes)
-    base = jax.random.key(seed)
-    outcomes: dict[int, Outcome] = {}
-    seconds = []
-    slots = [_Slot(i, suite.start(i, seed, distract=distract), i in film) for i in range(batch_size)]
-    # The first call compiles; it is not part of the latency.
-    policy.infer_batch([slot.episode.observe() for slot in slots], jax.random.split(base, batch_size), num_steps)
-    bar = tqdm(total=num_episodes, desc=progress, unit="episode", disable=progress is None)
-    with bar, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
+    filmed, steps = set(film), policy.config.execute_steps
 
-        def advance(slot: _Slot, actions: np.ndarray) -> None:
-            for action in actions[: policy.config.execute_steps]:
-                if not slot.over:
-                    slot.step(action)
+    def begin(index: int) -> _Slot:
+        return _Slot(index, simulator.start(index, seed), steps, filmed=index in filmed)
 
-        while len(outcomes) < num_episodes:
-            observations = list(threads.map(lambda slot: slot.episode.observe(), slots))
-            keys = jax.vmap(lambda i, n: jax.random.fold_in(jax.random.fold_in(base, i), n))(
-                np.array([slot.index for slot in slots]), np.array([slot.num_steps for slot in slots])
-            )
-            start = time.perf_counter()
-            chunks = policy.infer_batch(observations, keys, num_steps)
-            seconds.append(time.perf_counter() - start)
-            list(threads.map(advance, slots, chunks))
-            for place, slot in enumerate(slots):
-                if slot.over and slot.index not in outcomes:
-                    outcomes[slot.index] = slot.outcome()
-                    bar.update()
-                    following = max(s.index for s in slots) + 1
-                    if following < num_episodes:
-                        episode = suite.start(following, seed, distract=distract)
-                        slots[place] = _Slot(following, episode, following in film)
-    return Rollout(tuple(outcomes[i] for i in range(num_episodes)), batch_size, tuple(seconds))
-
-
-def check_run(policy: Policy, suite: Suite, num_episodes: int, batch_size: int) -> None:
-    """Raises ValueError where the suite is another robot's, or there is nothing to run."""
-    if policy.robot.name != suite.robot:
-        raise ValueError(f"this policy is for the robot {policy.robot.name!r}; the environment has {suite.robot!r}.")
-    if num_episodes < 1 or batch_size < 1:
-        raise ValueError(f"{num_episodes} episodes in batches of {batch_size}; both have to be at least 1.")
+    slots, seconds = closed_loop(
+        policy, simulator, begin, num_episodes, seed, num_steps=num_steps, batch_size=batch_size, progress=progress
+    )
+    return Rollout(tuple(slot.outcome() for slot in slots), min(batch_size, num_episodes), tuple(seconds))
 
 
 class _Slot:
-    """A place in the batch, and the episode that has it."""
+    """Executes the beginning of each chunk while the simulator waits for the next."""
 
-    def __init__(self, index: int, episode: Episode, filmed: bool):
-        self.index, self.episode, self.filmed = index, episode, filmed
-        self.over = self.success = False
-        self.num_steps = 0
-        self.actions: list[np.ndarray] = []
-        self.pictures = [episode.picture()] if filmed else []
+    def __init__(self, index: int, episode: Episode, execute_steps: int, *, filmed: bool):
+        self.index, self.episode, self._execute_steps = index, episode, execute_steps
+        self.over = self._success = False
+        self.step, self._prompt = 0, ""
+        self._actions: list[np.ndarray] = []
+        self._pictures = [episode.picture()] if filmed else []
 
-    def step(self, action: np.ndarray) -> None:
-        self.over, self.success = self.episode.step(action)
-        self.actions.append(action)
-        self.num_steps += 1
-        if self.filmed:
-            self.pictures.append(self.episode.picture())
+    def asks(self) -> bool:
+        return True
+
+    def observe(self) -> RawObservation:
+        raw = self.episode.observe()
+        self._prompt = self._prompt or raw["prompt"]
+        return raw
+
+    def receive(self, chunk: np.ndarray) -> None:
+        self._chunk = chunk
+
+    def advance(self) -> None:
+        for action in self._chunk[: self._execute_steps]:
+            self.over, self._success = self.episode.step(action)
+            self._actions.append(action)
+            self.step += 1
+            if self._pictures:
+                self._pictures.append(self.episode.picture())
+            if self.over:
+                return
 
     def outcome(self) -> Outcome:
-        task, prompt = self.episode.task, self.episode.prompt
-        actions = np.array(self.actions)
-        return Outcome(self.index, task, prompt, self.success, self.num_steps, actions, tuple(self.pictures))
-
-
-def table(rollout: Rollout) -> str:
-    """Success by task with confidence intervals, and the latency, as text for a terminal."""
-    lines = []
-    for name, (won, total) in rollout.rates().items():
-        low, high = wilson(won, total)
-        lines.append(f"{name:<18} {won:>4} of {total:<4} {won / total:>6.1%}   [{low:.1%}, {high:.1%}]")
-    p50, p95 = np.percentile(1000 * np.array(rollout.seconds), [50, 95])
-    lines.append(
-        f"latency of a call for {rollout.batch_size} chunks: p50 {p50:.1f} ms, p95 {p95:.1f} ms "
-        f"({p50 / rollout.batch_size:.2f} ms a chunk)"
-    )
-    return "\n".join(lines)
+        actions, pictures = np.array(self._actions), tuple(self._pictures)
+        return Outcome(self.index, self.episode.task, self._prompt, self._success, self.step, actions, pictures)

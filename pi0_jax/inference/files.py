@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from pi0_jax.errors import require_package
+
 FORMATS = """an .npz with the arrays images/<camera>, state and prompt, or a .json
   {"images": {"<camera>": "<picture beside the file>", ...}, "state": [...], "prompt": "..."}"""
 
@@ -72,6 +74,7 @@ def save_observation(path: str | Path, observation: dict[str, Any]) -> None:
 
 def plot_chunk(actions: np.ndarray, names: tuple[str, ...], path: str | Path, title: str) -> None:
     """Draws a chunk `[ah, d]`, one line a dimension, and saves the picture."""
+    require_package("matplotlib", "report", "plotting a chunk")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")

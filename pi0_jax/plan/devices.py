@@ -91,7 +91,7 @@ def _tpus(topology: str) -> list[Any]:
     except Exception as error:  # whatever libtpu raises
         if importlib.util.find_spec("libtpu") is None:
             raise UserError(
-                f"a plan for {topology} is compiled by libtpu, which is not installed: pip install 'pi0_jax[tpu]'. It "
+                f"a plan for {topology} is compiled by libtpu, which is not installed: pip install -e '.[tpu]'. It "
                 "needs no TPU. Plans for GPUs, such as h100:8, need nothing."
             ) from error
         raise UserError(

@@ -6,6 +6,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 
+from pi0_jax.errors import UserError, require_package
 from pi0_jax.flow.path import Chunk, Velocity
 
 
@@ -28,16 +29,12 @@ def integrate_exactly(
         max_steps: steps after which it gives up.
 
     Raises:
-        ImportError: diffrax is not installed.
-        ValueError: unknown solver.
+        UserError: diffrax is not installed, or the solver is unknown.
     """
-    try:
-        import diffrax
-    except ImportError as error:
-        raise ImportError("the exact sampler needs diffrax: pip install 'pi0_jax[exact]'") from error
+    diffrax = require_package("diffrax", "exact", "the exact sampler")
     solvers = {"tsit5": diffrax.Tsit5, "dopri5": diffrax.Dopri5}
     if solver not in solvers:
-        raise ValueError(f"unknown solver {solver!r}; choose tsit5 or dopri5.")
+        raise UserError(f"unknown solver {solver!r}; choose tsit5 or dopri5.")
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(lambda t, x, _: velocity(x, jnp.asarray(t, jnp.float32))),
         solvers[solver](),

@@ -1,10 +1,10 @@
-"""The interface of a policy behind the server: `robot_policy` implements it for a checkpoint, `replicas` for a fleet."""
+"""The interface of a policy behind the server; `robot_policy` implements it for a checkpoint, `replicas` for fleets."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 
 @dataclasses.dataclass
@@ -22,6 +22,7 @@ class Session:
         self.answered, self.memory = 0, None
 
 
+@runtime_checkable
 class PolicyBackend(Protocol):
     """A policy as the server calls it. `validate` may run in many threads at once, `infer_batch` in `parallel` of them,
     and never for one session in two."""

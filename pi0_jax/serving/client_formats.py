@@ -13,23 +13,12 @@ import numpy as np
 from pi0_jax.data.robots import Robot
 from pi0_jax.errors import UserError
 
-_DROID = {
-    "exterior_image_1_left": "base_0_rgb",
-    "exterior_image_0_left": "base_0_rgb",  # RoboArena counts from 0
-    "wrist_image_left": "left_wrist_0_rgb",
-}
-ALIASES = {"droid": _DROID, "droid_velocity": _DROID, "libero": {"wrist_image": "left_wrist_0_rgb"}}
-"""For robots by name, what openpi's clients call a camera, where it is not the last part of the feature's name."""
-UNUSED = {"aloha": {"cam_low"}}
-"""Cameras that openpi's clients send and no policy reads."""
 PREFIXES = ("observation.images.", "observation/images/", "observation/", "images/")
 STATES = ("state", "observation/state", "observation.state")
 REAL_TIME = ("previous", "delay")
 """Entries of an observation whose chunk is to continue the one in execution."""
 MAX_PROMPT = 10_000
 """Characters; a model reads a few hundred, and a longer one would only take time."""
-PIECES = ("observation/joint_position", "observation/gripper_position")
-"""A state in two parts, DROID's."""
 
 
 def read_request(request: Any, robot: Robot, prompt: str | None = None) -> dict[str, Any]:
@@ -87,23 +76,24 @@ def read_executed(request: dict[str, Any]) -> int | None:
 
 def _images(request: dict[str, Any], robot: Robot) -> dict[Any, Any]:
     names = {feature.rpartition(".")[2]: camera for feature, camera in robot.cameras.items()}
-    names |= ALIASES.get(robot.name, {}) | {camera: camera for camera in robot.cameras.values()}
+    names |= {**robot.clients.cameras} | {camera: camera for camera in robot.cameras.values()}
     nested = request.get("images")
     if nested is not None and not isinstance(nested, dict):
         raise UserError(f"`images` came as {type(nested).__name__}; expected a map by camera.")
-    found = {str(name): image for name, image in (nested or {}).items()}
+    images = {str(name): image for name, image in (nested or {}).items()}
     for key, image in request.items():
         short = next((key.removeprefix(p) for p in PREFIXES if isinstance(key, str) and key.startswith(p)), "")
         if short in names:
-            found[short] = image
-    if nested is None and not found and robot.cameras:
+            images[short] = image
+    if nested is None and not images and robot.cameras:
         keys = sorted(str(key) for key in request if key not in ("state", "prompt"))[:20]
         raise UserError(
             f"a request has no picture of {robot.name}'s cameras; it has {keys}. Send `images` with "
             f"{list(robot.cameras.values())}, or openpi's {[f'observation/{name}' for name in names]}."
         )
-    unused = UNUSED.get(robot.name, set())
-    return {names.get(name, name): _channels_last(image) for name, image in found.items() if name not in unused}
+    for name in robot.clients.unused_cameras:
+        images.pop(name, None)
+    return {names.get(name, name): _channels_last(image) for name, image in images.items()}
 
 
 def _channels_last(image: Any) -> Any:
@@ -115,8 +105,9 @@ def _state(request: dict[str, Any], robot: Robot) -> Any:
     for key in STATES:
         if key in request:
             return request[key]
-    if all(key in request for key in PIECES):
-        return np.concatenate([np.atleast_1d(np.asarray(request[key], np.float32)) for key in PIECES])
+    pieces = [np.atleast_1d(np.asarray(request[key], np.float32)) for key in robot.clients.state if key in request]
+    if pieces and len(pieces) == len(robot.clients.state):
+        return np.concatenate(pieces)
     raise UserError(
         f"a request lacks the state; it has {sorted(map(str, request))[:20]}. Send `state` (or `observation/state`): "
         f"{', '.join(robot.state)}."

@@ -19,9 +19,6 @@ from pi0_jax.inference.policy import Policy, check_batch_sizes
 from pi0_jax.serving.backend import Session
 from pi0_jax.serving.client_formats import read_executed, read_request, read_seed
 
-RESET_POSE = {"aloha": [0.0, -1.5, 1.5, 0.0, 0.0, 0.0]}
-"""Where openpi's client moves a robot's arms before an episode, radians; openpi's metadata say so too."""
-
 
 @dataclasses.dataclass(frozen=True)
 class ValidatedRequest:
@@ -51,7 +48,7 @@ def validate_request(
     to_check = raw
     if executed is not None and raw.get("previous") is None:  # so that `delay` is checked
         to_check = raw | {"previous": np.zeros((1, len(robot.actions)))}
-    checked = check_observation(to_check, robot)
+    checked: dict[str, Any] = {**check_observation(to_check, robot)}
     observation = raw | {key: checked[key] for key in ("images", "state", "prompt")}
     if not real_time and ("previous" in raw or executed is not None):
         raise UserError("`previous` and `executed` need a server with --real-time, which compiles what they take.")
@@ -152,7 +149,7 @@ def describe(config: PolicyConfig, real_time: bool = False) -> dict[str, Any]:
         "fps": robot.fps,
         "real_time": real_time,
     }
-    return metadata | ({"reset_pose": RESET_POSE[robot.name]} if robot.name in RESET_POSE else {})
+    return metadata | ({"reset_pose": list(robot.clients.reset_pose)} if robot.clients.reset_pose else {})
 
 
 def describe_for_roboarena(config: PolicyConfig) -> dict[str, Any]:
@@ -161,8 +158,8 @@ def describe_for_roboarena(config: PolicyConfig) -> dict[str, Any]:
     Raises:
         UserError: it is not a policy for DROID, the robot of RoboArena.
     """
-    spaces = {"droid": "joint_position", "droid_velocity": "joint_velocity"}
-    if config.robot not in spaces:
+    space = get_robot(config.robot).clients.action_space
+    if space is None:
         raise UserError(f"RoboArena's robots are DROID's; this policy is for {config.robot!r}.")
     size = config.model.vision.image_size
     return {
@@ -171,5 +168,5 @@ def describe_for_roboarena(config: PolicyConfig) -> dict[str, Any]:
         "n_external_cameras": 1,
         "needs_stereo_camera": False,
         "needs_session_id": False,
-        "action_space": spaces[config.robot],
+        "action_space": space,
     }

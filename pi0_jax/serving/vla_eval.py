@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 from anyio.to_thread import run_sync
+from vla_eval import specs
 from vla_eval.model_servers.base import SessionContext
 from vla_eval.model_servers.predict import PredictModelServer
-from vla_eval.specs import GRIPPER_CLOSE_POS, IMAGE_RGB, LANGUAGE, POSITION_DELTA, RAW, ROTATION_AA, DimSpec
+from vla_eval.specs import IMAGE_RGB, LANGUAGE, RAW, DimSpec
 
 from pi0_jax.serving.backend import Session
 from pi0_jax.serving.robot_policy import RobotPolicy
@@ -42,9 +43,8 @@ class Pi0ModelServer(PredictModelServer):
         self._sessions.pop(ctx.session_id, None)
 
     def get_action_spec(self) -> dict[str, DimSpec]:
-        if self._backend.policy.robot.name == "libero":
-            return {"position": POSITION_DELTA, "rotation": ROTATION_AA, "gripper": GRIPPER_CLOSE_POS}
-        return {"actions": RAW}
+        groups = self._backend.policy.robot.clients.action_spec or {"actions": "RAW"}
+        return {name: getattr(specs, spec) for name, spec in groups.items()}
 
     def get_observation_spec(self) -> dict[str, DimSpec]:
         return {"image": IMAGE_RGB, "state": RAW, "language": LANGUAGE}

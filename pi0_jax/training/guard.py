@@ -18,6 +18,8 @@ _log = logging.getLogger(__name__)
 class Diverged(FloatingPointError):
     """Losses or gradients were not finite too often, or the weights are not; the message names step and number."""
 
+    exit_code = 1
+
 
 class Guard:
     """Counts the skipped updates of a run, including those before it was resumed.

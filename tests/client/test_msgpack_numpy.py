@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pi0_client import msgpack_numpy
+import pi0_client
+import pi0_jax.serving
 from pi0_client.msgpack_numpy import Limits, WireError, pack, unpack
 
 
@@ -144,6 +145,6 @@ def test_all_that_msgpack_writes_is_decoded(value):
 
 
 def test_no_pickle_is_within_reach_of_the_network():
-    for path in Path(msgpack_numpy.__file__).parent.glob("*.py"):
+    for path in (path for package in (pi0_client, pi0_jax.serving) for path in Path(package.__path__[0]).glob("*.py")):
         names = {node.names[0].name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import)}
         assert not names & {"pickle", "dill", "cloudpickle", "marshal", "shelve"}, path

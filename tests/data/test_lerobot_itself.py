@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pi0_jax.data.lerobot import LeRobotDataset
 from pi0_jax.data.lerobot.merge import convert
-from pi0_jax.data.lerobot.reader import LeRobotDataset
 from pi0_jax.data.rlds.reader import RldsDataset
 from pi0_jax.data.source import Renamed
 from tests.data.formats import RLDS_KEYS, write_rlds, write_v2
@@ -24,10 +24,10 @@ pytestmark = pytest.mark.skipif(
 
 
 def record(root: Path) -> None:
-    pytest.importorskip("mujoco", reason="the simulator is not installed: pip install pi0_jax[sim]")
-    from pi0_jax.evaluate.simulators.tabletop.record import record
+    pytest.importorskip("mujoco", reason="the simulator is not installed: pip install -e '.[sim]'")
+    from pi0_jax.evaluate.record import Source, record
 
-    record(root, num_episodes=4, workers=1)
+    record(root, Source("tabletop"), num_episodes=4, workers=1)
 
 
 def from_v21(root: Path) -> None:
@@ -35,7 +35,7 @@ def from_v21(root: Path) -> None:
 
 
 def from_rlds(root: Path) -> None:
-    pytest.importorskip("tensorflow_datasets", reason="RLDS cannot be read: pip install pi0_jax[rlds]")
+    pytest.importorskip("tensorflow_datasets", reason="RLDS cannot be read: pip install -e '.[rlds]'")
     source = Renamed(RldsDataset(write_rlds(root.parent / "rlds"), fps=5), RLDS_KEYS)
     convert(source, root, "tabletop", workers=1, episodes_per_piece=2)
 

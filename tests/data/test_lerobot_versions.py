@@ -8,7 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pi0_jax.data.lerobot.reader import LeRobotDataset, find_dataset
+from pi0_jax.data.files import find_dataset
+from pi0_jax.data.lerobot import LeRobotDataset
 from pi0_jax.data.source import BadEpisode, Renamed
 from pi0_jax.data.video import FrameReader, VideoWriter
 from tests.data.conftest import FEATURES, LENGTHS, TASKS, episode, scene, write
@@ -137,7 +138,7 @@ def test_shapes_with_channels_first_are_turned_round(tmp_path):
 
 
 def test_tasks_may_change_within_an_episode(tmp_path):
-    from pi0_jax.data.lerobot.reader import LeRobotWriter
+    from pi0_jax.data.lerobot import LeRobotWriter
 
     texts = ["reach"] * 4 + ["push"] * 5
     with LeRobotWriter(tmp_path / "data", 5, "tabletop", FEATURES) as writer:
@@ -302,5 +303,5 @@ def test_the_hub_is_asked_only_for_its_own_paths(tmp_path, monkeypatch):
         assert str(find_dataset("hf://owner/name", offline)) == "/there"
         assert asked.pop() == (("owner/name",), {"repo_type": "dataset", "local_files_only": offline})
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ValueError, match=r"pip install pi0_jax\[hub\]"):
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[hub\]'"):
         find_dataset("hf://owner/name")

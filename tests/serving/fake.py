@@ -5,29 +5,45 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from websockets.client import ClientProtocol
+from websockets.protocol import State
+from websockets.uri import parse_uri
 
+from pi0_client.client import Client, ServerError
+from pi0_client.msgpack_numpy import pack
 from pi0_jax.serving.server import PolicyServer
 from pi0_jax.serving.settings import Settings
 
+STATE = {"state": np.array([1.0, 2.0], np.float32)}
+"""A request of `FakePolicy`."""
+
 
 class FakePolicy:
-    """Its chunk is a function of the state and of how many requests the session has had."""
+    """Its chunk is a function of the state and of the session's number of answers.
 
-    batch_sizes = (1, 2, 4, 8)
+    Args:
+        seconds: duration of an inference.
+        gate: an inference does not end before this is set.
+    """
+
+    batch_sizes: tuple[int, ...] = (1, 2, 4, 8)
     parallel = 1
 
-    def __init__(self, seconds: float = 0.0):
+    def __init__(self, seconds: float = 0.0, gate: threading.Event | None = None):
         self.metadata = {"robot": "fake", "actions": ["a", "b"]}
-        self.seconds = seconds
+        self.seconds, self.gate = seconds, gate
         self.batches: list[int] = []
         self.warm = False
 
@@ -46,13 +62,14 @@ class FakePolicy:
         assert self.warm
         self.batches.append(len(observations))
         time.sleep(self.seconds)
+        assert self.gate is None or self.gate.wait(30)
         if any(observation.get("crash") for observation in observations):
             raise RuntimeError("secret detail")
         pairs = zip(observations, sessions, strict=True)
         return [self.answer(o["state"], session.answered, o.get("nan", False)) for o, session in pairs]
 
     def answer(self, state, answered: int, nan: bool = False) -> dict[str, Any]:
-        """What a client should get."""
+        """The expected answer."""
         actions = np.outer(np.arange(1, 4, dtype=np.float32), state) + answered
         if nan:
             actions[1, 1] = np.nan
@@ -98,3 +115,40 @@ def command(run: Path, log: Path, *flags: str) -> Iterator[tuple[str, subprocess
     finally:
         process.kill()
         process.communicate()
+
+
+def get(server, path: str, **headers: str) -> tuple[int, str]:
+    """Status and body of a page of the server's."""
+    request = urllib.request.Request(server.uri.replace("ws", "http", 1) + path, headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def attempt(client: Client, request: dict):
+    try:
+        return client.infer(request)
+    except (ServerError, OSError) as error:
+        return str(error)
+
+
+def wait_until(condition, seconds: float = 10.0) -> None:
+    end = time.perf_counter() + seconds
+    while not condition():
+        assert time.perf_counter() < end, "it never happened"
+        threading.Event().wait(0.005)
+
+
+def raw_connection(server, request=STATE) -> socket.socket:
+    """A socket over which a client connected and sent a request, and that nobody reads."""
+    protocol = ClientProtocol(parse_uri(server.uri))
+    connection = socket.create_connection(("127.0.0.1", int(server.uri.rpartition(":")[2])))
+    protocol.send_request(protocol.connect())
+    connection.sendall(b"".join(protocol.data_to_send()))
+    while protocol.state is not State.OPEN:
+        protocol.receive_data(connection.recv(1 << 16))
+    protocol.send_binary(pack(request))
+    connection.sendall(b"".join(protocol.data_to_send()))
+    return connection

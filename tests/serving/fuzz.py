@@ -1,4 +1,4 @@
-"""Frames that no client should send, and a driver that sends them while others are being served."""
+"""Invalid frames, and a driver that sends them while another client is served."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Clients that others wrote, as they are, against our servers.
+"""Clients of other projects, unmodified, against our servers.
 
 openpi's and inspect-robots' run in an interpreter of their own, which PI0_CLIENTS_PYTHON names. To make one:
 
@@ -84,11 +84,11 @@ def test_openpis_client_gets_the_chunks_of_this_process(policy, tmp_path):
     np.savez(tmp_path / "requests.npz", **columns)
     with serving(RobotPolicy(policy, (1,))) as server:
         files = (tmp_path / "requests.npz", tmp_path / "answers.npy")
-        told = json.loads(run_client("openpi.py", "openpi_client", server.uri, *files))
-    assert told["metadata"]["actions"] == ["dx", "dy", "dz"]
-    assert told["timing"] == ["infer_ms", "prev_total_ms", "wait_ms"]
-    assert "lacks the state" in told["error"]
-    assert "Traceback" not in told["error"]
+        result = json.loads(run_client("openpi.py", "openpi_client", server.uri, *files))
+    assert result["metadata"]["actions"] == ["dx", "dy", "dz"]
+    assert result["timing"] == ["infer_ms", "prev_total_ms", "wait_ms"]
+    assert "lacks the state" in result["error"]
+    assert "Traceback" not in result["error"]
     for i, chunk in enumerate(np.load(tmp_path / "answers.npy")):
         images = {name: columns[f"observation/{name}"][i] for name in ("top", "tool")}
         observation = {"images": images, "state": columns["observation/state"][i], "prompt": "reach it"}
@@ -117,7 +117,7 @@ def test_inspect_robots_franka_acts_by_a_droid_policy(droid, tmp_path):
     np.testing.assert_allclose(np.load(tmp_path / "answer.npy"), np.hstack([joints, 1 - chunk[:, 7:]]))
 
 
-def test_an_exchange_as_roboarenas_evaluators_have_it(droid):
+def test_roboarenas_protocol_works(droid):
     served = RobotPolicy(droid, (1,))
     served.metadata = describe_for_roboarena(droid.config)
     rng = np.random.default_rng(1)
@@ -152,9 +152,9 @@ def vla_eval_observation(n: int) -> dict:
     return {"images": images, "states": rng.normal(size=6) / 10, "task_description": "reach the red block"}
 
 
-def test_vla_evals_connection_gets_one_action_after_another_of_batched_chunks(policy):
+def test_vla_evals_connection_gets_the_actions_of_batched_chunks(policy):
     anyio = pytest.importorskip("anyio")
-    pytest.importorskip("vla_eval", reason="vla-eval is not installed: pip install 'pi0_jax[vla-eval]'")
+    pytest.importorskip("vla_eval", reason="vla-eval is not installed: pip install -e '.[vla-eval]'")
     from vla_eval.connection import Connection
     from vla_eval.model_servers.serve import serve_async
 
@@ -193,8 +193,8 @@ def test_vla_evals_connection_gets_one_action_after_another_of_batched_chunks(po
         np.testing.assert_allclose(taken, expected, atol=1e-5)
 
 
-def test_vla_eval_gets_no_actions_that_are_not_finite_and_batches_beyond_the_compiled_are_divided(policy):
-    pytest.importorskip("vla_eval", reason="vla-eval is not installed: pip install 'pi0_jax[vla-eval]'")
+def test_vla_eval_gets_finite_actions_only_and_large_batches_are_divided(policy):
+    pytest.importorskip("vla_eval", reason="vla-eval is not installed: pip install -e '.[vla-eval]'")
     from vla_eval.model_servers.base import SessionContext
 
     from pi0_jax.serving.vla_eval import Pi0ModelServer
@@ -211,7 +211,7 @@ def test_vla_eval_gets_no_actions_that_are_not_finite_and_batches_beyond_the_com
 
 def test_the_command_serves_vla_eval_and_ends_on_sigterm(checkpoint_folder, tmp_path):
     anyio = pytest.importorskip("anyio")
-    pytest.importorskip("vla_eval", reason="vla-eval is not installed: pip install 'pi0_jax[vla-eval]'")
+    pytest.importorskip("vla_eval", reason="vla-eval is not installed: pip install -e '.[vla-eval]'")
     from vla_eval.connection import Connection
 
     async def ask(uri: str) -> np.ndarray:

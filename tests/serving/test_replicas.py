@@ -22,7 +22,7 @@ def drive(uri: str, n: int) -> np.ndarray:
 
 
 def test_replicas_give_the_answers_of_one_policy(checkpoint_folder, tmp_path):
-    pytest.importorskip("ray.serve", reason="Ray Serve is not installed: pip install 'pi0_jax[ray]'")
+    pytest.importorskip("ray.serve", reason="Ray Serve is not installed: pip install -e '.[ray]'")
     flags = ("--replicas", "2", "--batch-sizes", "1", "2", "--real-time")
     with (
         command(checkpoint_folder, tmp_path / "log", *flags) as (uri, _),

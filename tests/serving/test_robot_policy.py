@@ -1,4 +1,4 @@
-"""A checkpoint behind the server: what clients may call things, and that batches change nothing."""
+"""A checkpoint behind the server: formats of clients, batches, and the command."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def policy(checkpoint_folder):
 
 @pytest.fixture(scope="module")
 def server(policy):
-    with serving(RobotPolicy(policy, (1, 4)), window_ms=200) as server:
+    with serving(RobotPolicy(policy, (1, 4)), window_ms=200.0) as server:
         yield server
 
 
@@ -86,7 +86,7 @@ def test_once_it_is_ready_nothing_compiles(checkpoint_folder):
     assert not [name for name in compiled if "compile" in name]
 
 
-def test_other_requests_of_a_session_get_other_noise():
+def test_each_request_of_a_session_gets_its_own_noise():
     keys = noise_keys([Session("a"), Session("b"), Session("a", 1), (3,), (0, 3)], base=3)
     words = np.asarray(jax.random.key_data(keys))
     np.testing.assert_array_equal(words[0], words[1])
@@ -94,7 +94,7 @@ def test_other_requests_of_a_session_get_other_noise():
     assert len({tuple(row) for row in words}) == 3
 
 
-def test_a_wrong_observation_is_told_what_is_wrong(server):
+def test_errors_say_what_is_wrong_with_an_observation(server):
     with Client(server.uri) as client:
         with pytest.raises(ServerError, match=r"lacks cameras \['tool'\]"):
             client.infer(observation() | {"images": {"top": IMAGE}})
@@ -150,7 +150,7 @@ def test_a_wrong_observation_is_told_what_is_wrong(server):
         ),
     ],
 )
-def test_what_openpis_clients_send_is_understood(robot, request_, images, state):
+def test_formats_of_openpis_clients_are_accepted(robot, request_, images, state):
     robot = get_robot(robot)
     for prompt in ("pick it up", b"pick it up", np.array("pick it up")):
         checked = check_observation(read_request(request_ | {"prompt": prompt}, robot), robot)
@@ -162,7 +162,7 @@ def test_what_openpis_clients_send_is_understood(robot, request_, images, state)
     assert read_request(request_, robot, "default")["prompt"] == "default"
 
 
-def test_requests_that_are_none_are_refused():
+def test_malformed_requests_are_refused():
     robot = get_robot("tabletop")
     for request, message in (
         ([1], "came as list"),
@@ -177,12 +177,12 @@ def test_requests_that_are_none_are_refused():
             read_seed({"seed": seed})
 
 
-def test_roboarenas_greeting_is_for_droid(policy):
+def test_roboarenas_metadata_are_for_droid_alone(policy):
     with pytest.raises(ValueError, match="this policy is for 'tabletop'"):
         describe_for_roboarena(policy.config)
 
 
-def test_the_command_serves_logs_json_and_ends_well_on_sigterm(checkpoint_folder, tmp_path):
+def test_the_command_logs_json_and_ends_with_0_on_sigterm(checkpoint_folder, tmp_path):
     with (
         command(checkpoint_folder, tmp_path / "log", "--log", "json", "--batch-sizes", "1") as (uri, process),
         Client(uri) as client,
@@ -196,7 +196,7 @@ def test_the_command_serves_logs_json_and_ends_well_on_sigterm(checkpoint_folder
     assert messages[-1] == "stopped"
 
 
-def test_the_command_refuses_a_network_without_a_token_before_it_loads_anything(tmp_path, capsys, monkeypatch):
+def test_the_command_refuses_a_network_without_a_token_before_loading(tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("PI0_TOKEN", raising=False)
     assert cli.main(["serve", str(tmp_path / "none"), "--host", "0.0.0.0"]) == 1
     assert "everybody in the network" in capsys.readouterr().err
@@ -206,7 +206,7 @@ def test_the_command_refuses_a_network_without_a_token_before_it_loads_anything(
     assert os.environ["PI0_TOKEN"] == "short"
 
 
-def test_the_command_finds_out_before_it_loads_anything_what_it_will_lack(tmp_path, capsys, monkeypatch):
+def test_the_command_names_what_is_missing_before_loading(tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("PI0_TOKEN", raising=False)
     monkeypatch.setattr(logs, "set_up", lambda form: None)
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -218,7 +218,7 @@ def test_the_command_finds_out_before_it_loads_anything_what_it_will_lack(tmp_pa
     for name in [name for name in sys.modules if name.startswith("vla_eval.")]:
         monkeypatch.delitem(sys.modules, name)
     assert cli.main(["serve", str(tmp_path / "none"), "--port", "0", "--protocol", "vla-eval"]) == 1
-    assert "pip install 'pi0_jax[vla-eval]'" in capsys.readouterr().err
+    assert "pip install -e '.[vla-eval]'" in capsys.readouterr().err
     assert cli.main(["serve", str(tmp_path / "none"), "--port", "0"]) == 1
     assert "no checkpoint at" in capsys.readouterr().err
     with pytest.raises(SystemExit):
@@ -226,7 +226,7 @@ def test_the_command_finds_out_before_it_loads_anything_what_it_will_lack(tmp_pa
     assert "pi0 serve runs/tabletop --host 0.0.0.0 --token-file" in capsys.readouterr().out
 
 
-def test_a_session_goes_on_from_the_chunk_in_execution(policy):
+def test_a_session_continues_the_chunk_in_execution(policy):
     with serving(RobotPolicy(policy, (1,), real_time=True)) as server, Client(server.uri) as client:
         first = client.infer(observation(), seed=1)["actions"]
         by_server = client.infer(observation(1) | {"executed": 2, "delay": 1}, seed=2)["actions"]

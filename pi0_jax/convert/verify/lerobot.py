@@ -29,7 +29,7 @@ def check_installed() -> None:
     if importlib.util.find_spec("lerobot") is None or importlib.util.find_spec("torch") is None:
         raise UserError(
             "--verify-with lerobot runs LeRobot itself, which is not installed here. In an environment with Python "
-            "3.12 or newer: pip install pi0_jax 'lerobot[pi]==0.6.1', and run the same command there."
+            "3.12 or newer: pip install . 'lerobot[pi]==0.6.1', and run the same command there."
         )
 
 

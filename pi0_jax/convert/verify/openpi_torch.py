@@ -32,7 +32,7 @@ def check_installed() -> None:
     if missing:
         raise UserError(
             f"--verify-with openpi-torch runs openpi's PyTorch model itself, and {', '.join(missing)} is not installed "
-            "here. In an environment of its own, with Python 3.11: pip install pi0_jax torch transformers==4.53.2; "
+            "here. In an environment of its own, with Python 3.11: pip install . torch transformers==4.53.2; "
             "pip install --no-deps git+https://github.com/Physical-Intelligence/openpi; and copy openpi's "
             "src/openpi/models_pytorch/transformers_replace/* over the installed transformers."
         )

@@ -25,7 +25,8 @@ ROBOT = Robot(
             "exterior_image_1_left": "base_0_rgb",
             "exterior_image_0_left": "base_0_rgb",  # RoboArena counts from 0
             "wrist_image_left": "left_wrist_0_rgb",
-        }
+        },
+        action_space="joint_position",
     ),
     rlds=RldsNames(
         {

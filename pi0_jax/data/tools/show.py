@@ -43,9 +43,10 @@ def show(datasets: Sequence[OpenDataset], output: Path, episodes: int, rerun: Pa
         rerun: Rerun recording to write the same episodes to; None: none.
 
     Raises:
-        UserError: a frame cannot be read; Rerun is asked for and not installed.
+        UserError: a frame cannot be read; matplotlib, or Rerun if requested, is not installed.
         OSError: the file cannot be written.
     """
+    require_package("matplotlib", "report", "pi0 data show")
     body = "".join(_section(dataset, episodes) for dataset in datasets)
     style = (
         "body{font:14px sans-serif;margin:2em;max-width:1200px}img{max-width:100%}"

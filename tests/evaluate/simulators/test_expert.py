@@ -6,7 +6,7 @@ import pytest
 from pi0_jax.evaluate.simulators.tabletop.expert import expert_action
 from pi0_jax.evaluate.simulators.tabletop.scene import MAX_ACTION
 from pi0_jax.evaluate.simulators.tabletop.tabletop import TabletopEnv
-from pi0_jax.evaluate.simulators.tabletop.tasks import SUITES, TASKS, Snapshot, episode_seed
+from pi0_jax.evaluate.simulators.tabletop.tasks import TASK_SETS, TASKS, Snapshot, episode_seed
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def finish(env: TabletopEnv) -> bool:
     return terminated
 
 
-@pytest.mark.parametrize("task", sum(SUITES.values(), ()), ids=lambda task: task.name)
+@pytest.mark.parametrize("task", sum(TASK_SETS.values(), ()), ids=lambda task: task.name)
 def test_expert_solves_every_task_on_fresh_layouts(env, task):
     successes = []
     for index in range(10):

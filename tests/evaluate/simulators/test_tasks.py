@@ -10,7 +10,7 @@ import pytest
 from pi0_jax.evaluate.simulators.tabletop import tasks
 from pi0_jax.evaluate.simulators.tabletop.tasks import (
     OBJECTS,
-    SUITES,
+    TASK_SETS,
     TASKS,
     Snapshot,
     Task,
@@ -43,7 +43,7 @@ def test_every_instruction_names_its_object():
 
 
 def test_tasks_are_found_by_name_and_others_are_listed():
-    assert all(find_task(task.name) is task for suite in SUITES.values() for task in suite)
+    assert all(find_task(task.name) is task for group in TASK_SETS.values() for task in group)
     with pytest.raises(ValueError, match=r"'juggle'.*reach_red_block"):
         find_task("juggle")
 

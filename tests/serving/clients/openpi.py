@@ -20,9 +20,9 @@ for i in range(len(columns["prompt"])):
     chunks.append(answer["actions"])
 client.reset()
 np.save(answers, np.stack(chunks))
-told = {"metadata": client.get_server_metadata(), "timing": sorted(answer["server_timing"])}
+result = {"metadata": client.get_server_metadata(), "timing": sorted(answer["server_timing"])}
 try:
     client.infer({"prompt": "nothing else"})
 except RuntimeError as error:
-    told["error"] = str(error)
-print(json.dumps(told))
+    result["error"] = str(error)
+print(json.dumps(result))

@@ -1,14 +1,66 @@
 """The embedded simulator: a language-conditioned tabletop that needs no GPU, no display and no GL.
 
 Importing this package registers `pi0_jax/Tabletop-v0` with Gymnasium. `tasks` is plain numpy and always importable;
-everything else needs the optional extra, `pip install pi0_jax[sim]`.
+everything else needs the optional extra, `pip install -e '.[sim]'`.
 """
 
+from __future__ import annotations
+
 import contextlib
+
+import numpy as np
+
+from pi0_jax.errors import UserError, require_package
+from pi0_jax.evaluate.simulators import MAX_DEMONSTRATIONS, Simulator
+from pi0_jax.evaluate.simulators.tabletop.tasks import TASK_SETS, episode_seed
 
 with contextlib.suppress(ImportError):
     import gymnasium
 
     gymnasium.register(
         id="pi0_jax/Tabletop-v0", entry_point="pi0_jax.evaluate.simulators.tabletop.tabletop:TabletopEnv"
+    )
+
+ROBOT = "tabletop"
+
+
+def make(*, tasks: str = "objects", counterfactual: bool = False, image_size: int = 48) -> Simulator:
+    """The tabletop as a simulator.
+
+    Args:
+        tasks: one of `TASK_SETS`.
+        counterfactual: the instruction names another object than the one that is scored.
+        image_size: side of the observed images, pixels.
+    """
+    for package in ("gymnasium", "mujoco"):
+        require_package(package, "sim", "the tabletop")
+    from pi0_jax.evaluate.simulators.gym import GymSimulator, Start
+    from pi0_jax.evaluate.simulators.tabletop.expert import expert_action
+    from pi0_jax.evaluate.simulators.tabletop.scene import CONTROL_HZ, MAX_ACTION
+    from pi0_jax.evaluate.simulators.tabletop.tabletop import TabletopEnv
+
+    if tasks not in TASK_SETS:
+        raise UserError(f"tasks is {tasks!r}; expected {' or '.join(TASK_SETS)}.")
+    chosen = TASK_SETS[tasks]
+
+    def layout(index: int, seed: int, split: str, attempt: int) -> Start:
+        seed = episode_seed(split, attempt * MAX_DEMONSTRATIONS + index, seed)
+        task = chosen[index % len(chosen)]
+        options = {"task": task.name}
+        if counterfactual:
+            rng = np.random.default_rng(seed)
+            others = [other for other in chosen if other.kind == task.kind and other.object != task.object]
+            options["prompt"] = str(rng.choice(others[rng.integers(len(others))].prompts))
+        return Start(task.name, seed, options)
+
+    return GymSimulator(
+        make=lambda task: TabletopEnv(image_size=image_size, lazy_images=True),
+        robot=ROBOT,
+        fps=CONTROL_HZ,
+        tasks=tuple(task.name for task in chosen),
+        observe=lambda env, _: env.observe(),
+        layout=layout,
+        picture=lambda env: env.draw_view("view", 160),
+        expert=lambda env, _: expert_action(env.task, env.snapshot()),
+        random_action=lambda rng: rng.uniform(-MAX_ACTION, MAX_ACTION, 3).astype(np.float32),
     )

@@ -9,13 +9,11 @@ import functools
 import string
 from typing import Any
 
-try:
-    import gymnasium
-    import mujoco
-except ImportError as error:
-    raise ImportError("the tabletop needs MuJoCo and Gymnasium: pip install pi0_jax[sim]") from error
+import gymnasium
+import mujoco
 import numpy as np
 
+from pi0_jax.data.robots import RawObservation
 from pi0_jax.evaluate.simulators.tabletop import scene
 from pi0_jax.evaluate.simulators.tabletop.render import draw
 from pi0_jax.evaluate.simulators.tabletop.tasks import OBJECTS, TASKS, Snapshot, Task, find_task, is_done
@@ -155,10 +153,10 @@ class TabletopEnv(gymnasium.Env):
         success = info["success"]
         return self._observation(), float(success), success, self._steps >= MAX_STEPS and not success, info
 
-    def observe(self) -> dict[str, Any]:
+    def observe(self) -> RawObservation:
         """The full observation of this moment, images included, whatever `lazy_images` says."""
         images = {camera: draw(self._model, self._data, camera, self.image_size) for camera in CAMERAS}
-        return {"images": images, **self._proprioception()}
+        return RawObservation(images=images, state=self._state(), prompt=self.prompt)
 
     def snapshot(self) -> Snapshot:
         """The true state, for the scripted expert and for tests."""
@@ -180,12 +178,11 @@ class TabletopEnv(gymnasium.Env):
         lamp = (-0.3, -0.5, 1.0) if camera == "view" else (0.0, 0.0, 1.0)
         return draw(self._model, self._data, camera, size, lamp=lamp, oversample=3)
 
-    def _proprioception(self) -> dict[str, Any]:
-        state = np.concatenate([self._data.qpos[:3], self._data.ctrl]).astype(np.float32)
-        return {"state": state, "prompt": self.prompt}
+    def _state(self) -> np.ndarray:
+        return np.concatenate([self._data.qpos[:3], self._data.ctrl]).astype(np.float32)
 
     def _observation(self) -> dict[str, Any]:
-        return self._proprioception() if self.lazy_images else self.observe()
+        return {"state": self._state(), "prompt": self.prompt} if self.lazy_images else {**self.observe()}
 
     def _info(self) -> dict[str, Any]:
         snapshot = self.snapshot()

@@ -66,13 +66,13 @@ class Task:
 
 
 TASKS = tuple(Task(kind, name) for kind in ("reach", "push") for name in OBJECTS)
-SUITES = {"tabletop": TASKS, "tabletop_centre": tuple(Task("centre", name) for name in OBJECTS)}
-"""Tasks by the name under which they are recorded and evaluated. The centre is the table's, where nothing is drawn."""
+TASK_SETS = {"objects": TASKS, "centre": tuple(Task("centre", name) for name in OBJECTS)}
+"""Tasks that are recorded and evaluated together. The centre is the table's, where nothing is drawn."""
 
 
 def find_task(name: str) -> Task:
     """The task of that name; `ValueError` if there is none."""
-    tasks = [task for suite in SUITES.values() for task in suite]
+    tasks = [task for group in TASK_SETS.values() for task in group]
     for task in tasks:
         if task.name == name:
             return task

@@ -11,46 +11,43 @@ import pytest
 
 from pi0_jax.compare import cells, report
 from pi0_jax.compare.commands import Compare, configure
+from pi0_jax.compare.config import Changes, CompareConfig, Contender
 from pi0_jax.compare.run import CellFailed, run_cells
 from pi0_jax.config import (
-    BinConfig,
-    CompareConfig,
-    Contender,
     DataConfig,
-    FlowConfig,
+    Gaussian,
     OptimConfig,
     PolicyConfig,
+    Reflow,
+    Tokens,
     TrainConfig,
 )
 from pi0_jax.evaluate.rollout import Outcome, Rollout
+from pi0_jax.sampler import Greedy
 from tests.conftest import tiny_config
 
-pytest.importorskip("mujoco", reason="the simulator is not installed: pip install pi0_jax[sim]")
+pytest.importorskip("mujoco", reason="the simulator is not installed: pip install -e '.[sim]'")
 
 MODEL = tiny_config(action_dim=6, vocab_size=512, prompt_length=16)
-
-
-def predicting(kind: str):
-    return dataclasses.replace(MODEL, prediction=kind, bins=BinConfig(count=16, dims=3))
 
 
 def comparison(folder: Path, **changes) -> CompareConfig:
     """A comparison of two tiny contenders and a straightened one."""
     train = TrainConfig(
-        policy=PolicyConfig(model=MODEL, normalization="quantile"),
+        policy=PolicyConfig(robot="tabletop", model=MODEL, normalization="quantile"),
         optim=OptimConfig(peak_lr=1e-3, warmup_steps=1, ema_decay=0.9),
         data=DataConfig(str(folder / "data"), str(folder / "held_out")),
         batch_size=8,
         num_steps=2,
     )
     contenders = {
-        "reflow": Contender(MODEL, FlowConfig(), evaluations=(1,), teacher="flow"),
-        "flow": Contender(MODEL, FlowConfig(), evaluations=(1, 2)),
-        "bins": Contender(predicting("bins"), FlowConfig(), solvers=("argmax",), evaluations=(1,)),
+        "reflow": Contender(MODEL, Reflow(teacher="flow"), evaluations=(1,)),
+        "flow": Contender(MODEL, Gaussian(), evaluations=(1, 2)),
+        "bins": Contender(MODEL, Tokens(bins=16, dims=3), samplers={"Greedy": Greedy()}, evaluations=(1,)),
     }
     config = CompareConfig(
-        train, contenders, FlowConfig(mean_draw=True), backbone_steps=2, seeds=(0, 1), episodes=6,
-        run_dir=str(folder / "runs"), quick={"seeds": (3,), "evaluations": (2,), "num_steps": 1},
+        train, contenders, Gaussian(regression_draw=True), "tabletop", backbone_steps=2, seeds=(0, 1), episodes=6,
+        run_dir=str(folder / "runs"), quick=Changes(seeds=(3,), evaluations=(2,), num_steps=1),
     )  # fmt: skip
     return dataclasses.replace(config, **changes)
 
@@ -68,10 +65,10 @@ def test_contenders_differ_in_what_they_are_and_in_nothing_else(tmp_path):
     config = comparison(tmp_path)
     runs = [cells.training(config, 0, name) for name in ("flow", "bins")]
     assert runs[0].init_from == runs[1].init_from == str(cells.folder(config, 0, cells.BACKBONE))
-    same = [dataclasses.replace(r, policy=config.train.policy, flow=FlowConfig(), run_dir="") for r in runs]
+    same = [dataclasses.replace(r, policy=config.train.policy, run_dir="") for r in runs]
     assert same[0] == same[1]
     straight = cells.training(config, 0, "reflow")
-    assert straight.reflow_from == straight.init_from == str(cells.folder(config, 0, "flow"))
+    assert straight.policy.objective.teacher == straight.init_from == str(cells.folder(config, 0, "flow"))
 
 
 def test_the_command_line_sets_otherwise_and_refuses_what_is_not_there(tmp_path):
@@ -121,14 +118,16 @@ def test_a_cell_that_fails_is_named_with_its_log_and_nothing_else_is_lost(tmp_pa
 
 
 def test_cells_train_measure_and_make_a_page(tmp_path, monkeypatch):
-    from pi0_jax.evaluate.simulators.tabletop.record import record
+    from pi0_jax.evaluate.record import Source, record
 
+    monkeypatch.setattr(cells, "BATCH", 6)
+    monkeypatch.setattr(cells, "STRAIGHTNESS_STEPS", 2)
     monkeypatch.setattr(cells, "CONTROL_STEPS", (2,))
     monkeypatch.setattr(report, "CONTROL_STEPS", (2,))
     for module in (cells, report):
         monkeypatch.setattr(module, "HORIZONS", (6,))
-    record(tmp_path / "data", 6, "train", 0)
-    record(tmp_path / "held_out", 6, "validation", 0)
+    record(tmp_path / "data", Source("tabletop"), 6)
+    record(tmp_path / "held_out", Source("tabletop", "validation"), 6)
     config = comparison(tmp_path, seeds=(0,))
     config = dataclasses.replace(config, contenders={n: c for n, c in config.contenders.items() if n != "reflow"})
     for cell in cells.cells(config):
@@ -137,7 +136,7 @@ def test_cells_train_measure_and_make_a_page(tmp_path, monkeypatch):
     flow = json.loads((cells.folder(config, 0, "flow") / "cell.json").read_text())
     assert [row["evaluations"] for row in flow["rows"]] == [1, 2]
     assert all(row["episodes"] == 6 and row["error"] > 0 and row["latency_ms"] > 0 for row in flow["rows"])
-    assert flow["straightness"]["euler"] > 0
+    assert flow["straightness"]["Euler"] > 0
     page = report.write_comparison(config).read_text()
     assert page.count("<img") == 4
     figures = json.loads((tmp_path / "runs" / "compare.json").read_text())
