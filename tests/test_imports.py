@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "plan": {"batch", "compat", "config", "data", "flops", "training"},
     "inference": {"atomic", "config", "batch", "data", "model", "flow", "pi0", "checkpoint"},
     "serving": {"checkpoint", "config", "data", "inference"},
-    "convert": {"atomic", "config", "batch", "model", "pi0", "checkpoint", "data"},
+    "convert": {"atomic", "config", "batch", "model", "objective", "sampler", "checkpoint", "data"},
     "evaluate": {"config", "data", "inference", "checkpoint", "sampler"},
     "compare": {
         "atomic",

@@ -22,6 +22,7 @@ import numpy as np
 from pi0_jax.config import ModelConfig
 from pi0_jax.convert.verify import Inputs, Runner, Stages
 from pi0_jax.errors import UserError
+from pi0_jax.sampler.grid import euler_grid
 
 
 def check_installed() -> None:
@@ -39,11 +40,8 @@ def check_installed() -> None:
 
 
 def euler_times(steps: int) -> tuple[float, ...]:
-    """Flow times at which openpi evaluates the velocity: dt is accumulated in single precision."""
-    found = [np.float32(1)]
-    for _ in range(steps - 1):
-        found.append(found[-1] + np.float32(-1 / steps))
-    return tuple(float(time) for time in found)
+    """Flow times at which openpi evaluates the velocity: ours, with dt accumulated in single precision."""
+    return tuple(float(time) for time in euler_grid(steps).times[:-1])
 
 
 def run(folder: Path, model: ModelConfig, inputs: Inputs, steps: int) -> tuple[np.ndarray, Stages]:
