@@ -43,8 +43,8 @@ MAY_IMPORT = {
     "plan": {"batch", "compat", "config", "data", "flops", "training"},
     "inference": {"atomic", "config", "batch", "data", "model", "flow", "pi0", "checkpoint"},
     "serving": {"checkpoint", "config", "data", "inference"},
-    "convert": {"atomic", "config", "batch", "model", "objective", "sampler", "checkpoint", "data"},
-    "evaluate": {"config", "data", "inference", "checkpoint", "sampler"},
+    "convert": {"atomic", "batch", "checkpoint", "config", "data", "model", "objective", "sampler"},
+    "evaluate": {"checkpoint", "config", "config_file", "data", "inference"},
     "compare": {
         "atomic",
         "config",

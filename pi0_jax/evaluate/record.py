@@ -16,7 +16,8 @@ from tqdm import tqdm
 from pi0_jax.data.pool import run_tasks
 from pi0_jax.data.robots import Robot, get_robot
 from pi0_jax.errors import UserError
-from pi0_jax.evaluate.simulators import MAX_ATTEMPTS, MAX_DEMONSTRATIONS, Episode, Simulator, get_simulator
+from pi0_jax.evaluate.simulators import MAX_ATTEMPTS, MAX_DEMONSTRATIONS, get_simulator
+from pi0_jax.evaluate.simulators.gym import Episode, Simulator
 
 BLOCK = 512
 """Episodes per round of worker processes, which bounds how many wait in memory."""
