@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "plan": {"batch", "compat", "config", "data", "flops", "training"},
     "inference": {"atomic", "config", "batch", "data", "model", "flow", "pi0", "checkpoint"},
     "serving": {"checkpoint", "config", "data", "inference"},
-    "convert": {"atomic", "batch", "checkpoint", "config", "data", "model", "objective", "sampler"},
+    "convert": {"atomic", "batch", "compat", "checkpoint", "config", "data", "model", "objective", "sampler"},
     "evaluate": {"checkpoint", "config", "config_file", "data", "inference"},
     "compare": {
         "atomic",
