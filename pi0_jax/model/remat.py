@@ -26,12 +26,12 @@ def saveable(policy: Remat) -> Callable[..., bool] | None:
             the backward pass uses, attention weights included.
 
     Raises:
-        ValueError: unknown policy.
+        UserError: unknown policy.
     """
     if policy == "none":
         return None
     if policy not in SAVED:
-        raise ValueError(f"unknown remat {policy!r}; choose {', '.join(SAVED)} or none.")
+        raise UserError(f"unknown remat {policy!r}; choose {', '.join(SAVED)} or none.")
     return jax.checkpoint_policies.save_only_these_names(*SAVED[policy])
 
 
