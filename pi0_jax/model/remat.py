@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 
-Remat = Literal["full", "gate_up", "matmuls", "none"]
+from pi0_jax.config.model import Remat
+from pi0_jax.errors import UserError
 
 SAVED = {
     "full": (),
