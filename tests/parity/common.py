@@ -3,16 +3,15 @@
 import dataclasses
 import json
 from pathlib import Path
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pi0_jax.batch import Observation
-from pi0_jax.config import Gaussian
+from pi0_jax.config import Gaussian, ModelConfig
 from pi0_jax.convert.formats import Overrides, open_checkpoint, params_of
-from pi0_jax.model import gemma, layers
+from pi0_jax.model.gemma import Layout, Segment, forward
 from pi0_jax.objective import SampleOptions, make_objective
 from pi0_jax.sampler import Euler
 from tests.conftest import fixtures_root
@@ -71,7 +70,7 @@ class Case:
             prompt_mask=jnp.asarray(self.io.get("token_mask", np.ones(self.io["tokens"].shape, bool))),
         )
 
-    def apply(self, *args, method: str = "joint"):
+    def apply(self, *args, method="joint"):
         return jax.jit(getattr(self.network, method))(self.params, *args)
 
     def sample(self, noise, num_steps: int):
@@ -98,15 +97,15 @@ class Case:
             positions = jnp.cumsum(jnp.ones_like(mask) if count_masked else mask, axis=1) - 1
             end = tokens.shape[1] - drop_last
             allowed = (blocks[:, None] <= blocks[:, :, None]) & mask[:, None] & mask[:, :, None]
-            language = self.language(params, tokens[:, :end], positions[:, :end], allowed[:, :end, :end])
+            layout = Layout(positions[:, :end], allowed[:, :end, :end])
+            language = run_language(self.config, params, tokens[:, :end], layout)
             return language[:, tokens.shape[1] - mask_ar.shape[1] :] @ params["embedding"].T
 
         return run(self.params, self.observation)
 
-    def language(self, params, tokens, positions, allowed):
-        """Outputs of the language expert alone, where positions and masks are not ours."""
-        segment = gemma.Segment("language", tokens, np.zeros(tokens.shape[1], int))
-        placed = gemma._Placed(segment, allowed, layers.rotation(positions, self.config.head_dim))
-        with mock.patch.object(gemma, "_place", return_value=[placed]):
-            (outputs,), _ = gemma.forward(self.config, params["backbone"], [segment])
-        return outputs
+
+def run_language(config: ModelConfig, params, tokens, layout: Layout):
+    """Outputs of the language expert."""
+    segment = Segment("language", tokens, np.zeros(tokens.shape[1], int))
+    (language,), _ = forward(config, params["backbone"], [segment], layout=layout)
+    return language

@@ -13,12 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
+from jaxtyping import Array, Float
 
 from pi0_jax.batch import Observation
-from pi0_jax.config import Compact, ModelConfig, ObjectiveConfig
+from pi0_jax.config import ModelConfig, ObjectiveConfig
 from pi0_jax.convert.formats import OpenCheckpoint, formats
 from pi0_jax.convert.verify import Inputs, Runner, Stages
 from pi0_jax.errors import UserError
+from pi0_jax.model.gemma import Prefix
 from pi0_jax.model.head.expert import ExpertNetwork
 from pi0_jax.objective import SampleOptions, make_objective
 from pi0_jax.sampler import Euler, Greedy
@@ -154,13 +156,14 @@ def run_ours(opened: OpenCheckpoint, inputs: Inputs, times: tuple[float, ...] | 
         jnp.asarray(inputs["token_mask"]),
     )
     noise = jnp.asarray(inputs["noise"])
-    kind, arguments = (opened.policy.objective, model), (params, observation, noise)
+    objective, arguments = opened.policy.objective, (params, observation, noise)
+    network = _network(objective, model, times is not None)
     with jax.default_matmul_precision("highest"):
-        found = jax.device_get(_stages(*kind, times is not None, *arguments))
+        found = jax.device_get(_stages(network, *arguments))
         if times is None:
-            actions = _sample(*kind, *arguments)
+            actions = _sample(objective, model, *arguments)
         else:
-            actions = _euler(*kind, *arguments, jnp.asarray(times, jnp.float32))
+            actions = _euler(network, *arguments, jnp.asarray(times, jnp.float32))
     return Trace(np.asarray(actions), valid_stages(found, _present(inputs, model)))
 
 
@@ -180,26 +183,14 @@ def valid_stages(found: Stages, cameras: np.ndarray) -> dict[str, np.ndarray]:
     return stages | {names[key]: found[key] for key in names if key in found}
 
 
-@dataclasses.dataclass(frozen=True)
-class WatchedNetwork(ExpertNetwork):
-    """Our network, which also records the attention's values, and embeds the flow time in double precision if asked.
+class DoubleTime(ExpertNetwork):
+    """Our network with the flow time embedded in double precision, as in the PyTorch implementations.
 
-    PyTorch implementations embed it so. openpi's JAX, and so ours, does it in single precision, where the shortest
-    period turns a rounding of the frequency into 1e-4 of the embedding: with steep weights that is most of what the
-    actions differ by.
+    openpi's JAX, and so ours, does it in single precision, where the shortest period turns a rounding of the frequency
+    into 1e-4 of the embedding: with steep weights that is most of what the actions differ by.
     """
 
-    double_time: bool = False
-
-    def run_against(self, params, prefix, actions, condition, record=None):
-        outputs, keys_values = super().run_against(params, prefix, actions, condition)
-        if record:
-            record("values", keys_values[1])
-        return outputs, keys_values
-
-    def _embed_times(self, params, time, span):
-        if not self.double_time:
-            return super()._embed_times(params, time, span)
+    def embed_time(self, time: Float[Array, "*time"]) -> Float[Array, "*time e"]:
         width = self.config.action.width
         period = 4e-3 * 1000.0 ** np.linspace(0.0, 1.0, width // 2)
 
@@ -208,11 +199,6 @@ class WatchedNetwork(ExpertNetwork):
             return np.concatenate([np.sin(angle), np.cos(angle)], axis=-1).astype(np.float32)
 
         return jax.pure_callback(embed, jax.ShapeDtypeStruct((*time.shape, width), jnp.float32), time)
-
-
-def _network(config: ObjectiveConfig, model: ModelConfig, double: bool) -> Any:
-    network = make_objective(config, model).network
-    return WatchedNetwork(model, network.span, double) if isinstance(network, ExpertNetwork) else network
 
 
 def _runner(framework: str) -> Runner:
@@ -235,17 +221,22 @@ def _present(inputs: Inputs, model: ModelConfig) -> np.ndarray:
     return np.array([inputs[f"image_masks/{i}"] for i in range(len(model.cameras))]).reshape(-1)
 
 
+def _network(config: ObjectiveConfig, model: ModelConfig, double: bool) -> Any:
+    """The objective's network; with `double`, the flow time is embedded in double precision."""
+    network = make_objective(config, model).network
+    return DoubleTime(network.config, network.span) if double and isinstance(network, ExpertNetwork) else network
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _sample(config: ObjectiveConfig, model: ModelConfig, params, observation: Observation, noise) -> jax.Array:
+def _sample(config: ObjectiveConfig, model: ModelConfig, params: Any, observation, noise) -> jax.Array:
     objective = make_objective(config, model)
     sampler = Greedy() if objective.flow is None else Euler(STEPS)
     return objective.sample(params, observation, noise, SampleOptions(sampler))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _euler(config: ObjectiveConfig, model: ModelConfig, params, observation: Observation, noise, times) -> jax.Array:
-    """Samples by equal steps at these times, embedded in double precision."""
-    network = _network(config, model, double=True)
+@functools.partial(jax.jit, static_argnums=0)
+def _euler(network: Any, params: Any, observation, noise, times: jax.Array) -> jax.Array:
+    """Samples by equal steps whose velocities are evaluated at these times."""
     prefix = network.prefill(params, observation)
 
     def step(x: jax.Array, time: jax.Array) -> tuple[jax.Array, None]:
@@ -255,23 +246,33 @@ def _euler(config: ObjectiveConfig, model: ModelConfig, params, observation: Obs
     return jax.lax.scan(step, noise, times)[0]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _stages(config: ObjectiveConfig, model: ModelConfig, double: bool, params, observation, noise) -> Stages:
-    """What `valid_stages` takes, of one evaluation at time 1.
+@functools.partial(jax.jit, static_argnums=0)
+def _stages(network: Any, params: Any, observation, noise) -> Stages:
+    """What `valid_stages` takes, of one evaluation at time 1."""
+    streams: dict[str, Any] = {}
+    tokens, mask = network.embed_prefix(params, observation, record=streams.__setitem__)
+    found = {"tokens": tokens, "mask": mask}
+    if network.config.cameras:
+        found["image_layers"] = streams["image_encoder/layers"]
+    prefix: Any = network.prefill(params, observation)
+    time = jnp.ones(len(noise))
+    if isinstance(network, ExpertNetwork):
+        values, mask = _first_step(network, params, prefix, noise, time)
+        found |= {"values": values, "values_mask": mask}
+    elif not isinstance(prefix, Prefix):
+        found["pooled"] = prefix
+    if hasattr(network, "velocity"):
+        found["velocity"] = network.velocity(params, prefix, noise, time)
+    return found
+
+
+def _first_step(network: ExpertNetwork, params: Any, prefix: Prefix, noise, time):
+    """The attention's values of all layers at the prefix, the state and the actions, and which of them are valid.
 
     Values are not rotated, so they are the same in every implementation.
     """
-    network, seen = _network(config, model, double), dict[str, Any]()
-    tokens, mask = network.embed_prefix(params, observation, record=seen.__setitem__)
-    found = {"tokens": tokens, "mask": mask}
-    if model.cameras:
-        found["image_layers"] = seen["image_encoder/layers"]
-    prefix: Any = network.prefill(params, observation)
-    if isinstance(network, WatchedNetwork):
-        found["velocity"] = network.velocity(params, prefix, noise, jnp.ones(len(noise)), record=seen.__setitem__)
-        values = jnp.concatenate([prefix.keys_values[1], seen["values"]], axis=2)
-        found["values"] = values.reshape(*values.shape[:3], -1)
-        found["values_mask"] = jnp.concatenate([prefix.mask, jnp.ones(seen["values"].shape[1:3], bool)], axis=1)
-    elif isinstance(model.head, Compact):
-        found |= {"pooled": prefix, "velocity": network.velocity(params, prefix, noise, jnp.ones(len(noise)))}
-    return found
+    actions = network.embed_actions(params, noise, network.time_features(params, time))
+    _, (_, own) = network.run_against(params, prefix, *actions)
+    values = jnp.concatenate([prefix.keys_values[1], own], axis=2)
+    mask = jnp.concatenate([prefix.mask, jnp.ones(own.shape[1:3], bool)], axis=1)
+    return values.reshape(*values.shape[:3], -1), mask
