@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pi0_jax.batch import Batch
-from pi0_jax.config import Compact, Cosine, Gaussian, RealTimeConfig, Shortcut
+from pi0_jax.config import Cosine, Gaussian, RealTimeConfig, Shortcut
 from pi0_jax.flow.loss import flow_loss, loss_mask
 from pi0_jax.flow.path import Straight, interpolate
 from pi0_jax.flow.realtime import Previous
@@ -21,6 +21,7 @@ from pi0_jax.sampler.dpm_solver import DPMSolver2M
 from pi0_jax.sampler.runge_kutta import Heun
 from tests.batches import random_batch
 from tests.conftest import tiny_config
+from tests.objective.cases import COMPACT
 from tests.objective.setting import Setting
 
 MODEL = {"action_horizon": 6, "action_dim": 5}
@@ -176,7 +177,7 @@ def test_without_delays_the_loss_is_the_plain_formula_bit_for_bit(setting):
 
 @pytest.mark.parametrize("config", [Gaussian(), Shortcut()], ids=["gaussian", "shortcut"])
 def test_the_compact_head_can_be_guided(config):
-    setting = Setting(config, head=Compact(), **MODEL)
+    setting = Setting(config, head=COMPACT, **MODEL)
     before = previous(setting, [1] * 3, [4] * 3)
     for method in ("guidance", "identity"):
         guided = setting.sample(previous=before, real_time=RealTimeConfig(method))
