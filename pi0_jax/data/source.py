@@ -10,6 +10,7 @@ import abc
 import hashlib
 import logging
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ the action, so that it must not be learnt."""
 _log = logging.getLogger(__name__)
 
 Rows = Int[np.ndarray, "*b"]
+Number = int | np.integer
 
 
 class BadEpisode(UserError):
@@ -55,8 +57,17 @@ class Source(abc.ABC):
         return {name: value for name, value in self.__dict__.items() if name not in ("_columns", "_local")}
 
     def opened(self) -> dict[Any, Any]:
-        """What this thread has open: decoders and readers of files must not be shared between threads."""
+        """Decoders and readers that this thread has open: they must not be shared between threads."""
         return vars(self).setdefault("_local", threading.local()).__dict__
+
+    def open_file(self, path: Path, open_it: Callable[[Path], Any], limit: int) -> Any:
+        """The reader of a file that `open_it` gives; each thread keeps those of the `limit` files it opened last."""
+        kept = self.opened().setdefault("files", {})
+        if path not in kept:
+            if len(kept) >= limit:
+                kept.pop(next(iter(kept))).close()
+            kept[path] = open_it(path)
+        return kept[path]
 
     @property
     def cameras(self) -> tuple[str, ...]:
@@ -71,13 +82,13 @@ class Source(abc.ABC):
     def num_frames(self) -> int:
         return int(self.ends[-1])
 
-    def episode_range(self, episode: int) -> tuple[int, int]:
+    def episode_range(self, episode: Number) -> tuple[int, int]:
         """First frame of an episode, and the one after its last."""
         return int(self.ends[episode - 1]) if episode else 0, int(self.ends[episode])
 
     def episode_of(self, rows: Rows) -> Rows:
         """Number of the episode of each frame."""
-        return np.searchsorted(self.ends, rows, side="right")
+        return np.asarray(np.searchsorted(self.ends, rows, side="right"))
 
     def columns(self, name: str) -> Shaped[np.ndarray, "n *shape"]:
         """Values of one feature for all frames, in order. They are kept, so do not change them.
@@ -105,7 +116,7 @@ class Source(abc.ABC):
         return self.ends[-1:]
 
     @abc.abstractmethod
-    def images(self, camera: str, rows: Rows) -> UInt8[np.ndarray, "n h w 3"]:
+    def images(self, camera: str, rows: Rows) -> UInt8[np.ndarray, "*b h w 3"]:
         """Frames of a camera, RGB.
 
         Raises:
@@ -117,16 +128,16 @@ class Source(abc.ABC):
     def picture_files(self, camera: str) -> list[Path]:
         """Files that a camera's frames come from."""
 
-    def task(self, i: int) -> str:
+    def task(self, i: Number) -> str:
         """Instruction of frame `i`."""
         return self.tasks[int(self.task_index[i])]
 
-    def image(self, i: int, camera: str) -> UInt8[np.ndarray, "h w 3"]:
+    def image(self, i: Number, camera: str) -> UInt8[np.ndarray, "h w 3"]:
         """Frame `i` of a camera, RGB."""
         return self.images(camera, np.array([i]))[0]
 
     def chunk(
-        self, i: int | Rows, horizon: int, column: str = ACTION
+        self, i: Number | Rows, horizon: int, column: str = ACTION
     ) -> tuple[Shaped[np.ndarray, "*b ah d"], Bool[np.ndarray, "*b ah"]]:
         """The `horizon` values that start at frame `i`, and a mask that is False beyond the episode's end.
 
@@ -172,7 +183,33 @@ class Source(abc.ABC):
                 _log.warning("  %s: %s", name, reason)
 
 
-class Renamed(Source):
+class Wrapped(Source):
+    """A dataset that reads another one in another way; as it is, it changes nothing."""
+
+    def __init__(self, source: Source):
+        self.source = source
+        self.root, self.fps, self.tasks, self.features = source.root, source.fps, source.tasks, dict(source.features)
+        self.episodes, self.ends, self.skipped = source.episodes, source.ends, source.skipped
+
+    @property
+    def task_index(self) -> Int[np.ndarray, "n"]:
+        return self.source.task_index
+
+    @property
+    def shard_ends(self) -> Int[np.ndarray, "s"]:
+        return self.source.shard_ends
+
+    def read(self, name: str, first: int, end: int) -> Shaped[np.ndarray, "n *shape"]:
+        return self.source.read(name, first, end)
+
+    def images(self, camera: str, rows: Rows) -> UInt8[np.ndarray, "*b h w 3"]:
+        return self.source.images(camera, rows)
+
+    def picture_files(self, camera: str) -> list[Path]:
+        return self.source.picture_files(camera)
+
+
+class Renamed(Wrapped):
     """A dataset under the names that a robot uses.
 
     Args:
@@ -185,15 +222,14 @@ class Renamed(Source):
     """
 
     def __init__(self, source: Source, keys: dict[str, str]):
-        self.source, self._keys = source, {new: [part.strip() for part in old.split("+")] for new, old in keys.items()}
+        super().__init__(source)
+        self._keys = {new: [name.strip() for name in old.split("+")] for new, old in keys.items()}
         used = [old for parts in self._keys.values() for old in parts]
         if missing := sorted(set(used) - set(source.features)):
             raise UserError(
                 f"{source.root} has no feature {missing}, which its `keys` name; it has {list(source.features)}."
                 f"{did_you_mean(missing[0], source.features, 0.4)}"
             )
-        self.root, self.fps, self.tasks = source.root, source.fps, source.tasks
-        self.episodes, self.ends, self.skipped = source.episodes, source.ends, source.skipped
         self.features = {name: value for name, value in source.features.items() if name not in used}
         for new, parts in self._keys.items():
             self.features[new] = self._joined(new, parts)
@@ -213,14 +249,6 @@ class Renamed(Source):
         if len(parts) == 1 and parts[0].ndim > 1:
             return parts[0]
         return np.concatenate([part.reshape(len(part), -1) for part in parts], 1)
-
-    @property
-    def task_index(self) -> np.ndarray:
-        return self.source.task_index
-
-    @property
-    def shard_ends(self) -> np.ndarray:
-        return self.source.shard_ends
 
     def images(self, camera: str, rows: Rows) -> np.ndarray:
         self.check_camera(camera)

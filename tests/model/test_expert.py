@@ -6,10 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from pi0_jax.config import PI0, PI05
-from pi0_jax.model.velocity import VelocityNetwork, embed_time, may_attend
-from pi0_jax.pi0 import init_params
+from pi0_jax.model import gemma
+from pi0_jax.model.gemma import Segment
+from pi0_jax.model.head import make_head
+from pi0_jax.model.head.expert import embed_time
 from tests.conftest import tiny_config
 from tests.model.common import random_observation, random_params
 
@@ -21,7 +24,7 @@ class Tiny:
 
     def __init__(self, variant: str, batch: int = 2, **changes):
         self.config = tiny_config(variant, **changes)
-        self.network = VelocityNetwork(self.config)
+        self.network = make_head(self.config)
         c, rng = self.config, np.random.default_rng(2)
         self.params = random_params(self.network, rng)
         self.observation = random_observation(c, batch, rng)
@@ -32,18 +35,17 @@ class Tiny:
         observation = self.observation if observation is None else observation
         x = self.x if x is None else x
         time = self.time if time is None else time
-        return self._jitted({"params": self.params if params is None else params}, observation, x, time)
+        return self._jitted(self.params if params is None else params, observation, x, time)
 
     @functools.cached_property
     def _jitted(self):
-        return jax.jit(self.network.apply)
+        return jax.jit(self.network.joint)
 
     def cached(self, x=None, time=None):
         """The same velocity by way of `prefill`."""
 
         def run(params, x, time):
-            prefix = self.network.apply({"params": params}, self.observation, method="prefill")
-            return self.network.apply({"params": params}, prefix, x, time, method="velocity")
+            return self.network.velocity(params, self.network.prefill(params, self.observation), x, time)
 
         return jax.jit(run)(self.params, self.x if x is None else x, self.time if time is None else time)
 
@@ -55,15 +57,13 @@ def tiny(request):
 
 @pytest.mark.parametrize(("config", "parameters"), [(PI0, 3_238_048_528), (PI05, 3_353_433_872)])
 def test_released_sizes_have_the_released_number_of_parameters(config, parameters):
-    shapes = jax.eval_shape(functools.partial(init_params, VelocityNetwork(config)), jax.random.key(0))
+    shapes = jax.eval_shape(make_head(config).init, jax.random.key(0))
     assert sum(leaf.size for leaf in jax.tree.leaves(nn.meta.unbox(shapes))) == parameters
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_parameter_is_float32_and_names_its_axes(variant):
-    shapes = jax.eval_shape(
-        functools.partial(init_params, VelocityNetwork(tiny_config(variant, dtype="bfloat16"))), jax.random.key(0)
-    )
+    shapes = jax.eval_shape(make_head(tiny_config(variant, dtype="bfloat16")).init, jax.random.key(0))
     for leaf in jax.tree.leaves(shapes, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned)):
         assert isinstance(leaf, nn.LogicallyPartitioned)
         assert len(leaf.names) == leaf.value.ndim
@@ -101,8 +101,8 @@ def test_padded_prompt_tokens_have_exactly_no_effect(tiny):
 def test_a_camera_left_out_of_the_config_equals_that_camera_masked(tiny):
     masks = {"top": jnp.ones(2, bool), "tool": jnp.zeros(2, bool)}
     masked = tiny(tiny.observation._replace(image_masks=masks))
-    without = VelocityNetwork(dataclasses.replace(tiny.config, cameras=("top",)))
-    result = jax.jit(without.apply)({"params": tiny.params}, tiny.observation, tiny.x, tiny.time)
+    without = make_head(dataclasses.replace(tiny.config, cameras=("top",)))
+    result = jax.jit(without.joint)(tiny.params, tiny.observation, tiny.x, tiny.time)
     np.testing.assert_allclose(result, masked, atol=1e-5)
     assert np.abs(masked - tiny()).max() > 1e-3
 
@@ -131,38 +131,55 @@ def test_state_reaches_pi0_and_not_pi05():
         assert bool(np.abs(changed - tiny()).max() > 1e-4) == reaches
 
 
+def segments(tiny, params, x, **changes):
+    """Prefix and actions of a joint pass."""
+    network, width = tiny.network, tiny.config.action.width
+    tokens, valid = network.embed_prefix(params, tiny.observation)
+    actions = jnp.tile(x, (1, 1, -(-width // x.shape[-1])))[..., :width]
+    condition = jnp.ones((len(x), 1, width)) if tiny.config.variant == "pi05" else None
+    begins = np.arange(x.shape[1]) == 0
+    return [
+        Segment("language", tokens, np.zeros(tokens.shape[1], int), valid=valid),
+        Segment("action", actions, begins.astype(int), condition=condition, **changes),
+    ]
+
+
 def test_the_prefix_never_sees_the_actions(tiny):
     def prefix_after(x):
-        def run(network, x):
-            actions, condition = network.embed_actions(x, tiny.time)
-            prefix, prefix_mask = network.embed_prefix(tiny.observation)
-            s, t = prefix.shape[1], actions.shape[1]
-            blocks = np.repeat([0, 2], [s, t])
-            mask = jnp.concatenate([prefix_mask, jnp.ones((2, t), bool)], axis=1)
-            _, (keys, values) = network.backbone(
-                (prefix, actions), jnp.cumsum(mask, axis=1), may_attend(blocks, blocks) & mask[:, None], condition
-            )
-            return keys[:, :, :s], values[:, :, :s]
-
-        return tiny.network.apply({"params": tiny.params}, x, method=run)
+        both = segments(tiny, tiny.params, x)
+        _, (keys, values) = gemma.forward(tiny.config, tiny.params["backbone"], both)
+        length = both[0].tokens.shape[1]
+        return keys[:, :, :length], values[:, :, :length]
 
     gradient = jax.jit(jax.grad(lambda x: sum(jnp.sum(jnp.square(y)) for y in prefix_after(x))))(tiny.x)
     np.testing.assert_array_equal(gradient, 0)
 
 
-@pytest.mark.parametrize("needed", [(False, True), (True, False), (False, False)])
-def test_what_is_not_needed_is_not_computed_and_changes_nothing(tiny, needed):
-    def run(network, needed):
-        actions, condition = network.embed_actions(tiny.x, tiny.time)
-        prefix, prefix_mask = network.embed_prefix(tiny.observation)
-        blocks = np.repeat([0, 2], [prefix.shape[1], actions.shape[1]])
-        mask = jnp.concatenate([prefix_mask, jnp.ones((2, actions.shape[1]), bool)], axis=1)
-        allowed = may_attend(blocks, blocks) & mask[:, None]
-        return network.backbone((prefix, actions), jnp.cumsum(mask, axis=1), allowed, condition, needed=needed)
+@pytest.mark.parametrize("insulated", [True, False])
+def test_a_segment_that_reads_without_gradient_gives_the_prefix_none(tiny, insulated):
+    def loss(params):
+        both = segments(tiny, params, tiny.x, reads_with_gradient=not insulated)
+        outputs, _ = gemma.forward(tiny.config, params["backbone"], both)
+        return jnp.sum(jnp.square(outputs[1]))
 
-    apply = functools.partial(tiny.network.apply, {"params": tiny.params}, method=run)
-    outputs, keys_values = jax.jit(apply, static_argnums=0)((True, True))
-    fewer, same = jax.jit(apply, static_argnums=0)(needed)
+    value, gradient = jax.jit(jax.value_and_grad(loss))(tiny.params)
+    prefix = [gradient["image_encoder"], gradient["embedding"], gradient["backbone"]["layers"]["language"]]
+    reached = [bool(jnp.any(leaf != 0)) for leaf in jax.tree.leaves(prefix)]
+    assert any(reached) != insulated
+    assert any(bool(jnp.any(leaf != 0)) for leaf in jax.tree.leaves(gradient["backbone"]["layers"]["action"]))
+    # What the segment computes is the same.
+    outputs, _ = gemma.forward(tiny.config, tiny.params["backbone"], segments(tiny, tiny.params, tiny.x))
+    np.testing.assert_allclose(value, jnp.sum(jnp.square(outputs[1])), rtol=1e-5)
+
+
+@pytest.mark.parametrize("needed", [(False, True), (True, False), (False, False)])
+def test_unneeded_outputs_are_not_computed_and_change_nothing(tiny, needed):
+    def run(needed):
+        both = [s._replace(needed=n) for s, n in zip(segments(tiny, tiny.params, tiny.x), needed, strict=True)]
+        return gemma.forward(tiny.config, tiny.params["backbone"], both)
+
+    outputs, keys_values = jax.jit(run, static_argnums=0)((True, True))
+    fewer, same = jax.jit(run, static_argnums=0)(needed)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-5), same, keys_values)
     for output, other, asked in zip(outputs, fewer, needed, strict=True):
         assert (other is not None) == asked
@@ -170,17 +187,20 @@ def test_what_is_not_needed_is_not_computed_and_changes_nothing(tiny, needed):
             np.testing.assert_allclose(other, output, atol=1e-5, rtol=1e-5)
 
 
-def test_blocks_see_themselves_and_what_is_before_but_not_other_draws():
-    blocks = np.array([0, 0, 1, 2, 2, 3])
-    expected = [
-        [1, 1, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0, 0],
-        [1, 1, 1, 0, 0, 0],
-        [1, 1, 1, 1, 1, 0],
-        [1, 1, 1, 1, 1, 0],
-        [1, 1, 1, 0, 0, 1],
-    ]
-    np.testing.assert_array_equal(may_attend(blocks, blocks), np.array(expected, bool))
+def test_as_a_linen_module_it_gives_the_same_and_sows_the_residual_streams(tiny):
+    module, variables = tiny.network.module(), {"params": tiny.params}
+    inputs = (tiny.observation, tiny.x, tiny.time)
+    result, state = module.apply(variables, *inputs, capture_intermediates=True, mutable=["intermediates"])
+    np.testing.assert_allclose(result, tiny(), atol=1e-5)
+    streams = {name: value[0] for name, value in flatten_dict(state["intermediates"], sep="/").items()}
+    depth, (b, horizon, _) = tiny.config.depth, tiny.x.shape
+    images = streams["image_encoder/layers"]
+    assert images.shape == (tiny.config.vision.depth, 2 * b, 4, tiny.config.vision.width)
+    # The last language layer gives keys and values alone.
+    assert streams["backbone/layers/language"].shape[0] == depth - 1
+    actions = streams["backbone/layers/action"]
+    assert actions.shape == (depth - 1, b, horizon + (tiny.config.variant == "pi0"), tiny.config.action.width)
+    assert all(bool(jnp.isfinite(x).all()) for x in streams.values())
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -3,8 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pi0_jax.config import BinConfig
-from pi0_jax.model.bins import BinNetwork
+from pi0_jax.config import Compact, Tokens
+from pi0_jax.errors import UserError
+from pi0_jax.model.head import make_tokens
 from tests.conftest import tiny_config
 from tests.model.common import random_observation, random_params
 
@@ -14,36 +15,34 @@ COUNT, DIMS = 6, 3
 class Tiny:
     """A tiny network over bins with random parameters and an observation."""
 
-    def __init__(self, variant: str, prediction: str):
-        self.config = tiny_config(
-            variant, prediction=prediction, bins=BinConfig(COUNT, DIMS), cameras=("top",), action_horizon=4
-        )
-        self.network, rng = BinNetwork(self.config), np.random.default_rng(3)
+    def __init__(self, variant: str, order: str):
+        self.config = tiny_config(variant, cameras=("top",), action_horizon=4)
+        tokens = Tokens(bins=COUNT, dims=DIMS, order=order)
+        self.network, rng = make_tokens(self.config, tokens), np.random.default_rng(3)
         self.params = random_params(self.network, rng)
         # Larger logits, so that the choice of each bin differs between observations.
         self.params["logits_out"] = jax.tree.map(lambda x: 4 * x, self.params["logits_out"])
         self.observation = random_observation(self.config, 3, rng)
-        self._apply = jax.jit(self.network.apply)
+        self._apply = jax.jit(self.network.logits)
 
     def __call__(self, bins):
-        return self._apply({"params": self.params}, self.observation, bins)
+        return self._apply(self.params, self.observation, bins)
 
     def decode(self):
         def run(params, observation):
-            prefix = self.network.apply({"params": params}, observation, method="prefill")
-            return self.network.apply({"params": params}, prefix, method="decode")
+            return self.network.decode(params, self.network.prefill(params, observation))
 
         return np.asarray(jax.jit(run)(self.params, self.observation))
 
 
 @pytest.fixture(scope="module", params=["pi0", "pi05"])
 def sequence(request):
-    return Tiny(request.param, "bin_sequence")
+    return Tiny(request.param, "autoregressive")
 
 
 @pytest.fixture(scope="module", params=["pi0", "pi05"])
 def parallel(request):
-    return Tiny(request.param, "bins")
+    return Tiny(request.param, "parallel")
 
 
 def test_greedy_decoding_through_the_cache_chooses_what_one_pass_over_its_own_output_finds_likeliest(sequence):
@@ -78,5 +77,10 @@ def test_the_observation_decides(sequence):
 
 
 def test_without_a_number_of_dimensions_all_of_them_have_bins():
-    assert BinNetwork(tiny_config(prediction="bins")).dims == tiny_config().action_dim
-    assert BinNetwork(tiny_config(prediction="bins", bins=BinConfig(dims=2))).dims == 2
+    assert make_tokens(tiny_config(), Tokens()).dims == tiny_config().action_dim
+    assert make_tokens(tiny_config(), Tokens(dims=2)).dims == 2
+
+
+def test_a_head_without_action_tokens_is_refused():
+    with pytest.raises(UserError, match="need the head Expert"):
+        make_tokens(tiny_config(head=Compact()), Tokens())
