@@ -194,11 +194,11 @@ def _main_table(policies: dict[str, Any]) -> str:
 
 def _full_table(policies: dict[str, Any]) -> str:
     columns = {
-        "success": ("success, seeds", 1, ".1%"),
-        "pooled": ("success, pooled (Wilson)", 1, ".1%"),
+        "success": ("success, seeds", 1.0, ".1%"),
+        "pooled": ("success, pooled (Wilson)", 1.0, ".1%"),
         "error": ("error, 1e-3 units", 1e3, ".3g"),
         "jitter": ("jitter, 1e-6 units²", 1e6, ".3g"),
-        "latency_ms": ("ms per chunk", 1, ".3g"),
+        "latency_ms": ("ms per chunk", 1.0, ".3g"),
     }
     rows = [
         [label, count, *(at[key].text(scale, style) for key, (_, scale, style) in columns.items())]
