@@ -48,7 +48,7 @@ def test_losses_of_microbatches_add_up_and_nothing_recompiles(name):
     sizes: list[set[int]] = []
 
     @jax.jit
-    def losses(params, batch, key, step):
+    def losses(params, batch, key, step, *teacher):
         draws, count = objective.draw(batch, key, step)
         sizes.append({leaf.shape[0] for leaf in jax.tree.leaves(draws)})
         whole, metrics = objective.loss(params, draws, count, *teacher)
@@ -58,7 +58,7 @@ def test_losses_of_microbatches_add_up_and_nothing_recompiles(name):
     values = []
     for seed in (0, 1):
         batch = random_batch(model, 8, seed)
-        whole, pieces, metrics = losses(params, batch, jax.random.key(seed), seed)
+        whole, pieces, metrics = losses(params, batch, jax.random.key(seed), seed, *teacher)
         assert whole.shape == ()
         assert isinstance(metrics, dict)
         np.testing.assert_allclose(pieces.sum(), whole, rtol=1e-5)
