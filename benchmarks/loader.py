@@ -32,7 +32,7 @@ from av.video.reformatter import VideoReformatter
 
 from pi0_jax.config import DataConfig, ModelConfig, PolicyConfig, TrainConfig, VisionConfig
 from pi0_jax.data.cache import build_cache
-from pi0_jax.data.lerobot.reader import LeRobotDataset, LeRobotWriter
+from pi0_jax.data.lerobot import LeRobotDataset, LeRobotWriter
 from pi0_jax.data.loader import make_loader
 from pi0_jax.data.mixture import open_datasets
 from pi0_jax.data.robots import Robot

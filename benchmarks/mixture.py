@@ -24,8 +24,8 @@ from tensorflow_datasets.core import features as f
 from tensorflow_datasets.proto import tf_example_pb2
 from tqdm import tqdm
 
-from pi0_jax.data.lerobot.reader import LeRobotDataset, LeRobotWriter
-from pi0_jax.data.lerobot.writer import BOOKKEEPING
+from pi0_jax.data.lerobot import LeRobotDataset, LeRobotWriter
+from pi0_jax.data.lerobot.layout import BOOKKEEPING
 
 CAMERAS = {"observation.images.top": "observation/view_above", "observation.images.tool": "observation/view_ring"}
 ROBOT = '''"""The tabletop as its RLDS copy names it."""

@@ -64,3 +64,13 @@ def example_observation(model: ModelConfig, batch_size: int) -> Observation:
         prompt=jnp.zeros((batch_size, model.prompt_length), jnp.int32),
         prompt_mask=jnp.ones((batch_size, model.prompt_length), bool),
     )
+
+
+def example_batch(model: ModelConfig, batch_size: int) -> Batch:
+    """Zeros in the shapes that a network is trained on, as the loader makes them."""
+    observation, steps = example_observation(model, batch_size), (batch_size, model.action_horizon)
+    images = {name: image.astype(jnp.uint8) for name, image in observation.images.items()}
+    dims = (batch_size, model.action_dim)
+    return Batch(
+        observation._replace(images=images), jnp.zeros((*steps, dims[1])), jnp.ones(steps, bool), jnp.ones(dims, bool)
+    )

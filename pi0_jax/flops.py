@@ -6,20 +6,19 @@ count is of what the function asks for, rematerialisation included, before the c
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Collection
 from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from pi0_jax import pi0
-from pi0_jax.batch import Batch
-from pi0_jax.config import FlowConfig, ModelConfig
-from pi0_jax.model.heads import make_network
+from pi0_jax.batch import example_batch
+from pi0_jax.config import Gaussian, ModelConfig, ObjectiveConfig
+from pi0_jax.objective import Objective, make_objective
+from pi0_jax.sampler import Euler
 
 PEAKS = {
     "H100": 989e12,
@@ -82,35 +81,33 @@ def _subprograms(params: dict[str, Any]) -> list[Any]:
 
 
 def training(
-    model: ModelConfig, flow: FlowConfig, *, backward: bool = True, frozen: Collection[str] = frozenset()
+    model: ModelConfig, config: ObjectiveConfig, *, backward: bool = True, frozen: Collection[str] = frozenset()
 ) -> int:
     """FLOPs of one observation's loss, and of its gradient by the parameters whose paths are not `frozen`."""
-    network, batch = make_network(model), _example(model)
-    params = flatten_dict(_params(model), sep="/")
-    trained = {name: x for name, x in params.items() if name not in frozen}
+    objective, batch = make_objective(config, model), example_batch(model, 1)
+    weights = _params(objective)
+    params = flatten_dict(weights, sep="/")
+    teacher = () if objective.teacher is None else (weights,)
 
-    def loss(trained, rest):
-        return pi0.loss(network, unflatten_dict(trained | rest, sep="/"), batch, jax.random.key(0), flow)[0]
+    def loss(trainable, others, *teacher):
+        combined = unflatten_dict(trainable | others, sep="/")
+        return pi0.loss(objective, combined, batch, jax.random.key(0), 0, *teacher)[0]
 
-    rest = {name: x for name, x in params.items() if name in frozen}
-    return count(jax.grad(loss) if backward else loss, trained, rest)
+    trainable = {name: x for name, x in params.items() if name not in frozen}
+    others = {name: x for name, x in params.items() if name in frozen}
+    return count(jax.grad(loss) if backward else loss, trainable, others, *teacher)
 
 
 def sampling(model: ModelConfig, num_steps: int = 10) -> int:
     """FLOPs of one observation's chunk, in Euler steps."""
-    network, batch = make_network(model), _example(model)
+    objective, batch = make_objective(Gaussian(), model), example_batch(model, 1)
+    options = pi0.SampleOptions(sampler=Euler(num_steps=num_steps))
 
     def sample(params, noise):
-        return pi0.sample_actions(network, params, batch.observation, noise, num_steps=num_steps)
+        return pi0.sample_actions(objective, params, batch.observation, noise, options)
 
-    return count(sample, _params(model), jax.ShapeDtypeStruct(batch.actions.shape, "float32"))
-
-
-def _params(model: ModelConfig):
-    return nn.meta.unbox(jax.eval_shape(functools.partial(pi0.init_params, make_network(model)), jax.random.key(0)))
+    return count(sample, _params(objective), jax.ShapeDtypeStruct(batch.actions.shape, "float32"))
 
 
-def _example(model: ModelConfig) -> Batch:
-    observation, actions, _ = pi0.example_inputs(model, batch_size=1)
-    _, horizon, dim = actions.shape
-    return Batch(observation, actions, jnp.ones((1, horizon), bool), jnp.ones((1, dim), bool))
+def _params(objective: Objective):
+    return nn.meta.unbox(jax.eval_shape(objective.network.init, jax.random.key(0)))

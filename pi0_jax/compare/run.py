@@ -11,12 +11,11 @@ from pathlib import Path
 
 from pi0_jax.compare.cells import cells, folder, is_done, needs
 from pi0_jax.compare.config import CompareConfig
+from pi0_jax.errors import UserError
 
 
-class CellFailed(RuntimeError):
+class CellFailed(UserError):
     """A cell's process ended with an error; the message names its log."""
-
-    exit_code = 1
 
 
 @dataclasses.dataclass
@@ -25,6 +24,7 @@ class _Job:
     process: subprocess.Popen
     begin: float
     cores: frozenset[int]
+    log: Path
 
 
 def run_cells(config: CompareConfig, command: list[str], jobs: int) -> None:
@@ -44,7 +44,7 @@ def run_cells(config: CompareConfig, command: list[str], jobs: int) -> None:
     waiting = [cell for cell in everything if not is_done(config, *cell)]
     print(f"{len(everything) - len(waiting)} of {len(everything)} cells are done; {config.run_dir}", flush=True)
     running: list[_Job] = []
-    free = _shares(jobs)
+    free = _divided_cores(max(1, jobs))
     try:
         while waiting or running:
             ready = [cell for cell in waiting if all(is_done(config, *other) for other in needs(config, *cell))]
@@ -55,9 +55,8 @@ def run_cells(config: CompareConfig, command: list[str], jobs: int) -> None:
             for job in [job for job in running if job.process.poll() is not None]:
                 running.remove(job)
                 free.append(job.cores)
-                _check(config, job)
-                done = len(everything) - len(waiting) - len(running)
-                seconds = time.monotonic() - job.begin
+                _check(job)
+                done, seconds = len(everything) - len(waiting) - len(running), time.monotonic() - job.begin
                 print(f"[{done}/{len(everything)}] seed {job.cell[0]}, {job.cell[1]}: {seconds:.0f} s", flush=True)
             time.sleep(0.2)
     finally:
@@ -67,44 +66,35 @@ def run_cells(config: CompareConfig, command: list[str], jobs: int) -> None:
             job.process.wait()
 
 
-def _shares(jobs: int) -> list[frozenset[int]]:
-    """The cores of this process in as many parts as there are jobs."""
+def _divided_cores(jobs: int) -> list[frozenset[int]]:
+    """The cores of this process for each job; empty where they cannot be chosen."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    jobs = max(1, jobs)
-    if len(cores) < jobs:
-        return [frozenset(cores)] * jobs
-    return [frozenset(cores[i::jobs]) for i in range(jobs)]
+    return [frozenset(cores[i::jobs] if len(cores) >= jobs else cores) for i in range(jobs)]
 
 
 def _start(
     config: CompareConfig, command: list[str], cell: tuple[int, str], cores: frozenset[int], *, pinned: bool
 ) -> _Job:
     """Starts a cell on its share of the cores; where it runs alone, on all."""
-    path = _log(config, cell)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    seed, name = cell
-    with path.open("a") as log:
+    root, (seed, name) = Path(config.run_dir), cell
+    log = root / "logs" / f"{folder(config, *cell).relative_to(root)}.txt".replace("/", "-")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as file:
         process = subprocess.Popen(
             [sys.executable, "-m", "pi0_jax.cli", *command, "--cell", str(seed), name],
-            stdout=log,
+            stdout=file,
             stderr=subprocess.STDOUT,
             preexec_fn=(lambda: os.sched_setaffinity(0, cores)) if cores and pinned else None,
         )
-    return _Job(cell, process, time.monotonic(), cores)
+    return _Job(cell, process, time.monotonic(), cores, log)
 
 
-def _check(config: CompareConfig, job: _Job) -> None:
-    if job.process.returncode == 0:
-        return
-    seed, name = job.cell
-    path = _log(config, job.cell)
-    last = [line for line in path.read_text(errors="replace").splitlines() if line.strip()][-3:]
-    raise CellFailed(
-        f"seed {seed}, {name} failed with exit code {job.process.returncode}; its log is {path} and ends:\n  "
-        + "\n  ".join(last)
-        + "\nThe cells that are done stay; the same command goes on from there."
-    )
-
-
-def _log(config: CompareConfig, cell: tuple[int, str]) -> Path:
-    return Path(config.run_dir) / "logs" / f"{folder(config, *cell).relative_to(config.run_dir)}.txt".replace("/", "-")
+def _check(job: _Job) -> None:
+    if job.process.returncode != 0:
+        lines = [line for line in job.log.read_text(errors="replace").splitlines() if line.strip()]
+        raise CellFailed(
+            f"seed {job.cell[0]}, {job.cell[1]} failed with exit code {job.process.returncode}; its log is {job.log} "
+            "and ends:\n  "
+            + "\n  ".join(lines[-3:])
+            + "\nThe cells that are done stay; the same command goes on from there."
+        )

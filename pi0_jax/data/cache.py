@@ -1,7 +1,7 @@
 """Frames decoded once and kept at the model's resolution, in ArrayRecord shards with checksums.
 
     <cache>/<camera>-<key>/manifest.json        what was decoded, and the SHA-256 of every file it came from
-    <cache>/<camera>-<key>/shard-00000.array_record ...      a record a frame, in order
+    <cache>/<camera>-<key>/shard-00000.array_record ...      one record per frame, in order
 
 A record is a frame's bytes as they are, 3 · size² (150 kB at 224 px), or a JPEG of some 15 kB. ArrayRecord keeps a hash
 of every block, so that damage on the disk is an error and not a wrong picture. `key` stands for the folder of the
@@ -11,15 +11,10 @@ and time of change, and by their content where those differ.
 
 from __future__ import annotations
 
-import concurrent.futures
 import hashlib
 import io
 import json
-import logging
-import multiprocessing
-import os
 import shutil
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +24,16 @@ from jaxtyping import Int, UInt8
 from tqdm import tqdm
 
 from pi0_jax.atomic import written
+from pi0_jax.data.files import open_array_record, read_json
+from pi0_jax.data.pool import run_tasks
 from pi0_jax.data.source import BadEpisode, Rows, Source
 from pi0_jax.data.transform import resize_with_pad
 from pi0_jax.data.video import decode_picture
+from pi0_jax.errors import UserError
 
 FRAMES_PER_SHARD = 2048
 DECODED_AT_ONCE = 64
 SHARDS_OPEN = 256
-
-_log = logging.getLogger(__name__)
 
 
 def build_cache(
@@ -51,18 +47,18 @@ def build_cache(
         cameras: to decode.
         size: side of the square images, pixels, resized as `resize_with_pad` does.
         quality: of JPEG, 1 to 100; None keeps the pixels as they are.
-        workers: processes; None: one a core.
+        workers: processes; None: one per core.
 
     Returns:
         Bytes that the cache of these cameras has.
 
     Raises:
-        ValueError, FileNotFoundError: a frame cannot be read; the message names the file and the episode. Or there is
+        UserError, FileNotFoundError: a frame cannot be read; the message names the file and the episode. Or there is
             no room.
     """
     if quality is not None and not 1 <= quality <= 100:
-        raise ValueError(f"the quality of JPEG is {quality}; expected 1 to 100, or none for the pixels as they are.")
-    work, targets = [], []
+        raise UserError(f"the quality of JPEG is {quality}; expected 1 to 100, or none for the pixels as they are.")
+    tasks, targets = [], []
     for camera in cameras:
         target = _target(source, folder, camera, size)
         content = {"files": _files(source, camera), "size": size, "quality": quality, "frames": source.num_frames}
@@ -78,17 +74,17 @@ def build_cache(
         for number, start in enumerate(range(0, source.num_frames, FRAMES_PER_SHARD)):
             if not _shard(target, number).exists():
                 end = min(start + FRAMES_PER_SHARD, source.num_frames)
-                work.append((_write_shard, source, camera, start, end, size, quality, _shard(target, number)))
-    count = sum(end - start for _, _, _, start, end, *_ in work)
+                tasks.append((source, camera, start, end, size, quality, _shard(target, number)))
+    count = sum(end - start for _, _, start, end, *_ in tasks)
     needed, free = 3 * size**2 * count, shutil.disk_usage(folder).free
     if quality is None and needed > free:
-        raise ValueError(
+        raise UserError(
             f"caching {count} frames takes {needed / 1e6:,.1f} MB; {folder} has {free / 1e6:,.1f} MB left. With "
             "--jpeg 95 it takes about a tenth."
         )
-    with tqdm(total=count, desc=f"caching {source.root.name}", unit="frame", disable=not work) as bar:
-        for done in _each(work, workers or os.cpu_count() or 1):
-            bar.update(done)
+    with tqdm(total=count, desc=f"caching {source.root.name}", unit="frame", disable=not tasks) as bar:
+        for frames in run_tasks(_write_shard, tasks, workers):
+            bar.update(frames)
     return sum(path.stat().st_size for target in targets for path in target.iterdir())
 
 
@@ -102,7 +98,7 @@ class CachedFrames(Source):
         size: side of the images, pixels.
 
     Raises:
-        ValueError: the cache lacks them, or was made of other files.
+        UserError: the cache lacks them, or was made of other files.
     """
 
     def __init__(self, source: Source, folder: Path, cameras: list[str], size: int):
@@ -116,14 +112,14 @@ class CachedFrames(Source):
             shards = -(-source.num_frames // FRAMES_PER_SHARD)
             complete = known is not None and all(_shard(target, number).exists() for number in range(shards))
             if not complete:
-                raise ValueError(
+                raise UserError(
                     f"{folder} does not hold camera {camera!r} of {source.root} at {size} px, or not all of it. Run: "
                     "pi0 data cache CONFIG"
                 )
             content = {"files": _files(source, camera), "size": size, "frames": source.num_frames}
             assert known is not None
             if not _same(known, content | {"quality": known["quality"]}):
-                raise ValueError(f"{target} was made of other files than {source.root} has now. Run: pi0 data cache")
+                raise UserError(f"{target} was made of other files than {source.root} has now. Run: pi0 data cache")
             self._cached[camera] = (target, known["quality"], size)
             self.features[camera] = {**source.features[camera], "shape": (size, size, 3)}
 
@@ -164,13 +160,11 @@ class CachedFrames(Source):
         return out.reshape(*np.shape(rows), size, size, 3)
 
     def _open(self, path: Path) -> Any:
-        from array_record.python.array_record_module import ArrayRecordReader
-
         opened = self.opened()
         if path not in opened:
             if len(opened) >= SHARDS_OPEN:
                 opened.pop(next(iter(opened))).close()
-            opened[path] = ArrayRecordReader(str(path), "readahead_buffer_size:0,max_parallelism:0")
+            opened[path] = open_array_record(path)
         return opened[path]
 
 
@@ -198,19 +192,6 @@ def _jpeg(image: np.ndarray, quality: int) -> bytes:
     return buffer.getvalue()
 
 
-def _each(work: list[tuple], workers: int) -> Iterator[int]:
-    workers = min(workers, len(work))
-    if workers <= 1:
-        for function, *arguments in work:
-            yield function(*arguments)
-        return
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
-        submit: Callable = pool.submit
-        for future in concurrent.futures.as_completed([submit(*task) for task in work]):
-            yield future.result()
-
-
 def _target(source: Source, folder: Path, camera: str, size: int) -> Path:
     key = hashlib.sha256(repr((str(source.root.resolve()), source.episodes, camera, size)).encode()).hexdigest()[:12]
     return folder / f"{camera.replace('/', '_')}-{key}"
@@ -227,9 +208,9 @@ def _files(source: Source, camera: str) -> dict[str, list[Any]]:
 
 def _same(known: dict[str, Any], content: dict[str, Any]) -> bool:
     """Whether what a cache was made of is what there is now; `content` gets the hashes that are known already."""
-    if {key: known[key] for key in ("size", "quality", "frames")} != {
-        key: content[key] for key in ("size", "quality", "frames")
-    } or set(known["files"]) != set(content["files"]):
+    if any(known[key] != content[key] for key in ("size", "quality", "frames")):
+        return False
+    if set(known["files"]) != set(content["files"]):
         return False
     for path, now in content["files"].items():
         before = known["files"][path]
@@ -246,7 +227,7 @@ def _hash(path: Path) -> str:
 
 def _read_manifest(target: Path) -> dict[str, Any] | None:
     try:
-        return json.loads((target / "manifest.json").read_text())
+        return read_json(target / "manifest.json", "the manifest of a cache")
     except (FileNotFoundError, ValueError):
         return None
 

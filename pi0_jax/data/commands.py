@@ -205,7 +205,7 @@ def convert_(args: Convert, config: TrainConfig) -> None:
 
 def robot_(args: Robot, _: None) -> None:
     """Runs `pi0 data robot`; errors as of `stats`."""
-    from pi0_jax.data.lerobot.reader import LeRobotDataset
+    from pi0_jax.data.lerobot import LeRobotDataset
 
     if args.output.exists():
         raise FileExistsError(f"{args.output} exists. Choose another file with --output.")

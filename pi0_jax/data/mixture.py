@@ -18,7 +18,8 @@ from jaxtyping import Int
 
 from pi0_jax.config import DataConfig, DatasetConfig, PolicyConfig
 from pi0_jax.data.cache import CachedFrames
-from pi0_jax.data.lerobot.reader import LeRobotDataset, find_dataset
+from pi0_jax.data.files import find_dataset
+from pi0_jax.data.lerobot import LeRobotDataset
 from pi0_jax.data.rlds.reader import RldsDataset
 from pi0_jax.data.robots import ROBOTS, Robot, get_robot, semantics_of
 from pi0_jax.data.source import ACTION, STATE, Renamed, Source
@@ -55,7 +56,7 @@ class OpenDataset(NamedTuple):
     """The robot's cameras that the model reads: feature of the source → camera of the model."""
     semantics: tuple[str, ...]
     """Meaning of each action dimension, one of `data.robots.SEMANTICS`."""
-    weight: float | None
+    weight: int | float | None
     stats: str
     """Name of the statistics that normalise it."""
     training: Int[np.ndarray, "e"]

@@ -24,6 +24,7 @@ import numpy as np
 from jaxtyping import Float
 
 from pi0_jax.config.policy import Normalization as Mode
+from pi0_jax.data.files import read_json
 from pi0_jax.data.robots import Robot, semantics_of
 from pi0_jax.errors import UserError
 
@@ -191,32 +192,12 @@ def normalization_from_json(
 
 
 def read_stats_file(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The JSON object of a `norm_stats.json`; errors as of `load_stats`."""
-    try:
-        return json.loads(Path(path).read_text())
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"there is no {path}; expected normalisation statistics.") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); expected openpi's norm_stats.json.") from error
-
-
-def load_stats(path: str | os.PathLike[str]) -> Stats:
-    """Reads a `norm_stats.json`.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        UserError: it is no such file.
-    """
-    return stats_from_json(read_stats_file(path))
-
-
-def save_stats(stats: Stats, path: str | os.PathLike[str]) -> None:
-    """Writes a `norm_stats.json`, which openpi reads too."""
-    save_json(stats_to_json(stats), path)
+    """The JSON object of a `norm_stats.json`; errors as of `data.files.read_json`."""
+    return read_json(Path(path), "normalisation statistics, such as openpi's norm_stats.json", "")
 
 
 def save_json(content: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """Writes what `stats_to_json` gave."""
+    """Writes a result of `stats_to_json`."""
     Path(path).write_text(json.dumps(content, indent=2))
 
 

@@ -30,7 +30,7 @@ class Sketch(NamedTuple):
     """Random numbers of the sampled rows."""
     sample: Float[np.ndarray, "s d"]
 
-    def quantile(self, share: float) -> Float[np.ndarray, "d"]:
+    def quantile(self, share: int | float) -> Float[np.ndarray, "d"]:
         """The value below which that share of the rows lies, for each dimension."""
         return np.quantile(self.sample.astype(np.float64), share, axis=0)
 

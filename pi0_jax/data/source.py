@@ -9,8 +9,6 @@ from __future__ import annotations
 import abc
 import hashlib
 import logging
-import os
-import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -40,7 +38,7 @@ class Source(abc.ABC):
 
     root: Path
     """Folder of the dataset."""
-    fps: float
+    fps: int | float
     """Frames per second."""
     features: dict[str, dict[str, Any]]
     """For each feature its dtype ("video" and "image" are pictures), shape and names."""
@@ -230,22 +228,3 @@ class Renamed(Source):
 
     def picture_files(self, camera: str) -> list[Path]:
         return self.source.picture_files(self._keys.get(camera, [camera])[0])
-
-
-def cache_folder(root: Path, chosen: Path | None) -> Path:
-    """A folder for decoded video that can be written to: the chosen one; else in the dataset; else a temporary one.
-
-    Raises:
-        UserError: none of them can be written to.
-    """
-    owner = os.getuid() if hasattr(os, "getuid") else "user"
-    name = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]
-    candidates = [root / ".cache", Path(tempfile.gettempdir()) / f"pi0_jax-{owner}" / name]
-    for folder in candidates if chosen is None else [chosen]:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                return folder
-        except OSError:
-            continue
-    raise UserError(f"no folder for decoded video of {root} can be written to. Pass one as `cache`.")

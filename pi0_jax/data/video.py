@@ -100,7 +100,7 @@ class Clip(NamedTuple):
 
 
 def decode_once(
-    name: str, clips: list[Clip], fps: float, shape: tuple[int, int, int, int], folder: Path
+    name: str, clips: list[Clip], fps: int | float, shape: tuple[int, int, int, int], folder: Path
 ) -> UInt8[np.ndarray, "n h w 3"]:
     """All frames of one camera as a read-only memory-mapped array, decoded at the first call.
 
@@ -148,7 +148,7 @@ def _threads(height: int, width: int) -> int:
     return 1 if height * width < PIXELS_FOR_THREADS else 0
 
 
-def _decode(clip: Clip, fps: float, out: np.ndarray, progress: tqdm) -> None:
+def _decode(clip: Clip, fps: int | float, out: np.ndarray, progress: tqdm) -> None:
     wanted: dict[int, list[int]] = {}
     for row, number in zip(clip.rows.tolist(), clip.numbers.tolist(), strict=True):
         wanted.setdefault(number, []).append(row)
@@ -213,7 +213,7 @@ class FrameReader:
         self._indices: dict[Path, _Index] = {}
         self._opened: dict[Path, _OpenVideo] = {}
 
-    def locate(self, path: Path, seconds: Float[np.ndarray, "n"], tolerance: float) -> Int[np.ndarray, "n"]:
+    def locate(self, path: Path, seconds: Float[np.ndarray, "n"], tolerance: int | float) -> Int[np.ndarray, "n"]:
         """Number of the frame that is shown at each time.
 
         Raises:
@@ -240,7 +240,7 @@ class FrameReader:
         self,
         path: Path,
         seconds: Float[np.ndarray, "k"],
-        tolerance: float,
+        tolerance: int | float,
         out: UInt8[np.ndarray, "n h w 3"],
         at: Int[np.ndarray, "k"],
     ) -> None:

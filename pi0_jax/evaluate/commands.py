@@ -14,18 +14,18 @@ import numpy as np
 import tyro
 
 from pi0_jax.checkpoint import load_assets
-from pi0_jax.config import Guidance, PolicyConfig
-from pi0_jax.errors import UserError, did_you_mean, require_package
+from pi0_jax.config_file import parse
+from pi0_jax.errors import UserError, require_package
 from pi0_jax.evaluate.latency import STRATEGIES, Latency, describe, simulate, summary
-from pi0_jax.evaluate.page import encode_mp4
+from pi0_jax.evaluate.page import encode_mp4, hold_last
 from pi0_jax.evaluate.record import Source
 from pi0_jax.evaluate.record import record as record_demonstrations
 from pi0_jax.evaluate.report import write_report
 from pi0_jax.evaluate.rollout import Rate, roll_out
-from pi0_jax.evaluate.simulators import Simulator, find_simulator, get_simulator, has_option
+from pi0_jax.evaluate.simulators import find_simulator, get_simulator, has_option
+from pi0_jax.evaluate.simulators.gym import Simulator
 from pi0_jax.inference.files import format_chunk, load_observation, plot_chunk, save_observation
 from pi0_jax.inference.policy import Policy
-from pi0_jax.sampler import SAMPLERS
 
 Run = Annotated[Path, tyro.conf.Positional]
 
@@ -164,7 +164,7 @@ def infer(args: Infer) -> None:
         load_observation(args.observation)  # fails before the weights are read
     if args.strategy is None and (args.latency or args.jitter or args.drop):
         raise UserError("--latency, --jitter and --drop need a --strategy, which says what the robot does meanwhile.")
-    policy = Policy.load(args.run, bits=args.bits, **_changes(args, load_assets(args.run).policy))
+    policy = Policy.load(args.run, bits=args.bits, **_changes(args))
     if args.write_example is not None:
         save_observation(args.write_example, policy.robot.example())
         print(f"wrote {args.write_example}; fill it in, then: pi0 infer {args.run} --observation {args.write_example}")
@@ -172,8 +172,10 @@ def infer(args: Infer) -> None:
     if evaluates:
         name = args.env or find_simulator(policy.robot.name)
         simulator = simulator or get_simulator(name, **_options(args.env_options))
-        run = _evaluate if args.strategy is None else _evaluate_in_time
-        run(simulator, policy, args, Path(name).stem)
+        if args.strategy is None:
+            _evaluate(simulator, policy, args, Path(name).stem)
+        else:
+            _evaluate_in_time(simulator, policy, args)
         return
     assert args.observation is not None
     observation = load_observation(args.observation)
@@ -181,7 +183,7 @@ def infer(args: Infer) -> None:
         observation["prompt"] = args.prompt
     if args.repeat < 1:
         raise UserError(f"--repeat is {args.repeat}; it has to be at least 1.")
-    output = _output(args)
+    output = _folder(args.output or _run_folder(args.run) / "infer")
     policy.infer(observation, args.seed)  # compiles
     policy.forget_latency()
     for _ in range(args.repeat):
@@ -207,41 +209,27 @@ def evaluate(args: Evaluate) -> None:
 
 
 def _evaluate(simulator: Simulator, policy: Policy, args: Infer, name: str) -> None:
-    output = _output(args)
-    result = roll_out(
-        policy,
-        simulator,
-        args.episodes,
-        args.seed,
-        batch_size=args.batch_size,
-        film=range(len(simulator.tasks)),
-        progress="closed loop",
-    )
+    output = _folder(args.output or _run_folder(args.run) / "infer")
+    film, where = range(len(simulator.tasks)), (policy, simulator, args.episodes, args.seed)
+    result = roll_out(*where, batch_size=args.batch_size, film=film, progress="closed loop")
     print(result.table())
     films = [outcome.pictures for outcome in result.outcomes if outcome.pictures]
-    pictures = [picture for film in films for picture in (*film, *[film[-1]] * simulator.fps)]
     video = output / f"{name}.mp4"
-    video.write_bytes(encode_mp4(pictures, simulator.fps))
+    video.write_bytes(
+        encode_mp4([picture for film in films for picture in hold_last(film, simulator.fps)], simulator.fps)
+    )
     failed = Counter(outcome.task for outcome in result.outcomes if not outcome.success)
     if failed:
         print("failures:", ", ".join(f"{task} {count}" for task, count in failed.most_common()))
     print(f"device {jax.devices()[0].device_kind}; video of {len(films)} episodes: {video}")
 
 
-def _evaluate_in_time(simulator: Simulator, policy: Policy, args: Infer, name: str) -> None:
+def _evaluate_in_time(simulator: Simulator, policy: Policy, args: Infer) -> None:
     assert args.strategy is not None
     latency = Latency(args.latency, args.jitter, args.drop)
-    strategy = STRATEGIES[args.strategy][0](policy.config.execute_steps)
-    traces = simulate(
-        policy,
-        simulator,
-        strategy,
-        latency,
-        args.episodes,
-        args.seed,
-        batch_size=args.batch_size,
-        progress=f"simulated time, {name}",
-    )
+    strategy, where = STRATEGIES[args.strategy][0](policy.config.execute_steps), (args.episodes, args.seed)
+    how: dict[str, Any] = {"batch_size": args.batch_size, "progress": "simulated time"}
+    traces = simulate(policy, simulator, strategy, latency, *where, **how)
     print(describe(args.strategy, latency, summary(traces, simulator.fps)))
 
 
@@ -274,31 +262,23 @@ def record(args: Record) -> None:
     print(f"{args.episodes} demonstrations, {summary['frames']} frames: {args.path}")
 
 
-def _changes(args: Infer, policy: PolicyConfig) -> dict[str, Any]:
+def _changes(args: Infer) -> dict[str, Any]:
     """Fields of the checkpoint's policy that the flags set anew."""
-    changes: dict[str, Any] = {}
-    sampler = policy.sampler
-    if args.sampler is not None:
-        kinds = {name.lower(): kind for name, kind in SAMPLERS.items()}
-        if args.sampler.lower() not in kinds:
-            hint = did_you_mean(args.sampler, SAMPLERS)
-            raise UserError(f"--sampler is {args.sampler!r}; choose {', '.join(SAMPLERS)}.{hint}")
-        kind, fields = kinds[args.sampler.lower()], dataclasses.asdict(sampler)
-        sampler = kind(**{field.name: fields[field.name] for field in dataclasses.fields(kind) if field.name in fields})
-    for name in ("num_steps", "grid_power"):
-        if (value := getattr(args, name)) is not None:
-            if not hasattr(sampler, name):
-                raise UserError(f"--{name.replace('_', '-')} means nothing to the sampler {type(sampler).__name__}.")
-            sampler = dataclasses.replace(sampler, **{name: value})
-    if sampler != policy.sampler:
-        changes["sampler"] = sampler
-    if (scale := args.guidance_scale) is not None:
-        changes["guidance"] = None if scale == 1 else dataclasses.replace(policy.guidance or Guidance(), scale=scale)
-    if args.execute_steps is not None:
-        changes["execute_steps"] = args.execute_steps
+    now, scale = load_assets(args.run).policy, args.guidance_scale
+    values = {
+        "sampler": args.sampler,
+        "sampler.num-steps": args.num_steps,
+        "sampler.grid-power": args.grid_power,
+        "guidance": None if scale is None else "Guidance",
+        "guidance.scale": scale,
+        "execute-steps": args.execute_steps,
+    }
+    flags = [word for name, value in values.items() if value is not None for word in (f"--{name}", str(value))]
+    policy = parse(now, flags, prog="pi0 infer", description="Fields of the policy.") if flags else now
     if args.strategy is not None and (real_time := STRATEGIES[args.strategy][1]) is not None:
-        changes["real_time"] = real_time
-    return changes
+        policy = dataclasses.replace(policy, real_time=real_time)
+    fields = [field.name for field in dataclasses.fields(policy)]
+    return {name: getattr(policy, name) for name in fields if getattr(policy, name) != getattr(now, name)}
 
 
 def _options(texts: tuple[str, ...]) -> dict[str, Any]:
@@ -318,10 +298,6 @@ def _options(texts: tuple[str, ...]) -> dict[str, Any]:
 def _run_folder(path: Path) -> Path:
     """The run that a path belongs to, where it names one checkpoint of it."""
     return path.parents[1] if path.parent.name == "checkpoints" else path
-
-
-def _output(args: Infer) -> Path:
-    return _folder(args.output or _run_folder(args.run) / "infer")
 
 
 def _folder(path: Path) -> Path:

@@ -14,10 +14,10 @@ import numpy as np
 
 from pi0_client.player import Player, Query, Strategy, real_time, receding_horizon, temporal_ensemble
 from pi0_jax.config import RealTimeConfig
-from pi0_jax.data.robots import RawObservation
+from pi0_jax.data.robots import RawObservation, Robot
 from pi0_jax.errors import UserError
-from pi0_jax.evaluate.rollout import BatchPolicy, closed_loop, success_rate
-from pi0_jax.evaluate.simulators import Episode, Simulator
+from pi0_jax.evaluate.rollout import BatchPolicy, Driver, closed_loop, success_rate
+from pi0_jax.evaluate.simulators.gym import Episode, Simulator
 
 STRATEGIES: dict[str, tuple[Callable[[int], Strategy], RealTimeConfig | None]] = {
     "synchronous": (receding_horizon, None),
@@ -97,98 +97,78 @@ def simulate(
 ) -> list[Trace]:
     """Runs episodes in simulated time. Layouts, noise and latencies depend on the seed and the episode alone.
 
-    Args:
-        policy: a policy for the simulator's robot; its `real_time` is how chunks are continued.
-        simulator: the simulator.
-        strategy: strategy of chunking.
-        latency: latency of the policy's answers.
-        num_episodes: episode i is of task i modulo the number of tasks.
-        seed: other seeds give other layouts, noise and latencies.
-        batch_size: episodes that run side by side.
-        progress: title of a progress bar; None shows none.
-
-    Raises:
-        UserError: the simulator is another robot's, or there is nothing to run.
+    The policy's `real_time` is how chunks are continued; other arguments and errors are those of `roll_out`.
     """
 
     def begin(index: int) -> _Run:
-        player, rng = Player(strategy, policy.robot.still), np.random.default_rng([seed, index])
-        still = np.zeros(len(policy.robot.actions), np.float32)
-        return _Run(index, simulator.start(index, seed), player, latency, 1000 / simulator.fps, still, rng)
+        rng = np.random.default_rng([seed, index])
+        return _Run(index, simulator.start(index, seed), strategy, latency, policy.robot, 1000 / simulator.fps, rng)
 
     runs, _ = closed_loop(policy, simulator, begin, num_episodes, seed, batch_size=batch_size, progress=progress)
     return [run.trace() for run in runs]
 
 
-@dataclasses.dataclass(eq=False)
-class _Run:
-    """One episode, its player, and the answer that is on its way."""
+class _Run(Driver):
+    """One episode, its player, and the answer that is on its way. `period` is the milliseconds between actions."""
 
-    index: int
-    episode: Episode
-    player: Player
-    latency: Latency
-    period: float
-    """Milliseconds between actions."""
-    still: np.ndarray
-    """Action while there is no chunk."""
-    rng: np.random.Generator
-    over: bool = False
-
-    def __post_init__(self):
+    def __init__(
+        self,
+        index: int,
+        episode: Episode,
+        strategy: Strategy,
+        latency: Latency,
+        robot: Robot,
+        period: float,
+        rng: np.random.Generator,
+    ):
+        super().__init__(index, episode)
+        self._player, self._latency, self._period, self._rng = Player(strategy, robot.still), latency, period, rng
+        self._still = np.zeros(len(robot.actions), np.float32)
         self._query: Query | None = None
         self._chunk: np.ndarray | None = None
         self._due = 0.0
-        self._success = False
-        self._actions: list[np.ndarray] = []
         self._chunks: list[int] = []
         self._delays: list[int] = []
         self._breaks: list[float] = []
-
-    @property
-    def step(self) -> int:
-        return self.player.step
 
     def asks(self) -> bool:
         """Takes in what has come by now; returns whether the policy is to be asked."""
         self._take_in()
         if self._query is None:
-            self._query = self.player.query()
+            self._query = self._player.query()
             return self._query is not None
         return False
 
     def observe(self) -> RawObservation:
         assert self._query is not None
-        return cast(RawObservation, self.episode.observe() | self._query.as_request())
+        return cast(RawObservation, super().observe() | self._query.as_request())
 
     def receive(self, chunk: np.ndarray) -> None:
         """Lets an answer begin its way."""
-        milliseconds, answered = self.latency.draw(self.rng)
-        self._due = self.step * self.period + milliseconds
+        milliseconds, answered = self._latency.draw(self._rng)
+        self._due = self._player.step * self._period + milliseconds
         self._chunk = chunk if answered else None
         self._take_in()
 
     def advance(self) -> None:
         """Executes the action of this step."""
-        played = self.player.play()
-        action = self.still if played.action is None else played.action
-        self._actions.append(action)
+        played = self._player.play()
+        self.execute(self._still if played.action is None else played.action)
         self._chunks.append(-1 if played.chunk is None else played.chunk)
-        self.over, self._success = self.episode.step(action)
 
     def trace(self) -> Trace:
-        actions, chunks = np.array(self._actions), np.array(self._chunks)
-        return Trace(self.episode.task, self._success, actions, chunks, tuple(self._delays), tuple(self._breaks))
+        actions, chunks = np.array(self.actions), np.array(self._chunks)
+        return Trace(self.episode.task, self.success, actions, chunks, tuple(self._delays), tuple(self._breaks))
 
     def _take_in(self) -> None:
-        if self._query is None or self.step * self.period < self._due - 1e-6:
+        if self._query is None or self._player.step * self._period < self._due - 1e-6:
             return
         if self._chunk is None:
-            self.player.abandon()
+            self._player.abandon()
         else:
-            before = self.player.due()
-            self._delays.append(self.player.receive(self._chunk))
-            after = self.player.due()
+            before = self._player.due()
+            self._delays.append(self._player.receive(self._chunk))
+            after = self._player.due()
             if before is not None and after is not None:
                 self._breaks.append(float(np.linalg.norm(after - before)))
         self._query = self._chunk = None

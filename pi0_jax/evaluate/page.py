@@ -63,19 +63,24 @@ def picture_tag(picture: bytes, text: str) -> str:
 
 def video_tag(pictures: Sequence[UInt8[np.ndarray, "h w 3"]], fps: int, caption: str) -> str:
     """A video inside the page."""
-    video = _data(encode_mp4(pictures, fps), "video/mp4")
+    video = _data(encode_mp4(hold_last(pictures, fps), fps), "video/mp4")
     return (
         f'<figure><video src="{video}" autoplay loop muted playsinline controls></video>'
         f"<figcaption>{html.escape(caption)}</figcaption></figure>"
     )
 
 
+def hold_last(pictures: Sequence[UInt8[np.ndarray, "h w 3"]], fps: int) -> list[np.ndarray]:
+    """Pictures of an episode, whose last one stays for a second."""
+    return [*pictures, *[pictures[-1]] * fps]
+
+
 def encode_mp4(pictures: Sequence[UInt8[np.ndarray, "h w 3"]], fps: int) -> bytes:
-    """Pictures as an mp4 that browsers play; the last one stays for a second."""
+    """Pictures as an mp4 that browsers play."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "video.mp4"
         writer = VideoWriter(path, pictures[0].shape[:2], fps, "yuv420p", 20)
-        writer.write(np.stack([*pictures, *[pictures[-1]] * fps]))
+        writer.write(np.stack(pictures))
         writer.close()
         return path.read_bytes()
 

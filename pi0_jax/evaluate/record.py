@@ -16,7 +16,8 @@ from tqdm import tqdm
 from pi0_jax.data.pool import run_tasks
 from pi0_jax.data.robots import Robot, get_robot
 from pi0_jax.errors import UserError
-from pi0_jax.evaluate.simulators import MAX_ATTEMPTS, MAX_DEMONSTRATIONS, Episode, Simulator, get_simulator
+from pi0_jax.evaluate.simulators import MAX_ATTEMPTS, MAX_DEMONSTRATIONS, get_simulator
+from pi0_jax.evaluate.simulators.gym import Episode, Simulator
 
 BLOCK = 512
 """Episodes per round of worker processes, which bounds how many wait in memory."""
@@ -168,7 +169,7 @@ def record(
         the dataset), and for each episode its task's name and its layout's seed.
     """
     # Here, so that worker processes start without video and parquet.
-    from pi0_jax.data.lerobot.reader import LeRobotWriter
+    from pi0_jax.data.lerobot import LeRobotWriter
 
     simulator = _simulator(source.simulator, source.options)
     robot = get_robot(simulator.robot)

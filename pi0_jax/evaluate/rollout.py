@@ -19,18 +19,15 @@ from tqdm import tqdm
 from pi0_jax.config import PolicyConfig
 from pi0_jax.data.robots import RawObservation, Robot
 from pi0_jax.errors import UserError
-from pi0_jax.evaluate.simulators import Episode, Simulator
+from pi0_jax.evaluate.simulators.gym import Episode, Simulator
 
 
 @runtime_checkable
 class BatchPolicy(Protocol):
     """What the closed loop needs of `inference.policy.Policy`."""
 
-    @property
-    def robot(self) -> Robot: ...
-
-    @property
-    def config(self) -> PolicyConfig: ...
+    robot: Robot
+    config: PolicyConfig
 
     def infer_batch(self, observations: Sequence[Any], keys: Any, num_steps: int | None = None, /) -> np.ndarray: ...
 
@@ -95,39 +92,34 @@ class Rollout:
         return "\n".join([*lines, f"latency of a call for {self.batch_size} chunks: {latency}"])
 
 
-@runtime_checkable
-class Driver(Protocol):
+class Driver:
     """Executes the policy's chunks in one episode."""
 
-    @property
-    def episode(self) -> Episode: ...
-
-    @property
-    def index(self) -> int: ...
-
-    @property
-    def over(self) -> bool: ...
-
-    @property
-    def step(self) -> int:
-        """Actions executed so far."""
-        ...
+    def __init__(self, index: int, episode: Episode):
+        self.index, self.episode = index, episode
+        self.over = self.success = False
+        self.actions: list[np.ndarray] = []
+        """Executed so far."""
 
     def asks(self) -> bool:
         """Whether the policy has to answer now."""
-        ...
+        return True
 
     def observe(self) -> RawObservation:
         """What the policy is asked with."""
-        ...
+        return self.episode.observe()
 
     def receive(self, chunk: np.ndarray) -> None:
         """Takes the policy's answer."""
-        ...
+        raise NotImplementedError
 
     def advance(self) -> None:
-        """Executes actions; runs in a thread of its own."""
-        ...
+        """Executes actions, at least one; runs in a thread of its own."""
+        raise NotImplementedError
+
+    def execute(self, action: np.ndarray) -> None:
+        self.over, self.success = self.episode.step(action)
+        self.actions.append(action)
 
 
 D = TypeVar("D", bound=Driver)
@@ -147,23 +139,10 @@ def closed_loop(
     """Runs episodes to their ends, several side by side; as soon as one ends the next takes its place.
 
     Batches are filled up to one size, so that one program serves all. The noise of a chunk depends on the seed, the
-    episode and its step.
-
-    Args:
-        policy: a policy for the simulator's robot.
-        simulator: the simulator, whose robot is checked.
-        begin: starts the episode of an index.
-        num_episodes: number of episodes.
-        seed: seed of the noise.
-        num_steps: solver steps; None: the policy's.
-        batch_size: episodes that run side by side.
-        progress: title of a progress bar; None shows none.
+    episode and its step. `begin` starts the episode of an index; other arguments and errors are those of `roll_out`.
 
     Returns:
         The drivers after their episodes, in order, and the seconds of each call of the policy but the first.
-
-    Raises:
-        UserError: the simulator is another robot's, or there is nothing to run.
     """
     if policy.robot.name != simulator.robot:
         raise UserError(f"this policy is for the robot {policy.robot.name!r}; the environment has {simulator.robot!r}.")
@@ -180,11 +159,9 @@ def closed_loop(
             if asking:
                 observations = list(threads.map(lambda driver: driver.observe(), asking))
                 rows = [*range(len(asking))] + [0] * (batch_size - len(asking))
-                index, step = (
-                    np.array(x) for x in zip(*((asking[i].index, asking[i].step) for i in rows), strict=True)
-                )
+                numbers = np.array([(asking[i].index, len(asking[i].actions)) for i in rows])
                 begun = time.perf_counter()
-                chunks = policy.infer_batch([observations[i] for i in rows], noise_keys(base, index, step), num_steps)
+                chunks = policy.infer_batch([observations[i] for i in rows], noise_keys(base, *numbers.T), num_steps)
                 seconds.append(time.perf_counter() - begun)
                 for driver, chunk in zip(asking, chunks, strict=False):
                     driver.receive(chunk)
@@ -243,21 +220,16 @@ def roll_out(
     return Rollout(tuple(slot.outcome() for slot in slots), min(batch_size, num_episodes), tuple(seconds))
 
 
-class _Slot:
+class _Slot(Driver):
     """Executes the beginning of each chunk while the simulator waits for the next."""
 
     def __init__(self, index: int, episode: Episode, execute_steps: int, *, filmed: bool):
-        self.index, self.episode, self._execute_steps = index, episode, execute_steps
-        self.over = self._success = False
-        self.step, self._prompt = 0, ""
-        self._actions: list[np.ndarray] = []
+        super().__init__(index, episode)
+        self._execute_steps, self._prompt = execute_steps, ""
         self._pictures = [episode.picture()] if filmed else []
 
-    def asks(self) -> bool:
-        return True
-
     def observe(self) -> RawObservation:
-        raw = self.episode.observe()
+        raw = super().observe()
         self._prompt = self._prompt or raw["prompt"]
         return raw
 
@@ -266,14 +238,12 @@ class _Slot:
 
     def advance(self) -> None:
         for action in self._chunk[: self._execute_steps]:
-            self.over, self._success = self.episode.step(action)
-            self._actions.append(action)
-            self.step += 1
+            self.execute(action)
             if self._pictures:
                 self._pictures.append(self.episode.picture())
             if self.over:
                 return
 
     def outcome(self) -> Outcome:
-        actions, pictures = np.array(self._actions), tuple(self._pictures)
-        return Outcome(self.index, self.episode.task, self._prompt, self._success, self.step, actions, pictures)
+        actions, pictures = np.array(self.actions), tuple(self._pictures)
+        return Outcome(self.index, self.episode.task, self._prompt, self.success, len(actions), actions, pictures)

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
-from pi0_jax import compat, pi0
+from pi0_jax import compat
 from pi0_jax.batch import Batch
-from pi0_jax.config import ModelConfig, TrainConfig
-from pi0_jax.data.normalization import NormStats
-from pi0_jax.data.robots import get_robot
+from pi0_jax.config import TrainConfig
+from pi0_jax.data.augment import make_augment
 from pi0_jax.plan.hlo_collectives import KINDS, traffic
 from pi0_jax.training import sharding
-from pi0_jax.training.inputs import trained_model
-from pi0_jax.training.partition import with_adapters
 from pi0_jax.training.program import Program, build
+from pi0_jax.training.resolve import Run, batch_shapes, resolve
 
 
 class Compiled(NamedTuple):
@@ -31,31 +29,26 @@ class Compiled(NamedTuple):
     """Bytes sent, by kind of collective; NaN where the program does not fit."""
 
 
-def build_program(config: TrainConfig, mesh: Mesh) -> tuple[Program, Batch]:
-    """The program of a run, and shapes of a batch."""
-    config = with_adapters(config)
-    robot = get_robot(config.policy.robot)
-    sizes = {"state": len(robot.state), "actions": len(robot.actions)}
-    stats = {name: NormStats(*(f(n) for f in (np.zeros, np.ones, np.zeros, np.ones))) for name, n in sizes.items()}
-    program = build(config, mesh, robot, stats, np.arange(0))
-    placement = sharding.batch_sharding(mesh, config.batch_size)
+def build_program(config: TrainConfig, devices: Sequence[Any]) -> tuple[Run, Program, Batch]:
+    """A run on the given devices, its program, and shapes of a batch.
+
+    Symmetries are left out: they take statistics, and little memory or time.
+    """
+    run = resolve(config, devices)
+    changes = dataclasses.replace(config.augment, square_symmetries=False)
+    cameras = config.policy.model.cameras
+    program = build(run, make_augment(changes, run.robot, {}, config.policy.normalization, cameras))
     batch = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement),
-        batch_shapes(trained_model(config), config.batch_size),
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=run.batch_placement),
+        batch_shapes(run.policy.model, config.batch_size),
     )
-    return program, batch
+    return run, program, batch
 
 
-def batch_shapes(model: ModelConfig, size: int) -> Batch:
-    """Shapes of a training batch, as the loader makes it."""
-
-    def make() -> Batch:
-        observation, actions, _ = pi0.example_inputs(model, size)
-        images = {name: image.astype(jnp.uint8) for name, image in observation.images.items()}
-        masks = jnp.ones((size, model.action_horizon), bool), jnp.ones((size, model.action_dim), bool)
-        return Batch(observation._replace(images=images), actions, *masks)
-
-    return jax.eval_shape(make)
+def update_shapes(run: Run, program: Program, batch: Batch) -> tuple[Any, ...]:
+    """Shapes of the arguments of `Program.update`."""
+    teacher = () if run.objective.teacher is None else (program.shapes.weights,)
+    return jax.ShapeDtypeStruct((), np.uint32), program.shapes, batch, *teacher
 
 
 def resident_bytes(program: Program, batch: Batch) -> dict[str, int]:
@@ -71,9 +64,9 @@ def placed_bytes(shapes) -> int:
     return sharding.bytes_per_device(shapes, jax.tree.map(lambda x: x.sharding, shapes))
 
 
-def compile_update(program: Program, batch: Batch) -> Compiled:
-    """Compiles the update."""
-    lowered = program.update.lower(jax.ShapeDtypeStruct((), np.uint32), program.shapes, batch)  # pyright: ignore
+def compile_update(program: Program, inputs: Sequence[Any]) -> Compiled:
+    """Compiles the update for inputs of the shapes of `update_shapes`."""
+    lowered = program.update.lower(*inputs)  # pyright: ignore[reportFunctionMemberAccess]
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:

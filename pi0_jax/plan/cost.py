@@ -19,20 +19,17 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.linen import meta
-from jax.sharding import Mesh
 
-from pi0_jax import flops, pi0
-from pi0_jax.config import ModelConfig, TrainConfig, TuneConfig
-from pi0_jax.model.heads import make_network
-from pi0_jax.plan.compile import batch_shapes, build_program, compile_update, placed_bytes, resident_bytes
+from pi0_jax import flops
+from pi0_jax.config import MeshConfig, TrainConfig
+from pi0_jax.plan.compile import build_program, compile_update, placed_bytes, resident_bytes, update_shapes
 from pi0_jax.plan.devices import GPUS, Device, find_devices
 from pi0_jax.plan.hlo_collectives import KINDS
 from pi0_jax.training import sharding
-from pi0_jax.training.inputs import trained_model
-from pi0_jax.training.partition import combine, flat, frozen_names, partition, with_adapters
+from pi0_jax.training.partition import combine, partition
 from pi0_jax.training.program import Program
+from pi0_jax.training.resolve import Run, batch_shapes, resolve
 
 
 class Plan(NamedTuple):
@@ -94,17 +91,17 @@ def make_plan(config: TrainConfig, topology: str | None = None, *, compiled: boo
     """
     name, devices, device = find_devices(topology)
     config = with_model(config, attention="xla")  # planned on CPU devices, where there is no other kernel
-    mesh = sharding.make_mesh(config.mesh, devices)
-    program, batch = build_program(config, mesh)
-    resident = resident_bytes(program, batch)
-    work = flops.count(program.update, jax.ShapeDtypeStruct((), np.uint32), program.shapes, batch) / mesh.size
-    temporaries, estimated = estimate_temporaries(config, mesh, program), True
+    run, program, batch = build_program(config, devices)
+    resident, mesh = resident_bytes(program, batch), run.mesh
+    inputs = update_shapes(run, program, batch)
+    work = flops.count(program.update, *inputs) / mesh.size
+    temporaries, estimated = estimate_temporaries(run, program), True
     peak, seconds = sum(resident.values()) + temporaries, 0.0
     sent: dict[str, float] = dict.fromkeys(KINDS, 0.0)
     on_gpus = name.partition(":")[0] in GPUS
     if compiled and not (on_gpus and mesh.size == 1):  # one device sends nothing
         start = time.monotonic()
-        used, sent = compile_update(program, batch)
+        used, sent = compile_update(program, inputs)
         seconds = time.monotonic() - start
         if not on_gpus:
             peak, temporaries, estimated = used, used - sum(resident.values()), False
@@ -118,17 +115,17 @@ def make_plan(config: TrainConfig, topology: str | None = None, *, compiled: boo
         estimated=estimated,
         peak=peak,
         flops=work,
-        hbm_bytes=_hbm_bytes(config, mesh, program, temporaries),
+        hbm_bytes=_hbm_bytes(run, program, temporaries),
         comm_bytes=sent,
         seconds_to_compile=seconds,
     )
 
 
-def estimate_temporaries(config: TrainConfig, mesh: Mesh, program: Program) -> float:
+def estimate_temporaries(run: Run, program: Program) -> float:
     """Bytes of gradients, of what the backward pass keeps, and of one layer's workspace, on each device."""
-    model = config.policy.model
-    samples = config.batch_size / sharding.batch_ways(mesh) / config.parts
-    gradients = placed_bytes(program.shapes.params) * (1 if config.parts == 1 else 2)  # of a microbatch, and their sum
+    config, model, mesh = run.config, run.policy.model, run.mesh
+    examples = config.batch_size / sharding.batch_ways(mesh) / config.grad_accum_steps
+    copies = 1 if config.grad_accum_steps == 1 else 2  # of a microbatch, and their sum
     kept = kept_for_backward(config)
     everything = kept_for_backward(with_model(config, remat="none"))
     layers = max(model.depth + model.vision.depth, 1)
@@ -137,7 +134,8 @@ def estimate_temporaries(config: TrainConfig, mesh: Mesh, program: Program) -> f
     if mesh.shape["fsdp"] > 1:  # two layers' weights, one in use and one on its way, and a layer's gradient
         weights = sum(x.size for x in jax.tree.leaves(program.shapes.weights)) / mesh.shape["tensor"]
         gathered = 3 * weights / layers * jnp.dtype(model.dtype).itemsize
-    return gradients + samples * (kept + workspace) / mesh.shape["tensor"] + gathered
+    gradients = copies * placed_bytes(program.shapes.params)
+    return gradients + examples * (kept + workspace) / mesh.shape["tensor"] + gathered
 
 
 def with_model(config: TrainConfig, **changes) -> TrainConfig:
@@ -151,37 +149,37 @@ def kept_for_backward(config: TrainConfig) -> float:
 
     They are the outputs of the forward half of the gradient's program that grow with the batch.
     """
-    config = with_adapters(config)
-    model = trained_model(config)
-    return _residuals(model, config.flow, config.tune, 2) - _residuals(model, config.flow, config.tune, 1)
+    config = dataclasses.replace(config, batch_size=4, grad_accum_steps=1, mesh=MeshConfig(1, 1))
+    return (_residuals(config) - _residuals(dataclasses.replace(config, batch_size=2))) / 2
 
 
 @functools.lru_cache(maxsize=64)
-def _residuals(model: ModelConfig, flow, tune: TuneConfig, size: int) -> float:
-    network = make_network(model)
-    weights = meta.unbox(jax.eval_shape(functools.partial(pi0.init_params, network), jax.random.key(0)))
-    trainable, frozen = partition(weights, frozen_names(tune, model, flat(weights)))
+def _residuals(config: TrainConfig) -> float:
+    run = resolve(config, jax.devices()[:1])
+    objective = run.objective
+    trainable, frozen = partition(meta.unbox(run.weights), run.frozen)
 
-    def residuals(trainable, frozen, batch):
-        def loss(trainable):
-            return pi0.loss(network, combine(trainable, frozen), batch, jax.random.key(0), flow)[0]
+    def residuals(trainable, frozen, batch, *teacher):
+        draws, count = objective.draw(batch, jax.random.key(0), 0)
+        return jax.vjp(lambda t: objective.loss(combine(t, frozen), draws, count, *teacher)[0], trainable)[1]
 
-        return jax.vjp(loss, trainable)[1]
-
-    program = jax.make_jaxpr(residuals)(trainable, frozen, batch_shapes(model, size)).jaxpr
+    teacher = () if objective.teacher is None else (meta.unbox(run.weights),)
+    batch = batch_shapes(run.policy.model, config.batch_size)
+    program = jax.make_jaxpr(residuals)(trainable, frozen, batch, *teacher).jaxpr
     inputs = set(program.invars)
     kept = {var for var in program.outvars if not hasattr(var, "val") and var not in inputs}  # literals have a value
     return float(sum(var.aval.size * var.aval.dtype.itemsize for var in kept))
 
 
-def _hbm_bytes(config: TrainConfig, mesh: Mesh, program: Program, temporaries: float) -> float:
+def _hbm_bytes(run: Run, program: Program, temporaries: float) -> float:
     """Bytes through a device's memory in one update: an estimate that counts no activation twice.
 
     State and gradients are read and written once; the weights are read by the forward and the backward pass, and once
     more where a layer is computed again; what the backward pass finds was written and is read.
     """
     state, gradients = placed_bytes(program.shapes), placed_bytes(program.shapes.params)
-    model = config.policy.model
+    model = run.policy.model
     weights = sum(x.size for x in jax.tree.leaves(program.shapes.weights)) * jnp.dtype(model.dtype).itemsize
     passes = 2 if model.remat == "none" else 3
-    return 2 * (state + gradients) + passes * weights / mesh.shape["tensor"] + 2 * max(temporaries - gradients, 0.0)
+    activations = max(temporaries - gradients, 0.0)
+    return 2 * (state + gradients) + passes * weights / run.mesh.shape["tensor"] + 2 * activations

@@ -47,12 +47,12 @@ def alternatives(
         config = with_model(config, remat=policy)
         yield with_flags({"--policy.model.remat": policy}, config)
     undivided = config
-    while config.batch_size % (2 * ways * config.parts) == 0:
-        config = dataclasses.replace(config, parts=2 * config.parts)
-        yield with_flags({"--parts": str(config.parts)}, config)
-    if config.parts > undivided.parts and needs(config) > needs(undivided):
+    while config.batch_size % (2 * ways * config.grad_accum_steps) == 0:
+        config = dataclasses.replace(config, grad_accum_steps=2 * config.grad_accum_steps)
+        yield with_flags({"--grad-accum-steps": str(config.grad_accum_steps)}, config)
+    if config.grad_accum_steps > undivided.grad_accum_steps and needs(config) > needs(undivided):
         config = undivided
-        del flags["--parts"]
+        del flags["--grad-accum-steps"]
     same_numbers = dict(flags), config
     for changes in _smaller_optimizers(config.optim):
         config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, **changes))
@@ -85,15 +85,14 @@ def find_fitting(config: TrainConfig, plan: Plan) -> tuple[str, Plan] | None:
     """
     assert plan.device is not None
     devices = find_devices(plan.topology)[1]
-    mesh = sharding.make_mesh(config.mesh, devices)
-    scale = plan.temporaries / estimate_temporaries(config, mesh, build_program(config, mesh)[0])
+    run, program, _ = build_program(config, devices)
+    scale = plan.temporaries / estimate_temporaries(run, program)
 
     def guess(other: TrainConfig) -> float:
-        mesh = sharding.make_mesh(other.mesh, devices)
-        program, batch = build_program(other, mesh)
-        return sum(resident_bytes(program, batch).values()) + scale * estimate_temporaries(other, mesh, program)
+        run, program, batch = build_program(other, devices)
+        return sum(resident_bytes(program, batch).values()) + scale * estimate_temporaries(run, program)
 
-    for flags, other in alternatives(config, mesh, guess):
+    for flags, other in alternatives(config, run.mesh, guess):
         if guess(other) <= plan.device.memory and (checked := make_plan(other, plan.topology)).fits:
             return flags, checked
     return None

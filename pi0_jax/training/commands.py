@@ -1,4 +1,4 @@
-"""What `pi0 reflow` does; a dataclass is a command line."""
+"""The command `pi0 reflow`; its dataclass is its command line."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Annotated
 
 import tyro
 
-from pi0_jax import checkpoint
+from pi0_jax import checkpoint, config
+from pi0_jax.errors import UserError
+from pi0_jax.flow.path import Straight
 from pi0_jax.training.loop import run
 
 Positional = Annotated[Path, tyro.conf.Positional]
@@ -48,29 +50,26 @@ def reflow(args: Reflow) -> None:
     """Runs `pi0 reflow`.
 
     Raises:
-        ValueError: the teacher keeps no training configuration, or predicts no velocity; and all that
-            `training.loop.run` raises.
+        UserError: the teacher keeps no training configuration, or its network predicts no velocity of a straight path;
+            and all that `training.loop.run` raises.
     """
     source = checkpoint.resolve(args.teacher)
     assets = checkpoint.load_assets(source)
     if assets.train is None:
-        raise ValueError(
+        raise UserError(
             f"{source} does not say how it was trained, so there are no demonstrations to straighten it on."
         )
-    teacher = assets.train
+    teacher, learned = assets.train, assets.policy.objective
+    velocity = isinstance(learned, config.Gaussian) and (learned.predicts, learned.path) == ("velocity", Straight())
+    if not velocity and not isinstance(learned, config.Reflow):
+        raise UserError(f"reflow straightens a flow that predicts velocities; {source} has learned {learned}.")
+    kept = {name: getattr(learned, name) for name in ("draws", "dropout", "mask_padded_steps", "mask_padded_dims")}
+    objective = config.Reflow(teacher=str(source), teacher_steps=args.teacher_steps, **kept)
     rate = args.peak_lr or teacher.optim.peak_lr / 4
     run(
         dataclasses.replace(
             teacher,
-            policy=assets.policy,
-            flow=dataclasses.replace(
-                teacher.flow,
-                time="uniform",
-                coupling="independent",
-                mean_draw=False,
-                mean_steps=0,
-                reflow_steps=args.teacher_steps,
-            ),
+            policy=dataclasses.replace(assets.policy, objective=objective),
             optim=dataclasses.replace(
                 teacher.optim,
                 peak_lr=rate,
@@ -83,7 +82,6 @@ def reflow(args: Reflow) -> None:
             overwrite=args.overwrite,
             init_from=str(source),
             init_parts=(),
-            reflow_from=str(source),
             seed=args.seed,
             num_steps=args.num_steps,
         )

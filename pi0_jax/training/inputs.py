@@ -12,7 +12,8 @@ import numpy as np
 
 from pi0_jax.batch import Batch
 from pi0_jax.checkpoint import Assets
-from pi0_jax.config import DatasetConfig, ModelConfig, TrainConfig
+from pi0_jax.config import DataConfig, DatasetConfig, PolicyConfig, TrainConfig
+from pi0_jax.data.augment import make_augment
 from pi0_jax.data.loader import Loader, eval_batches, make_loader
 from pi0_jax.data.mixture import OpenDataset, open_dataset, open_datasets
 from pi0_jax.data.normalization import (
@@ -23,10 +24,12 @@ from pi0_jax.data.normalization import (
     semantics_from_json,
     stats_to_json,
 )
-from pi0_jax.data.robots import Robot, get_robot
 from pi0_jax.data.tokenizer import Tokenizer
 from pi0_jax.data.tools.stats import compute_normalizations
 from pi0_jax.data.transform import make_transform
+from pi0_jax.errors import UserError
+from pi0_jax.training.resolve import Run
+from pi0_jax.training.step import Augment
 
 _log = logging.getLogger(__name__)
 
@@ -34,80 +37,42 @@ _log = logging.getLogger(__name__)
 class Inputs(NamedTuple):
     """What the loop reads from, and the assets of its checkpoints."""
 
-    robot: Robot
     stats: Stats
+    """Statistics that the policy's robot is normalised by."""
     assets: Assets
     loader: Loader
     """Endless training batches, numpy, uint8 images; this process's part of them."""
     validation: Callable[[], Iterator[Batch]] | None
     """Starts one pass over the held-out demonstrations, this process's part of each batch."""
+    augment: Augment
+    """Random changes to a batch."""
 
 
-def trained_model(config: TrainConfig) -> ModelConfig:
-    """The model as training computes it: without the cameras that no robot of the run has.
-
-    Their tokens would be masked, and what is masked changes no other token; no parameter belongs to a camera.
-    """
-    model, there = config.policy.model, _robots_cameras(config)
-    return dataclasses.replace(model, cameras=tuple(camera for camera in model.cameras if camera in there))
-
-
-def _robots_cameras(config: TrainConfig) -> list[str]:
-    robots = [config.policy.robot, *(dataset.robot or config.policy.robot for dataset in config.data.datasets)]
-    return sorted({camera for name in robots for camera in get_robot(name).cameras.values()})
-
-
-def _check_cameras(config: TrainConfig) -> None:
-    """Says which cameras the run has, and refuses none at all.
-
-    Raises:
-        ValueError: the model has cameras, and no robot has any of them.
-    """
-    asked, used, has = config.policy.model.cameras, trained_model(config).cameras, _robots_cameras(config)
-    if asked and not used:
-        raise ValueError(
-            f"none of the model's cameras, {list(asked)}, is one of the robot's, {has}. Name at least one of those in "
-            "`policy.model.cameras`."
-        )
-    missing, left_out = [name for name in asked if name not in used], [name for name in has if name not in used]
-    _log.info("cameras: %s", ", ".join(used) or "none")
-    if missing and left_out:
-        _log.warning(
-            "policy.model.cameras names %s, which no robot of this run has, and leaves out %s, which there are",
-            ", ".join(missing), ", ".join(left_out),
-        )  # fmt: skip
-
-
-def load_inputs(
-    config: TrainConfig, *, resumed: Assets | None, initial: Assets | None, rows: np.ndarray | None = None
-) -> Inputs:
+def load_inputs(run: Run, *, resumed: Assets | None = None, initial: Assets | None = None) -> Inputs:
     """Opens the demonstrations.
 
     Statistics and tokenizer belong to the weights. A resumed run takes both from its checkpoint. A run that starts
     from given weights takes their tokenizer, unless the configuration names one, and statistics of its own data.
 
     Args:
-        config: the experiment.
+        run: of `resolve`.
         resumed: of the checkpoint to resume from.
         initial: of the checkpoint whose weights the run starts from.
-        rows: of each batch, the examples that this process needs (`sharding.local_rows`); None: all.
 
     Raises:
-        FileNotFoundError, ValueError: no usable dataset or tokenizer; see `pi0_jax.data`.
+        FileNotFoundError, UserError: no usable dataset or tokenizer; see `pi0_jax.data`.
     """
-    robot = get_robot(config.policy.robot)
+    config, robot = run.config, run.robot
     kept = {} if resumed is None else semantics_from_json(resumed.norm_stats or {})
-    policy = dataclasses.replace(config.policy, action_semantics=config.policy.action_semantics | kept)
+    policy = dataclasses.replace(run.policy, action_semantics=run.policy.action_semantics | kept)
     datasets = open_datasets(config.data, policy)
-    _check_cameras(config)
-    policy = dataclasses.replace(policy, model=trained_model(config))
     groups = _normalizations(config, datasets, resumed)
     if robot.name not in groups:
-        raise ValueError(
+        raise UserError(
             f"no dataset has statistics called {robot.name!r}, which `policy.robot` needs; there are {sorted(groups)}."
         )
     if config.augment.square_symmetries and len(groups) > 1:
-        raise ValueError(
+        raise UserError(
             f"augment.square_symmetries turns vectors by one set of statistics; the datasets have {sorted(groups)}. "
             "Give them one name in `stats`, or turn the symmetries off."
         )
@@ -115,39 +80,57 @@ def load_inputs(
     semantics = {dataset.robot.name: dataset.semantics for dataset in datasets}
     tokenizer = _tokenizer(config, datasets, resumed or initial, keep=resumed is not None)
 
-    def transformed(some: Sequence[OpenDataset]):
-        return [(each, make_transform(policy, each.robot, groups[each.stats], tokenizer)) for each in some]
+    def transformed(datasets: Sequence[OpenDataset]):
+        return [(each, make_transform(policy, each.robot, groups[each.stats], tokenizer)) for each in datasets]
 
-    for part in datasets:
-        _log.info(
-            "data: %s, %d episodes, %d frames, %d instructions",
-            part.source.root, len(part.training), _frames(part, part.training), len(part.source.tasks),
-        )  # fmt: skip
-    held_out = [part for part in datasets if len(part.held_out)]
-    if config.data.validation_share > 0 and not held_out:
-        _log.warning(
-            "no episode is held out: data.validation_share %g of so few gave none", config.data.validation_share
-        )
-    if config.data.validation_path is not None:
-        part = open_dataset(
-            DatasetConfig(config.data.validation_path),
-            dataclasses.replace(config.data, validation_share=0.0, cache=None),
-            policy,
-        )
-        held_out = [part._replace(held_out=part.training, training=part.held_out)]
+    for each in datasets:
+        counts = len(each.training), _frames(each, each.training), len(each.source.tasks)
+        _log.info("data: %s, %d episodes, %d frames, %d instructions", each.source.root, *counts)
     validation = None
-    if held_out:
-        for part in held_out:
-            _log.info("validation: %s, %d frames", part.source.root, _frames(part, part.held_out))
-        validation = functools.partial(eval_batches, transformed(held_out), config, rows)
+    if held_out := open_held_out(config.data, policy, datasets):
+        for each in held_out:
+            _log.info("validation: %s, %d frames", each.source.root, _frames(each, each.held_out))
+        validation = functools.partial(eval_batches, transformed(held_out), config, run.rows)
         validation()  # decodes the videos, and fails, now rather than in the middle of the run
-    assets = Assets(config.policy, stats_to_json(stats, groups, semantics), tokenizer.model, config)
-    loader = make_loader(transformed(datasets), config, rows)
-    return Inputs(robot, stats, assets, loader, validation)
+    return Inputs(
+        stats=stats,
+        assets=Assets(config.policy, stats_to_json(stats, groups, semantics), tokenizer.model, config),
+        loader=make_loader(transformed(datasets), config, run.rows),
+        validation=validation,
+        augment=make_augment(config.augment, robot, stats, policy.normalization, config.policy.model.cameras),
+    )
 
 
-def _frames(part: OpenDataset, episodes: np.ndarray) -> int:
-    return int(np.diff(part.source.ends, prepend=0)[episodes].sum())
+def open_held_out(
+    data: DataConfig, policy: PolicyConfig, datasets: Sequence[OpenDataset] | None = None
+) -> list[OpenDataset]:
+    """Held-out demonstrations of a run, as training opens them; `OpenDataset.held_out` are their episodes.
+
+    Args:
+        data, policy: of the run; a checkpoint's assets have both.
+        datasets: those of the run, where they are open already.
+
+    Returns:
+        Datasets under their robots' names; none where nothing is held out.
+
+    Raises:
+        FileNotFoundError, UserError: a dataset cannot be read.
+    """
+    if data.validation_path is not None:
+        alone = dataclasses.replace(data, validation_share=0.0, cache=None)
+        each = open_dataset(DatasetConfig(data.validation_path), alone, policy)
+        return [each._replace(held_out=each.training, training=each.held_out)]
+    if not data.validation_share:
+        return []
+    datasets = open_datasets(data, policy) if datasets is None else datasets
+    held_out = [each for each in datasets if len(each.held_out)]
+    if not held_out:
+        _log.warning("no episode is held out: data.validation_share %g of so few is none", data.validation_share)
+    return held_out
+
+
+def _frames(dataset: OpenDataset, episodes: np.ndarray) -> int:
+    return int(np.diff(dataset.source.ends, prepend=0)[episodes].sum())
 
 
 def _normalizations(
@@ -161,7 +144,7 @@ def _normalizations(
         content = read_stats_file(config.data.norm_stats)
         for name, kinds in semantics_from_json(content).items():
             if name in semantics and kinds != semantics[name]:
-                raise ValueError(
+                raise UserError(
                     f"{config.data.norm_stats} was computed for actions of {name} that are {kinds}; they are "
                     f"{semantics[name]} here. Compute the statistics again: pi0 data stats"
                 )
@@ -170,9 +153,19 @@ def _normalizations(
     return {each.stats: normalization_from_json(content, each.robot, semantics, each.stats) for each in datasets}
 
 
-def _tokenizer(config: TrainConfig, datasets: Sequence[OpenDataset], given: Assets | None, *, keep: bool) -> Tokenizer:
-    if given is not None and given.tokenizer is not None and (keep or config.data.tokenizer is None):
-        return Tokenizer(given.tokenizer, source="the checkpoint's tokenizer")
+def _tokenizer(
+    config: TrainConfig, datasets: Sequence[OpenDataset], weights: Assets | None, *, keep: bool
+) -> Tokenizer:
+    """The tokenizer of the weights, of the configuration, or one trained on the instructions.
+
+    Args:
+        config: the experiment.
+        datasets: with instructions.
+        weights: assets of the checkpoint whose weights the run has; None: random weights.
+        keep: whether the configuration may not name another.
+    """
+    if weights is not None and weights.tokenizer is not None and (keep or config.data.tokenizer is None):
+        return Tokenizer(weights.tokenizer, source="the checkpoint's tokenizer")
     if config.data.tokenizer is not None:
         return Tokenizer.from_file(config.data.tokenizer)
     texts = [task for each in datasets for task in each.source.tasks]

@@ -16,20 +16,18 @@ import math
 import os
 import resource
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
-from jax.sharding import Mesh
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from pi0_jax import flops
 from pi0_jax.atomic import written
-from pi0_jax.config import TrainConfig
+from pi0_jax.objective import Metrics
 from pi0_jax.training.guard import Guard, skipped_before
-from pi0_jax.training.inputs import trained_model
-from pi0_jax.training.step import Metrics
+from pi0_jax.training.resolve import Run
 
 FILE = "metrics.jsonl"
 TIMING_FILE = "timing.jsonl"
@@ -194,19 +192,19 @@ class Reporter:
             raise OSError(error.errno, f"{what}. Complete checkpoints stay; continue with --resume") from error
 
 
-def seconds_at_peak(config: TrainConfig, mesh: Mesh, frozen: Collection[str] = frozenset()) -> float | None:
-    """Seconds that an update would take if all devices computed at their peak, and only what the loss asks for.
+def seconds_at_peak(run: Run) -> float | None:
+    """Seconds per update if all devices computed at their peak, and only what the loss asks for.
 
-    Model FLOPs utilisation, MFU, is this over the seconds that it does take: rematerialisation is no model FLOP, and
-    parameters whose paths are `frozen` have no gradient. None for devices whose peak is not known, which a line in the
-    log says.
+    Model FLOPs utilisation, MFU, is this over the actual seconds: rematerialisation is no model FLOP, and frozen
+    parameters have no gradient. None for devices whose peak is unknown, which a line in the log says.
     """
-    kind = mesh.devices.flat[0].device_kind
+    kind = run.mesh.devices.flat[0].device_kind
     if (peak := flops.peak(kind)) is None:
         _log.info("MFU is left out: the peak of a device of kind %r is not known", kind)
         return None
-    model = dataclasses.replace(trained_model(config), remat="none")
-    return flops.training(model, config.flow, frozen=frozen) * config.batch_size / (peak * mesh.size)
+    model = dataclasses.replace(run.policy.model, remat="none")
+    work = flops.training(model, run.policy.objective, frozen=run.frozen)
+    return work * run.config.batch_size / (peak * run.mesh.size)
 
 
 def peak_memory() -> float:

@@ -1,7 +1,7 @@
 """Several processes that train as one: how they find one another, agree, and end together.
 
 Every process runs the same program over all devices (JAX's multi-controller model), so all of them have to do the same
-things in the same order: what one alone knows, such as a signal, has to be told to all before any acts upon it.
+things in the same order: what one alone knows, such as a signal, has to reach all before any acts upon it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pi0_jax.config import HostsConfig
+from pi0_jax.errors import UserError
 
 _log = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ def connect(config: HostsConfig) -> None:
     Where not all come in time, JAX's runtime ends the process, and a line says so.
 
     Raises:
-        ValueError: the address of the first process is known and how many there are, or which this is, is not; or the
+        UserError: the address of the first process is known and how many there are, or which this is, is not; or the
             environment is not as `cluster` says.
     """
     if jax.distributed.is_initialized():
@@ -45,12 +46,12 @@ def connect(config: HostsConfig) -> None:
         return
     if config.cluster == "auto":
         if coordinator is not None and (count is None or index is None or not 0 <= index < count):
-            raise ValueError(
+            raise UserError(
                 f"the first process is at {coordinator}, and this is process {index} of {count}: give both numbers, by "
                 "--hosts.count and --hosts.index (from 0), or JAX_NUM_PROCESSES and JAX_PROCESS_ID."
             )
         if coordinator is None and (count is not None or index is not None):
-            raise ValueError(
+            raise UserError(
                 "several processes need the address of the first: --hosts.coordinator HOST:PORT, or "
                 "JAX_COORDINATOR_ADDRESS."
             )
@@ -104,7 +105,7 @@ def wait_for_all(point: str) -> None:
 
 @contextlib.contextmanager
 def first_before_others(point: str) -> Iterator[None]:
-    """A context that the first process goes through alone, so that the others find what it left on the disk."""
+    """A context that the first process runs alone, so that the others find what it left on the disk."""
     if not is_first():
         wait_for_all(point)
     yield
@@ -113,25 +114,25 @@ def first_before_others(point: str) -> Iterator[None]:
 
 
 def require_same(what: str, content: bytes) -> None:
-    """Raises ValueError where the processes do not have the same `content`."""
+    """Raises UserError where the processes do not have the same `content`."""
     if jax.process_count() == 1:
         return
     sums = np.ravel(multihost_utils.process_allgather(np.uint32(zlib.crc32(content))))
     if others := np.flatnonzero(sums != sums[0]).tolist():
-        raise ValueError(f"{what} of processes {others} differ from those of process 0; they have to be the same.")
+        raise UserError(f"{what} of processes {others} differ from those of process 0; they have to be the same.")
 
 
-def all_say(yes: bool) -> bool:
-    """Whether all processes say yes; every process asks."""
+def all_true(value: bool) -> bool:
+    """Logical AND over processes; collective: every process has to call it."""
     if jax.process_count() == 1:
-        return yes
-    return bool(np.all(multihost_utils.process_allgather(np.uint32(yes))))
+        return value
+    return bool(np.all(multihost_utils.process_allgather(np.uint32(value))))
 
 
-class Vote:
+class StopVote:
     """Lets all processes stop at the same step when any of them is asked to.
 
-    The vote of a step is counted on the devices, behind the step itself, and read at the next: nobody waits for it.
+    The vote of a step is counted on the devices, after the step itself, and read at the next: no process waits for it.
     """
 
     def __init__(self, mesh: Mesh):
@@ -140,14 +141,13 @@ class Vote:
         self._before: jax.Array | None = None
 
     def __call__(self, number: int | None) -> int | None:
-        """Casts this process's vote, and returns the outcome of the vote before; every process calls at every step.
+        """Casts this process's vote and returns the outcome of the vote before; collective, once per step.
 
         Args:
             number: of the signal that came; None for none.
 
         Returns:
-            The largest number that any process has given, the same for all; None if there is none. With one process
-            that is `number` itself.
+            The largest number of any process, None if there is none; with one process `number` itself.
         """
         if jax.process_count() == 1:
             return number
@@ -163,13 +163,13 @@ class Vote:
 def ended_together(together: tuple[type[Exception], ...], advice: str) -> Iterator[None]:
     """A context in which a run of several processes ends in bounded time, and says so, when one of them fails.
 
-    A process that fails alone says why and goes at once, since the others would wait for it. They, and those whose
-    partner was killed or does not answer any more, are ended by JAX's runtime within `HostsConfig.heartbeat_timeout`;
-    it aborts the process, so that `advice` is printed by another one, which outlives it.
+    A process that fails alone prints why and exits at once, without Python's shutdown, in which JAX would wait for the
+    others. Those, and processes whose partner was killed or hangs, are aborted by JAX's runtime within
+    `HostsConfig.heartbeat_timeout`; an aborted process prints nothing, so `advice` comes from a child that outlives it.
 
     Args:
         together: exceptions that all processes raise at the same step; they pass.
-        advice: what to do then.
+        advice: what the user can do then.
     """
     if jax.process_count() == 1:
         yield
@@ -189,16 +189,16 @@ def ended_together(together: tuple[type[Exception], ...], advice: str) -> Iterat
     else:
         traceback.print_exception(failed)
         print(f"\npi0 train: {process} failed. {advice}", file=sys.stderr, flush=True)
-    # The first process takes the others with it; those that failed in the same way should say so before.
+    # The end of the first process aborts the others; those that failed in the same way should print it before.
     time.sleep(2.0 if is_first() else 0.0)
     os._exit(1)
 
 
 @contextlib.contextmanager
 def _witness(text: str) -> Iterator[None]:
-    """A context with another process that prints `text` if this one does not live to its end.
+    """A context with a child process that prints `text` if this process dies in it.
 
-    It waits for a line from this process, and in its stead gets the end of the pipe, however this process ends.
+    The child waits for a line from this process, and gets the end of the pipe instead, however this process dies.
     """
     script = 'trap "" INT TERM; read -r line || printf "\\npi0 train: %s\\n" "$0" >&2'
     witness = subprocess.Popen(["sh", "-c", script, text], stdin=subprocess.PIPE)

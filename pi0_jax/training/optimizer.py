@@ -19,6 +19,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers
 
 from pi0_jax.config import OptimConfig
+from pi0_jax.errors import UserError
 from pi0_jax.training.low_precision import scale_by_adam_8bit
 
 _BATCH = {"layers", "stack"}
@@ -35,11 +36,11 @@ def make_schedule(config: OptimConfig, num_steps: int) -> optax.Schedule:
         num_steps: length of the run, where the decay ends unless the config says otherwise.
 
     Raises:
-        ValueError: the warm-up leaves no step to decay in.
+        UserError: the warm-up leaves no step to decay in.
     """
     decay_steps = num_steps if config.decay_steps is None else config.decay_steps
     if config.warmup_steps >= decay_steps:
-        raise ValueError(
+        raise UserError(
             f"optim.warmup_steps is {config.warmup_steps}, which leaves nothing of the {decay_steps} steps of the "
             f"schedule; lower it (--optim.warmup-steps {decay_steps // 10}) or raise --num-steps."
         )
@@ -115,7 +116,7 @@ def _matrix(names: tuple[str | None, ...]) -> MuonDimensionNumbers | None:
 
 
 def describe(boxed) -> str:
-    """A table with a line a leaf: who updates it, its path, its axes and sizes."""
+    """A table with one line per leaf: optimizer, path, axes and sizes."""
     lines = []
     for path, leaf in jax.tree.leaves_with_path(boxed, is_leaf=_is_box):
         axes = " x ".join(f"{name or '-'} {size}" for name, size in zip(leaf.names, leaf.value.shape, strict=True))

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from pi0_jax.config import ModelConfig, TrainConfig, TuneConfig
+from pi0_jax.errors import UserError
 
 FROZEN_DTYPE = jnp.bfloat16
 
@@ -57,13 +58,13 @@ def frozen_names(tune: TuneConfig, model: ModelConfig, names: Iterable[str]) -> 
         names: paths of all parameters.
 
     Raises:
-        ValueError: a pattern matches no parameter, the recipe lora finds no adapters, or nothing is left to train.
+        UserError: a pattern matches no parameter, the recipe lora finds no adapters, or nothing is left to train.
     """
     names = list(names)
     for field in ("frozen", "trained"):
         for pattern in getattr(tune, field):
             if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
-                raise ValueError(
+                raise UserError(
                     f"tune.{field} {pattern!r} matches no parameter. Paths begin with {', '.join(modules(names))}; * "
                     "stands for anything."
                 )
@@ -75,7 +76,7 @@ def frozen_names(tune: TuneConfig, model: ModelConfig, names: Iterable[str]) -> 
         and not _matches(name, tune.trained)
     }
     if len(frozen) == len(names):
-        raise ValueError(
+        raise UserError(
             f"tune freezes all {len(names)} parameters; name some to train (--tune.trained 'action_out/*')."
         )
     return frozenset(frozen)
@@ -86,9 +87,7 @@ def _frozen_by_lora(tune: TuneConfig, model: ModelConfig) -> tuple[str, ...]:
         return ()
     adapted = [has_adapters(model, name) for name in ("language", "action")]
     if not any(adapted):
-        raise ValueError(
-            f"tune.recipe lora needs adapters, and tune.lora_ranks are {tune.lora_ranks}; openpi's: 16 32."
-        )
+        raise UserError(f"tune.recipe lora needs adapters, and tune.lora_ranks are {tune.lora_ranks}; openpi's: 16 32.")
     return _LANGUAGE * adapted[0] + _ACTION * adapted[1]
 
 

@@ -13,16 +13,17 @@ import jax
 
 from pi0_jax import checkpoint
 from pi0_jax.config import TrainConfig
+from pi0_jax.errors import UserError
 from pi0_jax.training import multihost
 from pi0_jax.training.metrics import FILE, TIMING_FILE
 
-MAY_CHANGE = (
-    "run_dir", "resume", "overwrite", "num_steps", "log_every", "validate_every", "save_every", "keep_checkpoints",
-    "keep_every", "keep_best", "mesh", "hosts", "data.num_threads", "data.num_workers", "data.prefetch", "data.frames",
-    "data.offline", "parts", "skip_in_row", "skip_in_total", "compilation_cache", "profile",
-    "data.prompt_buckets", "policy.model.remat", "policy.model.attention",
-)  # fmt: skip
-"""Fields, or groups of them, that a resumed run may set anew: none changes an update but for rounding."""
+_MAY_CHANGE = """
+run_dir resume overwrite num_steps log_every validate_every save_every keep_checkpoints keep_every keep_best mesh hosts
+data.num_threads data.num_workers data.prefetch data.frames data.offline data.prompt_buckets grad_accum_steps
+max_consecutive_skips max_total_skips compilation_cache profile policy.model.remat policy.model.attention
+"""
+MAY_CHANGE = tuple(_MAY_CHANGE.split())
+"""Fields, or groups of them, that a resumed run may change: none changes an update but for rounding."""
 
 _log = logging.getLogger(__name__)
 
@@ -41,13 +42,13 @@ def open_run(config: TrainConfig) -> Path | None:
     Raises:
         FileExistsError: the folder holds a run, and neither `resume` nor `overwrite` is set.
         FileNotFoundError: nothing to resume.
-        ValueError: contradictory flags, or a configuration other than the run's.
+        UserError: contradictory flags, or a configuration other than the run's.
         OSError: the folder cannot be written to.
     """
     run_dir = Path(config.run_dir).expanduser()
     exists = (run_dir / "checkpoints").is_dir() or (run_dir / FILE).exists()
     if config.resume and config.overwrite:
-        raise ValueError("--resume continues a run and --overwrite deletes it; give one of them.")
+        raise UserError("--resume continues a run and --overwrite deletes it; give one of them.")
     if config.resume and not exists:
         raise FileNotFoundError(f"--resume: there is no run in {run_dir}. Leave --resume out to start one there.")
     if exists and not config.resume and not config.overwrite:
@@ -58,7 +59,7 @@ def open_run(config: TrainConfig) -> Path | None:
     _require_writable(run_dir)
     if not config.resume:
         return None
-    step = _newest_whole(run_dir)
+    step = _newest_undamaged(run_dir)
     if step is None:
         _log.info("%s has no complete checkpoint yet: starting from step 0", run_dir)
         return None
@@ -67,8 +68,8 @@ def open_run(config: TrainConfig) -> Path | None:
     return folder
 
 
-def _newest_whole(run_dir: Path) -> int | None:
-    """The newest checkpoint whose files are what was written, each process having read its share of them."""
+def _newest_undamaged(run_dir: Path) -> int | None:
+    """The newest undamaged checkpoint; each process verifies its own slice of the files."""
     for step in reversed(checkpoint.steps(run_dir)):
         folder = run_dir / "checkpoints" / str(step)
         problem = None
@@ -76,7 +77,7 @@ def _newest_whole(run_dir: Path) -> int | None:
             checkpoint.verify(folder, (jax.process_index(), jax.process_count()))
         except checkpoint.CheckpointError as error:
             problem = error
-        if multihost.all_say(problem is None):
+        if multihost.all_true(problem is None):
             return step
         if problem is not None:
             _log.warning("%s It is skipped.", problem)
@@ -100,12 +101,12 @@ def differences(a: Any, b: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
 
 def _require_same(config: TrainConfig, before: TrainConfig | None, folder: Path):
     if before is None:
-        raise ValueError(f"{folder} was not made by a training run; start from its weights with --init-from {folder}")
+        raise UserError(f"{folder} was not made by a training run; start from its weights with --init-from {folder}")
     changed = differences(before, config)
     refused = {k: v for k, v in changed.items() if not any(k == m or k.startswith(m + ".") for m in MAY_CHANGE)}
     if refused:
         lines = "\n".join(f"  {name}: {old!r} then, {new!r} now" for name, (old, new) in refused.items())
-        raise ValueError(
+        raise UserError(
             f"--resume: the configuration differs from that of {folder}:\n{lines}\n"
             "Take those back, or repeat flags that the first call had. To change them, start anew from the weights: "
             f"--init-from {folder} --run-dir NEW"

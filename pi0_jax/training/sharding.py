@@ -1,4 +1,4 @@
-"""Where arrays live. The only file that knows the mesh: the model names axes, this table places them."""
+"""Placement of arrays. The only file that knows the mesh: the model names axes, this table places them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pi0_jax.config import MeshConfig
+from pi0_jax.errors import UserError
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
@@ -34,9 +35,11 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 """Logical axis to mesh axis; None keeps the axis whole on each device."""
 
 AXES = ("data", "fsdp", "tensor")
-"""Of the mesh, from the slowest connection to the fastest."""
+"""Axes of the mesh, from the slowest connection to the fastest."""
 
 _BATCH: Any = RULES["batch"]
+_ACTIVATIONS = ("batch", "heads", "kv_heads", "mlp")
+"""Axes that the model names in its activations; the others stay whole."""
 _log = logging.getLogger(__name__)
 
 
@@ -48,7 +51,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         devices: to arrange; None: all, of all processes.
 
     Raises:
-        ValueError: the sizes do not multiply to the number of devices, or the devices are in another number of slices.
+        UserError: the sizes do not multiply to the number of devices, or the devices are in another number of slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [getattr(config, name) for name in AXES]
@@ -58,20 +61,20 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     if min(*sizes, config.slices) < 1 or math.prod(sizes) * config.slices != len(devices):
         named = [f"{config.slices} slices of"] * (config.slices != 1)
         named += [" x ".join(f"{name} {getattr(config, name)}" for name in AXES)]
-        raise ValueError(
+        raise UserError(
             f"a mesh of {' '.join(named)} does not fit {len(devices)} devices; their product has to be that "
             "number, and one of them may be -1 (--mesh.data -1 --mesh.fsdp 1)."
         )
     # Within a slice JAX knows which devices are neighbours.
-    blocks = [jax.make_mesh(tuple(sizes), AXES, devices=some).devices for some in _slices(devices, config.slices)]
+    blocks = [jax.make_mesh(tuple(sizes), AXES, devices=d).devices for d in _slices(devices, config.slices)]
     return Mesh(np.concatenate(blocks), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def _slices(devices: Sequence[Any], count: int) -> list[list[Any]]:
-    """The devices by slice: as they say, or else (GPUs, CPUs) equal parts of them in the order of their processes."""
+    """The devices by slice: their own index, or else (GPUs, CPUs) equal runs in the order of processes."""
     indices = [getattr(device, "slice_index", 0) for device in devices]
     if count > 1 and len(set(indices)) not in (1, count):
-        raise ValueError(f"--mesh.slices is {count}, and the devices are in {len(set(indices))} slices.")
+        raise UserError(f"--mesh.slices is {count}, and the devices are in {len(set(indices))} slices.")
     if count == 1 or len(set(indices)) == 1:
         size = len(devices) // count
         return [list(devices[start : start + size]) for start in range(0, len(devices), size)]
@@ -92,12 +95,16 @@ def shardings(mesh: Mesh, boxed):
     """
 
     def place(path, leaf):
-        names = leaf.names if isinstance(leaf, nn.LogicallyPartitioned) else None
+        names = leaf.names if _is_box(leaf) else None
         # A box may be empty: Muon masks Adam's leaves, and the other way round.
         value = leaf.unbox() if names else leaf
         return jax.tree.map(lambda x: NamedSharding(mesh, _spec(mesh, path, _names_of(names, x), x.shape)), value)
 
-    return jax.tree.map_with_path(place, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+    return jax.tree.map_with_path(place, boxed, is_leaf=_is_box)
+
+
+def _is_box(x) -> bool:
+    return isinstance(x, nn.LogicallyPartitioned)
 
 
 def _names_of(names, x) -> tuple[str | None, ...]:
@@ -117,24 +124,25 @@ def _spec(mesh: Mesh, path, names: tuple[str | None, ...], shape: tuple[int, ...
 
 
 def batch_ways(mesh: Mesh) -> int:
-    """Number of parts that a batch is divided into."""
+    """Number of groups of devices that a batch is divided over."""
     return _size(mesh, _BATCH)
 
 
-def batch_sharding(mesh: Mesh, batch_size: int, parts: int = 1) -> NamedSharding:
+def batch_sharding(mesh: Mesh, batch_size: int, grad_accum_steps: int = 1) -> NamedSharding:
     """Divides the first axis of every array of a batch over all devices that do not share their examples.
 
     Raises:
-        ValueError: the batch size is not a multiple of their number, and of the parts that each computes its share in.
+        UserError: the batch size is not a multiple of their number times the number of microbatches.
     """
     ways = batch_ways(mesh)
-    multiple = ways * parts
+    multiple = ways * grad_accum_steps
     if batch_size % multiple:
         nearest = max(multiple, batch_size // multiple * multiple)
-        in_parts = (f", each in {parts} parts", ", or other --parts") if parts > 1 else ("", "")
-        raise ValueError(
-            f"batch_size {batch_size} does not divide over {ways} devices{in_parts[0]}; take a multiple of {multiple}, "
-            f"such as --batch-size {nearest}{in_parts[1]}."
+        several = grad_accum_steps > 1
+        raise UserError(
+            f"batch_size {batch_size} does not divide over {ways} devices"
+            f"{f' in {grad_accum_steps} microbatches each' if several else ''}; take a multiple of {multiple}, such as "
+            f"--batch-size {nearest}{', or other --grad-accum-steps' if several else ''}."
         )
     return NamedSharding(mesh, PartitionSpec(_BATCH))
 
@@ -142,31 +150,56 @@ def batch_sharding(mesh: Mesh, batch_size: int, parts: int = 1) -> NamedSharding
 def local_rows(placement: NamedSharding, batch_size: int) -> np.ndarray:
     """Numbers of the examples of a batch that the devices of this process need, ascending."""
     rows = np.arange(batch_size)
-    parts = placement.addressable_devices_indices_map((batch_size,)).values()
-    return np.unique(np.concatenate([rows[part] for part in parts]))
+    slices = placement.addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([rows[:0], *(rows[index] for index in slices)]))
 
 
 def place(batch, placement: NamedSharding, batch_size: int, rows: np.ndarray):
-    """The arrays of a whole batch over all processes, of which each has the examples that its own devices need.
+    """The global arrays of a batch over all processes, each of which has the examples that its own devices need.
 
     Args:
         batch: tree of numpy arrays; their first axis are the examples `rows`.
         placement: of `batch_sharding`.
-        batch_size: of the whole batch.
+        batch_size: of the global batch.
         rows: of `local_rows`.
     """
     if placement.is_fully_addressable:
         return jax.device_put(batch, placement)
 
-    def whole(x):
-        def part(index):
+    def make_global(x):
+        def shard(index):
             start, stop, _ = index[0].indices(batch_size)
             first = np.searchsorted(rows, start)
             return x[first : first + stop - start]
 
-        return jax.make_array_from_callback((batch_size, *x.shape[1:]), placement, part)
+        return jax.make_array_from_callback((batch_size, *x.shape[1:]), placement, shard)
 
-    return jax.tree.map(whole, batch)
+    return jax.tree.map(make_global, batch)
+
+
+def with_constraints(mesh: Mesh, boxed, function: Callable) -> Callable:
+    """A function in which `nn.with_logical_constraint` places activations on the mesh.
+
+    Without constraints GSPMD may propagate weight shardings to activations: it gathers the whole batch on each device
+    and divides the width instead. With them it gathers weights, a layer at a time, as FSDP means it.
+
+    Args:
+        mesh: of `make_mesh`.
+        boxed: the parameters, whose sizes say which axes divide: with one key/value head `kv_heads` stays whole.
+        function: to be traced with the constraints.
+    """
+    sizes: dict[str, set[int]] = {name: set() for name in _ACTIVATIONS}
+    for leaf in jax.tree.leaves(boxed, is_leaf=_is_box):
+        for name, size in zip(leaf.names, leaf.value.shape, strict=True):
+            sizes.get(name, set()).add(size)
+    rules = [(name, RULES[name]) for name in _ACTIVATIONS if not any(n % _size(mesh, RULES[name]) for n in sizes[name])]
+
+    @functools.wraps(function)
+    def wrapped(*args, **kwargs):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nn.logical_axis_rules(rules):
+            return function(*args, **kwargs)
+
+    return function if mesh.size == 1 else wrapped
 
 
 def keep_batch_divided(mesh: Mesh, function: Callable) -> Callable:
@@ -208,5 +241,5 @@ def bytes_per_device(tree, placement) -> int:
     return sum(jax.tree.leaves(sizes))
 
 
-def _size(mesh: Mesh, axis: str | tuple[str, ...]) -> int:
+def _size(mesh: Mesh, axis: Any) -> int:
     return math.prod(mesh.shape[name] for name in ((axis,) if isinstance(axis, str) else axis))

@@ -1,4 +1,4 @@
-"""What one update turns into the next."""
+"""Training state, and its two items in a checkpoint."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ class TrainState(NamedTuple):
     step: Int[Array, ""]
     """Number of updates made."""
     params: Any
-    """Those that are trained."""
+    """Trainable parameters."""
     opt_state: optax.OptState
     ema: Any | None
-    """Moving average of `params`, what inference uses; None where it is off."""
+    """Moving average of `params`, which inference uses; None where it is off."""
     frozen: Any | None = None
-    """The parameters that are not trained, in bfloat16; None where all are."""
+    """Frozen parameters, in bfloat16; None where there are none."""
 
     @property
     def weights(self) -> Any:
-        """The weights to run: the moving average where there is one, and what is frozen."""
+        """The weights for inference: the moving average where there is one, and the frozen parameters."""
         return combine(self.params if self.ema is None else self.ema, self.frozen)
 
 
@@ -38,25 +38,25 @@ def create(
     """The state before the first update; the moving average starts at the parameters, as in openpi.
 
     Args:
-        weights: all of them.
-        optimizer: of those that are trained.
+        weights: all parameters.
+        optimizer: of the trainable ones.
         ema: dtype of the moving average; None: there is none.
-        frozen: paths of those that are not.
+        frozen: paths of the frozen ones.
     """
-    params, rest = partition(weights, frozen)
+    params, others = partition(weights, frozen)
     average = None if ema is None else jax.tree.map(lambda x: jnp.array(x, ema), params)
-    return TrainState(jnp.int32(0), params, optimizer.init(params), average, rest and cast_frozen(rest))
+    return TrainState(jnp.int32(0), params, optimizer.init(params), average, others and cast_frozen(others))
 
 
 def split(state: TrainState) -> tuple[Any, dict[str, Any]]:
-    """The weights to run, and the rest, without storing any weight twice: the two items of a checkpoint."""
-    rest: dict[str, Any] = {"step": state.step, "opt_state": state.opt_state}
-    return state.weights, rest if state.ema is None else rest | {"params": state.params}
+    """The weights for inference, and what else training needs, without storing any weight twice."""
+    others: dict[str, Any] = {"step": state.step, "opt_state": state.opt_state}
+    return state.weights, others if state.ema is None else others | {"params": state.params}
 
 
-def join(weights, rest: dict[str, Any], like: TrainState) -> TrainState:
+def join(weights, others: dict[str, Any], like: TrainState) -> TrainState:
     """The inverse of `split`, for a state with the trees of `like`."""
-    trained, frozen = partition(weights, flat(like.frozen))
-    if "params" in rest:
-        return TrainState(rest["step"], rest["params"], rest["opt_state"], trained, frozen)
-    return TrainState(rest["step"], trained, rest["opt_state"], None, frozen)
+    trainable, frozen = partition(weights, flat(like.frozen))
+    if "params" in others:
+        return TrainState(others["step"], others["params"], others["opt_state"], trainable, frozen)
+    return TrainState(others["step"], trainable, others["opt_state"], None, frozen)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pi0_jax.config import ModelConfig, PolicyConfig, TrainConfig, VisionConfig
-from pi0_jax.data.lerobot.reader import LeRobotDataset, LeRobotWriter
+from pi0_jax.data.lerobot import LeRobotDataset, LeRobotWriter
 
 FEATURES = {
     "observation.images.top": {"dtype": "video", "shape": (48, 48, 3), "names": ["height", "width", "channels"]},

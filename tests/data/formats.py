@@ -14,7 +14,7 @@ import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pi0_jax.data.lerobot.reader import BOOKKEEPING
+from pi0_jax.data.lerobot.layout import BOOKKEEPING
 from tests.data.conftest import FEATURES, LENGTHS, TASKS, episode
 
 CAMERAS = [name for name, feature in FEATURES.items() if feature["dtype"] == "video"]

@@ -12,9 +12,9 @@ import pytest
 from pi0_jax import cli
 from pi0_jax.data.cache import CachedFrames, build_cache
 from pi0_jax.data.commands import _model_cameras
+from pi0_jax.data.lerobot import LeRobotDataset, LeRobotWriter
 from pi0_jax.data.lerobot.merge import convert
-from pi0_jax.data.lerobot.reader import LeRobotDataset, LeRobotWriter
-from pi0_jax.data.normalization import load_stats, semantics_from_json
+from pi0_jax.data.normalization import read_stats_file, semantics_from_json, stats_from_json
 from pi0_jax.data.robots import get_robot
 from pi0_jax.data.sketch import summarise
 from pi0_jax.data.source import BadEpisode, Renamed
@@ -61,7 +61,7 @@ def test_stats_never_open_a_video_and_equal_those_of_training(dataset, run, monk
     code, printed, _ = run("stats", dataset.root, "--workers", "1")
     assert code == 0
     assert "tabletop actions" in printed
-    written, expected = load_stats(tmp_path / "norm_stats.json"), compute_stats(dataset)
+    written, expected = stats_from_json(read_stats_file(tmp_path / "norm_stats.json")), compute_stats(dataset)
     for key in ("state", "actions"):
         for ours, theirs in zip(written[key], expected[key], strict=True):
             np.testing.assert_array_equal(ours, theirs)

@@ -9,7 +9,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from pi0_jax.data.lerobot.reader import BOOKKEEPING, LeRobotDataset, LeRobotWriter
+from pi0_jax.data.lerobot import LeRobotDataset, LeRobotWriter
+from pi0_jax.data.lerobot.layout import BOOKKEEPING
 from tests.data.conftest import FEATURES, LENGTHS, TASKS, episode, write
 
 PARQUETS = (

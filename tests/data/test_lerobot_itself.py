@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pi0_jax.data.lerobot import LeRobotDataset
 from pi0_jax.data.lerobot.merge import convert
-from pi0_jax.data.lerobot.reader import LeRobotDataset
 from pi0_jax.data.rlds.reader import RldsDataset
 from pi0_jax.data.source import Renamed
 from tests.data.formats import RLDS_KEYS, write_rlds, write_v2

@@ -8,7 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pi0_jax.data.lerobot.reader import LeRobotDataset, find_dataset
+from pi0_jax.data.files import find_dataset
+from pi0_jax.data.lerobot import LeRobotDataset
 from pi0_jax.data.source import BadEpisode, Renamed
 from pi0_jax.data.video import FrameReader, VideoWriter
 from tests.data.conftest import FEATURES, LENGTHS, TASKS, episode, scene, write
@@ -137,7 +138,7 @@ def test_shapes_with_channels_first_are_turned_round(tmp_path):
 
 
 def test_tasks_may_change_within_an_episode(tmp_path):
-    from pi0_jax.data.lerobot.reader import LeRobotWriter
+    from pi0_jax.data.lerobot import LeRobotWriter
 
     texts = ["reach"] * 4 + ["push"] * 5
     with LeRobotWriter(tmp_path / "data", 5, "tabletop", FEATURES) as writer:

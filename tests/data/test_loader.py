@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pi0_jax.data import loader as loading
-from pi0_jax.data.lerobot.reader import LeRobotDataset, LeRobotWriter
+from pi0_jax.data.lerobot import LeRobotDataset, LeRobotWriter
 from pi0_jax.data.mixture import OpenDataset
 from pi0_jax.data.normalization import Normalization, unnormalize_values
 from pi0_jax.data.robots import get_robot

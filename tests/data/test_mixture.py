@@ -10,7 +10,7 @@ import pytest
 
 from pi0_jax.config import DataConfig, DatasetConfig
 from pi0_jax.data.cache import CachedFrames, build_cache
-from pi0_jax.data.lerobot.reader import LeRobotDataset
+from pi0_jax.data.lerobot import LeRobotDataset
 from pi0_jax.data.loader import eval_batches, make_loader
 from pi0_jax.data.mixture import BLOCK, FrameOrder, Stream, apportion, open_datasets
 from pi0_jax.data.rlds.reader import RldsDataset
@@ -253,7 +253,7 @@ def test_several_threads_get_the_frames_that_one_gets(tmp_path, monkeypatch):
     for name in (
         "rlds.reader.SHARDS_OPEN",
         "rlds.reader.EPISODES_KEPT",
-        "lerobot.reader.ROW_GROUPS_KEPT",
+        "lerobot.pictures.ROW_GROUPS_KEPT",
         "cache.SHARDS_OPEN",
     ):
         monkeypatch.setattr(f"pi0_jax.data.{name}", 1)

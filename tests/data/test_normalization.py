@@ -10,9 +10,9 @@ from pi0_jax.data.normalization import (
     NormStats,
     affine,
     check_stats,
-    load_stats,
     normalize_values,
-    save_stats,
+    read_stats_file,
+    save_json,
     stats_from_json,
     stats_to_json,
     unnormalize_values,
@@ -115,17 +115,17 @@ def test_without_range_the_formula_is_openpis_even_for_constants():
 
 def test_reads_openpis_file_and_writes_what_openpi_reads(fixtures, tmp_path):
     path = fixtures / "openpi_pi0_tiny" / "assets" / "tiny_robot" / "norm_stats.json"
-    stats = load_stats(path)
+    stats = stats_from_json(read_stats_file(path))
     assert stats_to_json(stats) == json.loads(path.read_text())
-    save_stats(stats, tmp_path / "norm_stats.json")
+    save_json(stats_to_json(stats), tmp_path / "norm_stats.json")
     assert (tmp_path / "norm_stats.json").read_text() == path.read_text()
     assert sorted(stats) == ["actions", "state"]
 
 
 def test_own_stats_survive_the_file_exactly(values, tmp_path):
     stats = compute_stats(in_memory(values, values))
-    save_stats(stats, tmp_path / "norm_stats.json")
-    for key, entry in load_stats(tmp_path / "norm_stats.json").items():
+    save_json(stats_to_json(stats), tmp_path / "norm_stats.json")
+    for key, entry in stats_from_json(read_stats_file(tmp_path / "norm_stats.json")).items():
         for field, value in entry._asdict().items():
             np.testing.assert_array_equal(value, getattr(stats[key], field))
 
@@ -153,10 +153,10 @@ def test_broken_stats_are_refused_and_say_why(content, message):
 
 def test_missing_or_foreign_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="expected normalisation statistics"):
-        load_stats(tmp_path / "norm_stats.json")
+        stats_from_json(read_stats_file(tmp_path / "norm_stats.json"))
     (tmp_path / "norm_stats.json").write_bytes(b"\x00\xff")
     with pytest.raises(ValueError, match="is not JSON"):
-        load_stats(tmp_path / "norm_stats.json")
+        stats_from_json(read_stats_file(tmp_path / "norm_stats.json"))
 
 
 def test_stats_of_another_robot_are_refused_by_the_names_of_the_dimensions(values):

@@ -57,7 +57,7 @@ def test_an_episode_has_one_key_in_every_format(roots, dataset):
 def test_the_index_is_made_once_and_again_for_changed_shards(tmp_path, monkeypatch):
     root = write_rlds(tmp_path, episodes=range(4))
     opened(root)
-    monkeypatch.setattr("pi0_jax.data.rlds.reader._index_shard", lambda *_: pytest.fail("indexed again"))
+    monkeypatch.setattr("pi0_jax.data.rlds.index._index_shard", lambda *_: pytest.fail("indexed again"))
     opened(root.parent)  # the dataset's folder stands for its newest version
     monkeypatch.undo()
     shard = next(root.glob("*-00000-of-*"))

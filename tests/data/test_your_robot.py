@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from pi0_jax import cli
-from pi0_jax.data.lerobot.reader import LeRobotWriter
+from pi0_jax.data.lerobot import LeRobotWriter
 from pi0_jax.data.robots import get_robot
 
 PAGE = (Path(__file__).parents[2] / "docs/your_robot.md").read_text()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pi0_jax.evaluate import report
-from pi0_jax.evaluate.page import encode_mp4
+from pi0_jax.evaluate.page import encode_mp4, hold_last
 from pi0_jax.evaluate.rollout import roll_out, success_rate
 from pi0_jax.evaluate.simulators import get_simulator
 from pi0_jax.inference.policy import Policy
@@ -116,7 +116,7 @@ def test_the_report_is_one_file_with_everything_in_it(policy, checkpoint_folder,
 
 def test_videos_hold_their_last_picture():
     pictures = [np.full((16, 16, 3), i * 40, np.uint8) for i in range(5)]
-    with av.open(io.BytesIO(encode_mp4(pictures, fps=5))) as container:
+    with av.open(io.BytesIO(encode_mp4(hold_last(pictures, 5), fps=5))) as container:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     assert len(frames) == 10
     assert abs(int(frames[-1].mean()) - 160) < 6

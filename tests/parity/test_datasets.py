@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from pi0_jax.data.lerobot.reader import LeRobotDataset
+from pi0_jax.data.lerobot import LeRobotDataset
 from pi0_jax.data.source import Renamed
 
 

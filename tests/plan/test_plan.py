@@ -8,28 +8,26 @@ import re
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 import tyro
 
 from pi0_jax import cli, flops
-from pi0_jax.config import FlowConfig, MeshConfig, OptimConfig, PolicyConfig, TrainConfig
+from pi0_jax.config import MeshConfig, OptimConfig, PolicyConfig, TrainConfig
 from pi0_jax.plan import devices
-from pi0_jax.plan.compile import build_program
+from pi0_jax.plan.compile import build_program, update_shapes
 from pi0_jax.plan.cost import Plan, kept_for_backward, make_plan, with_model
 from pi0_jax.plan.devices import Device, find_devices
 from pi0_jax.plan.fit import REMATS, alternatives, find_fitting
 from pi0_jax.plan.hlo_collectives import traffic
 from pi0_jax.plan.report import describe
 from pi0_jax.training import sharding
+from tests.batches import random_batch
 from tests.conftest import tiny_config
-from tests.training.common import random_batch
 from tests.training.test_sharding import held
 
 MODEL = tiny_config("pi0", cameras=("top",), action_dim=8, depth=4, dtype="float32", remat="full")
 CONFIG = TrainConfig(
-    policy=PolicyConfig(model=MODEL),
-    flow=FlowConfig(),
+    policy=PolicyConfig(robot="tabletop", model=MODEL),
     optim=OptimConfig(name="adamw", warmup_steps=2, ema_decay=0.9),
     mesh=MeshConfig(data=1, fsdp=-1),
     batch_size=64,
@@ -42,8 +40,7 @@ def plan() -> Plan:
 
 
 def test_what_a_plan_says_is_held_is_what_the_arrays_hold(plan):
-    mesh = sharding.make_mesh(CONFIG.mesh)
-    program, _ = build_program(CONFIG, mesh)
+    run, program, _ = build_program(CONFIG, jax.devices())
     state = program.start(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), program.shapes.params))
     for name, part in (
         ("parameters", state.params),
@@ -51,14 +48,13 @@ def test_what_a_plan_says_is_held_is_what_the_arrays_hold(plan):
         ("average", state.ema),
     ):
         assert plan.resident_bytes[name] == max(held(part)), name
-    batch = jax.device_put(random_batch(MODEL, 64), sharding.batch_sharding(mesh, 64))
+    batch = jax.device_put(random_batch(MODEL, 64), run.batch_placement)
     assert plan.resident_bytes["batch"] == max(held(batch))
 
 
 def test_the_peak_of_a_plan_is_the_compilers(plan):
-    mesh = sharding.make_mesh(CONFIG.mesh)
-    program, batch = build_program(CONFIG, mesh)
-    lowered = program.update.lower(jax.ShapeDtypeStruct((), np.uint32), program.shapes, batch)
+    run, program, batch = build_program(CONFIG, jax.devices())
+    lowered = program.update.lower(*update_shapes(run, program, batch))
     memory = lowered.compile().memory_analysis()
     total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     assert not plan.estimated
@@ -76,7 +72,7 @@ def test_what_the_backward_pass_keeps_shrinks_with_the_policy_and_grows_with_the
 
 
 def test_work_is_the_matrix_products_of_a_sample_times_the_batch(plan):
-    assert plan.flops == pytest.approx(64 / 8 * flops.training(MODEL, CONFIG.flow), rel=0.02)
+    assert plan.flops == pytest.approx(64 / 8 * flops.training(MODEL, CONFIG.policy.objective), rel=0.02)
 
 
 def program(function, *shapes: tuple[int, ...]):
@@ -163,9 +159,9 @@ def test_ways_to_need_less_memory_come_in_order_of_what_they_change():
         "mesh.fsdp -1",
         "policy.model.remat gate_up",
         "policy.model.remat full",
-        "parts 2",
-        "parts 4",
-        "parts 8",
+        "grad-accum-steps 2",
+        "grad-accum-steps 4",
+        "grad-accum-steps 8",
         "optim.ema-dtype bfloat16",
         "optim.name adamw_8bit",
         "optim.ema-decay None",
@@ -173,9 +169,9 @@ def test_ways_to_need_less_memory_come_in_order_of_what_they_change():
     ]
     assert "--optim" not in ways[-1][0]
     assert tyro.cli(TrainConfig, default=config, args=ways[-1][0].split()) == ways[-1][1]
-    ways = list(alternatives(config, sharding.make_mesh(config.mesh), lambda config: float(config.parts)))
-    assert "--parts 8" in ways[5][0]
-    assert all("--parts" not in flags for flags, _ in ways[6:])
+    ways = list(alternatives(config, sharding.make_mesh(config.mesh), lambda config: float(config.grad_accum_steps)))
+    assert "--grad-accum-steps 8" in ways[5][0]
+    assert all("--grad-accum-steps" not in flags for flags, _ in ways[6:])
 
 
 def test_the_nearest_settings_that_fit_are_found(monkeypatch):

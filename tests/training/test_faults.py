@@ -7,7 +7,6 @@ What can go wrong lies around the network, so two layers stand in for it here, a
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import os
 import pickle
@@ -18,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -38,21 +38,24 @@ STEPS = 3 * KILLS
 SAVE_EVERY = STEPS // 6
 
 
-class TwoLayers(nn.Module):
+class TwoLayers(NamedTuple):
     """A velocity from all that a batch holds; its checkpoints are large enough for a disk to fill in them."""
 
     config: ModelConfig
 
-    @nn.compact
-    def __call__(self, observation, x, time):
-        pixels = sum(image.mean((1, 2, 3), keepdims=True)[..., 0] for image in observation.images.values())
-        seen = jnp.concatenate([observation.state, pixels[:, 0], observation.prompt / self.config.vocab_size], -1)
+    def init(self, key):
+        c, init = self.config, nn.initializers.normal(0.1)
+        width = 2 * c.action_dim + len(c.cameras) + c.prompt_length + 1
+        init = nn.with_logical_partitioning(init, ("embed", "heads"))
+        keys = jax.random.split(key)
+        return {"in": init(keys[0], (width, 1024)), "out": init(keys[1], (1024, c.action_dim))}
+
+    def joint(self, params, observation, x, time, span=None):
+        pixels = [image.mean((1, 2, 3))[:, None] for image in observation.images.values()]
+        seen = jnp.concatenate([observation.state, *pixels, observation.prompt / self.config.vocab_size], -1)
         seen = jnp.broadcast_to(seen.reshape(len(seen), *(1,) * (x.ndim - 2), -1), (*x.shape[:-1], seen.shape[-1]))
         time = jnp.broadcast_to(time[..., None, None], (*x.shape[:-1], 1))
-        x, width = jnp.concatenate([x, seen, time], -1), x.shape[-1]
-        init = nn.with_logical_partitioning(nn.initializers.normal(0.1), ("embed", "heads"))
-        dense = functools.partial(nn.Dense, use_bias=False, kernel_init=init)
-        return dense(width)(nn.gelu(dense(1024)(x)))
+        return nn.gelu(jnp.concatenate([x, seen, time], -1) @ params["in"]) @ params["out"]
 
 
 KILLER = """
@@ -83,7 +86,7 @@ def die_while_writing():
 def train(number):
     kind = ("start", "step", "save", "write")[number % 4]
     patch = pytest.MonkeyPatch()
-    patch.setattr("pi0_jax.training.program.make_network", TwoLayers)
+    patch.setattr("pi0_jax.objective.gaussian.make_head", TwoLayers)
     if kind == "start":
         die_in(random.uniform(0, 2))
     first = max((int(p.name) for p in folder.glob("*") if p.name.isdecimal()), default=0)
@@ -116,7 +119,7 @@ print(json.dumps({"saving": saving}))
 @pytest.fixture(scope="module", autouse=True)
 def _two_layers():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pi0_jax.training.program.make_network", TwoLayers)
+        patch.setattr("pi0_jax.objective.gaussian.make_head", TwoLayers)
         yield
 
 
@@ -125,7 +128,7 @@ def config(tmp_path_factory) -> TrainConfig:
     folder = tmp_path_factory.mktemp("faults")
     model = tiny_config("pi0", cameras=("top",), depth=1, action_dim=8, vocab_size=512, prompt_length=16)
     return TrainConfig(
-        policy=PolicyConfig(model=model),
+        policy=PolicyConfig(robot="tabletop", model=model),
         optim=OptimConfig(name="adamw", peak_lr=1e-3, warmup_steps=2, decay_steps=STEPS, ema_decay=0.9),
         data=DataConfig(str(write(folder / "data"))),
         run_dir=str(folder / "reference"),

@@ -1,6 +1,7 @@
 """What a run reads from: a mixture goes on where a checkpoint left it, with the checkpoint's statistics."""
 
 import dataclasses
+import functools
 import itertools
 import json
 
@@ -9,11 +10,12 @@ import numpy as np
 import pytest
 
 from pi0_jax import pi0
-from pi0_jax.config import AugmentConfig, DataConfig, DatasetConfig, MeshConfig, PolicyConfig, TrainConfig
+from pi0_jax.config import AugmentConfig, DataConfig, DatasetConfig, PolicyConfig, TrainConfig
 from pi0_jax.data.normalization import semantics_from_json, stats_from_json
-from pi0_jax.training import sharding
-from pi0_jax.training.inputs import load_inputs
+from pi0_jax.training.inputs import Inputs, load_inputs, open_held_out
+from pi0_jax.training.loop import _describe
 from pi0_jax.training.program import build
+from pi0_jax.training.resolve import resolve
 from tests.conftest import tiny_config
 from tests.data.conftest import write
 from tests.data.formats import RLDS_KEYS, write_rlds
@@ -29,56 +31,76 @@ def config(tmp_path_factory) -> TrainConfig:
     )
     model = tiny_config("pi0", cameras=("top",), action_dim=8, vocab_size=512, prompt_length=16)
     data = DataConfig(datasets=datasets, validation_share=0.4)
-    return TrainConfig(policy=PolicyConfig(model=model), data=data, batch_size=8)
+    return TrainConfig(policy=PolicyConfig(robot="tabletop", model=model), data=data, batch_size=8)
+
+
+def load(config: TrainConfig, **assets) -> Inputs:
+    return load_inputs(resolve(config), **assets)
+
+
+def test_held_out_demonstrations_open_from_a_checkpoint_as_in_training(config, tmp_path):
+    assets = load(config).assets
+    assert assets.train is not None
+    held_out = open_held_out(assets.train.data, assets.policy)
+    assert [type(each.source).__name__ for each in held_out] == ["LeRobotDataset", "Renamed"]
+    assert all(0 < len(each.held_out) < each.source.num_episodes for each in held_out)
+    other = dataclasses.replace(config.data, validation_path=str(write(tmp_path / "held_out", (5,))))
+    (each,) = open_held_out(other, config.policy)
+    assert each.held_out.tolist() == [0]
+    assert open_held_out(dataclasses.replace(config.data, validation_share=0.0), config.policy) == []
 
 
 def test_a_camera_that_is_misspelt_is_named_and_none_at_all_is_refused(tmp_path, caplog):
     model = tiny_config("pi0", cameras=("top", "tol"), action_dim=8, vocab_size=512, prompt_length=32)
-    config = TrainConfig(policy=PolicyConfig(model=model), data=DataConfig(str(write(tmp_path / "data"))), batch_size=2)
+    config = TrainConfig(
+        policy=PolicyConfig(robot="tabletop", model=model), data=DataConfig(str(write(tmp_path / "data"))), batch_size=2
+    )
     caplog.set_level("INFO")
-    load_inputs(config, resumed=None, initial=None)
+    run = resolve(config, jax.devices()[:1])
+    _describe(run, build(run, lambda key, batch: batch))
     assert "cameras: top" in caplog.messages
     assert "names tol, which no robot of this run has, and leaves out tool, which there are" in caplog.text
     blind = dataclasses.replace(model, cameras=("front", "wrist"))
     with pytest.raises(ValueError, match=r"\['front', 'wrist'\], is one of the robot's, \['tool', 'top'\]"):
-        load_inputs(dataclasses.replace(config, policy=PolicyConfig(model=blind)), resumed=None, initial=None)
+        resolve(dataclasses.replace(config, policy=PolicyConfig(robot="tabletop", model=blind)))
 
 
 def test_what_no_robot_has_and_what_no_prompt_needs_is_left_out_and_the_loss_stays(tmp_path):
     model = tiny_config("pi0", cameras=("top", "wrist", "tool"), action_dim=8, vocab_size=512, prompt_length=32)
-    config = TrainConfig(
-        policy=PolicyConfig(model=model), data=DataConfig(str(write(tmp_path / "data")), prompt_buckets=(16,)),
-        batch_size=2,
-    )  # fmt: skip
-    inputs, mesh = load_inputs(config, resumed=None, initial=None), sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    data = DataConfig(str(write(tmp_path / "data")), prompt_buckets=(16,))
+    config = TrainConfig(policy=PolicyConfig(robot="tabletop", model=model), data=data, batch_size=2)
+    resolved = resolve(config, jax.devices()[:1])
+    inputs = load_inputs(resolved)
     batch = next(inputs.loader)
     assert list(batch.observation.images) == ["top", "tool"]
     assert batch.observation.prompt.shape == (2, 16)
     assert inputs.assets.policy.model == model  # what a policy of another robot may need
 
-    program = build(config, mesh, inputs.robot, inputs.stats, np.arange(2))
+    program = build(resolved, inputs.augment)
     random = np.random.default_rng(0)
     params = jax.tree.map(lambda x: 0.2 * random.standard_normal(x.shape, np.float32), program.shapes.params)
-    value, _ = program.evaluate(params, program.place(batch), jax.random.key(0))
+    value = program.evaluate(params, program.place(batch), jax.random.key(0))
     seen = batch.observation
     padded = seen._replace(
         images=seen.images | {"wrist": np.full_like(seen.images["top"], 7)},
         image_masks=seen.image_masks | {"wrist": np.zeros(2, bool)},
-        prompt=np.pad(seen.prompt, ((0, 0), (0, 16))), prompt_mask=np.pad(seen.prompt_mask, ((0, 0), (0, 16))),
-    )  # fmt: skip
-    whole, _ = jax.jit(pi0.loss, static_argnums=(0, 4))(
-        program.network, params, batch._replace(observation=padded), jax.random.key(0), config.flow
+        prompt=np.pad(seen.prompt, ((0, 0), (0, 16))),
+        prompt_mask=np.pad(seen.prompt_mask, ((0, 0), (0, 16))),
+    )
+    objective = pi0.make_objective(config.policy.objective, model)
+    whole, _ = jax.jit(functools.partial(pi0.loss, objective))(
+        params, batch._replace(observation=padded), jax.random.key(0)
     )
     assert float(value) == pytest.approx(float(whole), rel=1e-5)
 
 
 def test_the_stream_of_a_mixture_after_a_resume_is_that_of_a_run_that_never_stopped(config):
-    whole = load_inputs(config, resumed=None, initial=None)
+    whole = load(config)
     batches = list(itertools.islice(whole.loader, 7))
-    stopped = load_inputs(config, resumed=None, initial=None)
+    stopped = load(config)
     list(itertools.islice(stopped.loader, 3))
     state = json.loads(json.dumps(stopped.loader.get_state()))  # as a checkpoint keeps it
-    resumed = load_inputs(config, resumed=stopped.assets, initial=None)
+    resumed = load(config, resumed=stopped.assets)
     resumed.loader.set_state(state)
     jax.tree.map(np.testing.assert_array_equal, batches[3:], list(itertools.islice(resumed.loader, 4)))
     assert whole.validation is not None
@@ -88,11 +110,7 @@ def test_the_stream_of_a_mixture_after_a_resume_is_that_of_a_run_that_never_stop
 
 def test_a_checkpoint_keeps_all_statistics_of_a_mixture_and_the_meaning_of_actions(config):
     datasets = (config.data.datasets[0], dataclasses.replace(config.data.datasets[1], stats="records"))
-    inputs = load_inputs(
-        dataclasses.replace(config, data=dataclasses.replace(config.data, datasets=datasets)),
-        resumed=None,
-        initial=None,
-    )
+    inputs = load(dataclasses.replace(config, data=dataclasses.replace(config.data, datasets=datasets)))
     content = json.loads(json.dumps(inputs.assets.norm_stats))
     assert semantics_from_json(content) == {"tabletop": ("absolute",) * 3}
     np.testing.assert_array_equal(stats_from_json(content)["state"].mean, inputs.stats["state"].mean)
@@ -102,26 +120,23 @@ def test_a_checkpoint_keeps_all_statistics_of_a_mixture_and_the_meaning_of_actio
 
 
 def test_statistics_of_other_semantics_or_of_nobody_are_refused(config, tmp_path):
-    inputs = load_inputs(config, resumed=None, initial=None)
+    inputs = load(config)
     path = tmp_path / "norm_stats.json"
     path.write_text(json.dumps(inputs.assets.norm_stats))
     given = dataclasses.replace(config, data=dataclasses.replace(config.data, norm_stats=str(path)))
-    again = load_inputs(given, resumed=None, initial=None)
+    again = load(given)
     np.testing.assert_array_equal(again.stats["actions"].q99, inputs.stats["actions"].q99)
     policy = dataclasses.replace(config.policy, action_semantics={"tabletop": ("relative",) * 3})
     with pytest.raises(ValueError, match="Compute the statistics again"):
-        load_inputs(dataclasses.replace(given, policy=policy), resumed=None, initial=None)
+        load(dataclasses.replace(given, policy=policy))
     named = tuple(dataclasses.replace(d, stats="other") for d in config.data.datasets)
     other = dataclasses.replace(config, data=dataclasses.replace(config.data, datasets=named))
     with pytest.raises(ValueError, match="no dataset has statistics called 'tabletop'"):
-        load_inputs(other, resumed=None, initial=None)
+        load(other)
 
 
 def test_symmetries_need_one_set_of_statistics(config):
     datasets = (config.data.datasets[0], dataclasses.replace(config.data.datasets[1], stats="records"))
     data = dataclasses.replace(config.data, datasets=datasets)
     with pytest.raises(ValueError, match="one set of statistics"):
-        load_inputs(
-            dataclasses.replace(config, data=data, augment=AugmentConfig(square_symmetries=True)),
-            resumed=None, initial=None,
-        )  # fmt: skip
+        load(dataclasses.replace(config, data=data, augment=AugmentConfig(square_symmetries=True)))

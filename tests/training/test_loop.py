@@ -38,7 +38,7 @@ def config(tmp_path_factory) -> TrainConfig:
     folder = tmp_path_factory.mktemp("loop")
     model = tiny_config("pi0", cameras=("top",), action_dim=8, vocab_size=512, prompt_length=16)
     return TrainConfig(
-        policy=PolicyConfig(model=model),
+        policy=PolicyConfig(robot="tabletop", model=model),
         optim=OptimConfig(name="adamw", peak_lr=1e-3, warmup_steps=2, decay_steps=STEPS, ema_decay=0.9),
         data=DataConfig(str(write(folder / "data")), str(write(folder / "held_out", (5,)))),
         run_dir=str(folder / "reference"),
@@ -135,7 +135,7 @@ def test_updates_that_are_not_finite_are_skipped_and_then_stop_with_step_and_las
 
     monkeypatch.setattr("pi0_jax.training.loop.load_inputs", load)
     with pytest.raises(Diverged, match=r"step 3, after skipping 1 .*checkpoints/2\. Lower --optim\.peak-lr"):
-        run(dataclasses.replace(fresh, save_every=1, skip_in_row=1))
+        run(dataclasses.replace(fresh, save_every=1, max_consecutive_skips=1))
     assert [(row["step"], row["skipped"]) for row in rows(fresh.run_dir)] == [(1, 0), (2, 1), (3, 1)]
     for leaf in jax.tree.leaves(checkpoint.restore_params(fresh.run_dir)):
         assert np.isfinite(leaf).all()

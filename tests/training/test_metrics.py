@@ -15,10 +15,10 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from pi0_jax import flops
-from pi0_jax.config import MeshConfig, PolicyConfig, TrainConfig
-from pi0_jax.training import sharding
+from pi0_jax.config import PolicyConfig, TrainConfig
 from pi0_jax.training.guard import Diverged
 from pi0_jax.training.metrics import Reporter, drop_rows_after, seconds_at_peak
+from pi0_jax.training.resolve import resolve
 from tests.conftest import tiny_config
 
 
@@ -143,13 +143,13 @@ def test_use_of_the_devices_and_the_most_memory_are_in_the_log(tmp_path, caplog,
     assert 0 < shown["mfu"] < 1
     assert 0.1 < shown["peak_memory_GB"] < 1000
 
-    config = TrainConfig(policy=PolicyConfig(model=tiny_config(remat="full", cameras=())), batch_size=6)
-    mesh = sharding.make_mesh(MeshConfig())
-    assert seconds_at_peak(config, mesh) is None
+    policy = PolicyConfig(robot="tabletop", model=tiny_config(remat="full", cameras=()))
+    run = resolve(TrainConfig(policy=policy, batch_size=24))
+    assert seconds_at_peak(run) is None
     assert "MFU is left out: the peak of a device of kind 'cpu' is not known" in caplog.text
     monkeypatch.setattr("pi0_jax.flops.peak", lambda kind: 1e12)
-    work = flops.training(dataclasses.replace(config.policy.model, remat="none"), config.flow)
-    assert seconds_at_peak(config, mesh) == pytest.approx(work * 6 / 8e12)
+    work = flops.training(dataclasses.replace(policy.model, remat="none"), policy.objective)
+    assert seconds_at_peak(run) == pytest.approx(work * 24 / 8e12)
 
 
 def test_without_a_terminal_there_are_lines_in_the_log(tmp_path, caplog):

@@ -30,8 +30,7 @@ from pi0_jax.config import *
 from tests.conftest import tiny_config
 model = tiny_config("pi0", cameras=("top",), depth=1, action_dim=8, vocab_size=512, prompt_length=16, num_kv_heads=2)
 config = TrainConfig(
-    policy=PolicyConfig(model=model),
-    flow=FlowConfig(samples_per_observation=2),
+    policy=PolicyConfig(robot="tabletop", model=model, objective=Gaussian(draws=2)),
     optim=OptimConfig(name="adamw", peak_lr=1e-3, warmup_steps=2, decay_steps={steps}, ema_decay=0.9),
     data=DataConfig({data!r}, {data!r}),
     hosts=HostsConfig(start_timeout=60, heartbeat_timeout={heartbeat}),
@@ -57,11 +56,10 @@ sys.exit(main(args))
 STEPS_ALONE = """
 import os, signal, sys, time
 from pi0_jax.config import HostsConfig, MeshConfig
-from pi0_jax.training import sharding
-from pi0_jax.training import multihost
+from pi0_jax.training import multihost, sharding
 step, action, *address = sys.argv[1:]
 multihost.connect(HostsConfig(address[1], int(address[3]), int(address[5]), heartbeat_timeout={heartbeat}))
-vote = multihost.Vote(sharding.make_mesh(MeshConfig()))
+vote = multihost.StopVote(sharding.make_mesh(MeshConfig()))
 with multihost.ended_together((), "Continue with --resume."):
     for number in range(10_000):
         vote(None)
@@ -265,5 +263,5 @@ def test_launchers_are_recognised_by_what_they_set(environment, several):
 
 
 def test_one_process_votes_for_itself():
-    vote = multihost.Vote(sharding.make_mesh(MeshConfig()))
+    vote = multihost.StopVote(sharding.make_mesh(MeshConfig()))
     assert [vote(None), vote(signal.SIGTERM)] == [None, signal.SIGTERM]

@@ -13,8 +13,28 @@ from flax.traverse_util import flatten_dict
 
 from pi0_jax import checkpoint, cli
 from pi0_jax.checkpoint import Assets, CheckpointWriter
-from pi0_jax.config import CompactConfig, DataConfig, FlowConfig, OptimConfig, PolicyConfig, TrainConfig
+from pi0_jax.config import (
+    Compact,
+    ConditionDropout,
+    Cosine,
+    DataConfig,
+    Expert,
+    Gaussian,
+    OptimConfig,
+    PolicyConfig,
+    RealTimeConfig,
+    Reflow,
+    Shortcut,
+    Tokens,
+    TrainConfig,
+)
+from pi0_jax.errors import UserError
+from pi0_jax.sampler import Euler, Greedy
+from pi0_jax.sampler.runge_kutta import Heun
+from pi0_jax.training import commands
+from pi0_jax.training.commands import reflow
 from pi0_jax.training.loop import run
+from pi0_jax.training.resolve import resolve
 from tests.conftest import tiny_config
 from tests.data.conftest import write
 
@@ -24,15 +44,14 @@ def config(tmp_path_factory) -> TrainConfig:
     """Compact heads compile quickly."""
     folder = tmp_path_factory.mktemp("objectives")
     model = tiny_config(
-        head="compact",
-        compact=CompactConfig(width=16, depth=1, time_width=8),
+        head=Compact(width=16, depth=1, time_width=8),
         cameras=("top",),
         action_dim=8,
         vocab_size=512,
         prompt_length=16,
     )
     return TrainConfig(
-        policy=PolicyConfig(model=model),
+        policy=PolicyConfig(robot="tabletop", model=model),
         optim=OptimConfig(peak_lr=1e-3, warmup_steps=0, ema_decay=0.9),
         data=DataConfig(str(write(folder / "data")), str(write(folder / "held_out", (5,)))),
         run_dir=str(folder / "teacher"),
@@ -61,7 +80,8 @@ def test_reflow_trains_a_student_on_the_teachers_pairs_and_says_how_straight_it_
     assert cli.main(arguments) == 0
     assets = checkpoint.load_assets(student)
     assert assets.train is not None
-    assert assets.train.reflow_from == assets.train.init_from == str(teacher)
+    assert assets.policy.objective == Reflow(teacher=str(teacher), teacher_steps=2)
+    assert assets.train.init_from == str(teacher)
     assert assets.train.optim.peak_lr == config.optim.peak_lr / 4
     assert assets.tokenizer == checkpoint.load_assets(teacher).tokenizer
     measured = [row for row in rows(student) if "straightness" in row]
@@ -86,7 +106,7 @@ def test_reflow_of_weights_that_do_not_say_how_they_were_trained_is_refused(conf
 
 
 def test_a_run_takes_named_parts_of_other_weights_and_random_ones_for_the_rest(config, teacher, tmp_path):
-    wider = dataclasses.replace(config.policy.model, compact=CompactConfig(width=24, depth=2, time_width=8))
+    wider = dataclasses.replace(config.policy.model, head=Compact(width=24, depth=2, time_width=8))
     other = dataclasses.replace(
         config,
         policy=dataclasses.replace(config.policy, model=wider),
@@ -107,34 +127,40 @@ def test_a_run_takes_named_parts_of_other_weights_and_random_ones_for_the_rest(c
 
 
 @pytest.mark.parametrize(
-    ("fields", "flow", "prediction", "message"),
+    ("policy", "message"),
     [
-        ({"init_parts": ("backbone",)}, {}, "velocity", "parts of nothing: name a checkpoint, --init-from"),
-        ({}, {"drop_prompt": 1.5}, "velocity", "flow.drop_prompt is 1.5; it is a probability"),
-        ({}, {"drop_prompt": 0.6, "drop_both": 0.6}, "velocity", "their sum is above 1"),
-        ({}, {"shortcut_share": 0.0}, "average_velocity", "flow.shortcut_share is 0.0"),
-        ({}, {"coupling": "optimal"}, "v", "straighten a flow; this network predicts v"),
-        (
-            {"reflow_from": "teacher"},
-            {},
-            "average_velocity",
-            "straighten a flow; this network predicts average_velocity",
-        ),
-        ({"reflow_from": "teacher"}, {"coupling": "optimal"}, "velocity", "reflow has its own pairs"),
-        ({"reflow_from": "teacher"}, {"mean_steps": 3}, "velocity", "reflow has its own pairs"),
-        ({}, {"mean_draw": True}, "epsilon", "the mean draw teaches a velocity"),
+        ({"objective": Gaussian(dropout=ConditionDropout(prompt=1.5))}, "dropout.prompt is 1.5; it is a probability"),
+        ({"objective": Gaussian(dropout=ConditionDropout(prompt=0.6, both=0.6))}, "their sum is above 1"),
+        ({"objective": Gaussian(predicts="noise", regression_warmup_steps=3)}, "nothing to regress on"),
+        ({"objective": Shortcut(bootstrap_fraction=0.0)}, "bootstrap_fraction is 0.0"),
+        ({"objective": Shortcut(bootstrap_fraction=0.1)}, r"draws\.bootstrap.* of 1 examples .* a multiple of 8"),
+        ({"objective": Shortcut(bootstrap_fraction=0.5), "sampler": Heun()}, "sampled in equal steps of Euler"),
+        ({"objective": Tokens(), "sampler": Greedy()}, "takes quantile normalisation"),
+        ({"objective": Tokens(), "normalization": "quantile"}, "decoded by Greedy"),
+        ({"sampler": Greedy()}, "decodes tokens; this network predicts chunks"),
+        ({"real_time": RealTimeConfig("trained")}, "was not trained to go on from clean actions"),
     ],
 )
-def test_objectives_whose_settings_do_not_go_together_are_refused(config, tmp_path, fields, flow, prediction, message):
-    model = dataclasses.replace(config.policy.model, prediction=prediction)
-    policy = dataclasses.replace(
-        config.policy, model=model, solver="ddim" if prediction in ("epsilon", "v") else "euler"
-    )
-    changed = dataclasses.replace(
-        config, policy=policy, flow=FlowConfig(**flow), run_dir=str(tmp_path / "run"), **fields
-    )
-    with pytest.raises(ValueError, match=message):
-        run(changed)
+def test_objectives_whose_settings_do_not_go_together_are_refused(config, policy, message):
+    policy = dataclasses.replace(config.policy, **policy)
+    with pytest.raises(UserError, match=message):
+        resolve(dataclasses.replace(config, policy=policy))
+
+
+def test_names_of_parameters_without_a_checkpoint_are_refused(config):
+    with pytest.raises(UserError, match="name parameters of no checkpoint: give --init-from"):
+        resolve(dataclasses.replace(config, init_parts=("backbone",)))
+
+
+def test_reflow_takes_a_teacher_that_predicts_velocities(config, teacher, tmp_path):
+    with CheckpointWriter(tmp_path / "noise", keep=1) as writer:
+        policy = dataclasses.replace(config.policy, objective=Gaussian(predicts="noise", path=Cosine()))
+        assets = checkpoint.load_assets(teacher)
+        train = dataclasses.replace(config, policy=policy)
+        writer.save(1, checkpoint.restore_params(teacher), assets._replace(policy=policy, train=train))
+        writer.wait()
+    with pytest.raises(UserError, match="straightens a flow that predicts velocities"):
+        reflow(commands.Reflow(tmp_path / "noise", tmp_path / "student"))
 
 
 def test_parts_that_begin_no_parameter_are_refused_with_those_that_exist(config, teacher, tmp_path):
@@ -146,18 +172,21 @@ def test_parts_that_begin_no_parameter_are_refused_with_those_that_exist(config,
         )
 
 
-@pytest.mark.parametrize("prediction", ["v", "bin_sequence"])
-def test_a_run_of_any_prediction_trains_validates_and_leaves_a_checkpoint(config, tmp_path, prediction):
-    head = "expert" if prediction == "bin_sequence" else "compact"
-    model = dataclasses.replace(config.policy.model, prediction=prediction, head=head, action_horizon=2)
-    policy = PolicyConfig(
-        model=dataclasses.replace(model, bins=dataclasses.replace(model.bins, count=8, dims=3)),
-        solver="ddim" if prediction == "v" else "euler",
-        normalization="quantile",
-    )
-    flow = FlowConfig(drop_prompt=0.1, samples_per_observation=2)
-    done = run(dataclasses.replace(config, policy=policy, flow=flow, run_dir=str(tmp_path / "run"), num_steps=2))
+@pytest.mark.parametrize(
+    ("objective", "sampler"),
+    [
+        (Gaussian(predicts="v", path=Cosine(), draws=2, dropout=ConditionDropout(prompt=0.1)), Euler()),
+        (Tokens(bins=8, dims=3, order="autoregressive", dropout=ConditionDropout(prompt=0.1)), Greedy()),
+    ],
+    ids=["v", "tokens"],
+)
+def test_a_run_of_any_objective_trains_validates_and_leaves_a_checkpoint(config, tmp_path, objective, sampler):
+    head = Expert() if isinstance(objective, Tokens) else config.policy.model.head
+    model = dataclasses.replace(config.policy.model, head=head, action_horizon=2)
+    policy = PolicyConfig(robot="tabletop", model=model, objective=objective, sampler=sampler, normalization="quantile")
+    done = run(dataclasses.replace(config, policy=policy, run_dir=str(tmp_path / "run"), num_steps=2))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(checkpoint.restore_params(done)))
     validated = rows(tmp_path / "run")[-1]
     assert np.isfinite(validated["validation_loss"])
-    assert "straightness" not in validated  # it is no flow
+    assert ("straightness" in validated) == isinstance(objective, Gaussian)  # tokens are no flow
+    assert np.isfinite(validated.get("straightness", 0.0))

@@ -9,6 +9,7 @@ import pytest
 from pi0_jax.config import DataConfig, PolicyConfig, TrainConfig
 from pi0_jax.inference.policy import Policy
 from pi0_jax.training.inputs import load_inputs
+from pi0_jax.training.resolve import resolve
 from tests.conftest import tiny_config
 from tests.data.conftest import write
 
@@ -38,9 +39,8 @@ def no_network(monkeypatch):
 def test_preparing_batches_and_running_a_policy_open_no_socket(no_network, tmp_path, checkpoint_folder):
     model = tiny_config("pi0", cameras=("top",), action_dim=8, vocab_size=512, prompt_length=16)
     data = DataConfig(str(write(tmp_path / "data")), validation_share=0.3)
-    inputs = load_inputs(
-        TrainConfig(policy=PolicyConfig(model=model), data=data, batch_size=4), resumed=None, initial=None
-    )
+    config = TrainConfig(policy=PolicyConfig(robot="tabletop", model=model), data=data, batch_size=8)
+    inputs = load_inputs(resolve(config))
     assert len(list(itertools.islice(inputs.loader, 3))) == 3
     assert inputs.validation is not None
     assert len(list(inputs.validation())) >= 1

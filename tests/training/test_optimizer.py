@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -12,9 +10,8 @@ import optax
 import pytest
 from flax.linen import meta
 
-from pi0_jax import pi0
-from pi0_jax.config import PI0, PI05, OptimConfig
-from pi0_jax.model.velocity import VelocityNetwork
+from pi0_jax.config import PI0, PI05, Gaussian, OptimConfig
+from pi0_jax.objective import make_objective
 from pi0_jax.training import optimizer
 
 MUON = OptimConfig(name="muon", peak_lr=1.0, end_lr=1.0, warmup_steps=0, weight_decay=0.0, clip_norm=1e9)
@@ -106,8 +103,7 @@ def test_muon_ignores_the_gradients_scale_and_points_downhill():
 
 @pytest.mark.parametrize("config", [PI0, PI05], ids=["pi0", "pi05"])
 def test_the_full_model_gives_hidden_matrices_to_muon_and_everything_else_to_adam(config):
-    network = VelocityNetwork(config)
-    tree = jax.eval_shape(functools.partial(pi0.init_params, network), jax.random.key(0))
+    tree = jax.eval_shape(make_objective(Gaussian(), config).network.init, jax.random.key(0))
     dimensions = optimizer.muon_dimensions(tree)
     of_muon = {
         jax.tree_util.keystr(path, simple=True, separator="/")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import runpy
 from pathlib import Path
 
@@ -13,16 +12,27 @@ import numpy as np
 import pytest
 from flax.linen import meta
 
-from pi0_jax import checkpoint, pi0
-from pi0_jax.config import PI0, DataConfig, MeshConfig, ModelConfig, OptimConfig, PolicyConfig, TrainConfig, TuneConfig
+from pi0_jax import checkpoint
+from pi0_jax.config import (
+    PI0,
+    DataConfig,
+    Gaussian,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    PolicyConfig,
+    TrainConfig,
+    TuneConfig,
+)
 from pi0_jax.convert.run import convert
 from pi0_jax.inference.policy import Policy
-from pi0_jax.model.heads import make_network
-from pi0_jax.plan.compile import build_program
-from pi0_jax.training import low_precision, sharding
+from pi0_jax.objective import make_objective
+from pi0_jax.training import low_precision
 from pi0_jax.training.init_weights import first_weights
 from pi0_jax.training.loop import run
 from pi0_jax.training.partition import combine, flat, frozen_names, partition, table, with_adapters
+from pi0_jax.training.program import Program, build
+from pi0_jax.training.resolve import Run, resolve
 from tests.data.conftest import write
 from tests.policies import TINY
 
@@ -43,12 +53,11 @@ def config(tmp_path_factory, checkpoint_folder) -> TrainConfig:
 
 
 def weights_of(model: ModelConfig):
-    init = functools.partial(pi0.init_params, make_network(model))
-    return meta.unbox(jax.eval_shape(init, jax.random.key(0)))
+    return meta.unbox(jax.eval_shape(make_objective(Gaussian(), model).network.init, jax.random.key(0)))
 
 
 def frozen_of(model: ModelConfig, tune: TuneConfig) -> frozenset[str]:
-    config = with_adapters(TrainConfig(policy=PolicyConfig(model=model), tune=tune))
+    config = with_adapters(TrainConfig(policy=PolicyConfig(robot="tabletop", model=model), tune=tune))
     return frozen_names(tune, config.policy.model, flat(weights_of(config.policy.model)))
 
 
@@ -97,7 +106,10 @@ def test_patterns_that_match_nothing_or_everything_are_refused(tune, message):
 
 def test_adapters_on_one_expert_leave_the_other_trained_and_are_trained_under_any_recipe():
     action = dataclasses.replace(MODEL, action=dataclasses.replace(MODEL.action, lora_attn_rank=2))
-    assert with_adapters(TrainConfig(policy=PolicyConfig(model=action), tune=LORA)).policy.model == action
+    assert (
+        with_adapters(TrainConfig(policy=PolicyConfig(robot="tabletop", model=action), tune=LORA)).policy.model
+        == action
+    )
     names = flat(weights_of(action))
     frozen = frozen_of(action, TuneConfig("lora"))
     assert "backbone/layers/action/attn/q" in frozen
@@ -109,7 +121,7 @@ def test_adapters_on_one_expert_leave_the_other_trained_and_are_trained_under_an
 
 
 def test_openpis_adapters_at_full_size_freeze_both_experts_and_train_the_rest():
-    config = with_adapters(TrainConfig(policy=PolicyConfig(model=PI0), tune=TuneConfig("lora")))
+    config = with_adapters(TrainConfig(policy=PolicyConfig(robot="tabletop", model=PI0), tune=TuneConfig("lora")))
     names = flat(weights_of(config.policy.model))
     trained, frozen = partition(combine(names, None), frozen_of(PI0, TuneConfig("lora")))
     count = {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in (("t", trained), ("f", frozen))}
@@ -123,6 +135,11 @@ def test_openpis_adapters_at_full_size_freeze_both_experts_and_train_the_rest():
     assert rows["embedding"] == ["embedding", f"{257_152 * 2048:,}", "-", "bfloat16"]
     assert rows["image_encoder"][1:] == [rows["image_encoder"][1]] * 2 + ["float32"]
     assert rows["all"][1:3] == [f"{plain + adapters:,}", f"{count['t']:,}"]
+
+
+def built(config: TrainConfig) -> tuple[Run, Program]:
+    resolved = resolve(config, jax.devices()[:1])
+    return resolved, build(resolved, lambda key, batch: batch)
 
 
 def same_bits(a, b) -> bool:
@@ -155,10 +172,7 @@ def test_frozen_weights_are_the_checkpoints_rounded_once_under_fsdp_and_after_re
 
 def test_a_state_has_no_optimizer_state_and_no_average_of_what_is_frozen(config):
     for tune in (TuneConfig("expert"), LORA):
-        program, _ = build_program(
-            dataclasses.replace(config, tune=tune), sharding.make_mesh(MeshConfig(1), jax.devices()[:1])
-        )
-        state = program.shapes
+        state = built(dataclasses.replace(config, tune=tune))[1].shapes
         trained, frozen = flat(state.params).keys(), flat(state.frozen).keys()
         assert not trained & frozen
         assert flat(state.ema).keys() == trained
@@ -168,9 +182,8 @@ def test_a_state_has_no_optimizer_state_and_no_average_of_what_is_frozen(config)
 
 
 def test_adapters_start_without_effect_on_weights_that_have_none(config):
-    lora = with_adapters(dataclasses.replace(config, tune=LORA))
-    program, _ = build_program(lora, sharding.make_mesh(MeshConfig(1), jax.devices()[:1]))
-    weights = flat(first_weights(lora, program.network, program.shapes))
+    resolved, program = built(dataclasses.replace(config, tune=LORA))
+    weights = flat(first_weights(resolved, program.shapes))
     adapters = {name: x for name, x in weights.items() if "_lora_" in name}
     assert len(adapters) == 20
     assert all(np.any(x) != name.endswith("_b") for name, x in adapters.items())
@@ -200,7 +213,9 @@ def test_random_weights_are_not_frozen(config, tmp_path):
 def test_bytes_a_parameter_at_full_size(tune, optim, bytes_each):
     measured = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "memory.py"))
     config = TrainConfig(
-        policy=PolicyConfig(model=PI0), tune=measured["TUNES"][tune], optim=measured["OPTIMIZERS"][optim]
+        policy=PolicyConfig(robot="tabletop", model=PI0),
+        tune=measured["TUNES"][tune],
+        optim=measured["OPTIMIZERS"][optim],
     )
     found = measured["measure"](config)
     learned, frozen = found["trained"] // 4, found["frozen"] // 2

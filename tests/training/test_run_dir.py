@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import pytest
 
 from pi0_jax.checkpoint import Assets, CheckpointWriter
-from pi0_jax.config import MeshConfig, OptimConfig, TrainConfig
+from pi0_jax.config import MeshConfig, OptimConfig, PolicyConfig, TrainConfig
 from pi0_jax.training.run_dir import delete_run, differences, open_run
 
 
 @pytest.fixture
 def config(tmp_path) -> TrainConfig:
-    return TrainConfig(run_dir=str(tmp_path / "run"))
+    return TrainConfig(policy=PolicyConfig(robot="tabletop"), run_dir=str(tmp_path / "run"))
 
 
 @pytest.fixture

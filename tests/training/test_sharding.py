@@ -16,8 +16,9 @@ import pytest
 from pi0_jax.config import MeshConfig
 from pi0_jax.config_file import load_config
 from pi0_jax.training import sharding
+from tests.batches import random_batch
 from tests.conftest import tiny_config
-from tests.training.common import OPTIM, harness, random_batch
+from tests.training.common import OPTIM, harness
 
 PRESETS = Path(__file__).parents[2] / "configs" / "sharding"
 CONFIG = tiny_config("pi0", num_kv_heads=2)
@@ -74,7 +75,7 @@ def test_neighbours_share_the_arithmetic_of_their_examples(runs):
     work = {}
     for name in ("single", "fsdp", "fsdp_tensor"):
         one, state, _ = runs[name]
-        program = one.update.lower(state, one.place(random_batch(CONFIG, 8))).compile()
+        program = one.update.lower(np.uint32(0), state, one.place(random_batch(CONFIG, 8))).compile()
         work[name] = program.cost_analysis()["flops"]
     # Without the division of heads and feed-forward it would be twice that of fsdp.
     assert work["fsdp_tensor"] < 1.25 * work["fsdp"]

@@ -12,14 +12,29 @@ import numpy as np
 import optax
 import pytest
 
-from pi0_jax.config import FlowConfig, MeshConfig, OptimConfig
+from pi0_jax import compat
+from pi0_jax.config import (
+    Compact,
+    ConditionDropout,
+    Gaussian,
+    Independent,
+    MeshConfig,
+    OptimalTransport,
+    OptimConfig,
+    Shortcut,
+    Sinkhorn,
+)
 from pi0_jax.training import sharding
 from pi0_jax.training.state import create, join, split
+from tests.batches import random_batch
 from tests.conftest import tiny_config
-from tests.training.common import OPTIM, harness, random_batch
+from tests.training.common import OPTIM, harness
 
 BLIND = tiny_config("pi0", cameras=())
 """Without an image encoder, which takes most of the time to compile."""
+
+
+COMPACT = Compact(width=32, depth=2, time_width=16)
 
 
 def changed(**fields) -> OptimConfig:
@@ -31,7 +46,7 @@ FSDP = {"mesh": MeshConfig(data=2, fsdp=4), "devices": 8}
 
 def test_eight_devices_give_the_losses_of_one_with_a_quarter_of_the_state_each():
     config = tiny_config("pi0")
-    arguments = {"optim": changed(name="muon"), "flow": FlowConfig(samples_per_observation=2)}
+    arguments = {"optim": changed(name="muon"), "objective": Gaussian(draws=2)}
     batches = [random_batch(config, 40, seed) for seed in range(5)]
     one, eight = harness(config, **arguments), harness(config, **FSDP, **arguments)
     (_, single), (state, divided) = one.run(one.start(), batches), eight.run(eight.start(), batches)
@@ -45,28 +60,28 @@ def test_eight_devices_give_the_losses_of_one_with_a_quarter_of_the_state_each()
 
 
 @pytest.mark.parametrize(
-    "flow",
+    "objective",
     [
-        FlowConfig(samples_per_observation=2, coupling="optimal", condition_weight=0.0),
-        FlowConfig(samples_per_observation=2, coupling="sinkhorn", condition_weight=0.0, drop_both=0.2),
+        Gaussian(draws=2, coupling=OptimalTransport(0.0)),
+        Gaussian(draws=2, coupling=Sinkhorn(0.0), dropout=ConditionDropout(both=0.2)),
     ],
-    ids=lambda flow: flow.coupling,
+    ids=["optimal", "sinkhorn"],
 )
-def test_couplings_pair_within_the_whole_batch_however_many_devices_hold_it(flow):
-    config = tiny_config("pi0", cameras=(), head="compact")
+def test_couplings_pair_within_the_whole_batch_on_any_number_of_devices(objective):
+    config = tiny_config("pi0", cameras=(), head=COMPACT)
     batches = [random_batch(config, 40, seed) for seed in range(3)]
-    one, eight = harness(config, flow=flow), harness(config, **FSDP, flow=flow)
+    one, eight = harness(config, objective=objective), harness(config, **FSDP, objective=objective)
     (_, single), (_, divided) = one.run(one.start(), batches), eight.run(eight.start(), batches)
     for a, b in zip(single, divided, strict=True):
         np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)
-    independent = harness(config, flow=dataclasses.replace(flow, coupling="independent"))
+    independent = harness(config, objective=dataclasses.replace(objective, coupling=Independent()))
     assert independent.run(independent.start(), batches)[1][0]["loss"] != single[0]["loss"]
 
 
 def test_a_shortcut_model_gives_the_losses_of_one_device_on_eight():
-    config = tiny_config("pi0", cameras=(), head="compact", prediction="average_velocity")
-    batches = [random_batch(config, 40, seed) for seed in range(3)]
-    one, eight = harness(config), harness(config, **FSDP)
+    config = tiny_config("pi0", cameras=(), head=COMPACT)
+    batches = [random_batch(config, 32, seed) for seed in range(3)]
+    one, eight = harness(config, objective=Shortcut()), harness(config, **FSDP, objective=Shortcut())
     (_, single), (_, divided) = one.run(one.start(), batches), eight.run(eight.start(), batches)
     for a, b in zip(single, divided, strict=True):
         # Spans and times go through periods of 0.004, which magnify rounding.
@@ -76,7 +91,9 @@ def test_a_shortcut_model_gives_the_losses_of_one_device_on_eight():
 def test_devices_exchange_weights_and_not_activations():
     config, size = tiny_config("pi0", cameras=("top",)), 40
     eight = harness(config, **FSDP)
-    program = eight.update.lower(eight.start(), eight.place(random_batch(config, size))).compile().as_text()
+    program = (
+        eight.update.lower(np.uint32(0), eight.start(), eight.place(random_batch(config, size))).compile().as_text()
+    )
     exchanged = re.findall(r"f32\[([\d,]+)\][^=]* (?:all-gather|all-reduce|reduce-scatter)\(", program)
     shapes = {tuple(map(int, shape.split(","))) for shape in exchanged}
     assert (16, 4, 8) in shapes  # one layer's query weights of the action expert
@@ -118,7 +135,7 @@ def test_the_loss_falls_on_one_batch_and_nothing_compiles_twice():
     tiny = harness(BLIND)
     state, rows = tiny.run(tiny.start(), [random_batch(BLIND, 4)] * 40)
     assert np.mean([r["loss"] for r in rows[-5:]]) < 0.7 * np.mean([r["loss"] for r in rows[:5]])
-    assert tiny.update._cache_size() == 1
+    assert compat.count_programs(tiny.update) == 1
     assert int(state.step) == 40
 
 

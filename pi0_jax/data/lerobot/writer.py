@@ -1,46 +1,27 @@
-"""Writes LeRobot v3.0 datasets as lerobot 0.6 writes them, without torch; `reader.py` says what they are.
-
-Quantiles in `meta/stats.json` are those of the dataset here; lerobot stores the mean of each episode's quantiles.
-"""
+"""Writes LeRobot v3.0 datasets as lerobot 0.6 writes them, without torch; `layout.py` describes the format."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Int, UInt8
 
 from pi0_jax.atomic import partial_path, put_in_place
+from pi0_jax.data.lerobot.layout import BOOKKEEPING, DATA_PATH, FILES_PER_CHUNK, VERSION, VIDEO_PATH
+from pi0_jax.data.lerobot.stats import column_stats, histogram, image_stats, stored_column_stats
 from pi0_jax.data.video import KEY_FRAME_EVERY, PRESET, VideoWriter
-
-VERSION = "v3.0"
-DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
-VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
-FILES_PER_CHUNK = 1000
-QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
-BOOKKEEPING = {
-    "timestamp": {"dtype": "float32", "shape": (1,), "names": None},
-    "frame_index": {"dtype": "int64", "shape": (1,), "names": None},
-    "episode_index": {"dtype": "int64", "shape": (1,), "names": None},
-    "index": {"dtype": "int64", "shape": (1,), "names": None},
-    "task_index": {"dtype": "int64", "shape": (1,), "names": None},
-}
-"""Columns that every dataset has. `timestamp` is in seconds from the start of the episode."""
-
-STATS_FRAMES, STATS_PIXELS = 100, 150
-"""Image statistics look at so many frames of an episode at most, and at so many rows and columns of each."""
+from pi0_jax.errors import UserError
 
 
 class LeRobotWriter:
-    """Writes a LeRobot v3.0 dataset, an episode at a time; use it in a `with` statement.
+    """Writes a LeRobot v3.0 dataset, one episode at a time; use it in a `with` statement.
 
     Everything is written beside `root` and renamed into place at the end: an error leaves nothing behind.
 
@@ -62,7 +43,7 @@ class LeRobotWriter:
 
     Raises:
         FileExistsError: `root` exists and `overwrite` is not set.
-        ValueError: a feature that cannot be stored.
+        UserError: a feature that cannot be stored.
     """
 
     def __init__(
@@ -145,7 +126,7 @@ class LeRobotWriter:
             task: the instruction, or one for each frame.
 
         Raises:
-            ValueError: a feature is missing, unknown, or of the wrong shape or dtype; not finite; no frames.
+            UserError: a feature is missing, unknown, or of the wrong shape or dtype; not finite; no frames.
         """
         length = self._check(frames, task)
         tasks = [task] * length if isinstance(task, str) else list(task)
@@ -182,10 +163,10 @@ class LeRobotWriter:
             row[f"videos/{camera}/file_index"] = files.file_index
             row[f"videos/{camera}/from_timestamp"] = start / fps
             row[f"videos/{camera}/to_timestamp"] = video.num_frames / fps
-            histogram, count = _histogram(frames[camera])
-            self._histograms[camera] += histogram
-            stats[camera] = _image_stats(histogram, count)
-        stats |= {name: _column_stats(column) for name, column in columns.items()}
+            counts, count = histogram(frames[camera])
+            self._histograms[camera] += counts
+            stats[camera] = image_stats(counts, count)
+        stats |= {name: column_stats(column) for name, column in columns.items()}
         for name in self._features:
             row |= {f"stats/{name}/{key}": value for key, value in stats[name].items()}
         row |= {"meta/episodes/chunk_index": 0, "meta/episodes/file_index": 0}
@@ -197,12 +178,12 @@ class LeRobotWriter:
         """Writes what describes the whole dataset and moves the folder into place.
 
         Raises:
-            ValueError: there are no episodes.
+            UserError: there are no episodes.
             FileExistsError: `root` has appeared in the meantime and `overwrite` is not set.
         """
         try:
             if not self._episodes:
-                raise ValueError(f"no episode was added to {self.root}: a dataset holds at least one.")
+                raise UserError(f"no episode was added to {self.root}: a dataset holds at least one.")
             self._close_files()
             self._write_meta()
             self._refuse_existing()
@@ -239,24 +220,24 @@ class LeRobotWriter:
     def _check(self, frames: dict[str, np.ndarray], task: str | Sequence[str]) -> int:
         expected = [name for name in self._features if name not in BOOKKEEPING]
         if sorted(frames) != sorted(expected):
-            raise ValueError(f"the episode has features {sorted(frames)}; the dataset was given {sorted(expected)}.")
+            raise UserError(f"the episode has features {sorted(frames)}; the dataset has {sorted(expected)}.")
         if not all(text.strip() for text in ([task] if isinstance(task, str) else task)):
-            raise ValueError("the episode's task is empty; it is the instruction that the policy will read.")
+            raise UserError("the episode's task is empty; it is the instruction that the policy will read.")
         lengths = {name: len(values) for name, values in frames.items()}
         if len(set(lengths.values())) != 1 or 0 in lengths.values():
-            raise ValueError(f"features of an episode need one common length of at least 1; they have {lengths}.")
+            raise UserError(f"features of an episode need one common length of at least 1; they have {lengths}.")
         if not isinstance(task, str) and len(task) != len(frames[expected[0]]):
-            raise ValueError(f"the episode has {len(task)} tasks and {len(frames[expected[0]])} frames.")
+            raise UserError(f"the episode has {len(task)} tasks and {len(frames[expected[0]])} frames.")
         for name, values in frames.items():
             shape = tuple(self._features[name]["shape"])
             dtype = np.dtype(np.uint8 if name in self._cameras else self._features[name]["dtype"])
             castable = values.dtype == dtype or (name not in self._cameras and np.can_cast(values, dtype, "same_kind"))
             if values.shape[1:] != shape or not castable:
-                raise ValueError(
+                raise UserError(
                     f"feature {name!r} came as {values.dtype}{list(values.shape)}; expected {dtype}{['n', *shape]}."
                 )
             if values.dtype.kind == "f" and not np.isfinite(values).all():
-                raise ValueError(f"feature {name!r} holds NaN or infinity in frames {_rows_not_finite(values)}.")
+                raise UserError(f"feature {name!r} holds NaN or infinity in frames {_rows_not_finite(values)}.")
         return len(frames[expected[0]])
 
     def _write_meta(self) -> None:
@@ -269,9 +250,9 @@ class LeRobotWriter:
         for name, feature in self._features.items():
             if name in self._cameras:
                 count = sum(row[f"stats/{name}/count"][0] for row in self._episodes)
-                stats[name] = _image_stats(self._histograms[name], count)
+                stats[name] = image_stats(self._histograms[name], count)
             else:
-                stats[name] = _column_stats(_read_column(files, name, tuple(feature["shape"])))
+                stats[name] = stored_column_stats(files, name, tuple(feature["shape"]))
         self._info |= {
             "total_episodes": self.num_episodes,
             "total_frames": self.num_frames,
@@ -288,60 +269,17 @@ def write_tasks(tasks: list[str], path: Path) -> None:
     pq.write_table(table.replace_schema_metadata({"pandas": json.dumps(_PANDAS_INDEX)}), path)
 
 
-def merge_stats(
-    files: list[Path], features: dict[str, dict[str, Any]], cameras: list[str], pieces: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """The content of `meta/stats.json` for datasets that were put together.
-
-    Columns are read again, so that theirs are exact. Pictures are not: mean and range follow from the pieces', the
-    deviation too, and quantiles are the pieces' mean, weighted, which is what lerobot stores for every feature.
-
-    Args:
-        files: the data files.
-        features: of the dataset.
-        cameras: those that are video.
-        pieces: `meta/stats.json` of each dataset.
-    """
-    stats = {}
-    for name, feature in features.items():
-        if name not in cameras:
-            stats[name] = _column_stats(_read_column(files, name, tuple(feature["shape"])))
-            continue
-        entries = [{key: np.array(value) for key, value in piece[name].items()} for piece in pieces]
-        counts = np.array([entry["count"][0] for entry in entries], np.float64)
-        weights = counts / counts.sum()
-
-        def mean(key: str) -> np.ndarray:
-            return np.sum([weight * entry[key] for weight, entry in zip(weights, entries, strict=True)], 0)
-
-        square = np.sum([w * (e["std"] ** 2 + e["mean"] ** 2) for w, e in zip(weights, entries, strict=True)], 0)
-        found = {"min": np.min([e["min"] for e in entries], 0), "max": np.max([e["max"] for e in entries], 0)}
-        found |= {"mean": mean("mean"), "std": np.sqrt(np.maximum(square - mean("mean") ** 2, 0))}
-        found |= {"count": np.array([int(counts.sum())])} | {key: mean(key) for key in QUANTILES}
-        stats[name] = {key: value.tolist() for key, value in found.items()}
-    return stats
+def _pandas_column(field: str | None, name: str | None, pandas: str, numpy: str, metadata: Any = None) -> dict:
+    types = {"pandas_type": pandas, "numpy_type": numpy, "metadata": metadata}
+    return {"name": name, "field_name": field, **types}
 
 
 _PANDAS_INDEX = {
     "index_columns": ["task"],
-    "column_indexes": [
-        {
-            "name": None,
-            "field_name": None,
-            "pandas_type": "unicode",
-            "numpy_type": "object",
-            "metadata": {"encoding": "UTF-8"},
-        }
-    ],
+    "column_indexes": [_pandas_column(None, None, "unicode", "object", {"encoding": "UTF-8"})],
     "columns": [
-        {
-            "name": "task_index",
-            "field_name": "task_index",
-            "pandas_type": "int64",
-            "numpy_type": "int64",
-            "metadata": None,
-        },
-        {"name": "task", "field_name": "task", "pandas_type": "unicode", "numpy_type": "object", "metadata": None},
+        _pandas_column("task_index", "task_index", "int64", "int64"),
+        _pandas_column("task", "task", "unicode", "object"),
     ],
     "attributes": {},
     "creator": {"library": "pyarrow", "version": pa.__version__},
@@ -350,6 +288,7 @@ _PANDAS_INDEX = {
 """What pandas stores in a parquet file whose index is the column `task`, which is how lerobot reads it."""
 
 
+@runtime_checkable
 class _File(Protocol):
     @property
     def num_bytes(self) -> int: ...
@@ -363,7 +302,7 @@ File = TypeVar("File", bound=_File)
 class _Files(Generic[File]):
     """Numbered files of bounded size. The next is begun when an episode as large as the last would not fit."""
 
-    def __init__(self, root: Path, template: str, limit_mb: float, open_file: Callable[[Path], File]):
+    def __init__(self, root: Path, template: str, limit_mb: int | float, open_file: Callable[[Path], File]):
         self._root, self._template, self._limit, self._open = root, template, limit_mb * 1024**2, open_file
         self._current: File | None = None
         self._number = -1
@@ -399,7 +338,7 @@ class _Files(Generic[File]):
 
 
 class _ParquetFile:
-    """A parquet file with a row group an episode."""
+    """A parquet file with one row group per episode."""
 
     def __init__(self, path: Path, schema: pa.Schema):
         self._schema = schema
@@ -433,16 +372,16 @@ def _storable(features: dict[str, dict[str, Any]], cameras: list[str]) -> dict[s
         if name in cameras:
             names = names or ["height", "width", "channels"]
             if len(shape) != 3 or shape[2] != 3:
-                raise ValueError(f"camera {name!r} has shape {shape}; expected (height, width, 3).")
+                raise UserError(f"camera {name!r} has shape {shape}; expected (height, width, 3).")
             if shape[0] % 2 or shape[1] % 2:
-                raise ValueError(f"camera {name!r} has shape {shape}; video needs an even height and width.")
+                raise UserError(f"camera {name!r} has shape {shape}; video needs an even height and width.")
         else:
             try:
                 kind = np.dtype(dtype).kind
             except TypeError:
                 kind = None
             if kind not in ("f", "i", "u", "b") or len(shape) != 1 or name in BOOKKEEPING:
-                raise ValueError(
+                raise UserError(
                     f"feature {name!r} has dtype {dtype!r} and shape {shape}; expected 'video' and (height, width, 3), "
                     f"or a number type and (d,). The names {list(BOOKKEEPING)} are added by the writer."
                 )
@@ -465,46 +404,5 @@ def _schema(features: dict[str, dict[str, Any]]) -> pa.Schema:
     return pa.schema(fields, metadata={"huggingface": json.dumps({"info": {"features": described}})})
 
 
-def _column_stats(values: np.ndarray) -> dict[str, list[Any]]:
-    x = values.astype(np.float64)
-    moments = {"min": x.min(0), "max": x.max(0), "mean": x.mean(0), "std": x.std(0), "count": np.array([len(x)])}
-    quantiles = dict(zip(QUANTILES, np.quantile(x, list(QUANTILES.values()), axis=0), strict=True))
-    return {key: value.tolist() for key, value in (moments | quantiles).items()}
-
-
-def _histogram(images: UInt8[np.ndarray, "n h w 3"]) -> tuple[Int[np.ndarray, "3 256"], int]:
-    """How often each value occurs in a regular sample of the pixels, by channel, and the frames looked at."""
-    frames = images[:: math.ceil(len(images) / STATS_FRAMES)]
-    stride = math.ceil(max(images.shape[1:3]) / STATS_PIXELS)
-    pixels = frames[:, ::stride, ::stride].reshape(-1, 3)
-    return np.stack([np.bincount(channel, minlength=256) for channel in pixels.T]), len(frames)
-
-
-def _image_stats(histogram: Int[np.ndarray, "3 256"], count: int) -> dict[str, list[Any]]:
-    """Statistics in [0, 1] by channel, shaped (3, 1, 1) as lerobot shapes them."""
-    values, total = np.arange(256) / 255, histogram.sum(1)
-    mean = histogram @ values / total
-    std = np.sqrt(np.maximum(histogram @ values**2 / total - mean**2, 0))
-    cumulative = histogram.cumsum(1)
-
-    def at(share: float) -> np.ndarray:
-        return values[(cumulative >= np.maximum(1, share * total)[:, None]).argmax(1)]
-
-    stats = {"min": at(0), "max": at(1), "mean": mean, "std": std}
-    quantiles = {key: at(share) for key, share in QUANTILES.items()}
-    shaped = {key: value.reshape(3, 1, 1).tolist() for key, value in (stats | quantiles).items()}
-    return {**{key: shaped[key] for key in stats}, "count": [count], **{key: shaped[key] for key in quantiles}}
-
-
 def _rows_not_finite(values: np.ndarray) -> list[int]:
     return np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(1))[:5].tolist()
-
-
-def _read_column(files: list[Path], name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """A column of files that were just written, `[n, *shape]`."""
-    parts = []
-    for path in files:
-        column = pq.ParquetFile(path).read(columns=[name])[name].combine_chunks()
-        flat = column if shape == (1,) else column.flatten()
-        parts.append(flat.to_numpy(zero_copy_only=False).reshape(len(column), *shape))
-    return np.concatenate(parts)

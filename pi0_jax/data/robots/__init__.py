@@ -81,7 +81,7 @@ class RldsNames(NamedTuple):
 
     keys: Mapping[str, str]
     """Name that the robot uses → feature of the dataset; " + " puts several side by side."""
-    fps: float
+    fps: int | float
     task: str = "language_instruction"
     """Feature with the instruction of each step."""
     only: str | None = None
@@ -99,7 +99,7 @@ class Robot:
     """Names of the state's dimensions."""
     actions: tuple[str, ...]
     """Names of the action's dimensions."""
-    fps: float | None
+    fps: int | float | None
     """Control rate, actions per second; None where it differs from one set-up to the next."""
     image_size: tuple[int, int]
     """Height and width of the images, pixels, in `example` only: other sizes are resized."""

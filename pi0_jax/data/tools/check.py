@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from tqdm import tqdm
 
-from pi0_jax.data.lerobot.reader import LeRobotDataset
+from pi0_jax.data.lerobot import LeRobotDataset
 from pi0_jax.data.mixture import OpenDataset
 from pi0_jax.data.normalization import RANGE_SHARE, NormStats, Stats
 from pi0_jax.data.source import ACTION, STATE, Renamed, Source

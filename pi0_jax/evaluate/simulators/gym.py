@@ -1,13 +1,13 @@
-"""Any Gymnasium environment as a simulator.
+"""Simulators are Gymnasium environments, and what the closed loop needs to know of them besides.
 
-GymSimulator(
-    make=lambda task: gymnasium.make("gym_pusht/PushT-v0", obs_type="pixels_agent_pos"),
+Simulator(
+    make=lambda task: gymnasium.make("gym_pusht/PushT-v0", obs_type="pixels_agent_pos", render_mode="rgb_array"),
     robot="pusht",
     fps=10,
     tasks=("push_t",),
-    observe=lambda env, seen: {
-        "images": {"top": seen["pixels"]}, "state": seen["agent_pos"], "prompt": "push the T onto its outline"
-    },
+    observe=lambda env, seen: RawObservation(
+        images={"top": seen["pixels"]}, state=seen["agent_pos"], prompt="push the T onto its outline"
+    ),
     success=lambda info: info["is_success"],
 )
 """
@@ -16,67 +16,77 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
-import gymnasium
 import numpy as np
 
 from pi0_jax.data.robots import RawObservation
 from pi0_jax.errors import UserError
 
-E = TypeVar("E", bound=gymnasium.Env)
 SPLITS = ("train", "validation", "evaluation")
+Env = Any
+"""A `gymnasium.Env`, with whatever attributes the simulator's functions use."""
 
 
 class Start(NamedTuple):
-    """How an episode begins."""
+    """How an episode begins: its task, and the arguments of `env.reset`."""
 
     task: str
     seed: int
-    """`env.reset(seed=...)`."""
     options: dict[str, Any] | None = None
-    """`env.reset(options=...)`."""
 
 
 @dataclasses.dataclass(frozen=True)
-class GymSimulator(Generic[E]):
-    """A `Simulator` made of functions on a Gymnasium environment."""
+class Simulator:
+    """An environment with its tasks."""
 
-    make: Callable[[str], E]
+    make: Callable[[str], Env]
     """An environment for the task of that name. It is used for one episode after another."""
     robot: str
+    """Name of the robot in `pi0_jax.data.robots`."""
     fps: int
+    """Actions per second."""
     tasks: tuple[str, ...]
-    observe: Callable[[E, Any], RawObservation]
-    """From the environment and what it returned last to the raw observation"""
+    """Names of the tasks, in the order of reports; episode i is of task i modulo their number."""
+    observe: Callable[[Env, Any], RawObservation]
+    """From the environment and the observation that it returned last to the policy's. Called only when the policy is
+    asked, so that rendering costs little."""
     action: Callable[[np.ndarray], Any] = lambda action: action
     """From the robot's action to the environment's."""
     success: Callable[[dict[str, Any]], bool] = lambda info: info["success"]
     """Whether the episode succeeded, from a step's `info`."""
     layout: Callable[[int, int, str, int], Start] | None = None
     """How `start(index, seed, split, attempt)` begins; None: the tasks in turn, and a seed drawn from all four."""
-    picture: Callable[[E], Any] = lambda env: env.render()
-    """A picture for people; by default the environment's, which needs `render_mode="rgb_array"`."""
-    expert: Callable[[E, Any], np.ndarray] | None = None
-    """The robot's action by a scripted expert, from what `observe` gets."""
+    picture: Callable[[Env], Any] = lambda env: env.render()
+    """A picture for people, uint8 `[h, w, 3]`; by default the environment's, with `render_mode="rgb_array"`."""
+    expert: Callable[[Env, Any], np.ndarray] | None = None
+    """A scripted expert's action of the robot, from what `observe` gets, for recording; None: there is no expert."""
     random_action: Callable[[np.random.Generator], np.ndarray] | None = None
-    """A random action of the robot's, for noise while recording; None: uniform over the (bounded) action space."""
-    _idle: dict[str, list[E]] = dataclasses.field(default_factory=dict, repr=False)
+    """A random action of the robot, for noise while recording; None: uniform over the (bounded) action space."""
+    _idle: dict[str, list[Env]] = dataclasses.field(default_factory=dict, repr=False)
 
-    def start(self, index: int, seed: int, split: str = "evaluation", attempt: int = 0) -> GymEpisode[E]:
+    def start(self, index: int, seed: int, split: str = "evaluation", attempt: int = 0) -> Episode:
+        """Begins an episode with a layout of its own.
+
+        Args:
+            index: number of the episode.
+            seed: other seeds give other layouts.
+            split: "train", "validation" or "evaluation", which share no layout.
+            attempt: another layout for the same task.
+        """
         start = (self.layout or self._layout)(index, seed, split, attempt)
         idle = self._idle.setdefault(start.task, [])
-        return GymEpisode(self, idle.pop() if idle else self.make(start.task), start)
+        return Episode(self, idle.pop() if idle else self.make(start.task), start)
 
     def _layout(self, index: int, seed: int, split: str, attempt: int) -> Start:
         words = np.random.SeedSequence([SPLITS.index(split), seed, index, attempt]).generate_state(1)
         return Start(self.tasks[index % len(self.tasks)], int(words[0]))
 
 
-class GymEpisode(Generic[E]):
-    """One episode in an environment."""
+class Episode:
+    """One running episode. `task` is the one that is scored, `seed` that of the layout."""
 
-    def __init__(self, simulator: GymSimulator[E], env: E, start: Start):
+    def __init__(self, simulator: Simulator, env: Env, start: Start):
         self._simulator, self._env = simulator, env
         self.task, self.seed = start.task, start.seed
         self._observation, _ = env.reset(seed=start.seed, options=start.options)
@@ -85,6 +95,7 @@ class GymEpisode(Generic[E]):
         return self._simulator.observe(self._env, self._observation)
 
     def step(self, action: np.ndarray) -> tuple[bool, bool]:
+        """Executes one action; returns whether the episode is over, and whether it succeeded."""
         self._observation, _, terminated, truncated, info = self._env.step(self._simulator.action(action))
         return bool(terminated or truncated), bool(self._simulator.success(info))
 
@@ -99,9 +110,8 @@ class GymEpisode(Generic[E]):
     def random_action(self, rng: np.random.Generator) -> np.ndarray:
         if self._simulator.random_action is not None:
             return self._simulator.random_action(rng)
-        space = self._env.action_space
-        assert isinstance(space, gymnasium.spaces.Box), "random_action is needed where actions are no box"
-        return rng.uniform(space.low, space.high).astype(np.float32)
+        return rng.uniform(self._env.action_space.low, self._env.action_space.high).astype(np.float32)
 
     def close(self) -> None:
+        """Gives the environment back, for another episode."""
         self._simulator._idle[self.task].append(self._env)

@@ -8,7 +8,7 @@ from pi0_jax.cli import main
 from pi0_jax.evaluate import simulators
 from pi0_jax.evaluate.commands import Evaluate, Record, Report, evaluate, record, report
 from pi0_jax.evaluate.simulators import find_simulator, get_simulator, has_option, simulator_names
-from pi0_jax.evaluate.simulators.gym import GymSimulator
+from pi0_jax.evaluate.simulators.gym import Simulator
 
 LINE = '''
 """A point that is to be brought to one end of a line, seen by a robot of the name tabletop."""
@@ -41,11 +41,11 @@ class Line(gymnasium.Env):
 
 
 def make(*, length: int = 2, counterfactual: bool = False):
-    from pi0_jax.evaluate.simulators.gym import GymSimulator
+    from pi0_jax.evaluate.simulators.gym import Simulator
 
     words = ("up", "down")[::-1] if counterfactual else ("up", "down")
     picture = np.zeros((48, 48, 3), np.uint8)
-    return GymSimulator(
+    return Simulator(
         make=Line,
         robot=ROBOT,
         fps=5,
@@ -93,7 +93,7 @@ def test_a_file_of_ones_own_is_evaluated_by_its_path(line, checkpoint_folder, tm
 
 
 def test_demonstrations_of_any_expert_are_recorded(line, tmp_path, capsys):
-    from pi0_jax.data.lerobot.reader import LeRobotDataset
+    from pi0_jax.data.lerobot import LeRobotDataset
 
     record(Record(tmp_path / "data", "line", episodes=6))
     dataset = LeRobotDataset(tmp_path / "data")
@@ -138,7 +138,7 @@ def test_environments_are_used_again_and_what_is_missing_is_said():
         made.append(task)
         return gymnasium.make("CartPole-v1", render_mode="rgb_array").unwrapped
 
-    simulator = GymSimulator(
+    simulator = Simulator(
         make,
         "tabletop",
         5,

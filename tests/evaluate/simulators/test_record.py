@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-import pi0_jax.data.lerobot.reader as lerobot
+import pi0_jax.data.lerobot as lerobot
 from pi0_jax.data.robots import get_robot
 from pi0_jax.evaluate.record import Noise, Source, demonstrations, features, record
 from pi0_jax.evaluate.simulators.tabletop.expert import expert_action

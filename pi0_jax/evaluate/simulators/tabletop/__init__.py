@@ -34,7 +34,7 @@ def make(*, tasks: str = "objects", counterfactual: bool = False, image_size: in
     """
     for package in ("gymnasium", "mujoco"):
         require_package(package, "sim", "the tabletop")
-    from pi0_jax.evaluate.simulators.gym import GymSimulator, Start
+    from pi0_jax.evaluate.simulators.gym import Start
     from pi0_jax.evaluate.simulators.tabletop.expert import expert_action
     from pi0_jax.evaluate.simulators.tabletop.scene import CONTROL_HZ, MAX_ACTION
     from pi0_jax.evaluate.simulators.tabletop.tabletop import TabletopEnv
@@ -53,7 +53,7 @@ def make(*, tasks: str = "objects", counterfactual: bool = False, image_size: in
             options["prompt"] = str(rng.choice(others[rng.integers(len(others))].prompts))
         return Start(task.name, seed, options)
 
-    return GymSimulator(
+    return Simulator(
         make=lambda task: TabletopEnv(image_size=image_size, lazy_images=True),
         robot=ROBOT,
         fps=CONTROL_HZ,

@@ -1,4 +1,4 @@
-"""A batch in parts gives the update of the whole batch; an update that is not finite changes nothing."""
+"""Microbatches give the update of the whole batch; an update that is not finite changes nothing."""
 
 from __future__ import annotations
 
@@ -12,77 +12,72 @@ import pytest
 from flax.linen import meta
 
 from pi0_jax import pi0
-from pi0_jax.config import FlowConfig, MeshConfig
-from pi0_jax.model.heads import make_network
+from pi0_jax.config import Compact, ConditionDropout, Gaussian, MeshConfig, Shortcut, Sinkhorn, Tokens
 from pi0_jax.training import sharding
 from pi0_jax.training.guard import Diverged, Guard, skipped_before
-from pi0_jax.training.step import in_parts, value_and_gradient
+from pi0_jax.training.step import microbatches, value_and_gradient
+from tests.batches import random_batch
 from tests.conftest import tiny_config
-from tests.training.common import harness, random_batch
+from tests.training.common import harness
 
 FSDP = {"mesh": MeshConfig(data=2, fsdp=4), "devices": 8}
-MANY = FlowConfig(samples_per_observation=2, drop_prompt=0.3, drop_both=0.3, mask_padded_dims=True)
-COUPLED = FlowConfig(samples_per_observation=2, coupling="sinkhorn", drop_images=0.5)
+DROPS = Gaussian(draws=2, dropout=ConditionDropout(prompt=0.3, both=0.3), mask_padded_dims=True, max_delay=3)
+COUPLED = Gaussian(draws=2, coupling=Sinkhorn(), dropout=ConditionDropout(images=0.5))
+COMPACT = {"head": Compact(width=32, depth=2, time_width=16)}
 
 
 @pytest.mark.parametrize(
-    ("flow", "changes"),
-    [
-        (MANY, {"max_delay": 3}),
-        (COUPLED, {"head": "compact"}),
-        (FlowConfig(), {"head": "compact", "prediction": "average_velocity"}),
-        (FlowConfig(), {"prediction": "bins"}),
-    ],
+    ("learned", "changes"),
+    [(DROPS, {}), (COUPLED, COMPACT), (Shortcut(), COMPACT), (Tokens(), {})],
     ids=["masks, drops and delays", "coupling", "shortcuts", "bins"],
 )
-def test_the_parts_of_a_batch_add_up_to_its_loss_and_gradient(flow, changes):
+def test_microbatches_add_up_to_the_loss_and_gradient_of_the_batch(learned, changes):
     config = tiny_config("pi0", cameras=(), **changes)
-    network, batch, random = make_network(config), random_batch(config, 16), np.random.default_rng(0)
-    shapes = meta.unbox(jax.eval_shape(functools.partial(pi0.init_params, network), jax.random.key(0)))
+    objective, batch, random = pi0.make_objective(learned, config), random_batch(config, 16), np.random.default_rng(0)
+    shapes = meta.unbox(jax.eval_shape(objective.network.init, jax.random.key(0)))
     params = jax.tree.map(lambda x: 0.2 * random.standard_normal(x.shape, np.float32), shapes)
 
     @functools.partial(jax.jit, static_argnums=0)
-    def in_parts_of(parts: int):
-        examples, total = pi0.draw(config, batch, jax.random.key(1), flow)
-        return value_and_gradient(
-            lambda params, some: pi0.error(network, params, some, total, flow, parts=parts), params, examples, parts
-        )
+    def computed_in(count: int):
+        draws, total = objective.draw(batch, jax.random.key(1), 0)
+        return value_and_gradient(lambda params, some: objective.loss(params, some, total), params, draws, count)
 
-    (value, gradient), (other, added) = in_parts_of(1), in_parts_of(4)
-    assert value == pytest.approx(float(pi0.loss(network, params, batch, jax.random.key(1), flow)[0]), rel=1e-5)
+    ((value, _), gradient), ((other, _), added) = computed_in(1), computed_in(4)
+    assert value == pytest.approx(float(pi0.loss(objective, params, batch, jax.random.key(1))[0]), rel=1e-5)
     assert other == pytest.approx(float(value), rel=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5), gradient, added)
-    # The test would notice parts that divide by what counts in themselves.
-    counts = np.asarray(in_parts(batch.step_mask, 4)).sum((1, 2))
+    # The test would notice microbatches that divide by their own count.
+    counts = np.asarray(microbatches(batch.step_mask, 4)).sum((1, 2))
     assert len(set(counts)) > 1
 
 
-def test_parts_on_eight_devices_give_the_weights_of_one_device_and_hold_a_share_of_the_sum():
+def test_microbatches_on_eight_devices_give_the_weights_of_one_device():
     config = tiny_config("pi0", cameras=("top",))
     batches = [random_batch(config, 16, seed) for seed in range(3)]
-    one, eight = harness(config), harness(config, **FSDP, parts=2)
+    one, eight = harness(config), harness(config, **FSDP, grad_accum_steps=2)
     (state, single), (divided, rows) = one.run(one.start(), batches), eight.run(eight.start(), batches)
     for a, b in zip(single, rows, strict=True):
         np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)
         np.testing.assert_allclose(a["grad_norm"], b["grad_norm"], rtol=1e-4)
     for a, b in zip(jax.tree.leaves(state.weights), jax.tree.leaves(divided.weights), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-4)
-    program = eight.update.lower(eight.start(), eight.place(batches[0])).compile().as_text()
+    program = eight.update.lower(np.uint32(0), eight.start(), eight.place(batches[0])).compile().as_text()
     carried = [line for line in program.splitlines() if re.search(r" while\(", line)]
     assert any("f32[2,2,6,48]" in line for line in carried)  # feed-forward of the language expert, its embed axis by 4
     assert not any("f32[2,2,24,48]" in line for line in carried)
 
 
-def test_a_batch_that_does_not_divide_into_parts_on_all_devices_is_refused_with_a_way_out():
+def test_a_batch_that_does_not_divide_into_microbatches_is_refused():
     mesh = sharding.make_mesh(MeshConfig())
     sharding.batch_sharding(mesh, 32, 4)
     with pytest.raises(
-        ValueError, match=r"32 does not divide over 8 devices, each in 3 parts.*--batch-size 24.*--parts"
+        ValueError,
+        match=r"32 does not divide over 8 devices in 3 microbatches each.*--batch-size 24.*--grad-accum-steps",
     ):
         sharding.batch_sharding(mesh, 32, 3)
 
 
-@pytest.mark.parametrize("where", [{}, FSDP | {"parts": 2}], ids=["one device", "fsdp"])
+@pytest.mark.parametrize("where", [{}, FSDP | {"grad_accum_steps": 2}], ids=["one device", "fsdp"])
 def test_an_update_that_is_not_finite_leaves_weights_optimizer_and_average_as_they_were(where):
     config = tiny_config("pi0", cameras=("top",))
     tiny, good = harness(config, **where), random_batch(config, 16)

@@ -1,0 +1,74 @@
+"""Files of datasets: where a dataset is, a folder for what is derived from it, and reading with errors that help."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from pi0_jax.errors import UserError, require_package
+
+
+def find_dataset(path: str, offline: bool = False) -> Path:
+    """Folder of a dataset that is on this machine, or is fetched from the Hugging Face hub.
+
+    Args:
+        path: a folder, or "hf://owner/name".
+        offline: take the hub's datasets from its cache on this machine, without the network.
+
+    Raises:
+        UserError: a dataset of the hub is named and `huggingface_hub` is not installed.
+    """
+    if not path.startswith("hf://"):
+        return Path(path).expanduser()
+    hub: Any = require_package("huggingface_hub", "hub", f"reading {path} from the Hugging Face hub")
+    return Path(hub.snapshot_download(path.removeprefix("hf://"), repo_type="dataset", local_files_only=offline))
+
+
+def cache_folder(root: Path, chosen: Path | None) -> Path:
+    """A writable folder for decoded video and indices: the chosen one; else in the dataset; else a temporary one.
+
+    Raises:
+        UserError: none of them can be written to.
+    """
+    owner = os.getuid() if hasattr(os, "getuid") else "user"
+    name = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]
+    candidates = [root / ".cache", Path(tempfile.gettempdir()) / f"pi0_jax-{owner}" / name]
+    for folder in candidates if chosen is None else [chosen]:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                return folder
+        except OSError:
+            continue
+    raise UserError(f"no folder for decoded video of {root} can be written to. Pass one as `cache`.")
+
+
+def read_json(path: Path, expected: str, advice: str = "Copy the dataset again.") -> Any:
+    """Content of a JSON file.
+
+    Args:
+        path: the file.
+        expected: for errors, what should be there.
+        advice: for errors, what to do about a damaged file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UserError: it is not JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"there is no {path}; expected {expected}.") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); expected {expected}. {advice}".rstrip()) from error
+
+
+def open_array_record(path: Path) -> Any:
+    """A reader of an ArrayRecord file for random access, without threads of its own."""
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    return ArrayRecordReader(str(path), "readahead_buffer_size:0,max_parallelism:0")

@@ -1,0 +1,268 @@
+"""The LeRobot format, versions 2.0, 2.1 and 3.0: its files, read without torch.
+
+A dataset of version 3.0 is a folder:
+
+    meta/info.json                                  features, frames per second, totals, path templates
+    meta/tasks.parquet                              task_index and the instruction
+    meta/episodes/chunk-000/file-000.parquet        one row per episode: length, place of its rows and frames, stats
+    meta/stats.json                                 statistics of each feature over the dataset
+    data/chunk-000/file-000.parquet                 one row per frame: state, action, bookkeeping; many episodes a file
+    videos/<camera>/chunk-000/file-000.mp4          the frames, episode after episode
+
+The frame of row i lies at `from_timestamp` of its episode + `timestamp` of the row, in seconds of the video.
+
+Versions 2.0 and 2.1 have one parquet file per episode and one video per episode and camera, and their tasks and
+episodes are JSON lines (`meta/tasks.jsonl`, `meta/episodes.jsonl`). In all of them a camera may be a column of encoded
+pictures instead of video.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Bool
+
+from pi0_jax.data.files import read_json
+from pi0_jax.data.source import BadEpisode
+from pi0_jax.errors import UserError
+
+VERSION = "v3.0"
+VERSIONS = ("v2.0", "v2.1", VERSION)
+DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
+FILES_PER_CHUNK = 1000
+BOOKKEEPING: dict[str, dict[str, Any]] = {
+    name: {"dtype": "float32" if name == "timestamp" else "int64", "shape": (1,), "names": None}
+    for name in ("timestamp", "frame_index", "episode_index", "index", "task_index")
+}
+"""Columns that every dataset has. `timestamp` is in seconds from the start of the episode."""
+
+
+class Episode(NamedTuple):
+    """Place of one episode."""
+
+    number: int
+    """Its `episode_index`."""
+    length: int
+    data: str
+    """Parquet file, relative to the dataset."""
+    videos: dict[str, tuple[str, float]]
+    """By camera: its video file, relative to the dataset, and the second at which the episode begins there."""
+
+
+def read_info(root: Path) -> dict[str, Any]:
+    """Content of `meta/info.json`, with the shape of pictures channels last.
+
+    Raises:
+        FileNotFoundError: the folder or the file is missing.
+        UserError: the file is damaged, or another version of the format.
+    """
+    if not root.is_dir():
+        raise FileNotFoundError(f"there is no folder {root}. Record demonstrations into it, or set `data.path`.")
+    info = read_json(root / "meta/info.json", "the folder of a LeRobot dataset")
+    if info.get("codebase_version") not in VERSIONS:
+        raise UserError(
+            f"{root} is a LeRobot dataset of version {info.get('codebase_version')}; {', '.join(VERSIONS)} can be read."
+        )
+    info["features"] = {name: {**entry, "shape": _shape(entry)} for name, entry in info["features"].items()}
+    return info
+
+
+def _shape(feature: dict[str, Any]) -> tuple[int, ...]:
+    """The shape of a feature; of pictures with channels last, where versions 2 may have them first."""
+    shape = tuple(feature["shape"])
+    return (*shape[1:], 3) if feature["dtype"] in ("video", "image") and shape[0] == 3 != shape[-1] else shape
+
+
+def read_tasks(root: Path, version: str) -> list[str]:
+    """Instructions by task index."""
+    if version == VERSION:
+        path = root / "meta/tasks.parquet"
+        table = read_table(path)
+        # pandas names the column of an unnamed index so; lerobot wrote it without a name for a while.
+        column = "task" if "task" in table.column_names else "__index_level_0__"
+        rows = {row["task_index"]: row[column] for row in table.to_pylist()}
+    else:
+        path = root / "meta/tasks.jsonl"
+        rows = {row["task_index"]: row["task"] for row in _read_lines(path)}
+    if sorted(rows) != list(range(len(rows))):
+        raise UserError(f"{path} numbers its tasks {sorted(rows)}; expected 0 to {len(rows) - 1}.")
+    return [rows[i] for i in range(len(rows))]
+
+
+def read_episodes(root: Path, info: dict[str, Any]) -> list[Episode]:
+    """All episodes in order, by their files of metadata.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        UserError: a file is damaged, or contradicts itself.
+    """
+    cameras = [name for name, feature in info["features"].items() if feature["dtype"] == "video"]
+    read = _read_episodes if info["codebase_version"] == VERSION else _read_episodes_v2
+    return read(root, info, cameras)
+
+
+def _read_episodes(root: Path, info: dict[str, Any], cameras: list[str]) -> list[Episode]:
+    files = sorted((root / "meta/episodes").glob("*/*.parquet"))
+    if not files:
+        raise FileNotFoundError(f"{root} has no meta/episodes/*/*.parquet; a LeRobot v3.0 dataset has some.")
+    keys = ["data", *(f"videos/{camera}" for camera in cameras)]
+    columns = ["episode_index", "dataset_from_index", "dataset_to_index"]
+    columns += [f"{key}/{index}" for key in keys for index in ("chunk_index", "file_index")]
+    columns += [f"videos/{camera}/from_timestamp" for camera in cameras]
+    table = {name: np.concatenate([read_column(file, name, (1,))[:, 0] for file in files]) for name in columns}
+    order = np.argsort(table["episode_index"], kind="stable")
+    table = {name: values[order] for name, values in table.items()}
+    begin, end = table["dataset_from_index"], table["dataset_to_index"]
+    if begin[0] != 0 or (begin[1:] != end[:-1]).any() or (end <= begin).any():
+        raise UserError(f"{root}: the episodes in meta/episodes do not follow one another without gaps.")
+    episodes = []
+    for i, number in enumerate(table["episode_index"].tolist()):
+        videos = {}
+        for camera in cameras:
+            chunk, file, start = (
+                table[f"videos/{camera}/{key}"][i] for key in ("chunk_index", "file_index", "from_timestamp")
+            )
+            name = info["video_path"].format(video_key=camera, chunk_index=chunk, file_index=file)
+            videos[camera] = (name, float(start))
+        chunk, file = table["data/chunk_index"][i], table["data/file_index"][i]
+        data = info["data_path"].format(chunk_index=chunk, file_index=file)
+        episodes.append(Episode(number, int(end[i] - begin[i]), data, videos))
+    return episodes
+
+
+def _read_episodes_v2(root: Path, info: dict[str, Any], cameras: list[str]) -> list[Episode]:
+    episodes = []
+    for row in sorted(_read_lines(root / "meta/episodes.jsonl"), key=lambda row: row["episode_index"]):
+        number = int(row["episode_index"])
+        if int(row["length"]) < 1:
+            raise UserError(f"{root}/meta/episodes.jsonl gives episode {number} {row['length']} frames.")
+        where = {"episode_chunk": number // info["chunks_size"], "episode_index": number}
+        videos = {camera: (info["video_path"].format(video_key=camera, **where), 0.0) for camera in cameras}
+        episodes.append(Episode(number, int(row["length"]), info["data_path"].format(**where), videos))
+    return episodes
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}; a LeRobot dataset of version 2 has one. Copy the dataset again.")
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except json.JSONDecodeError as error:
+            raise UserError(f"line {number} of {path} is not JSON ({error}). Copy the dataset again.") from error
+    return rows
+
+
+class RowIndex:
+    """The episode of each row of the data files, checked against the episodes of the metadata.
+
+    Args:
+        root: folder of the dataset.
+        episodes: all episodes.
+    """
+
+    def __init__(self, root: Path, episodes: list[Episode]):
+        self.root = root
+        self.episodes: dict[str, list[Episode]] = {}
+        """By data file."""
+        for episode in episodes:
+            self.episodes.setdefault(episode.data, []).append(episode)
+        self._located: dict[str, tuple[np.ndarray, dict[int, int]]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_located": {}}
+
+    def locate(self, file: str) -> tuple[np.ndarray, dict[int, int]]:
+        """The number of the episode of each row of a data file, and the first row of each episode.
+
+        Raises:
+            FileNotFoundError: the file is missing.
+            BadEpisode: it does not hold the rows that the metadata promise.
+        """
+        if file not in self._located:
+            self._located[file] = self._locate(file)
+        return self._located[file]
+
+    def _locate(self, file: str) -> tuple[np.ndarray, dict[int, int]]:
+        path = self.root / file
+        expected = self.episodes[file]
+        if not path.is_file():
+            names = ", ".join(str(episode.number) for episode in expected[:5])
+            raise FileNotFoundError(f"{self.root} lacks {file}, which holds episode {names}. Copy the dataset again.")
+        try:
+            index = read_column(path, "episode_index", (1,))[:, 0]
+        except UserError as error:
+            raise BadEpisode(f"{error} It holds episode {expected[0].number}.") from error
+        lengths = np.array([episode.length for episode in expected])
+        if not np.array_equal(index, np.repeat([episode.number for episode in expected], lengths)):
+            for episode in expected:
+                if (found := int((index == episode.number).sum())) != episode.length:
+                    raise BadEpisode(
+                        f"{path} is damaged: it has {found} rows of episode {episode.number}, the episodes in meta "
+                        f"{episode.length}; it has {len(index)} rows, the episodes {lengths.sum()}. Copy the "
+                        "dataset again."
+                    )
+            raise BadEpisode(f"{path} does not hold its episodes one after the other, as the format does.")
+        starts = np.cumsum(lengths) - lengths
+        return index, {e.number: int(start) for e, start in zip(expected, starts, strict=True)}
+
+
+def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
+    try:
+        return pq.ParquetFile(path).read(columns=columns)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"there is no {path}. Copy the dataset again.") from error
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{path} cannot be read as parquet ({error}). Copy the dataset again.") from error
+
+
+def read_column(path: Path, name: str, shape: tuple[int, ...], keep: Bool[np.ndarray, "n"] | None = None) -> np.ndarray:
+    """One column of a parquet file, or those rows of it, `[n, *shape]`; text as an array of objects."""
+    table = read_table(path, [name])
+    if name not in table.column_names:
+        raise UserError(f"{path} has no column {name!r}, which meta/info.json or the LeRobot format promises.")
+    column = table[name].combine_chunks()
+    if keep is not None and not keep.all():
+        column = column.filter(pa.array(keep))
+    flat = column
+    while pa.types.is_list(flat.type) or pa.types.is_fixed_size_list(flat.type):
+        flat = flat.flatten()
+    values = flat.to_numpy(zero_copy_only=False)
+    if values.size != len(column) * math.prod(shape):
+        message = f"{path}: column {name!r} has {values.size} values in {len(column)} rows of shape {shape}"
+        raise _uneven(path, column, shape, keep, message)
+    return values.reshape(len(column), *shape)
+
+
+class Uneven(BadEpisode):
+    """A row of another length than the others, and the number of its episode."""
+
+    def __init__(self, message: str, episode: int):
+        super().__init__(message)
+        self.episode = episode
+
+
+def _uneven(
+    path: Path, column: pa.Array, shape: tuple[int, ...], keep: Bool[np.ndarray, "n"] | None, message: str
+) -> BadEpisode:
+    """The error for a column with too few or too many values, with the first row to blame if there is one."""
+    if not (pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type)):
+        return BadEpisode(f"{message}.")
+    lengths = (
+        np.diff(column.offsets.to_numpy())
+        if pa.types.is_list(column.type)
+        else np.array([len(row or ()) for row in column.to_pylist()])
+    )
+    if not (wrong := np.flatnonzero(lengths != math.prod(shape[:1]))).size:
+        return BadEpisode(f"{message}.")
+    row = int(wrong[0] if keep is None else np.flatnonzero(keep)[wrong[0]])
+    episode = int(read_table(path, ["episode_index"])["episode_index"].to_numpy()[row])
+    return Uneven(f"{message}; row {row}, in episode {episode}, has {lengths[wrong[0]]}.", episode)

@@ -1,0 +1,196 @@
+"""What a configuration decides, decided once: what follows `resolve` takes its results and decides nothing again."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.linen import meta
+from jax.sharding import Mesh, NamedSharding
+
+from pi0_jax import pi0
+from pi0_jax.batch import Batch, example_batch, example_observation
+from pi0_jax.config import ModelConfig, PolicyConfig, RealTimeConfig, Tokens, TrainConfig
+from pi0_jax.data.robots import Robot, get_robot
+from pi0_jax.errors import UserError
+from pi0_jax.flow.realtime import Previous
+from pi0_jax.objective import Objective, for_validation, make_objective
+from pi0_jax.training import optimizer, sharding
+from pi0_jax.training.partition import flat, frozen_names, partition, with_adapters
+from pi0_jax.training.profiling import Span, parse_span
+
+
+class Cameras(NamedTuple):
+    """The model's cameras against those that the robots of a run have."""
+
+    present: tuple[str, ...]
+    """Cameras of the model that some robot has, in the model's order."""
+    absent: tuple[str, ...]
+    """Cameras of the model that no robot has. Training leaves them out: their tokens would be masked, and what is
+    masked changes no other token; no parameter belongs to a camera."""
+    unused: tuple[str, ...]
+    """Cameras of the robots that the model has not."""
+
+
+class Run(NamedTuple):
+    """A configuration that has been found good, and what follows from it without weights or demonstrations."""
+
+    config: TrainConfig
+    """The experiment, with the adapters that its recipe asks for; checkpoints keep it."""
+    run_dir: Path
+    robot: Robot
+    """The robot of the policy."""
+    cameras: Cameras
+    policy: PolicyConfig
+    """The policy as training computes it: with the cameras that are present alone."""
+    objective: Objective
+    """What is learned, on the network with the cameras that are present."""
+    validation: Objective
+    """What is measured on held-out demonstrations, on the same network."""
+    weights: Any
+    """Shapes of all parameters, in boxes with their logical axis names."""
+    frozen: frozenset[str]
+    """Paths of the parameters that are not trained."""
+    mesh: Mesh
+    batch_placement: NamedSharding
+    rows: np.ndarray
+    """Numbers of the examples of each batch that this process reads."""
+    schedule: optax.Schedule
+    optimizer: optax.GradientTransformation
+    profile: Span | None
+
+
+def resolve(config: TrainConfig, devices: Sequence[Any] | None = None) -> Run:
+    """Decides what follows from a configuration; reads no data and no weights.
+
+    Args:
+        config: one experiment.
+        devices: to train on, which may be ones that only a compiler knows; None: all, of all processes.
+
+    Raises:
+        UserError: anything that is wrong with the configuration by itself.
+    """
+    config = with_adapters(config)
+    _check_numbers(config)
+    robots = _robots(config)
+    cameras = _cameras(config.policy.model, robots)
+    model = dataclasses.replace(config.policy.model, cameras=cameras.present)
+    policy = dataclasses.replace(config.policy, model=model)
+    mesh = sharding.make_mesh(config.mesh, devices)
+    placement = sharding.batch_sharding(mesh, config.batch_size, config.grad_accum_steps)
+    objective = make_objective(policy.objective, model)
+    _check_sampling(policy, objective)
+    _check_draws(objective, batch_shapes(model, config.batch_size), config.grad_accum_steps, mesh)
+    weights = jax.eval_shape(objective.network.init, jax.random.key(0))
+    frozen = frozen_names(config.tune, model, flat(weights))
+    _check_random(config, frozen)
+    schedule = optimizer.make_schedule(config.optim, config.num_steps)
+    return Run(
+        config=config,
+        run_dir=Path(config.run_dir).expanduser(),
+        robot=get_robot(config.policy.robot),
+        cameras=cameras,
+        policy=policy,
+        objective=objective,
+        validation=make_objective(for_validation(policy.objective), model),
+        weights=weights,
+        frozen=frozen,
+        mesh=mesh,
+        batch_placement=placement,
+        rows=sharding.local_rows(placement, config.batch_size),
+        schedule=schedule,
+        optimizer=optimizer.make_optimizer(config.optim, schedule, partition(weights, frozen)[0]),
+        profile=parse_span(config.profile),
+    )
+
+
+def batch_shapes(model: ModelConfig, size: int) -> Batch:
+    """Shapes of a training batch."""
+    return jax.eval_shape(lambda: example_batch(model, size))
+
+
+def _check_numbers(config: TrainConfig) -> None:
+    counts = "batch_size num_steps log_every validate_every save_every keep_checkpoints grad_accum_steps"
+    for name in counts.split():
+        if getattr(config, name) < 1:
+            raise UserError(f"{name} is {getattr(config, name)}; it has to be at least 1.")
+    if config.augment.square_symmetries and config.policy.model.variant == "pi05":
+        raise UserError(
+            "augment.square_symmetries turns the state, but π0.5 reads it from the prompt, where it would stay as it "
+            "was. Turn the symmetries off, or train pi0."
+        )
+    if config.keep_best and config.save_every % config.validate_every:
+        raise UserError(
+            f"keep_best needs the validation loss at every save: make save_every {config.save_every} a multiple of "
+            f"validate_every {config.validate_every}."
+        )
+    if config.init_parts and config.init_from is None:
+        raise UserError(f"init_parts {list(config.init_parts)} name parameters of no checkpoint: give --init-from.")
+
+
+def _robots(config: TrainConfig) -> list[Robot]:
+    """The robots of the run's datasets."""
+    names = [dataset.robot or config.policy.robot for dataset in config.data.datasets] or [config.policy.robot]
+    return [get_robot(name) for name in dict.fromkeys(names)]
+
+
+def _cameras(model: ModelConfig, robots: Sequence[Robot]) -> Cameras:
+    exist = sorted({camera for robot in robots for camera in robot.cameras.values()})
+    present = tuple(camera for camera in model.cameras if camera in exist)
+    if model.cameras and not present:
+        raise UserError(
+            f"none of the model's cameras, {list(model.cameras)}, is one of the robot's, {exist}. Name at least one of "
+            "those in `policy.model.cameras`."
+        )
+    absent, unused = (
+        tuple(a for a in ours if a not in others) for ours, others in ((model.cameras, exist), (exist, model.cameras))
+    )
+    return Cameras(present, absent, unused)
+
+
+def _check_sampling(policy: PolicyConfig, objective: Objective) -> None:
+    """Refuses a policy that could not act as it is configured to: what it learns has to suit how it samples."""
+    if isinstance(policy.objective, Tokens) and policy.normalization != "quantile":
+        raise UserError(
+            "action tokens are bins between the 1st and the 99th percentile, which takes quantile normalisation; it is "
+            f"{policy.normalization!r} (--policy.normalization quantile)."
+        )
+    shape = (1, policy.model.action_horizon, policy.model.action_dim)
+
+    def sample(key):
+        options = pi0.sampling_options(policy)._replace(keys=key[None])
+        if policy.real_time != RealTimeConfig():
+            options = options._replace(previous=Previous(jnp.zeros(shape), jnp.ones(1, int), jnp.ones(1, int)))
+        params = meta.unbox(objective.network.init(key))
+        return pi0.sample_actions(objective, params, example_observation(policy.model, 1), jnp.zeros(shape), options)
+
+    jax.eval_shape(sample, jax.random.key(0))
+
+
+def _check_draws(objective: Objective, batch: Batch, grad_accum_steps: int, mesh: Mesh) -> None:
+    """Refuses an objective whose draws do not divide into microbatches over the devices, as the batch does."""
+    draws, _ = jax.eval_shape(objective.draw, batch, jax.random.key(0), 0)
+    multiple = grad_accum_steps * sharding.batch_ways(mesh)
+    for path, leaf in jax.tree.leaves_with_path(draws):
+        if leaf.shape[0] % multiple:
+            raise UserError(
+                f"the objective's draws{jax.tree_util.keystr(path)} are of {leaf.shape[0]} examples of a batch, which "
+                f"do not divide over {sharding.batch_ways(mesh)} devices in {grad_accum_steps} microbatches; take "
+                f"another fraction of the batch, or --batch-size, so that they are a multiple of {multiple}."
+            )
+
+
+def _check_random(config: TrainConfig, frozen: frozenset[str]) -> None:
+    """Refuses to freeze random weights."""
+    random = [name for name in frozen if config.init_from is None or not name.startswith(config.init_parts or "")]
+    if random:
+        raise UserError(
+            f"{len(random)} of {len(frozen)} frozen parameters would stay random, such as {min(random)}: take them "
+            "from a checkpoint (--init-from, and --init-parts if that names parts)."
+        )
