@@ -26,10 +26,11 @@ import ml_dtypes
 import numpy as np
 
 from pi0_jax.config import PI0, PolicyConfig
-from pi0_jax.convert.formats import Weights
-from pi0_jax.convert.lazy import Tensor, entry_by_entry, write_orbax
-from pi0_jax.convert.leaves import leaves, shape_of, sizes
-from pi0_jax.convert.write import foreign_tensors
+from pi0_jax.convert.assemble import foreign_tensors
+from pi0_jax.convert.formats import OpenCheckpoint, openpi
+from pi0_jax.convert.lazy import LazyArray, computed, entry_by_entry
+from pi0_jax.convert.orbax_format import write_orbax
+from pi0_jax.convert.parameters import parameters
 
 
 def main() -> None:
@@ -84,11 +85,10 @@ def run(command: list[str]) -> tuple[int, float, float]:
     return peak, time.monotonic() - started, usage.ru_utime + usage.ru_stime
 
 
-def random_weights(model) -> Weights:
+def random_weights(model) -> OpenCheckpoint:
     """Random signs, mantissas and exponents between 2^-7 and 2^-3, made when they are read."""
-    letters = sizes(model)
 
-    def tensor(number: int, shape: tuple[int, ...]) -> Tensor:
+    def tensor(number: int, shape: tuple[int, ...]) -> LazyArray:
         dtype = np.dtype(ml_dtypes.bfloat16)
 
         def read(entry: int, out: tuple[int, ...]) -> np.ndarray:
@@ -100,15 +100,16 @@ def random_weights(model) -> Weights:
 
         if len(shape) > 2:
             return entry_by_entry(shape, dtype, lambda i: read(i + 1, shape[1:]))
-        return Tensor(shape, dtype, lambda i: read(0, shape) if i is None else read(0, shape)[i])
+        return computed(shape, dtype, lambda: read(0, shape))
 
-    found = {path: tensor(i, shape_of(axes, letters)) for i, (path, axes) in enumerate(leaves(model).items())}
-    return Weights("pi0", Path("random"), PolicyConfig(model), found)
+    found = {path: tensor(i, parameter.shape) for i, (path, parameter) in enumerate(parameters(model).items())}
+    return OpenCheckpoint("pi0", Path("random"), PolicyConfig(model), found)
 
 
 def write_source(folder: Path, model, whole: bool) -> None:
     """An openpi folder; with `whole`, each array is one chunk."""
-    write_orbax(folder / "params", foreign_tensors(random_weights(model), "openpi"), whole)
+    opened = random_weights(model)
+    write_orbax(folder / "params", foreign_tensors(opened, "openpi", openpi.rules(model.variant)), whole)
 
 
 if __name__ == "__main__":

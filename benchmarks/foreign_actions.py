@@ -19,11 +19,10 @@ from pathlib import Path
 import numpy as np
 
 from pi0_jax.config import ExpertConfig, ModelConfig, PolicyConfig, VisionConfig
-from pi0_jax.convert.formats import Weights
+from pi0_jax.convert.formats import OpenCheckpoint, write_checkpoint
 from pi0_jax.convert.lazy import in_memory
-from pi0_jax.convert.leaves import leaves, shape_of, sizes
+from pi0_jax.convert.parameters import parameters
 from pi0_jax.convert.verify import agree
-from pi0_jax.convert.write import write_checkpoint
 
 MODEL = ModelConfig(
     vision=VisionConfig(width=16, depth=2, mlp_dim=32, num_heads=2, image_size=16, patch_size=8),
@@ -55,7 +54,7 @@ def main() -> None:
             print(json.dumps({"variant": variant, "deviation": deviation, **worst}), flush=True)
 
 
-def differences(framework: agree.Framework, weights: Weights) -> dict[str, float]:
+def differences(framework: agree.Framework, weights: OpenCheckpoint) -> dict[str, float]:
     """Largest differences of the actions, and the largest action."""
     inputs = agree.example(weights.policy.model)
     with tempfile.TemporaryDirectory() as folder:
@@ -67,15 +66,15 @@ def differences(framework: agree.Framework, weights: Weights) -> dict[str, float
     return largest | {"largest_action": float(np.abs(theirs).max())}
 
 
-def random_weights(variant, deviation: float, seed: int) -> Weights:
+def random_weights(variant, deviation: float, seed: int) -> OpenCheckpoint:
     """Normal weights of a small model, in memory."""
     model = ModelConfig(**{**vars(MODEL), "variant": variant})
-    rng, letters = np.random.default_rng(seed), sizes(model)
+    rng = np.random.default_rng(seed)
     tensors = {
-        path: in_memory((deviation * rng.normal(size=shape_of(axes, letters))).astype(np.float32))
-        for path, axes in leaves(model).items()
+        path: in_memory((deviation * rng.normal(size=parameter.shape)).astype(np.float32))
+        for path, parameter in parameters(model).items()
     }
-    return Weights("pi0", Path("random"), PolicyConfig(model, normalization="quantile"), tensors)
+    return OpenCheckpoint("pi0", Path("random"), PolicyConfig(model, normalization="quantile"), tensors)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from openpi_jax import serve
 from pi0_jax import pi0
 from pi0_jax.batch import Observation
 from pi0_jax.config import PI0, PI05, ExpertConfig, ModelConfig, VisionConfig
-from pi0_jax.convert.formats import Choices, open_checkpoint, params_of
+from pi0_jax.convert.formats import Overrides, open_checkpoint, params_of
 from pi0_jax.inference import rewrite
 from pi0_jax.inference.fast import FastNetwork
 from pi0_jax.inference.policy import prompt_lengths
@@ -196,8 +196,8 @@ def build_ours(args: Args, want: dict[str, Any]):
         def read(wanted):
             return {p: 0.02 * jax.random.normal(key, shapes[p].shape, x.dtype) for p, x in wanted.items()}
     else:
-        choices = Choices(horizon=model.action_horizon, vision_heads=model.vision.num_heads)
-        read = rewrite.from_tree(params_of(open_checkpoint(want["weights"], choices)))
+        overrides = Overrides(horizon=model.action_horizon, vision_heads=model.vision.num_heads)
+        read = rewrite.from_tree(params_of(open_checkpoint(want["weights"], overrides)))
     straight = (jax.default_backend() == "gpu") if args.loops is None else not args.loops
     if args.plain:
         network, weights = make_network(model), rewrite.read_all(model, read)

@@ -19,7 +19,7 @@ from pathlib import Path
 from convert import random_weights, run
 
 from pi0_jax.config import PI0
-from pi0_jax.convert.write import write_checkpoint
+from pi0_jax.convert.formats import write_checkpoint
 
 LOAD = """
 import jax, sys, time

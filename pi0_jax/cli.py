@@ -114,7 +114,7 @@ def main(args: list[str] | None = None) -> int:
 def _not_yet(error: Exception) -> bool:
     """Whether it is an error for users of a module that does not raise UserError yet."""
     raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-    return type(error) is ValueError and Path(__file__).parent in Path(raised_in).parents
+    return isinstance(error, ValueError) and Path(__file__).parent in Path(raised_in).parents
 
 
 def _usage(prog: str, args: list[str], summaries: Iterable[tuple[str, str]]) -> int | None:

@@ -147,7 +147,8 @@ def test_all_shipped_configs_load():
 
 
 def test_a_users_mistake_is_one_message_and_a_traceback_only_on_request(configs, monkeypatch, capsys):
-    arguments = ["train", "configs/good.py", "--data.path", "nowhere", "--run-dir", "run"]
+    cameras = ["--policy.model.cameras", "top", "tool"]
+    arguments = ["train", "configs/good.py", "--data.path", "nowhere", "--run-dir", "run", *cameras]
     monkeypatch.delenv("PI0_TRACEBACK", raising=False)
     assert cli.main(arguments) == 1
     error = capsys.readouterr().err

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import pytest
 from flax.traverse_util import flatten_dict
 
-from pi0_jax import flops, pi0
-from pi0_jax.config import PI0, PI05, FlowConfig
-from pi0_jax.model.heads import make_network
+from pi0_jax import flops
+from pi0_jax.config import PI0, PI05, Gaussian
+from pi0_jax.model.head import make_head
 from tests.conftest import tiny_config
 
-FLOW = FlowConfig(mask_padded_steps=False)
+FLOW = Gaussian(mask_padded_steps=False)
 training = functools.cache(lambda model, **flow: flops.training(model, dataclasses.replace(FLOW, **flow)) / 1e12)
 
 
@@ -30,7 +30,7 @@ def test_a_training_example_costs_no_more_than_it_has_to(model, full, none, two)
     assert cost["none"] <= none
     assert cost["none"] < cost["gate_up"] < cost["full"] <= full
     assert training(with_two_cameras(model)) <= two * cost["full"]
-    assert training(model, samples_per_observation=8) <= 1.08 * cost["full"]
+    assert training(model, draws=8) <= 1.08 * cost["full"]
 
 
 @pytest.mark.parametrize(
@@ -42,8 +42,7 @@ def test_a_chunk_in_ten_steps_costs_no_more_than_it_has_to(model, bound):
 
 def test_frozen_parameters_cost_no_gradient():
     model = tiny_config(cameras=())
-    network = make_network(model)
-    shapes = jax.eval_shape(functools.partial(pi0.init_params, network), jax.random.key(0))
+    shapes = jax.eval_shape(make_head(model).init, jax.random.key(0))
     names = flatten_dict(nn.meta.unbox(shapes), sep="/")
     whole, forward = (flops.training(model, FLOW, backward=backward) for backward in (True, False))
     head = flops.training(model, FLOW, frozen={name for name in names if not name.startswith("action_out")})

@@ -1,321 +1,275 @@
-import dataclasses
-import functools
+"""Loss and sampling through the one page, on tiny networks."""
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pi0_jax.batch import Batch
-from pi0_jax.config import BinConfig, FlowConfig, PolicyConfig
-from pi0_jax.flow.straightness import straightness
-from pi0_jax.model.heads import make_network
-from pi0_jax.model.velocity import VelocityNetwork
-from pi0_jax.pi0 import (
-    check_policy,
-    condition_features,
-    coupled_noise,
-    drop_conditions,
-    example_inputs,
-    flow_straightness,
-    init_params,
-    loss,
-    sample_actions,
-    scale_images,
-    without,
+from pi0_jax.batch import example_observation, scale_images
+from pi0_jax.config import (
+    ConditionDropout,
+    Cosine,
+    Gaussian,
+    Guidance,
+    PolicyConfig,
+    RealTimeConfig,
+    Reflow,
+    Shortcut,
+    Tokens,
+    Uniform,
 )
+from pi0_jax.flow.realtime import Previous
+from pi0_jax.flow.straightness import straightness
+from pi0_jax.objective.conditioning import without
+from pi0_jax.pi0 import SampleOptions, init_params, make_objective, sample_actions, sample_path, sampling_options
+from pi0_jax.sampler import SAMPLERS, Euler, Greedy
+from pi0_jax.sampler.ddim import DDIM
+from pi0_jax.sampler.runge_kutta import RK4, Heun
 from tests.conftest import tiny_config
-from tests.model.common import random_observation, random_params
+from tests.objective.setting import HEADS, Setting
+from tests.sampler.solvers import SOLVERS
+
+COMPACT = HEADS["compact"]
 
 
 @pytest.fixture(scope="module")
 def setting():
-    """A tiny network, its parameters, and a batch."""
-    config = tiny_config()
-    network = VelocityNetwork(config)
-    params = jax.jit(lambda key: nn.meta.unbox(init_params(network, key)))(jax.random.key(0))
-    observation, x, _ = example_inputs(config, 3)
-    actions = jax.random.normal(jax.random.key(1), x.shape)
-    step_mask = jnp.arange(config.action_horizon) < jnp.array([[6], [2], [4]])
-    dim_mask = jnp.tile(jnp.arange(config.action_dim) < 3, (3, 1))
-    return network, params, Batch(observation, actions, step_mask, dim_mask)
+    """A tiny flow, and a batch with padding."""
+    setting = Setting(Gaussian(), head=COMPACT, action_horizon=6)
+    setting.batch = setting.batch._replace(
+        step_mask=jnp.arange(6) < jnp.array([[6], [2], [4]]), dim_mask=jnp.tile(jnp.arange(4) < 3, (3, 1))
+    )
+    return setting
 
 
-def value(setting, key: int, flow: FlowConfig, **changes) -> float:
-    network, params, batch = setting
-    run = jax.jit(functools.partial(loss, network, flow=flow))
-    return float(run(params, batch._replace(**changes), jax.random.key(key))[0])
+@pytest.fixture(scope="module", params=HEADS)
+def flow(request):
+    return Setting(Gaussian(), head=HEADS[request.param])
+
+
+def test_parameters_are_float32_and_depend_on_the_key(setting):
+    init = jax.jit(lambda key: init_params(setting.objective, key))
+    first, second = init(jax.random.key(0)), init(jax.random.key(1))
+    assert {leaf.dtype for leaf in jax.tree.leaves(first)} == {jnp.dtype("float32")}
+    assert any(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), first, second)))
 
 
 def test_the_loss_depends_on_the_draws_and_counts_what_the_masks_say(setting):
-    flow = FlowConfig(samples_per_observation=2, mask_padded_dims=True)
-    batch = setting[2]
-    assert value(setting, 0, flow) != value(setting, 1, flow)
-    unmasked = dataclasses.replace(flow, mask_padded_steps=False, mask_padded_dims=False)
-    assert value(setting, 0, unmasked) != value(setting, 0, flow)
-    assert value(setting, 0, flow, step_mask=jnp.zeros_like(batch.step_mask)) == 0
+    masked = {"draws": 2, "mask_padded_dims": True}
+    assert setting.loss(0, **masked) != setting.loss(1, **masked)
+    assert setting.loss(0, draws=2, mask_padded_steps=False) != setting.loss(0, **masked)
+    before, setting.batch = setting.batch, setting.batch._replace(step_mask=jnp.zeros((3, 6), bool))
+    assert setting.loss(0, **masked) == 0
+    setting.batch = before
 
 
-def test_the_mean_draw_needs_no_randomness(setting):
-    flow = FlowConfig(samples_per_observation=1, mean_draw=True)
-    assert value(setting, 0, flow) == value(setting, 1, flow)
-    more = dataclasses.replace(flow, samples_per_observation=3)
-    assert value(setting, 0, more) != value(setting, 1, more)
+def test_the_regression_draw_needs_no_randomness(setting):
+    assert setting.loss(0, regression_draw=True) == setting.loss(1, regression_draw=True)
+    assert setting.loss(0, regression_draw=True, draws=3) != setting.loss(1, regression_draw=True, draws=3)
 
 
-def test_the_mean_draw_is_the_error_of_the_predicted_mean(setting):
-    network, params, batch = setting
-    zeros = jnp.zeros_like(batch.actions)
-    apply = jax.jit(network.apply)
-    predicted = apply({"params": params}, scale_images(batch.observation), zeros, jnp.ones(3))
-    error = jnp.square(predicted + batch.actions)[batch.step_mask]
-    flow = FlowConfig(samples_per_observation=1, mean_draw=True)
-    assert value(setting, 0, flow) == pytest.approx(float(error.mean()), rel=1e-4)
+def predicted_mean(setting) -> float:
+    """Error of the mean that the network predicts without any noise."""
+    batch, zeros = setting.batch, jnp.zeros_like(setting.batch.actions)[:, None]
+    joint = jax.jit(setting.objective.network.joint)
+    predicted = joint(setting.params, scale_images(batch.observation), zeros, jnp.ones((3, 1)))[:, 0]
+    return float(jnp.square(predicted + batch.actions)[batch.step_mask].mean())
 
 
-def test_uint8_images_are_scaled_and_float_images_kept(setting):
-    observation = setting[2].observation
-    pixels = np.array([0, 51, 255], np.uint8).reshape(1, 1, 1, 3)
+def test_the_regression_draw_is_the_error_of_the_predicted_mean(setting):
+    assert setting.loss(0, regression_draw=True) == pytest.approx(predicted_mean(setting), rel=1e-4)
+
+
+def test_warm_up_trains_on_regression_alone_in_the_same_program(setting):
+    objective = make_objective(Gaussian(regression_warmup_steps=3, draws=2), setting.model)
+
+    @jax.jit
+    def loss(params, key, step):
+        return objective.loss(params, *objective.draw(setting.batch, key, step))[0]
+
+    values = [[float(loss(setting.params, jax.random.key(key), step)) for key in (0, 1)] for step in (0, 2, 3)]
+    assert values[0][0] == values[0][1] == values[1][0] == pytest.approx(predicted_mean(setting), rel=1e-4)
+    assert len({*values[2], values[0][0]}) == 3
+    assert loss._cache_size() == 1
+    assert values[2][0] == pytest.approx(setting.loss(0, draws=2), rel=1e-6)
+
+
+def test_uint8_images_are_scaled_and_float_images_kept():
+    observation = example_observation(tiny_config(), 1)
+    pixels = jnp.array([0, 51, 255], jnp.uint8).reshape(1, 1, 1, 3)
     scaled = scale_images(observation._replace(images={"top": pixels, "tool": observation.images["tool"]}))
     np.testing.assert_allclose(scaled.images["top"].ravel(), [-1, -0.6, 1], atol=1e-6)
     np.testing.assert_array_equal(scaled.images["tool"], observation.images["tool"])
 
 
-class Sampler:
-    """A tiny network with random parameters, a batch, and its compiled programs."""
-
-    def __init__(self, **changes):
-        config = tiny_config(
-            **{"cameras": ("top",), "action_horizon": 3, "action_dim": 4, "prompt_length": 5} | changes
-        )
-        self.network, rng = make_network(config), np.random.default_rng(1)
-        self.params = random_params(self.network, rng)
-        self.observation = random_observation(config, 3, rng)
-        self.noise = jnp.asarray(rng.normal(size=(3, 3, 4)), jnp.float32)
-        actions = jnp.asarray(rng.uniform(-1, 1, (3, 3, 4)), jnp.float32)
-        self.batch = Batch(self.observation, actions, jnp.ones((3, 3), bool), jnp.ones((3, 4), bool))
-        static = ("num_steps", "solver", "grid_power", "guidance_without", "path")
-        self._sample = jax.jit(functools.partial(sample_actions, self.network), static_argnames=static)
-        self._unguided = jax.jit(
-            functools.partial(sample_actions, self.network, guidance_scale=1.0), static_argnames=static
-        )
-
-    def __call__(self, observation=None, noise=None, scale=None, **options):
-        observation = self.observation if observation is None else observation
-        noise = self.noise if noise is None else noise
-        options = {"num_steps": 2} | options
-        if scale is None:
-            return self._unguided(self.params, observation, noise, **options)
-        return self._sample(self.params, observation, noise, guidance_scale=scale, **options)
-
-    def loss(self, key: int = 0, teacher=None, **flow):
-        run = functools.partial(loss, self.network, flow=FlowConfig(**flow))
-        return float(jax.jit(run)(self.params, self.batch, jax.random.key(key), teacher=teacher)[0])
+def test_guidance_of_scale_0_ignores_the_prompt_and_1_changes_nothing(flow):
+    unconditional = flow.sample(observation=without(flow.observation, "prompt"))
+    np.testing.assert_allclose(flow.sample(guidance_scale=0.0), unconditional, atol=1e-5)
+    # The velocity is that of the conditional half exactly, but a batch twice as large is summed in another order.
+    np.testing.assert_allclose(flow.sample(guidance_scale=1.0), flow.sample(), atol=1e-5)
+    assert np.abs(unconditional - flow.sample()).max() > 1e-3
+    assert np.abs(flow.sample(guidance_scale=3.0) - flow.sample()).max() > 1e-3
+    assert flow.programs[(Euler(2), False, ())]._cache_size() == 2  # with a scale and without
 
 
-@pytest.fixture(scope="module", params=["expert", "compact"])
-def sampler(request):
-    return Sampler(head=request.param)
+def test_guidance_may_leave_out_images_or_both(flow):
+    for condition in ("images", "both"):
+        unconditional = flow.sample(observation=without(flow.observation, condition))
+        guided = flow.sample(guidance_scale=0.0, guidance_without=condition)
+        np.testing.assert_allclose(guided, unconditional, atol=1e-5)
 
 
-def test_guidance_of_scale_0_is_the_network_that_is_not_told_and_of_scale_1_the_network_itself(sampler):
-    untold = sampler(without(sampler.observation, "prompt"))
-    np.testing.assert_allclose(sampler(scale=0.0), untold, atol=1e-5)
-    # The velocity is that of the told half exactly, but a batch twice as large is summed in another order.
-    np.testing.assert_allclose(sampler(scale=1.0), sampler(), atol=1e-5)
-    assert np.abs(untold - sampler()).max() > 1e-3
-    assert np.abs(sampler(scale=3.0) - sampler()).max() > 1e-3
-    assert sampler._sample._cache_size() == 1
-
-
-def test_guidance_may_leave_out_images_or_both(sampler):
-    for what in ("images", "both"):
-        untold = sampler(without(sampler.observation, what))
-        np.testing.assert_allclose(sampler(scale=0.0, guidance_without=what), untold, atol=1e-5)
-
-
-def test_one_who_is_not_told_the_prompt_or_the_images_cannot_know_them(sampler):
-    observation = sampler.observation
+def test_what_is_dropped_cannot_be_known(flow):
+    observation = flow.observation
     other = observation._replace(prompt=observation.prompt + 1, images={"top": -observation.images["top"]})
-    np.testing.assert_array_equal(sampler(without(observation, "both")), sampler(without(other, "both")))
-    for what in ("prompt", "images"):
-        alone = observation._replace(**{"prompt": other.prompt} if what == "prompt" else {"images": other.images})
-        np.testing.assert_array_equal(sampler(without(observation, what)), sampler(without(alone, what)))
-        assert np.abs(sampler(observation) - sampler(alone)).max() > 1e-4
 
+    def sample(observation):
+        return flow.sample(observation=observation)
 
-def test_conditions_are_dropped_as_often_as_said_and_never_two_kinds_at_once():
-    observation, _, _ = example_inputs(
-        tiny_config(vision=dataclasses.replace(tiny_config().vision, image_size=8)), 4000
-    )
-    flow = FlowConfig(drop_prompt=0.1, drop_images=0.2, drop_both=0.3)
-    dropped = jax.jit(functools.partial(drop_conditions, flow=flow))(
-        observation, jax.random.uniform(jax.random.key(0), (4000,))
-    )
-    prompt = ~np.asarray(dropped.prompt_mask)
-    images = ~np.stack(list(dropped.image_masks.values()), axis=1)
-    for mask in (prompt, images):
-        np.testing.assert_array_equal(mask.all(1), mask.any(1))
-    prompt, images = prompt[:, 0], images[:, 0]
-    shares = [np.mean(prompt & ~images), np.mean(images & ~prompt), np.mean(prompt & images)]
-    np.testing.assert_allclose(shares, [0.1, 0.2, 0.3], atol=0.03)
-    np.testing.assert_array_equal(dropped.prompt, observation.prompt)
+    np.testing.assert_array_equal(sample(without(observation, "both")), sample(without(other, "both")))
+    for condition in ("prompt", "images"):
+        alone = observation._replace(**{condition: getattr(other, condition)})
+        np.testing.assert_array_equal(sample(without(observation, condition)), sample(without(alone, condition)))
+        assert np.abs(sample(observation) - sample(alone)).max() > 1e-4
 
 
 def test_dropping_always_makes_the_loss_blind_to_the_prompt():
-    blind = Sampler(head="compact")
-    before = blind.loss(drop_prompt=1.0)
+    blind = Setting(Gaussian(), head=COMPACT)
+    always = {"dropout": ConditionDropout(prompt=1.0)}
+    before = blind.loss(**always)
     blind.batch = blind.batch._replace(observation=blind.observation._replace(prompt=blind.observation.prompt + 1))
-    assert blind.loss(drop_prompt=1.0) == before
+    assert blind.loss(**always) == before
     assert blind.loss() != before
 
 
-def test_a_grid_of_power_1_is_the_uniform_one_and_another_is_not(sampler):
-    other = sampler(num_steps=3, grid_power=2.0)
-    assert np.abs(other - sampler(num_steps=3)).max() > 1e-4
-    end, points = sampler(num_steps=3, grid_power=2.0, path=True)
-    np.testing.assert_allclose(end, other, atol=1e-6)
+def test_the_path_ends_at_the_actions_of_its_own_grid(flow):
+    warped = Euler(3, grid_power=2.0)
+    actions = flow.sample(sampler=warped)
+    assert np.abs(actions - flow.sample(sampler=Euler(3))).max() > 1e-4
+    points = flow.sample(sampler=warped, path=True)
+    np.testing.assert_allclose(points[-1], actions, atol=1e-6)
+    np.testing.assert_array_equal(points[0], flow.noise)
     assert points.shape == (4, 3, 3, 4)
 
 
-def test_straightness_is_that_of_euler_steps_from_fresh_noise(sampler):
-    run = jax.jit(functools.partial(flow_straightness, sampler.network, num_steps=4))
-    noise = jax.random.normal(jax.random.key(5), sampler.noise.shape)
-    _, points = sampler(noise=noise, num_steps=4, path=True)
-    measured = float(run(sampler.params, sampler.batch, jax.random.key(5)))
-    assert measured == pytest.approx(float(straightness(points)), rel=1e-4)
-    assert measured > 0
+def test_the_straightness_of_a_sampled_path_is_measured(flow):
+    assert float(straightness(flow.sample(sampler=Euler(4), path=True))) > 0
 
 
-def test_in_reflow_the_teachers_chunk_of_the_noise_takes_the_place_of_the_actions():
-    flow = Sampler(head="compact")
-    teacher = jax.tree.map(lambda x: 0.5 * x, flow.params)
-    settings = dict(samples_per_observation=2, reflow_steps=3, time="uniform")
-    expected = flow.loss(teacher=teacher, **settings)
-    flow.batch = flow.batch._replace(actions=flow.batch.actions + 7)
-    assert flow.loss(teacher=teacher, **settings) == expected
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_every_solver_samples_the_network_and_more_steps_change_less(solver):
+    setting = Setting(Gaussian(), head=COMPACT)
+    ends = [setting.sample(sampler=SOLVERS[solver](n)) for n in (2, 32, 64)]
+    assert np.isfinite(ends).all()
+    assert np.abs(ends[2] - ends[1]).max() < np.abs(ends[2] - ends[0]).max()
+
+
+def test_features_of_the_samplers_times_change_nothing(flow):
+    for sampler in (Euler(3), Heun(2, 2.0)):
+        features = flow.objective.features(flow.params, sampler)
+        if features is not None:
+            assert {leaf.shape[0] for leaf in jax.tree.leaves(features)} == {sampler.num_steps}
+        np.testing.assert_allclose(flow.sample(sampler=sampler, features=features), flow.sample(sampler=sampler),
+                                   rtol=1e-4, atol=1e-4)  # fmt: skip
+        guided = flow.sample(sampler=sampler, guidance_scale=2.0)
+        np.testing.assert_allclose(flow.sample(sampler=sampler, guidance_scale=2.0, features=features), guided,
+                                   rtol=1e-4, atol=1e-4)  # fmt: skip
+
+
+def test_in_reflow_the_teachers_chunk_takes_the_place_of_the_actions():
+    reflow = Setting(Reflow(teacher="run", draws=2, teacher_steps=3, time=Uniform()), head=COMPACT)
+    reflow.batch = reflow.batch._replace(step_mask=jnp.ones((3, 3), bool))
+    teacher = jax.tree.map(lambda x: 0.5 * x, reflow.params)
+    expected = reflow.loss(teacher=(teacher,))
+    reflow.batch = reflow.batch._replace(actions=reflow.batch.actions + 7)
+    assert reflow.loss(teacher=(teacher,)) == expected
+    plain = make_objective(Gaussian(), reflow.model)
 
     @jax.jit
     def by_hand(params, teacher):
         noise_key, time_key = jax.random.split(jax.random.key(0))
         noise = jax.random.normal(noise_key, (3, 2, 3, 4))[:, :1]
-        made = sample_actions(flow.network, teacher, flow.observation, noise[:, 0], num_steps=3)[:, None]
+        made = sample_actions(plain, teacher, reflow.observation, noise[:, 0], SampleOptions(Euler(3)))[:, None]
         time = jax.random.uniform(time_key, (3, 2))
         x = time[..., None, None] * noise + (1 - time[..., None, None]) * made
-        predicted = flow.network.apply({"params": params}, flow.observation, x, time)
+        predicted = plain.network.joint(params, reflow.observation, x, time)
         return jnp.mean(jnp.square(predicted - (noise - made)))
 
-    assert expected == pytest.approx(float(by_hand(flow.params, teacher)), rel=1e-4)
+    assert expected == pytest.approx(float(by_hand(reflow.params, teacher)), rel=1e-4)
+    assert reflow.objective.teacher == "run"
 
 
-@pytest.mark.parametrize("coupling", ["optimal", "sinkhorn"])
-def test_a_coupling_reorders_each_draws_noise_by_itself_and_a_changed_prompt_costs(coupling):
-    config = tiny_config()
-    rng = np.random.default_rng(0)
-    observation = random_observation(config, 4, rng)
-    # Two pairs of equal observations.
-    observation = jax.tree.map(lambda x: x[jnp.array([0, 0, 1, 1])], observation)
-    noise = jnp.asarray(rng.normal(size=(4, 2, 1, 1)), jnp.float32)
-    actions = jnp.asarray(rng.normal(size=(4, 1, 1)), jnp.float32)
-    flow = FlowConfig(coupling=coupling, condition_weight=1e4)
-    paired = np.asarray(
-        jax.jit(functools.partial(coupled_noise, flow=flow))(noise, actions, observation, jax.random.key(0))
-    )
-    for draw in range(2):
-        for pair in (slice(0, 2), slice(2, 4)):
-            assert set(paired[pair, draw].ravel()) <= set(np.asarray(noise)[pair, draw].ravel())
-            if coupling == "optimal":
-                np.testing.assert_array_equal(
-                    np.argsort(paired[pair, draw].ravel()), np.argsort(np.asarray(actions)[pair].ravel())
-                )
-
-
-def test_features_tell_observations_apart_and_not_what_is_masked():
-    observation = random_observation(tiny_config(), 1, np.random.default_rng(0))
-    features = jax.jit(condition_features)
-    here = features(observation)
-
-    def distance(**changes):
-        return float(jnp.sum(jnp.square(features(observation._replace(**changes)) - here)))
-
-    assert distance() == 0
-    assert distance(prompt=observation.prompt.at[0, 0].set(63)) >= 1
-    assert distance(prompt=observation.prompt.at[0, -1].set(63)) == 0  # padding
-    assert distance(state=observation.state + 1) >= 1
-    assert distance(images={name: image + 1 for name, image in observation.images.items()}) >= 1
-    masks = {name: jnp.zeros(1, bool) for name in observation.images}
-    assert distance(image_masks=masks) == pytest.approx(
-        float(jnp.sum(jnp.square(here)) - jnp.sum(jnp.square(features(observation._replace(image_masks=masks))))),
-        rel=1e-4,
-    )
-
-
-@pytest.mark.parametrize("prediction", ["epsilon", "v"])
-def test_diffusion_is_deterministic_without_keys_and_each_chunk_has_its_own_key(prediction):
-    diffusion = Sampler(head="compact", prediction=prediction)
+@pytest.mark.parametrize("predicts", ["noise", "v"])
+def test_diffusion_is_random_with_eta_alone_and_each_chunk_has_its_own_key(predicts):
+    diffusion = Setting(Gaussian(path=Cosine(), predicts=predicts), head=COMPACT)
     keys = jax.random.split(jax.random.key(0), 3)
-    steps = dict(num_steps=3)
-    ddim, ddpm = diffusion(solver="ddim", **steps), diffusion(solver="ddpm", keys=keys, **steps)
-    np.testing.assert_array_equal(diffusion(solver="ddim", keys=keys, **steps), ddim)
+    ddim, ddpm = (diffusion.sample(sampler=DDIM(3, eta=eta), keys=keys) for eta in (0.0, 1.0))
+    np.testing.assert_array_equal(diffusion.sample(sampler=DDIM(3)), ddim)
     assert np.abs(ddpm - ddim).max() > 1e-3
-    other = diffusion(solver="ddpm", keys=keys.at[0].set(jax.random.key(9)), **steps)
+    other = diffusion.sample(sampler=DDIM(3, eta=1.0), keys=keys.at[0].set(jax.random.key(9)))
     np.testing.assert_allclose(other[1:], ddpm[1:], atol=1e-5)
-    with pytest.raises(ValueError, match="give `keys`, one a chunk"):
-        sample_actions(diffusion.network, diffusion.params, diffusion.observation, diffusion.noise, solver="ddpm")
+    with pytest.raises(ValueError, match="give `keys`, one per chunk"):
+        diffusion.sample(sampler=DDIM(3, eta=1.0))
 
 
-@pytest.mark.parametrize("prediction", ["bins", "bin_sequence"])
-def test_bins_ignore_noise_and_solver_and_leave_padding_0(prediction):
-    binned = Sampler(prediction=prediction, bins=BinConfig(8, 3))
-    actions = binned()
-    np.testing.assert_array_equal(binned(noise=binned.noise + 1), actions)
+@pytest.mark.parametrize("order", ["parallel", "autoregressive"])
+def test_tokens_ignore_noise_and_leave_padding_0(order):
+    tokens = Setting(Tokens(bins=8, dims=3, order=order))
+    actions = tokens.sample(sampler=Greedy())
+    np.testing.assert_array_equal(tokens.sample(sampler=Greedy(), noise=tokens.noise + 1), actions)
     np.testing.assert_array_equal(actions[..., 3:], 0)
     assert set(np.unique(np.round(actions[..., :3] * 8))) <= set(range(-7, 8, 2))
-    end, points = binned(path=True)
-    np.testing.assert_array_equal(points[-1], end)
+    assert tokens.objective.flow is None
+    with pytest.raises(ValueError, match="no way from noise to actions"):
+        sample_path(tokens.objective, tokens.params, tokens.observation, tokens.noise, SampleOptions(Greedy()))
 
 
-def test_a_shortcut_model_is_told_the_length_of_its_steps():
-    shortcut = Sampler(head="compact", prediction="average_velocity")
-    apply = jax.jit(shortcut.network.apply)
+def test_a_shortcut_model_is_given_the_length_of_its_steps():
+    shortcut = Setting(Shortcut(), head=COMPACT)
+    joint = jax.jit(shortcut.objective.network.joint)
     for num_steps, span in ((1, 1.0), (2, 0.5), (3, 0.0)):
         x = shortcut.noise
         for i in range(num_steps):
-            time = jnp.full(3, 1 - i / num_steps)
-            average = apply({"params": shortcut.params}, shortcut.observation, x, time, jnp.full(3, span))
-            x = x - average / num_steps
+            time, spans = jnp.full((3, 1), 1 - i / num_steps), jnp.full((3, 1), span)
+            x = x - joint(shortcut.params, shortcut.observation, x[:, None], time, spans)[:, 0] / num_steps
         # Times near 1/3 go through periods of 0.004, which magnify their rounding.
-        np.testing.assert_allclose(shortcut(num_steps=num_steps), x, atol=2e-3)
+        np.testing.assert_allclose(shortcut.sample(sampler=Euler(num_steps)), x, atol=2e-3)
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("config", "options", "message"),
     [
-        ({"solver": "eular"}, "unknown solver 'eular'.*Did you mean 'euler'"),
-        ({"solver": "ddim"}, "predicts velocity is sampled by euler or midpoint or heun or rk4, not ddim"),
-        ({"num_steps": 0}, "num_steps is 0"),
-        ({"grid_power": 0.0}, "have to be positive"),
-        ({"prediction": "v"}, "predicts v is sampled by ddim or ddpm, not euler"),
-        ({"prediction": "epsilon", "solver": "ddim", "grid_power": 2.0}, "sampled in equal steps"),
-        ({"prediction": "average_velocity", "solver": "heun"}, "sampled by euler, not heun"),
-        ({"prediction": "average_velocity", "grid_power": 2.0}, "sampled in equal steps"),
-        ({"prediction": "bins"}, "quantile normalisation; it is 'zscore'"),
-        ({"prediction": "bins", "normalization": "quantile", "guidance_scale": 2.0}, "guidance steers a flow"),
+        (Gaussian(), {"sampler": Greedy()}, "Greedy, which decodes tokens; this network predicts chunks"),
+        (Gaussian(), {"sampler": Euler(0)}, "at least 1 step"),
+        (Gaussian(), {"sampler": Euler(3, grid_power=0.0)}, "a positive power"),
+        (Gaussian(), {"real_time": RealTimeConfig("trained"), "previous": ()}, "not trained to go on"),
+        (Shortcut(), {"sampler": Heun()}, r"sampled in equal steps of Euler's; policy.sampler is Heun"),
+        (Shortcut(), {"sampler": Euler(grid_power=2.0)}, "sampled in equal steps of Euler's"),
+        (Tokens(), {"sampler": Euler()}, r"decoded by Greedy; policy.sampler is Euler"),
+        (Tokens(), {"sampler": Greedy(), "guidance_scale": 2.0}, "guidance and real-time chunking steer a flow"),
+        (Tokens(), {"sampler": Greedy(), "previous": ()}, "guidance and real-time chunking steer a flow"),
     ],
 )
-def test_policies_whose_settings_do_not_go_together_are_refused(changes, message):
-    model = dataclasses.replace(tiny_config(), prediction=changes.pop("prediction", "velocity"))
+def test_sampling_that_does_not_suit_what_was_learned_is_refused(config, options, message):
+    objective = make_objective(config, tiny_config())
+    if "previous" in options:
+        previous = Previous(jnp.zeros((1, 6, 5)), jnp.ones(1, int), jnp.ones(1, int))
+        options = {**options, "previous": previous}
+
+    def sample(key):
+        observation = example_observation(tiny_config(), 1)
+        params = init_params(objective, key)
+        return sample_actions(objective, params, observation, jnp.zeros((1, 6, 5)), SampleOptions(**options))
+
     with pytest.raises(ValueError, match=message):
-        check_policy(PolicyConfig(model=model, **changes))
+        jax.eval_shape(sample, jax.random.key(0))
 
 
-def test_settings_that_go_together_are_accepted():
-    for prediction, changes in {
-        "velocity": {"solver": "rk4", "grid_power": 2.0, "guidance_scale": 3.0},
-        "average_velocity": {"guidance_scale": 3.0},
-        "epsilon": {"solver": "ddpm"},
-        "v": {"solver": "ddim"},
-        "bins": {"normalization": "quantile"},
-    }.items():
-        check_policy(PolicyConfig(model=tiny_config(prediction=prediction), **changes))
+def test_a_policys_sampling_options_are_its_configuration():
+    policy = PolicyConfig(robot="tabletop", sampler=RK4(3, 2.0), guidance=Guidance(3.0, "images"))
+    options = sampling_options(policy)
+    assert (options.sampler, options.guidance_scale, options.guidance_without) == (RK4(3, 2.0), 3.0, "images")
+    real_time = RealTimeConfig("identity", "linear", 10.0)
+    options = sampling_options(PolicyConfig(robot="tabletop", sampler=Greedy(), real_time=real_time))
+    assert (options.sampler, options.guidance_scale, options.real_time) == (Greedy(), None, real_time)
+    assert set(SAMPLERS) == {"Greedy", *SOLVERS}

@@ -17,11 +17,8 @@ Kind = Literal[
 _FOREIGN: dict[Kind, tuple[str, tuple[str, ...]]] = {
     "safetensors": ("PyTorch weights (openpi-PyTorch or LeRobot)", (".safetensors",)),
     "npz": ("big_vision weights (PaliGemma)", (".npz",)),
-    "pickle": (
-        "pickled PyTorch weights, which nobody should load because they can run code (save them as safetensors)",
-        (".pt", ".pth", ".bin"),
-    ),
     "openpi": ("an openpi checkpoint", ()),
+    "pickle": ("pickled PyTorch weights", (".pt", ".pth", ".bin")),
 }
 """Kinds of weights of other programs: name for people, and endings of their files."""
 
@@ -42,14 +39,14 @@ class Found(NamedTuple):
 
     @property
     def convertible(self) -> bool:
-        """Whether these are weights of another program."""
-        return self.kind in _FOREIGN
+        """Whether these are weights of another program that `convert` reads."""
+        return self.kind in _FOREIGN and self.kind != "pickle"
 
     def describe(self) -> str:
         """One or two sentences for people: what the path is, and the way out where it is no checkpoint of ours."""
         path = self.path
         names = sorted(p.name for p in path.iterdir()) if path.is_dir() else []
-        if self.kind in _FOREIGN:
+        if self.convertible:
             return f"{path} looks like {_FOREIGN[self.kind][0]}. Convert it first: docs/checkpoints.md says how."
         absent = "assets/config.json" if "params" in names else "params"
         inside = ", ".join(names[:8]) + " …" * (len(names) > 8)
@@ -58,6 +55,8 @@ class Found(NamedTuple):
             "unfinished": f"{path} is a save that never finished; use a step folder beside it.",
             "no step": f"{path} has no complete checkpoint yet.",
             "incomplete": f"{path} is incomplete: {absent} is missing. {previous_step(path)}",
+            "pickle": f"{path} holds pickled PyTorch weights, which nobody should load because they can run code; "
+            "save them as safetensors.",
             "dataset": f"{path} is a data set, not a checkpoint.",
             "unknown": f"{path} is not a pi0_jax checkpoint (params/ and assets/config.json); "
             + (f"it has: {inside or 'nothing'}." if path.is_dir() else "it is a file."),

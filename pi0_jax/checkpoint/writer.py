@@ -30,13 +30,13 @@ _log = logging.getLogger(__name__)
 class _FilesHandler(ocp.CheckpointHandler):
     """Lets Orbax write plain files as an item, so that they become part of a step all or nothing."""
 
-    def save(self, directory: Path, args: _WriteFiles) -> None:
+    def save(self, directory: os.PathLike[str], args: _WriteFiles) -> None:
         if jax.process_index() == 0:
             for name, content in args.files.items():
-                (directory / name).write_bytes(content)
+                Path(directory, name).write_bytes(content)
 
-    def restore(self, directory: Path, args: Any = None) -> dict[str, bytes]:
-        return {path.name: path.read_bytes() for path in directory.iterdir()}
+    def restore(self, directory: os.PathLike[str], args: Any = None) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in Path(directory).iterdir()}
 
 
 @ocp.args.register_with_handler(_FilesHandler, for_save=True, for_restore=True)

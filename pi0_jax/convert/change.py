@@ -1,145 +1,131 @@
 """Changes to an opened checkpoint: dtype, merged adapters, a wider or otherwise larger model, a fresh action expert.
 
-Each takes `Weights` and returns `Weights` whose tensors compute when they are read.
+Each takes an `OpenCheckpoint` and returns one whose tensors compute when they are read.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Literal
 
+import flax.linen as nn
+import jax
 import ml_dtypes
 import numpy as np
 
 from pi0_jax.config import ModelConfig
-from pi0_jax.convert.formats import Choices, Weights
-from pi0_jax.convert.lazy import Index, Tensor, Tensors, entry_by_entry, in_memory
-from pi0_jax.convert.leaves import is_velocity_expert, leaves, shape_of, sizes
+from pi0_jax.convert.formats import OpenCheckpoint, Overrides
+from pi0_jax.convert.lazy import LazyArray, computed, entry_by_entry, in_memory
+from pi0_jax.convert.parameters import has_velocity_expert, initial_parameters, parameters, replaced
+from pi0_jax.errors import UserError
 from pi0_jax.model import lora
 
-DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+Dtype = Literal["float32", "bfloat16"]
+DTYPES: dict[Dtype, np.dtype] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
-def cast(weights: Weights, dtype: Literal["float32", "bfloat16"]) -> tuple[Weights, bool]:
+def cast(opened: OpenCheckpoint, dtype: Dtype) -> tuple[OpenCheckpoint, bool]:
     """All tensors in one dtype, rounded to nearest, and whether that loses precision."""
     target = DTYPES[dtype]
-    mantissa = {name: ml_dtypes.finfo(t.dtype).nmant for name, t in weights.tensors.items()}
-    loses = any(bits > ml_dtypes.finfo(target).nmant for bits in mantissa.values())
+    loses = any(ml_dtypes.finfo(t.dtype).nmant > ml_dtypes.finfo(target).nmant for t in opened.tensors.values())
 
-    def convert(tensor: Tensor) -> Tensor:
+    def convert(tensor: LazyArray) -> LazyArray:
         return tensor._replace(dtype=target, read=lambda i: tensor.read(i).astype(target))
 
-    return weights._replace(tensors={name: convert(tensor) for name, tensor in weights.tensors.items()}), loses
+    return opened._replace(tensors={name: convert(tensor) for name, tensor in opened.tensors.items()}), loses
 
 
-def merge_lora(weights: Weights) -> Weights:
+def merge_lora(opened: OpenCheckpoint) -> OpenCheckpoint:
     """The model without adapters that computes what the model with them does (`model.lora`)."""
-    model = weights.policy.model
-    tensors = {path: tensor for path, tensor in weights.tensors.items() if "_lora_" not in path}
+    tensors = {path: tensor for path, tensor in opened.tensors.items() if "_lora_" not in path}
+    plain = {}
     for expert in ("language", "action"):
+        scale = getattr(opened.policy.model, expert).lora_scale
         for name in lora.EINSUMS:
             path = f"backbone/layers/{expert}/{name}"
-            if f"{path}_lora_a" in weights.tensors:
-                w, a, b = (weights.tensors[path + end] for end in ("", "_lora_a", "_lora_b"))
-                tensors[path] = _merged(name, w, a, b, getattr(model, expert).lora_scale)
-    plain = {
-        expert: dataclasses.replace(getattr(model, expert), lora_attn_rank=0, lora_mlp_rank=0, lora_scale=1.0)
-        for expert in ("language", "action")
-    }
-    return _with_model(weights, dataclasses.replace(model, **plain), tensors)
+            if f"{path}_lora_a" in opened.tensors:
+                w, a, b = (opened.tensors[path + end] for end in ("", "_lora_a", "_lora_b"))
+                tensors[path] = _merged(name, w, a, b, scale)
+        for field, value in (("lora_attn_rank", 0), ("lora_mlp_rank", 0), ("lora_scale", 1.0)):
+            plain[f"model.{expert}.{field}"] = value
+    return opened._replace(policy=replaced(opened.policy, plain), tensors=tensors)
 
 
-def grow(weights: Weights, choices: Choices) -> Weights:
+def grow(opened: OpenCheckpoint, overrides: Overrides) -> OpenCheckpoint:
     """A model with more action dimensions, or another horizon, cameras or prompt length.
 
     New rows and columns of the action dimension are zero. So the old dimensions of the velocity do not depend on what
     is in the new ones, and inputs of before (with anything in the new dimensions, new cameras masked, a longer prompt
     padded) give the outputs of before; gradients reach the new rows and columns all the same. Horizon, cameras and
-    prompt length have no parameters.
+    prompt length have no parameters in π0's action expert.
 
     Raises:
-        ValueError: fewer action dimensions, which would throw trained rows away; or another action dimension or
-            horizon for a head that has parameters of those sizes.
+        UserError: fewer action dimensions, which would throw trained rows away; or a head whose parameters would not
+            only gain rows of that kind.
     """
-    model = weights.policy.model
+    policy = opened.policy
     wanted = {
-        "action_dim": choices.action_dim,
-        "action_horizon": choices.horizon,
-        "cameras": choices.cameras,
-        "prompt_length": choices.prompt_length,
+        "model.action_dim": overrides.action_dim,
+        "model.action_horizon": overrides.horizon,
+        "model.cameras": overrides.cameras,
+        "model.prompt_length": overrides.prompt_length,
     }
-    model = dataclasses.replace(model, **{name: value for name, value in wanted.items() if value is not None})
-    if model.action_dim < weights.policy.model.action_dim:
-        raise ValueError(
-            f"--action-dim {model.action_dim} is less than the checkpoint's {weights.policy.model.action_dim}; trained "
+    grown = replaced(policy, {name: value for name, value in wanted.items() if value is not None})
+    if grown.model.action_dim < policy.model.action_dim:
+        raise UserError(
+            f"--action-dim {grown.model.action_dim} is less than the checkpoint's {policy.model.action_dim}; trained "
             "rows are not thrown away. A robot with fewer dimensions needs no change: its vectors are zero-padded."
         )
-    if not is_velocity_expert(model):
-        old = weights.policy.model
-        if (model.action_dim, model.action_horizon) != (old.action_dim, old.action_horizon):
-            raise ValueError(
-                f"--action-dim and --horizon change models with π0's action expert; {weights.path} has the head "
-                f"{model.head!r} and predicts {model.prediction}."
+    if overrides.horizon is not None:
+        grown = dataclasses.replace(grown, execute_steps=min(policy.execute_steps, overrides.horizon))
+    before, after = (parameters(p.model, p.objective) for p in (policy, grown))
+    for path, parameter in before.items():
+        changed = [axis for axis, size in parameter.sizes.items() if after[path].sizes[axis] != size]
+        if any(axis != "action" for axis in changed) or (changed and not has_velocity_expert(policy)):
+            raise UserError(
+                f"--action-dim and --horizon change models with π0's action expert; {opened.path} is of another kind: "
+                f"{policy.model.head}, {policy.objective}."
             )
-        return _with_model(weights, model, weights.tensors)
-    axes, letters = leaves(model), sizes(model)
-    tensors = {path: _padded(tensor, shape_of(axes[path], letters)) for path, tensor in weights.tensors.items()}
-    policy = weights.policy
-    if choices.horizon is not None:
-        policy = dataclasses.replace(policy, execute_steps=min(policy.execute_steps, choices.horizon))
-    return _with_model(weights._replace(policy=policy), model, tensors)
+    tensors = {path: _padded(tensor, after[path].shape) for path, tensor in opened.tensors.items()}
+    return opened._replace(policy=grown, tensors=tensors)
 
 
-def add_action_expert(weights: Weights, variant: Literal["pi0", "pi05"], config: ModelConfig, seed: int = 0) -> Weights:
+def add_action_expert(
+    opened: OpenCheckpoint, variant: Literal["pi0", "pi05"], config: ModelConfig, seed: int = 0
+) -> OpenCheckpoint:
     """A backbone with a fresh action expert and projections, from the network's own initialisers, in float32.
 
     Args:
-        weights: image encoder and language expert.
+        opened: image encoder and language expert.
         variant: of the result.
-        config: the expert's width and feed-forward, action dimension, horizon and prompt length; the rest is the
+        config: width and feed-forward of the expert, action dimension, horizon and prompt length; all else is the
             backbone's.
         seed: of the random weights.
     """
-    import flax.linen as nn
-    import jax
-    from flax.traverse_util import flatten_dict
-
-    from pi0_jax.model.velocity import VelocityNetwork
-    from pi0_jax.pi0 import init_params
-
-    taken = ("action", "action_dim", "action_horizon", "prompt_length")
-    chosen = {name: getattr(config, name) for name in taken}
-    model = dataclasses.replace(weights.policy.model, variant=variant, **chosen)
-    missing = [path for path in leaves(model) if path not in weights.tensors]
-
-    @jax.jit
-    def fresh(key):
-        flat = flatten_dict(nn.meta.unbox(init_params(VelocityNetwork(model), key)), sep="/")
-        return {path: flat[path] for path in missing}
-
-    arrays = {path: in_memory(np.asarray(leaf)) for path, leaf in fresh(jax.random.key(seed)).items()}
-    policy = dataclasses.replace(weights.policy, normalization="zscore" if variant == "pi0" else "quantile")
-    tensors = {path: weights.tensors.get(path) or arrays[path] for path in leaves(model)}
-    return _with_model(weights._replace(policy=policy), model, tensors)
+    chosen = {name: getattr(config, name) for name in ("action", "action_dim", "action_horizon", "prompt_length")}
+    model = dataclasses.replace(opened.policy.model, variant=variant, **chosen)
+    missing = tuple(path for path in parameters(model) if path not in opened.tensors)
+    arrays = {path: in_memory(np.asarray(x)) for path, x in _fresh(model, missing, jax.random.key(seed)).items()}
+    changes = {"model": model, "normalization": "zscore" if variant == "pi0" else "quantile"}
+    tensors = {path: opened.tensors.get(path) or arrays[path] for path in parameters(model)}
+    return opened._replace(policy=replaced(opened.policy, changes), tensors=tensors)
 
 
-def _with_model(weights: Weights, model: ModelConfig, tensors: Tensors) -> Weights:
-    return weights._replace(policy=dataclasses.replace(weights.policy, model=model), tensors=tensors)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _fresh(model: ModelConfig, paths: tuple[str, ...], key: jax.Array) -> dict[str, jax.Array]:
+    boxes = initial_parameters(model, key)
+    return nn.meta.unbox({path: boxes[path] for path in paths})
 
 
-def _merged(name: str, w: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+def _merged(name: str, w: LazyArray, a: LazyArray, b: LazyArray, scale: float) -> LazyArray:
     dtype = np.result_type(w.dtype, a.dtype, b.dtype)
     return entry_by_entry(w.shape, dtype, lambda i: lora.merge(name, w.read(i), a.read(i), b.read(i), scale))
 
 
-def _padded(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+def _padded(tensor: LazyArray, shape: tuple[int, ...]) -> LazyArray:
     """The tensor with zeros at the end of each axis that is longer in `shape`; not for tensors stacked by layers."""
     if shape == tensor.shape:
         return tensor
     widths = [(0, new - old) for new, old in zip(shape, tensor.shape, strict=True)]
-
-    def read(i: Index) -> np.ndarray:
-        array = np.pad(tensor.read(None), widths)
-        return array if i is None else array[i]
-
-    return Tensor(shape, tensor.dtype, read, stacked=False)
+    return computed(shape, tensor.dtype, lambda: np.pad(tensor.read(None), widths))

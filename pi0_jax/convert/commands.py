@@ -5,19 +5,26 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from pi0_jax.config import ExpertConfig, ModelConfig
+from pi0_jax.convert.change import Dtype
 from pi0_jax.convert.describe import describe, differences, text
-from pi0_jax.convert.formats import Choices, open_checkpoint
+from pi0_jax.convert.formats import Overrides, formats, open_checkpoint, writable
 from pi0_jax.convert.run import convert as run
 from pi0_jax.convert.run import disagreement
-from pi0_jax.convert.verify.agree import Framework
+from pi0_jax.convert.verify.agree import OURS
+from pi0_jax.errors import UserError
 
-Choice = Annotated[Choices, tyro.conf.arg(name="")]
-DEFAULT = Choices()
+if TYPE_CHECKING:
+    To = Framework = str
+else:
+    To = tyro.extras.literal_type_from_choices(writable())
+    Framework = tyro.extras.literal_type_from_choices((OURS, *(f.name for f in formats().values() if f.runner)))
+
+OVERRIDES = Overrides()
 Offline = Annotated[bool, tyro.conf.arg(help="Open no connection: gs://, s3:// and hf:// have to be in the cache.")]
 
 
@@ -26,8 +33,8 @@ def _path(metavar: str, text: str):
 
 
 @dataclasses.dataclass(frozen=True)
-class Heads:
-    """What looking at a checkpoint has to be told where its tensors leave it open; the error asks for it."""
+class Hints:
+    """Architecture hints for checkpoints whose tensors are ambiguous; the error asks for them."""
 
     num_heads: int | None = None
     """Query heads of the experts (PyTorch, of other sizes than the released ones)."""
@@ -39,8 +46,7 @@ class Heads:
     """Which of several norm_stats.json under openpi's assets/."""
 
 
-HEADS = Heads()
-Told = Annotated[Heads, tyro.conf.arg(name="")]
+HINTS = Hints()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,10 +77,10 @@ class Convert:
         ),
     ]
     target: Annotated[tyro.conf.Positional[str], _path("TARGET", "Folder to write.")]
-    to: Literal["pi0", "openpi", "openpi-torch", "lerobot"] = "pi0"
+    to: To = "pi0"
     """Format to write; pi0 is ours."""
-    choices: Choice = DEFAULT
-    dtype: Literal["float32", "bfloat16"] | None = None
+    overrides: Annotated[Overrides, tyro.conf.arg(name="")] = OVERRIDES
+    dtype: Dtype | None = None
     """Round or widen all tensors; otherwise each keeps its dtype."""
     merge_lora: bool = False
     """Add LoRA adapters to their weights, for formats and programs without adapters."""
@@ -109,7 +115,7 @@ class Inspect:
     """
 
     path: Annotated[tyro.conf.Positional[str], _path("PATH", "Checkpoint of any format, or a URL of one.")]
-    told: Told = HEADS
+    hints: Annotated[Hints, tyro.conf.arg(name="")] = HINTS
     json: bool = False
     """Print a JSON object."""
     offline: Offline = False
@@ -129,11 +135,11 @@ class Diff:
 
     first: Annotated[tyro.conf.Positional[str], _path("FIRST", "Checkpoint of any format, or a URL of one.")]
     second: Annotated[tyro.conf.Positional[str], _path("SECOND", "Another one.")]
-    told: Told = HEADS
+    hints: Annotated[Hints, tyro.conf.arg(name="")] = HINTS
     offline: Offline = False
 
 
-class Differ(ValueError):
+class Differ(UserError):
     """Two checkpoints differ; the message says where."""
 
 
@@ -143,7 +149,7 @@ def convert(arguments: Convert) -> None:
         arguments.source,
         arguments.target,
         arguments.to,
-        choices=arguments.choices,
+        overrides=arguments.overrides,
         dtype=arguments.dtype,
         merge_lora=arguments.merge_lora,
         model=ModelConfig(action=ExpertConfig(arguments.action_width, arguments.action_mlp)),
@@ -160,21 +166,21 @@ def convert(arguments: Convert) -> None:
     if (actions := record["actions"]) is not None:
         if not actions["agree"]:
             raise Differ(f"{arguments.target} is written, but {disagreement(actions)}.")
-        by = {"ours": "our network", "lerobot": "LeRobot and ours", "openpi-torch": "openpi's PyTorch and ours"}
-        where, largest = by[actions["framework"]], actions["largest_difference"]
-        print(f"{actions['steps']}-step actions in {where} differ by at most {largest:.3g}")
+        runner = formats()[actions["framework"]].runner if actions["framework"] != OURS else None
+        where = f"{runner.title} and ours" if runner else "our network"
+        print(f"{actions['steps']}-step actions in {where} differ by at most {actions['largest_difference']:.3g}")
 
 
 def inspect(arguments: Inspect) -> None:
     """Runs `pi0 inspect`."""
-    content = describe(open_checkpoint(arguments.path, _looking(arguments.told), arguments.offline))
+    content = describe(open_checkpoint(arguments.path, _hinted(arguments.hints), arguments.offline))
     print(json.dumps(content, indent=2) if arguments.json else text(content))
 
 
 def diff(arguments: Diff) -> None:
     """Runs `pi0 diff`."""
-    choices = _looking(arguments.told)
-    a, b = (open_checkpoint(path, choices, arguments.offline) for path in (arguments.first, arguments.second))
+    overrides = _hinted(arguments.hints)
+    a, b = (open_checkpoint(path, overrides, arguments.offline) for path in (arguments.first, arguments.second))
     lines = differences(a, b)
     if lines:
         print("\n".join(lines))
@@ -182,6 +188,6 @@ def diff(arguments: Diff) -> None:
     print("the same")
 
 
-def _looking(told: Heads) -> Choices:
+def _hinted(hints: Hints) -> Overrides:
     """Looking needs no horizon and no scale of adapters; what is not stored is shown as 0 and nan."""
-    return Choices(horizon=0, lora_scale=math.nan, **vars(told))
+    return Overrides(horizon=0, lora_scale=math.nan, **vars(hints))

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections import Counter
 from typing import Any
 
 import numpy as np
 
-from pi0_jax.convert.formats import Weights
-from pi0_jax.convert.leaves import is_velocity_expert
-from pi0_jax.convert.run import compare
+from pi0_jax import checkpoint
+from pi0_jax.convert.formats import OpenCheckpoint
+from pi0_jax.convert.lazy import pieces_of_both
+from pi0_jax.convert.parameters import has_velocity_expert
 
-PARTS = {
+_COMPONENTS = {
     "image_encoder": "image encoder",
     "image_projector": "image projector",
     "embedding": "token embedding",
@@ -27,40 +27,41 @@ _MAY_BE_UNKNOWN = ("action_horizon", "execute_steps", "lora_scale")
 _NAMES = {"pi0": "π0", "pi05": "π0.5", "pi0_fast": "backbone alone (π0-FAST, PaliGemma)"}
 
 
-def describe(weights: Weights) -> dict[str, Any]:
-    """Family, sizes, parameters by part, dtypes, statistics, adapters and step, as a JSON object."""
-    model = weights.policy.model
-    parts: Counter[str] = Counter()
-    for path, tensor in weights.tensors.items():
-        parts[_part(path, "projections of actions and time" if is_velocity_expert(model) else "head")] += math.prod(
-            tensor.shape
-        )
-    stats = (weights.norm_stats or {}).get("norm_stats", {})
-    config = dataclasses.asdict(model)
-    config["cameras"] = list(model.cameras)
+def describe(opened: OpenCheckpoint) -> dict[str, Any]:
+    """Family, sizes, parameters by component, dtypes, statistics, adapters and step, as a JSON object."""
+    model = opened.policy.model
+    other = "projections of actions and time" if has_velocity_expert(opened.policy) else "head"
+    counts: Counter[str] = Counter()
+    for path, tensor in opened.tensors.items():
+        counts[_component(path, other)] += tensor.size
+    stats = (opened.norm_stats or {}).get("norm_stats", {})
+    policy = checkpoint.policy_to_json(opened.policy)
+    config = policy["model"]
     if model.variant == "pi0_fast":
         for name in ("action", "action_dim", "action_horizon"):
             config.pop(name)
     return {
-        "format": weights.format,
-        "path": str(weights.path),
+        "format": opened.format,
+        "path": str(opened.path),
         "family": model.variant,
-        "step": weights.step,
-        "robot": weights.policy.robot,
-        "normalization": weights.policy.normalization,
+        "step": opened.step,
+        "robot": opened.policy.robot,
+        "normalization": opened.policy.normalization,
         "model": config,
-        "parameters": {**parts, "all": sum(parts.values())},
-        "bytes": sum(tensor.nbytes for tensor in weights.tensors.values()),
-        "dtypes": dict(Counter(str(tensor.dtype) for tensor in weights.tensors.values())),
+        "objective": policy["objective"],
+        "sampler": policy["sampler"],
+        "parameters": {**counts, "all": sum(counts.values())},
+        "bytes": sum(tensor.nbytes for tensor in opened.tensors.values()),
+        "dtypes": dict(Counter(str(tensor.dtype) for tensor in opened.tensors.values())),
         "norm_stats": {key: {s: len(v) for s, v in entry.items() if v is not None} for key, entry in stats.items()},
         "lora": {
             name: {"attn_rank": e.lora_attn_rank, "mlp_rank": e.lora_mlp_rank, "scale": e.lora_scale}
             for name, e in (("language", model.language), ("action", model.action))
             if e.lora_attn_rank or e.lora_mlp_rank
         },
-        "tokenizer": weights.tokenizer is not None,
-        "dropped": list(weights.dropped),
-        "warnings": list(weights.warnings),
+        "tokenizer": opened.tokenizer is not None,
+        "dropped": list(opened.dropped),
+        "warnings": list(opened.warnings),
     }
 
 
@@ -77,18 +78,14 @@ def text(content: dict[str, Any]) -> str:
         f"  language       width {model['language']['width']}, {model['depth']} layers, {model['num_heads']} heads of "
         f"{model['head_dim']} ({model['num_kv_heads']} key/value), vocabulary {model['vocab_size']}",
     ]
-    if model["head"] != "expert":
-        lines.append(
-            f"  actions        head {model['head']}, {model['action_dim']} dimensions, chunks of "
-            f"{model['action_horizon']}"
-        )
-    elif "action" in model:
-        lines.append(
-            f"  actions        expert of width {model['action']['width']}, {model['action_dim']} dimensions, chunks of "
-            f"{model['action_horizon'] or 'a length that is not stored'}"
-        )
-    if model["prediction"] != "velocity":
-        lines.append(f"  predicts       {model['prediction']}")
+    kind = model["head"]["type"]
+    if "action" in model:
+        head = f"expert of width {model['action']['width']}" if kind == "Expert" else f"head {kind}"
+        horizon = model["action_horizon"] or "a length that is not stored"
+        lines.append(f"  actions        {head}, {model['action_dim']} dimensions, chunks of {horizon}")
+    objective = content["objective"]
+    settings = [f"{name} {value}" for name in ("predicts", "path") if (value := _short(objective.get(name)))]
+    lines.append(f"  objective      {', '.join([objective['type'], *settings])}")
     lines.append(f"  inputs         cameras {', '.join(model['cameras'])}; prompts of {model['prompt_length']} tokens")
     for name, adapter in content["lora"].items():
         lines.append(
@@ -108,13 +105,13 @@ def text(content: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def differences(a: Weights, b: Weights) -> list[str]:
-    """How two checkpoints differ, a line a leaf or field; empty where they are the same."""
+def differences(a: OpenCheckpoint, b: OpenCheckpoint) -> list[str]:
+    """How two checkpoints differ, one line per parameter or field; empty where they are the same."""
     lines = []
     for name in ("policy", "norm_stats", "tokenizer"):
         x, y = getattr(a, name), getattr(b, name)
         if name == "policy":
-            lines += _fields(dataclasses.asdict(x), dataclasses.asdict(y))
+            lines += _fields(checkpoint.policy_to_json(x), checkpoint.policy_to_json(y))
         elif x != y:
             lines.append(f"{name}: " + ("only one has it" if x is None or y is None else "they differ"))
     for path in sorted({*a.tensors, *b.tensors}):
@@ -126,7 +123,7 @@ def differences(a: Weights, b: Weights) -> list[str]:
             lines.append(f"{path}: shape {x.shape} and {y.shape}")
             continue
         largest, square, total = 0.0, 0.0, 0.0
-        for p, q in compare(x, y):
+        for p, q in pieces_of_both(x, y):
             p, q = p.astype(np.float32), q.astype(np.float32)
             largest = max(largest, float(np.max(np.abs(p - q), initial=0.0)))
             square += float(np.sum(np.square(p - q), dtype=np.float64))
@@ -139,17 +136,22 @@ def differences(a: Weights, b: Weights) -> list[str]:
     return lines
 
 
-def _part(path: str, other: str) -> str:
+def _short(value: Any) -> Any:
+    """A setting in a word: of a choice among kinds, its kind."""
+    return value["type"] if isinstance(value, dict) else value
+
+
+def _component(path: str, other: str) -> str:
     if "_lora_" in path:
         return "adapters"
-    return next((name for prefix, name in PARTS.items() if path.startswith(prefix)), other)
+    return next((name for prefix, name in _COMPONENTS.items() if path.startswith(prefix)), other)
 
 
 def _fields(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:
     lines = []
     for name, x in a.items():
-        y = b[name]
-        if isinstance(x, dict):
+        y = b.get(name)
+        if isinstance(x, dict) and isinstance(y, dict):
             lines += _fields(x, y, f"{prefix}{name}.")
         elif x != y and not (name in _MAY_BE_UNKNOWN and (not x or not y or x != x or y != y)):  # 0 or nan
             lines.append(f"policy {prefix}{name}: {x} and {y}")

@@ -1,6 +1,6 @@
 """Checkpoints elsewhere: gs://, s3://, hf:// and whatever else fsspec reads, copied file by file into a cache.
 
-The cache is `~/.cache/pi0_jax`, or the folder that PI0_CACHE names. A copy that was broken off goes on where it
+The cache is `~/.cache/pi0_jax`, or the folder that PI0_CACHE names. A copy that was interrupted goes on where it
 stopped; files that are whole are known by their size. What the source listed lies beside the copy as `.listing.json`,
 which is how an offline call knows whether the copy is whole.
 """
@@ -15,9 +15,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+from pi0_jax.errors import UserError, require_package
+
 LISTING = ".listing.json"
 """Names and sizes of the files of a copy, as the source listed them."""
-PART = ".part"
+PARTIAL = ".part"
 """Ends the name of a file that is not whole yet."""
 
 _PIECE_BYTES = 2**24
@@ -44,14 +46,14 @@ def fetch(url: str, offline: bool = False) -> Path:
     Args:
         url: of a checkpoint's folder or file (`.npz` with `:subtree` if wanted). Of a run, the newest step is taken; a
             `.safetensors` comes with the folder that it is in, which says what it is.
-        offline: open no connection; what is in the cache has to do.
+        offline: open no connection; only what is in the cache is used.
 
     Returns:
         The path in the cache.
 
     Raises:
         FileNotFoundError: there is nothing at the URL, or, offline, a file is not in the cache; the message names it.
-        ValueError: fsspec, or its part for this kind of URL, is not installed.
+        UserError: fsspec, or its part for this kind of URL, is not installed.
         OSError: the connection failed; the next call goes on where it did.
     """
     url, subtree = _split_subtree(url.rstrip("/"))
@@ -95,7 +97,7 @@ def _split_subtree(url: str) -> tuple[str, str]:
 
 
 def _copy(root: str, folder: Path) -> dict[str, int]:
-    """Copies what is missing; returns what is listed."""
+    """Copies what is missing; returns the names and sizes that the source lists."""
     system, path = _open(root)
     path = path.rstrip("/")
     try:
@@ -106,7 +108,7 @@ def _copy(root: str, folder: Path) -> dict[str, int]:
         raise FileNotFoundError(f"there is nothing at {root}.")
     name_of = {full: full.removeprefix(path).strip("/") or path.rpartition("/")[2] for full in listed}
     if outside := [full for full, name in name_of.items() if ".." in name.split("/")]:
-        raise ValueError(f"{root} has names that lead out of it: {outside[:3]}; it is not copied.")
+        raise UserError(f"{root} has names that lead out of it: {outside[:3]}; it is not copied.")
     sizes = wanted({name_of[full]: int(entry["size"]) for full, entry in listed.items()})
     folder.mkdir(parents=True, exist_ok=True)
     (folder / LISTING).write_text(json.dumps({"url": root, "files": sizes}, indent=2))
@@ -125,7 +127,7 @@ def _copy_file(system, source: str, target: Path, size: int, bar: tqdm) -> None:
         OSError: the source ends before its listed size.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + PART)
+    partial = target.with_name(target.name + PARTIAL)
     if partial.exists() and partial.stat().st_size > size:
         partial.unlink()
     with partial.open("ab") as out:
@@ -153,7 +155,7 @@ def _known_listing(root: str, folder: Path) -> dict[str, int]:
 
 
 def _bytes_here(path: Path, size: int) -> int:
-    partial = path.with_name(path.name + PART)
+    partial = path.with_name(path.name + PARTIAL)
     if _is_whole(path, size):
         return size
     return partial.stat().st_size if partial.is_file() else 0
@@ -166,14 +168,11 @@ def _is_whole(path: Path, size: int) -> bool:
 def _open(url: str) -> tuple[Any, str]:
     """The file system of a URL, and the path in it."""
     scheme = url.partition("://")[0]
-    try:
-        import fsspec
-    except ImportError as error:
-        raise ValueError(f"{url} needs fsspec, which is not installed: pip install 'pi0_jax[remote]'.") from error
+    fsspec: Any = require_package("fsspec", "remote", url)
     try:
         return fsspec.core.url_to_fs(url)
     except ImportError as error:
         package = _PACKAGES.get(scheme, "a package of its own")
-        raise ValueError(f"{url} needs {package}, which is not installed: pip install 'pi0_jax[remote]'.") from error
+        raise UserError(f"{url} needs {package}, which is not installed: pip install 'pi0_jax[remote]'.") from error
     except ValueError as error:
-        raise ValueError(f"{url} cannot be read: {error}. Known are gs://, s3://, hf:// and local paths.") from error
+        raise UserError(f"{url} cannot be read: {error}. Known are gs://, s3://, hf:// and local paths.") from error

@@ -1,14 +1,15 @@
-"""One table of rules between our leaves and foreign tensors, read in both directions.
+"""Rules between our parameters and foreign tensors, read in both directions.
 
-A rule says which of our leaves is which of theirs and names the axes of theirs, in the letters of `leaves.py`. Going
-through a table gives tensors that are read when asked, so tables are streams too. Everything is claimed: a leaf that no
-tensor fills, a tensor that nothing uses, or a shape that differs stops the conversion with both sides' names.
+A rule says which of our parameters is which of theirs, and how the axes of theirs are arranged, by the names that the
+network gives to ours. Rules turn lazy arrays into lazy arrays, so nothing is read before it is needed. Everything has
+to correspond: a parameter that no tensor fills, a tensor that nothing uses, or a shape that differs stops the
+conversion with both sides' names.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
@@ -16,269 +17,192 @@ from typing import NamedTuple
 import einops
 import numpy as np
 
-from pi0_jax.convert.lazy import Index, Tensor, Tensors, entry_by_entry
-from pi0_jax.convert.leaves import CONSTANT, Sizes, groups, shape_of
+from pi0_jax.convert.lazy import LazyArray, LazyArrays, computed, entry_by_entry
+from pi0_jax.errors import UserError
+
+
+class Parameter(NamedTuple):
+    """One of our parameters."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    """Logical names, or `axis0`, `axis1`, …"""
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return dict(zip(self.axes, self.shape, strict=True))
 
 
 class Rule(NamedTuple):
-    """One correspondence.
-
-    Where `theirs` has `{l}` (or `{L}`), the first letter of `axes` is l (L), and each layer is a tensor of its own.
-    Where it is two names, the next letter is c, and they are its two entries.
-    """
+    """One correspondence."""
 
     ours: str
+    """Path of the parameter."""
     theirs: str | tuple[str, str]
-    axes: str
+    """Name of the tensor. With `{}` in it each layer is a tensor; two names are the two entries of our axis `stack`."""
+    axes: str = ""
+    """Axes of one of their tensors by our names, `(heads head_dim)` where two are one; empty: in our order."""
 
     @property
     def names(self) -> tuple[str, ...]:
         return (self.theirs,) if isinstance(self.theirs, str) else self.theirs
 
     @property
-    def layer(self) -> str | None:
-        """The letter that names layers, or None where theirs are not split into layers."""
-        found = re.search(r"\{(\w)\}", self.names[0])
-        return found[1] if found else None
+    def by_layer(self) -> bool:
+        """Whether each layer is a tensor of its own."""
+        return "{}" in self.names[0]
 
-    @property
-    def part_axes(self) -> str:
-        """Axes of one of their tensors."""
-        split = (self.layer is not None) + (len(self.names) > 1)
-        return " ".join(_show(group) for group in groups(self.axes)[split:])
+    def groups(self, parameter: Parameter) -> list[list[str]]:
+        """Our axes by axis of one of their tensors."""
+        if self.axes:
+            return [group.strip("()").split() for group in re.findall(r"\([^)]*\)|\S+", self.axes)]
+        split = ("layers",) * self.by_layer + ("stack",) * (len(self.names) > 1)
+        return [[axis] for axis in parameter.axes if axis not in split]
 
-    def tensor_names(self, sizes: Sizes) -> Iterator[tuple[str, int | None, int | None]]:
-        """Name of each of their tensors, with its layer and its part (None where there is one)."""
-        for layer in range(sizes[self.layer]) if self.layer else (None,):
-            for part, name in enumerate(self.names):
-                name = name if layer is None else name.replace(f"{{{self.layer}}}", str(layer))
-                yield name, layer, part if len(self.names) > 1 else None
+    def shape(self, parameter: Parameter) -> tuple[int, ...]:
+        """Shape of one of their tensors."""
+        return tuple(math.prod(parameter.sizes[axis] for axis in group) for group in self.groups(parameter))
 
-
-ASK = {
-    "n": "--num-heads (query heads of the experts; 8 in the released models)",
-    "k": "--num-kv-heads (key/value heads of the experts; 1 in the released models)",
-    "N": "--vision-heads (attention heads of the image encoder; 16 in the released models)",
-}
-"""Letters that a product of axes may leave open, and the flag that settles them."""
-
-
-def infer_sizes(rules: Sequence[Rule], tensors: Mapping[str, Tensor], known: Sizes) -> Sizes:
-    """Sizes of all letters that the tensors' shapes determine.
-
-    Where tensors disagree, most of them decide; `bind` then names those that do not fit.
-
-    Args:
-        rules: the table; all its rules that apply to the tensors.
-        tensors: the source.
-        known: sizes that a product of axes leaves open, such as the number of heads.
-
-    Raises:
-        ValueError: a product of axes stays open; the message names the flags.
-    """
-    votes: defaultdict[str, Counter[int]] = defaultdict(Counter)
-    products: list[tuple[list[str], int]] = []
-    lookup = {name.replace(f"{{{rule.layer}}}", "{}"): rule for rule in rules for name in rule.names}
-    for name, tensor in tensors.items():
-        key = re.sub(r"(?<=\.)\d+(?=\.)", "{}", name)
-        rule = lookup.get(key)
-        if rule is None:
-            continue
-        if rule.layer:
-            votes[rule.layer][1 + int(re.search(r"(?<=\.)\d+(?=\.)", name)[0])] += 1  # pyright: ignore[reportOptionalSubscript]
-        axes = groups(rule.part_axes)
-        if len(axes) != len(tensor.shape):
-            continue
-        for group, size in zip(axes, tensor.shape, strict=True):
-            if len(group) == 1:
-                votes[group[0]][size] += 1
-            else:
-                products.append((group, size))
-    layered = {rule.layer for rule in rules if rule.layer}
-    sizes = {letter: max(count) if letter in layered else count.most_common(1)[0][0] for letter, count in votes.items()}
-    sizes |= {letter: size for letter, size in known.items() if letter not in sizes} | CONSTANT
-    sizes = {letter: size for letter, size in sizes.items() if letter != "1"}
-    while products:
-        solved: defaultdict[str, Counter[int]] = defaultdict(Counter)
-        left = []
-        for group, size in products:
-            open_letters = [letter for letter in group if letter not in sizes]
-            rest = int(np.prod([sizes[letter] for letter in group if letter in sizes], dtype=np.int64))
-            if len(open_letters) == 1 and size % rest == 0:
-                solved[open_letters[0]][size // rest] += 1
-            elif len(open_letters) > 1:
-                left.append((group, size))
-        if left and not solved:
-            letters = sorted({letter for group, _ in left for letter in group if letter not in sizes and letter in ASK})
-            raise ValueError(
-                "the tensors give only products of these sizes; name them:\n  " + "\n  ".join(ASK[x] for x in letters)
-            )
-        sizes |= {letter: count.most_common(1)[0][0] for letter, count in solved.items()}
-        products = left
-    return sizes
+    def tensors(self, parameter: Parameter) -> Iterator[tuple[str, int | None, int | None]]:
+        """Name of each of their tensors, with its layer and its entry of `stack` (None where they are not split)."""
+        for layer in range(parameter.sizes["layers"]) if self.by_layer else (None,):
+            for entry, name in enumerate(self.names):
+                yield name.replace("{}", str(layer)), layer, entry if len(self.names) > 1 else None
 
 
 def bind(
     rules: Sequence[Rule],
-    leaves: Mapping[str, str],
-    tensors: Mapping[str, Tensor],
-    sizes: Sizes,
-    spare: Mapping[str, str] = MappingProxyType({}),
+    wanted: Mapping[str, Parameter],
+    tensors: Mapping[str, LazyArray],
+    spare: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
 ) -> tuple[dict[str, Rule], list[str]]:
-    """Decides which rule fills each leaf, and checks that everything corresponds.
+    """Decides which rule fills each parameter, and checks that everything corresponds.
 
     Args:
-        rules: the table; of several rules for a leaf the first one with a tensor in the source applies.
-        leaves: our path to the letters of its axes: all that has to be filled.
-        tensors: the source.
-        sizes: of all letters.
-        spare: names that may be left over, and the letters of their axes.
+        rules: of the format; of several for a parameter the first one with a tensor in the checkpoint applies.
+        wanted: our parameters by path: all that has to be filled.
+        tensors: the checkpoint's.
+        spare: names that may be left over, and their shapes.
 
     Returns:
-        The rule of each leaf, and the names that are left over.
+        The rule of each parameter, and the names that are left over.
 
     Raises:
-        ValueError: a tensor that is missing, has another shape, or is of no use; all of them are listed.
+        UserError: a tensor that is missing, has another shape, or is unexpected; all of them are listed.
     """
     chosen: dict[str, Rule] = {}
     problems, used = [], set()
-    for path in leaves:
+    for path, parameter in wanted.items():
         candidates = [rule for rule in rules if rule.ours == path]
         if not candidates:
             problems.append(f"this format has no place for {path}")
             continue
-        present = [r for r in candidates if any(name in tensors for name, *_ in r.tensor_names(sizes))]
+        present = [rule for rule in candidates if any(name in tensors for name, *_ in rule.tensors(parameter))]
         if not present and len(candidates) > 1:
-            problems.append(f"missing: {' or '.join(str(r.theirs) for r in candidates)}, for {path}")
+            problems.append(f"missing: {' or '.join(str(rule.theirs) for rule in candidates)}, for {path}")
             continue
         rule = chosen[path] = (present or candidates)[0]
-        want = shape_of(rule.part_axes, sizes)
-        for name, *_ in rule.tensor_names(sizes):
+        shape = rule.shape(parameter)
+        for name, *_ in rule.tensors(parameter):
             if name not in tensors:
                 problems.append(f"missing: {name}, for {path}")
-            elif tensors[name].shape != want:
-                problems.append(f"{name} has shape {tensors[name].shape}, and {want} is needed for {path}")
-            elif name in used:
-                raise AssertionError(f"two rules claim {name}")
+            elif tensors[name].shape != shape:
+                problems.append(f"{name} has shape {tensors[name].shape}, and {shape} is needed for {path}")
+            assert name not in used, f"two rules claim {name}"
             used.add(name)
-    rest = [name for name in tensors if name not in used]
-    for name in rest:
+    left_over = [name for name in tensors if name not in used]
+    for name in left_over:
         if name not in spare:
-            problems.append(f"of no use: {name}")
-        elif tensors[name].shape != (want := shape_of(spare[name], sizes)):
-            problems.append(f"{name} has shape {tensors[name].shape}; it is not needed, and {want} is what it would be")
+            problems.append(f"unexpected: {name}")
+        elif tensors[name].shape != spare[name]:
+            problems.append(f"{name} has shape {tensors[name].shape}; unused as it is, it should have {spare[name]}")
     if problems:
         if len(problems) > 40:
             problems = list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", problem) for problem in problems))
         shown = "\n  ".join(problems[:40])
         more = f"\n  and {len(problems) - 40} more" if len(problems) > 40 else ""
-        raise ValueError(f"these tensors do not make the model that most of them are of:\n  {shown}{more}")
-    return chosen, rest
+        raise UserError(f"the tensors do not match the inferred architecture:\n  {shown}{more}")
+    return chosen, left_over
 
 
-def to_ours(
-    rules: Mapping[str, Rule], leaves: Mapping[str, str], tensors: Mapping[str, Tensor], sizes: Sizes
-) -> Tensors:
-    """Our leaves as tensors that are read from theirs."""
-    return {path: _leaf(rules[path], axes, tensors, sizes) for path, axes in leaves.items()}
+def to_ours(rules: Mapping[str, Rule], wanted: Mapping[str, Parameter], tensors: Mapping[str, LazyArray]) -> LazyArrays:
+    """Our parameters, read from their tensors; `rules` as from `bind`."""
+    return {path: _ours(rules[path], parameter, tensors) for path, parameter in wanted.items()}
 
 
-def from_ours(rules: Sequence[Rule], leaves: Mapping[str, str], ours: Mapping[str, Tensor], sizes: Sizes) -> Tensors:
-    """Their tensors, read from our leaves. Where a table has several rules for a leaf, all are written.
+def from_ours(rules: Sequence[Rule], wanted: Mapping[str, Parameter], ours: Mapping[str, LazyArray]) -> LazyArrays:
+    """Their tensors, read from our parameters. Where there are several rules for a parameter, all are written.
 
     Raises:
-        ValueError: the format has no place for a leaf; all such leaves are listed.
+        UserError: the format has no place for a parameter; all such parameters are listed.
     """
-    homeless = [path for path in leaves if not any(rule.ours == path for rule in rules)]
+    homeless = [path for path in wanted if not any(rule.ours == path for rule in rules)]
     if homeless:
-        raise ValueError(
+        raise UserError(
             "this format has no place for these of our parameters: " + ", ".join(homeless) + ". Image encoders with a "
             "stem exist only here; LoRA adapters can be merged with --merge-lora."
         )
-    found: Tensors = {}
+    found: LazyArrays = {}
     for rule in rules:
-        if rule.ours not in leaves:
-            continue
-        shape = shape_of(rule.part_axes, sizes)
-        for name, layer, part in rule.tensor_names(sizes):
-            found[name] = _part(rule, leaves[rule.ours], ours[rule.ours], layer, part, shape, sizes)
+        if parameter := wanted.get(rule.ours):
+            for name, layer, entry in rule.tensors(parameter):
+                found[name] = _theirs(rule, parameter, ours[rule.ours], layer, entry)
     return found
 
 
-def _leaf(rule: Rule, axes: str, tensors: Mapping[str, Tensor], sizes: Sizes) -> Tensor:
-    names = [name for name, *_ in rule.tensor_names(sizes)]
-    first, shape = tensors[names[0]], shape_of(axes, sizes)
-    if rule.layer is None and rule.axes == axes:
-        return first
-    if groups(axes)[0][0] not in ("l", "L"):
-        return _moved(first, rule.axes, axes, shape, sizes)
+def _ours(rule: Rule, parameter: Parameter, tensors: Mapping[str, LazyArray]) -> LazyArray:
+    names = [name for name, *_ in rule.tensors(parameter)]
+    dtype = _common_dtype({tensors[name].dtype for name in names})
+    source, target = rule.groups(parameter), [[axis] for axis in parameter.axes]
+    if len(names) == 1:
+        return _rearranged(tensors[names[0]], source, target, parameter)
 
     def read_layer(i: int) -> np.ndarray:
-        if rule.layer is None:
-            array = first.read(i)
-        else:
-            parts = [tensors[name.replace(f"{{{rule.layer}}}", str(i))].read(None) for name in rule.names]
-            array = np.stack(parts) if len(parts) > 1 else parts[0]
-        return _move(array.astype(dtype, copy=False), _without_first(rule.axes), _without_first(axes), sizes)
+        arrays = [tensors[name.replace("{}", str(i))].read(None) for name in rule.names]
+        if len(arrays) > 1:
+            return _move(np.stack(arrays).astype(dtype, copy=False), [["stack"], *source], target[1:], parameter.sizes)
+        return _move(arrays[0].astype(dtype, copy=False), source, target[1:], parameter.sizes)
 
-    dtype = _holding({tensors[name].dtype for name in names})
-    return entry_by_entry(shape, dtype, read_layer)
+    return entry_by_entry(parameter.shape, dtype, read_layer)
 
 
-def _holding(dtypes: set[np.dtype]) -> np.dtype:
-    """The one dtype of a leaf whose layers are tensors of these dtypes: one that holds all numbers exactly."""
+def _common_dtype(dtypes: set[np.dtype]) -> np.dtype:
+    """One dtype that holds the numbers of all layers exactly."""
     if len(dtypes) == 1:
         return next(iter(dtypes))
     return np.dtype(np.float64 if any(dtype.itemsize > 4 for dtype in dtypes) else np.float32)
 
 
-def _part(
-    rule: Rule,
-    axes: str,
-    leaf: Tensor,
-    layer: int | None,
-    part: int | None,
-    shape: tuple[int, ...],
-    sizes: Sizes,
-) -> Tensor:
-    if layer is None and rule.axes == axes:
-        return leaf
-    if layer is None and groups(axes)[0][0] not in ("l", "L"):
-        return _moved(leaf, axes, rule.axes, shape, sizes)
-
-    def read_layer(i: int) -> np.ndarray:
-        array = _move(leaf.read(i), _without_first(axes), _without_first(rule.axes), sizes)
-        return array if part is None else array[part]
-
+def _theirs(rule: Rule, parameter: Parameter, ours: LazyArray, layer: int | None, entry: int | None) -> LazyArray:
+    source, target = [[axis] for axis in parameter.axes], rule.groups(parameter)
     if layer is None:
-        return entry_by_entry(shape, leaf.dtype, read_layer)
-    return Tensor(shape, leaf.dtype, lambda i: read_layer(layer) if i is None else read_layer(layer)[i])
+        return _rearranged(ours, source, target, parameter)
+    if entry is not None:
+        target = [["stack"], *target]
+
+    def read() -> np.ndarray:
+        array = _move(ours.read(layer), source[1:], target, parameter.sizes)
+        return array if entry is None else array[entry]
+
+    return computed(rule.shape(parameter), ours.dtype, read)
 
 
-def _moved(tensor: Tensor, source: str, target: str, shape: tuple[int, ...], sizes: Sizes) -> Tensor:
-    """The tensor with its axes rearranged, all at once."""
+def _rearranged(array: LazyArray, source: list[list[str]], target: list[list[str]], parameter: Parameter) -> LazyArray:
+    """The array with its axes in another order: layer by layer where both are stacked by layers, else as a whole."""
+    if source == target:
+        return array
+    sizes = parameter.sizes
+    shape = tuple(math.prod(sizes[axis] for axis in group) for group in target)
+    if source[0] == target[0] == ["layers"]:
+        return entry_by_entry(shape, array.dtype, lambda i: _move(array.read(i), source[1:], target[1:], sizes))
+    return computed(shape, array.dtype, lambda: _move(array.read(None), source, target, sizes))
 
-    def read(i: Index) -> np.ndarray:
-        array = _move(tensor.read(None), source, target, sizes)
-        return array if i is None else array[i]
 
-    return Tensor(shape, tensor.dtype, read)
-
-
-def _move(array: np.ndarray, source: str, target: str, sizes: Sizes) -> np.ndarray:
+def _move(array: np.ndarray, source: list[list[str]], target: list[list[str]], sizes: Mapping[str, int]) -> np.ndarray:
     """Rearranges axes. numpy's own bfloat16 is moved as integers of the same size, which einops knows."""
     if source == target:
         return array
-    letters = {letter for group in groups(source) for letter in group if letter != "1"}
-    moved = einops.rearrange(
-        array.view(np.dtype(f"u{array.dtype.itemsize}")), f"{source} -> {target}", **{x: sizes[x] for x in letters}
-    )
+    before, after = (" ".join(f"({' '.join(group)})" for group in groups) for groups in (source, target))
+    known = {axis: sizes[axis] for group in source for axis in group}
+    moved = einops.rearrange(array.view(np.dtype(f"u{array.dtype.itemsize}")), f"{before} -> {after}", **known)
     return np.ascontiguousarray(moved).view(array.dtype)
-
-
-def _without_first(axes: str) -> str:
-    return " ".join(_show(group) for group in groups(axes)[1:])
-
-
-def _show(group: list[str]) -> str:
-    return group[0] if len(group) == 1 else f"({' '.join(group)})"

@@ -16,7 +16,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -24,12 +24,13 @@ from pi0_jax import checkpoint
 from pi0_jax.atomic import lives
 from pi0_jax.config import ModelConfig
 from pi0_jax.convert import change
-from pi0_jax.convert.files import RECORD, Format, detect, read_json, write_json
-from pi0_jax.convert.formats import Choices, Weights, open_checkpoint, parameters
-from pi0_jax.convert.lazy import Tensor, pieces, rows_per_piece
+from pi0_jax.convert.assemble import PROMPT_LENGTH
+from pi0_jax.convert.files import RECORD, read_json, write_json
+from pi0_jax.convert.formats import OpenCheckpoint, Overrides, detect, formats, open_checkpoint, write_checkpoint
+from pi0_jax.convert.lazy import LazyArray, pieces, pieces_of_both
 from pi0_jax.convert.remote import is_remote
 from pi0_jax.convert.verify import agree
-from pi0_jax.convert.write import lost, write_checkpoint
+from pi0_jax.errors import UserError
 
 _log = logging.getLogger(__name__)
 
@@ -37,15 +38,15 @@ _log = logging.getLogger(__name__)
 def convert(
     source: str | Path,
     target: str | Path,
-    to: Format = "pi0",
+    to: str = "pi0",
     *,
-    choices: Choices = Choices(),  # noqa: B008 - frozen
-    dtype: Literal["float32", "bfloat16"] | None = None,
+    overrides: Overrides = Overrides(),
+    dtype: change.Dtype | None = None,
     merge_lora: bool = False,
-    model: ModelConfig = ModelConfig(),  # noqa: B008 - frozen
+    model: ModelConfig = ModelConfig(),
     verify: bool = True,
     edited: bool = False,
-    verify_with: agree.Framework | None = None,
+    verify_with: str | None = None,
     tolerance: float = 1e-4,
     overwrite: bool = False,
     offline: bool = False,
@@ -56,7 +57,7 @@ def convert(
         source: a checkpoint of any format (`formats.open_checkpoint`).
         target: folder to write. It appears when everything is written and checked, never half.
         to: format of the target.
-        choices: what the source does not say, or what shall become larger.
+        overrides: what the source does not say, or what shall change.
         dtype: of all tensors; None keeps each one's.
         merge_lora: add adapters to their weights.
         model: action expert, action dimension, horizon and prompt length for a backbone without action expert.
@@ -76,32 +77,32 @@ def convert(
 
     Raises:
         FileNotFoundError: no source.
-        FileExistsError: the target is there; or it shall be replaced, and is no checkpoint.
+        FileExistsError: the target is there; or it is to be replaced, and is no checkpoint.
         OSError: the disk is full; nothing is left behind.
-        ValueError: the source is damaged, incomplete or not what its `conversion.json` says, has to be told something,
-            or does not fit the format.
+        UserError: the source is damaged, incomplete or not what its `conversion.json` says, lacks something that has
+            to be given, or does not fit the format.
     """
     started = time.monotonic()
     target = Path(target).expanduser().absolute()
     _check_target(target, overwrite)
-    opened = open_checkpoint(source, choices, offline)
-    weights, notes = _changed(opened, choices, dtype, merge_lora, model)
-    notes = [*opened.warnings, *notes, *lost(weights, to)]
+    opened = open_checkpoint(source, overrides, offline)
+    result, notes = _changed(opened, overrides, dtype, merge_lora, model)
+    notes = [*opened.warnings, *notes, *formats()[to].lost(result)]
     if verify_with is not None:
-        agree.check_comparable(opened, weights, to, verify_with)
+        agree.check_comparable(opened, result, to, verify_with)
     for note in notes:
         _log.warning("%s", note)
-    record = _record(opened, weights, to, notes)
+    record = _record(opened, result, to, notes)
     if is_remote(source):
         record["source"]["url"] = str(source)
 
     temporary = _temporary(target)
     try:
-        with _full_disk_explained(target, weights):
-            write_checkpoint(weights, temporary, to, choices.asset_id)
+        with _full_disk_explained(target, result):
+            write_checkpoint(result, temporary, to, overrides.asset_id)
             write_json(temporary / RECORD, record)
             if verify:
-                _verify(opened, weights, temporary, edited, record)
+                _verify(opened, result, temporary, edited, record)
             if verify_with is not None:
                 record["actions"] = agree.agreement(opened, open_checkpoint(temporary), verify_with, tolerance)
                 if not record["actions"]["agree"]:
@@ -119,14 +120,14 @@ def disagreement(actions: dict[str, Any]) -> str:
     """What a record's `actions` say where the two do not agree."""
     return (
         f"actions differ by {actions['largest_difference']:.3g}, more than {actions['tolerance']:g}; source and result "
-        f"part at {actions['parts_at']}"
+        f"diverge at {actions['diverges_at']}"
     )
 
 
-def digest(path: str, tensor: Tensor) -> str:
+def digest(path: str, tensor: LazyArray) -> str:
     """SHA-256 of one of our leaves: its path, dtype, shape and numbers."""
     found = hashlib.sha256(_head(path, tensor))
-    for _, piece in pieces(tensor, rows_per_piece(tensor)):
+    for _, piece in pieces(tensor):
         found.update(_bytes(piece).data)
     return found.hexdigest()
 
@@ -140,41 +141,35 @@ def digest_of_all(leaves: Mapping[str, str]) -> str:
     return hashlib.sha256("".join(f"{path} {leaves[path]}\n" for path in sorted(leaves)).encode()).hexdigest()
 
 
-def compare(a: Tensor, b: Tensor) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Pieces of two tensors of one shape, side by side."""
-    rows = rows_per_piece(a)
-    same = a._replace(stacked=a.stacked and b.stacked), b._replace(stacked=a.stacked and b.stacked)
-    for (_, x), (_, y) in zip(pieces(same[0], rows), pieces(same[1], rows), strict=True):
-        yield x, y
-
-
 def _changed(
-    weights: Weights, choices: Choices, dtype: str | None, merge_lora: bool, model: ModelConfig
-) -> tuple[Weights, list[str]]:
-    notes = []
-    if weights.policy.model.variant == "pi0_fast" and (choices.variant or weights.format == "big_vision"):
-        variant = choices.variant or "pi0"
+    opened: OpenCheckpoint, overrides: Overrides, dtype: change.Dtype | None, merge_lora: bool, model: ModelConfig
+) -> tuple[OpenCheckpoint, list[str]]:
+    """The checkpoint with everything that shall become different, and notes about it."""
+    result, notes = opened, []
+    before = opened.policy.model.variant
+    variant = overrides.variant or opened.add_expert
+    if before == "pi0_fast" and variant is not None:
         wanted = {
-            "action_dim": choices.action_dim,
-            "action_horizon": choices.horizon,
-            "prompt_length": choices.prompt_length or {"pi0": 48, "pi05": 200}[variant],
+            "action_dim": overrides.action_dim,
+            "action_horizon": overrides.horizon,
+            "prompt_length": overrides.prompt_length or PROMPT_LENGTH[variant],
         }
         model = dataclasses.replace(model, **{name: value for name, value in wanted.items() if value is not None})
-        weights = change.add_action_expert(weights, variant, model)
+        result = change.add_action_expert(result, variant, model)
         notes.append("the action expert and its projections are fresh: random weights, to be trained")
-    elif choices.variant not in (None, weights.policy.model.variant):
-        raise ValueError(
-            f"{weights.path} is a {weights.policy.model.variant}, which does not turn into a {choices.variant}; "
-            "--variant is for backbones without an action expert."
+    elif overrides.variant not in (None, before):
+        raise UserError(
+            f"{opened.path} is a {before}, which does not turn into a {overrides.variant}; --variant is for backbones "
+            "without an action expert."
         )
     if merge_lora:
-        weights = change.merge_lora(weights)
-    weights = change.grow(weights, choices)
+        result = change.merge_lora(result)
+    result = change.grow(result, overrides)
     if dtype is not None:
-        weights, loses = change.cast(weights, dtype)  # pyright: ignore[reportArgumentType]
+        result, loses = change.cast(result, dtype)
         if loses:
             notes.append(f"--dtype {dtype} rounds the weights: precision is lost")
-    return weights, notes
+    return result, notes
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
@@ -216,7 +211,7 @@ def _put_in_place(temporary: Path, target: Path) -> None:
 
 
 @contextlib.contextmanager
-def _full_disk_explained(target: Path, weights: Weights) -> Iterator[None]:
+def _full_disk_explained(target: Path, result: OpenCheckpoint) -> Iterator[None]:
     """Says how much is needed where there is no room, in whichever way the library that writes says so."""
     try:
         yield
@@ -225,7 +220,7 @@ def _full_disk_explained(target: Path, weights: Weights) -> Iterator[None]:
         number = int(code[1]) if code else getattr(error, "errno", None)
         if number not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        needed = sum(tensor.nbytes for tensor in weights.tensors.values())
+        needed = sum(tensor.nbytes for tensor in result.tensors.values())
         raise OSError(
             number,
             f"could not write {target}: {os.strerror(number)}. It takes up to {needed / 1e9:.3g} GB; nothing of it was "
@@ -233,80 +228,81 @@ def _full_disk_explained(target: Path, weights: Weights) -> Iterator[None]:
         ) from error
 
 
-def _verify(opened: Weights, weights: Weights, folder: Path, edited: bool, record: dict[str, Any]) -> None:
+def _verify(opened: OpenCheckpoint, result: OpenCheckpoint, folder: Path, edited: bool, record: dict[str, Any]) -> None:
     """Checks the source and what was written, all of both, and puts what was found into the record.
 
     Raises:
-        ValueError: the source is damaged, or the target was read back differently.
+        UserError: the source is damaged, or the target was read back differently.
     """
     if opened.format == "pi0" and not edited:
         checkpoint.verify(opened.path, only=("params", "assets"))
-    found = _read_back(weights, folder)
-    unchanged = weights.tensors == opened.tensors
+    found = _read_back(result, folder)
+    unchanged = result.tensors == opened.tensors
     before = found if unchanged else {path: digest(path, tensor) for path, tensor in opened.tensors.items()}
     if not edited:
         _check_recorded(opened, before)
     for tensor in opened.dropped.values():
-        for _ in pieces(tensor, rows_per_piece(tensor)):
+        for _ in pieces(tensor):
             pass  # reading finds numbers that are not finite
     record["verified"] = {
         "tensors": len(found),
-        "parameters": parameters(weights.tensors),
+        "parameters": _count(result),
         "largest_difference": 0.0,
     }
     record["source"]["sha256"], record["weights_sha256"] = digest_of_all(before), digest_of_all(found)
     record["leaves_sha256"] = found
 
 
-def _read_back(weights: Weights, folder: Path) -> dict[str, str]:
+def _read_back(result: OpenCheckpoint, folder: Path) -> dict[str, str]:
     """Reads the written checkpoint back and compares it with what was to be written; returns the leaves' hashes.
 
     Raises:
-        ValueError: a tensor, the statistics or the configuration differ: our bug, or the disk's.
+        UserError: a tensor, the statistics or the configuration differ: our bug, or the disk's.
     """
-    written = open_checkpoint(folder, Choices(asset_id=None))
-    if written.policy.model != weights.policy.model:
-        raise ValueError(f"verification failed: wrote {weights.policy.model}, read back {written.policy.model}")
-    if written.norm_stats != weights.norm_stats or written.tokenizer != weights.tokenizer:
-        raise ValueError("verification failed: statistics or tokenizer read back differently.")
+    written = open_checkpoint(folder, Overrides(asset_id=None))
+    if written.policy.model != result.policy.model:
+        raise UserError(f"verification failed: wrote {result.policy.model}, read back {written.policy.model}")
+    if written.norm_stats != result.norm_stats or written.tokenizer != result.tokenizer:
+        raise UserError("verification failed: statistics or tokenizer read back differently.")
     digests = {}
-    for path, ours in weights.tensors.items():
+    for path, ours in result.tensors.items():
         theirs = written.tensors[path]
         if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
-            raise ValueError(f"verification failed at {path}: {ours.dtype}{ours.shape}, {theirs.dtype}{theirs.shape}")
+            raise UserError(f"verification failed at {path}: {ours.dtype}{ours.shape}, {theirs.dtype}{theirs.shape}")
         found = hashlib.sha256(_head(path, ours))
-        for x, y in compare(ours, theirs):
+        for x, y in pieces_of_both(ours, theirs):
             if not np.array_equal(_bits(x), _bits(y)):
-                raise ValueError(f"verification failed at {path}: it was read back with other bits.")
+                raise UserError(f"verification failed at {path}: it was read back with other bits.")
             found.update(_bytes(x).data)
         digests[path] = found.hexdigest()
     return digests
 
 
-def _check_recorded(weights: Weights, found: Mapping[str, str]) -> None:
+def _check_recorded(opened: OpenCheckpoint, found: Mapping[str, str]) -> None:
     """Compares the hashes of leaves with those that a conversion of ours wrote beside the weights, if one did.
 
     Raises:
-        ValueError: leaves that were changed since; all of them are named.
+        UserError: leaves that were changed since; all of them are named.
     """
-    path = weights.path / RECORD
+    path = opened.path / RECORD
     recorded = read_json(path).get("leaves_sha256") if path.is_file() else None
-    changed = (
-        [leaf for leaf in sorted({*recorded, *found}) if recorded.get(leaf) != found.get(leaf)] if recorded else []
-    )
+    if not recorded:
+        return
+    changed = [name for name in sorted({*recorded, *found}) if recorded.get(name) != found.get(name)]
     if not changed:
         return
-    shown = [leaf + (f" ({weights.names[leaf]})" if leaf in weights.names else "") for leaf in changed[:40]]
-    some = "\n  ".join(shown) + (f"\n  and {len(changed) - 40} more" if len(changed) > 40 else "")
-    raise ValueError(
-        f"{len(changed)} of {len(found)} leaves are not what {path} says was written here. If they were changed on "
-        f"purpose, by training in this folder for instance, go on with --edited; else the folder is damaged:\n  {some}"
+    shown = [name + (f" ({opened.names[name]})" if name in opened.names else "") for name in changed[:40]]
+    listed = "\n  ".join(shown) + (f"\n  and {len(changed) - 40} more" if len(changed) > 40 else "")
+    raise UserError(
+        f"{len(changed)} of {len(found)} parameters are not what {path} says was written here. If they were changed on "
+        "purpose, by training in this folder for instance, go on with --edited; else the folder is damaged:\n  "
+        f"{listed}"
     )
 
 
-def _record(opened: Weights, weights: Weights, to: Format, notes: list[str]) -> dict[str, Any]:
+def _record(opened: OpenCheckpoint, result: OpenCheckpoint, to: str, notes: list[str]) -> dict[str, Any]:
     packages = ("pi0_jax", "numpy", "jax", "orbax-checkpoint", "tensorstore")
-    dtypes = sorted({str(tensor.dtype) for tensor in weights.tensors.values()})
+    dtypes = sorted({str(tensor.dtype) for tensor in result.tensors.values()})
     return {
         "source": {"format": opened.format, "name": opened.path.name, "step": opened.step, "sha256": None},
         "format": to,
@@ -314,13 +310,18 @@ def _record(opened: Weights, weights: Weights, to: Format, notes: list[str]) -> 
         "leaves_sha256": None,
         "verified": None,
         "actions": None,
-        "parameters": parameters(weights.tensors),
+        "parameters": _count(result),
         "dtypes": dtypes,
         "dropped": list(opened.dropped),
         "notes": notes,
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in packages},
-        "policy": checkpoint.policy_to_json(weights.policy),
+        "policy": checkpoint.policy_to_json(result.policy),
     }
+
+
+def _count(opened: OpenCheckpoint) -> int:
+    """Number of parameters."""
+    return sum(tensor.size for tensor in opened.tensors.values())
 
 
 def _version(package: str) -> str | None:
@@ -330,7 +331,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _head(path: str, tensor: Tensor) -> bytes:
+def _head(path: str, tensor: LazyArray) -> bytes:
     return f"{path} {tensor.dtype} {tensor.shape}\n".encode()
 
 

@@ -137,7 +137,7 @@ class CachedFrames(Source):
     def picture_files(self, camera: str) -> list[Path]:
         return self.source.picture_files(camera)
 
-    def images(self, camera: str, rows: Rows) -> UInt8[np.ndarray, "n h w 3"]:
+    def images(self, camera: str, rows: Rows) -> UInt8[np.ndarray, "*b h w 3"]:
         self.check_camera(camera)
         if camera not in self._cached:
             return self.source.images(camera, rows)

@@ -153,7 +153,7 @@ class _Prepare:
             lengths = [self._readers[m].prompt_lengths(frames[members == m]).max() for m in np.unique(members)]
         else:
             lengths = batch.observation.prompt_mask.sum(1)
-        return shorten_prompts(batch, max(lengths), self._buckets), seconds
+        return shorten_prompts(batch, int(max(lengths)), self._buckets), seconds
 
     def _batch(self, members: Indices, frames: Indices, seconds: np.ndarray) -> Batch:
         batches, places = [], []
@@ -204,7 +204,7 @@ def eval_batches(
                 batch = reader(np.pad(indices, (0, filling), mode="edge")[wanted], np.zeros(len(STAGES)))
                 batch.step_mask[wanted >= len(indices)] = False
                 if buckets := config.data.prompt_buckets:
-                    batch = shorten_prompts(batch, reader.prompt_lengths(indices).max(), buckets)
+                    batch = shorten_prompts(batch, int(reader.prompt_lengths(indices).max()), buckets)
                 yield batch
 
     return batches()

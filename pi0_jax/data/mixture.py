@@ -45,6 +45,7 @@ _log = logging.getLogger(__name__)
 
 Order = Callable[[int], Int[np.ndarray, "n"]]
 """From the number of an epoch to the frames in the order in which it visits them."""
+Weights = Sequence[int | float] | np.ndarray
 
 
 class OpenDataset(NamedTuple):
@@ -194,7 +195,7 @@ class Stream:
         seed: of the places.
     """
 
-    def __init__(self, orders: Sequence[Order], sizes: Sequence[int], weights: Sequence[float] | None, seed: int):
+    def __init__(self, orders: Sequence[Order], sizes: Sequence[int], weights: Weights | None, seed: int):
         self._orders, self._sizes, self._seed = list(orders), np.array(sizes), seed
         self.quota = apportion(self._sizes if weights is None else weights, BLOCK)
         """Samples of each dataset in a block."""
@@ -258,7 +259,7 @@ class FrameOrder:
         return self._frames[np.concatenate([group[rng.permutation(len(group))] for group in groups])]
 
 
-def apportion(weights: Sequence[float] | np.ndarray, total: int) -> Int[np.ndarray, "n"]:
+def apportion(weights: Weights, total: int) -> Int[np.ndarray, "n"]:
     """Whole numbers in proportion to `weights` that sum to `total`, each at least 1 (largest remainders)."""
     shares = np.asarray(weights, np.float64) / np.sum(weights) * total
     counts = np.maximum(1, np.floor(shares)).astype(np.int64)

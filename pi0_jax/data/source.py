@@ -25,6 +25,7 @@ the action, so that it must not be learnt."""
 _log = logging.getLogger(__name__)
 
 Rows = Int[np.ndarray, "*b"]
+Number = int | np.integer
 
 
 class BadEpisode(UserError):
@@ -71,13 +72,13 @@ class Source(abc.ABC):
     def num_frames(self) -> int:
         return int(self.ends[-1])
 
-    def episode_range(self, episode: int) -> tuple[int, int]:
+    def episode_range(self, episode: Number) -> tuple[int, int]:
         """First frame of an episode, and the one after its last."""
         return int(self.ends[episode - 1]) if episode else 0, int(self.ends[episode])
 
     def episode_of(self, rows: Rows) -> Rows:
         """Number of the episode of each frame."""
-        return np.searchsorted(self.ends, rows, side="right")
+        return np.asarray(np.searchsorted(self.ends, rows, side="right"))
 
     def columns(self, name: str) -> Shaped[np.ndarray, "n *shape"]:
         """Values of one feature for all frames, in order. They are kept, so do not change them.
@@ -105,7 +106,7 @@ class Source(abc.ABC):
         return self.ends[-1:]
 
     @abc.abstractmethod
-    def images(self, camera: str, rows: Rows) -> UInt8[np.ndarray, "n h w 3"]:
+    def images(self, camera: str, rows: Rows) -> UInt8[np.ndarray, "*b h w 3"]:
         """Frames of a camera, RGB.
 
         Raises:
@@ -117,16 +118,16 @@ class Source(abc.ABC):
     def picture_files(self, camera: str) -> list[Path]:
         """Files that a camera's frames come from."""
 
-    def task(self, i: int) -> str:
+    def task(self, i: Number) -> str:
         """Instruction of frame `i`."""
         return self.tasks[int(self.task_index[i])]
 
-    def image(self, i: int, camera: str) -> UInt8[np.ndarray, "h w 3"]:
+    def image(self, i: Number, camera: str) -> UInt8[np.ndarray, "h w 3"]:
         """Frame `i` of a camera, RGB."""
         return self.images(camera, np.array([i]))[0]
 
     def chunk(
-        self, i: int | Rows, horizon: int, column: str = ACTION
+        self, i: Number | Rows, horizon: int, column: str = ACTION
     ) -> tuple[Shaped[np.ndarray, "*b ah d"], Bool[np.ndarray, "*b ah"]]:
         """The `horizon` values that start at frame `i`, and a mask that is False beyond the episode's end.
 

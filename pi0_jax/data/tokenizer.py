@@ -20,6 +20,8 @@ import numpy as np
 import sentencepiece
 from jaxtyping import Bool, Float, Int32
 
+from pi0_jax.errors import UserError
+
 STATE_BINS = np.linspace(-1, 1, 256 + 1)[:-1]
 """Left edges of the bins of π0.5's state."""
 
@@ -32,7 +34,7 @@ class Tokenizer:
         source: what to call it in errors.
 
     Raises:
-        ValueError: `model` is no SentencePiece model, or has no token for the beginning of a sequence.
+        UserError: `model` is no SentencePiece model, or has no token for the beginning of a sequence.
     """
 
     def __init__(self, model: bytes, source: str = "the tokenizer"):
@@ -45,12 +47,12 @@ class Tokenizer:
             self.vocab_size: int = self._processor.vocab_size()
             """Token ids are below this."""
         except RuntimeError as error:
-            raise ValueError(
+            raise UserError(
                 f"{source} is not a SentencePiece model ({len(model)} bytes; {error}). Expected a file such as "
                 "PaliGemma's `paligemma_tokenizer.model`; a Hugging Face `tokenizer.json` is another format."
             ) from error
         if self._processor.bos_id() < 0:
-            raise ValueError(f"{source} has no BOS token, which every prompt of π0 starts with. Use PaliGemma's model.")
+            raise UserError(f"{source} has no BOS token, which every prompt of π0 starts with. Use PaliGemma's model.")
         self._encode = functools.lru_cache(maxsize=4096)(self._processor.encode)
         self._warned = False
 
@@ -63,7 +65,7 @@ class Tokenizer:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it is something else.
+            UserError: it is something else.
         """
         if not Path(path).is_file():
             raise FileNotFoundError(
@@ -84,11 +86,11 @@ class Tokenizer:
             vocab_size: largest number of tokens; few texts give fewer.
 
         Raises:
-            ValueError: there is no text, or `vocab_size` has no room for bytes and characters.
+            UserError: there is no text, or `vocab_size` has no room for bytes and characters.
         """
         cleaned = sorted({_clean(text) for text in texts})
         if not any(cleaned):
-            raise ValueError("a tokenizer cannot be trained without text; it was given no instruction.")
+            raise UserError("a tokenizer cannot be trained without text; it was given no instruction.")
         scaffold = [f"Task: {text}, State: -1 0 1 2 3 4 5 6 7 8 9;" for text in cleaned] + ["Action: "]
         model = io.BytesIO()
         try:
@@ -112,7 +114,7 @@ class Tokenizer:
                 minloglevel=2,
             )
         except RuntimeError as error:
-            raise ValueError(
+            raise UserError(
                 f"no tokenizer of {vocab_size} tokens can be trained on {len(cleaned)} texts ({error}). "
                 "It needs 4 special tokens, 256 bytes and each character of the texts: try 512."
             ) from error

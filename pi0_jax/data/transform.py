@@ -172,7 +172,7 @@ def relative_actions(semantics: tuple[str, ...]) -> Transform:
         semantics: one of `data.robots.SEMANTICS` per dimension.
 
     Raises:
-        ValueError: `inverse` gets a sample that did not come from `forward`, so that it has no anchor.
+        UserError: `inverse` gets a sample that did not come from `forward`, so that it has no anchor.
     """
     dims = np.array(relative_dims(semantics), int)
     angles = np.flatnonzero([kind == "angle" for kind in semantics])
@@ -192,7 +192,7 @@ def relative_actions(semantics: tuple[str, ...]) -> Transform:
 
     def inverse(sample: Sample) -> Sample:
         if "anchor" not in sample:
-            raise ValueError("relative actions need the state they are relative to: pass the sample's `anchor`.")
+            raise UserError("relative actions need the state they are relative to: pass the sample's `anchor`.")
         actions = np.array(sample["actions"])
         actions[..., dims] += np.asarray(sample["anchor"])[..., None, dims]
         return sample | {"actions": actions}

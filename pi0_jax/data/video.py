@@ -25,6 +25,7 @@ from jaxtyping import Float, Int, UInt8
 from tqdm import tqdm
 
 from pi0_jax.atomic import written
+from pi0_jax.errors import UserError
 
 KEY_FRAME_EVERY = 2
 PRESET = "veryfast"
@@ -81,7 +82,7 @@ class VideoWriter:
             self._container.mux(packet)
 
 
-class VideoError(ValueError):
+class VideoError(UserError):
     """A video that cannot be decoded, or lacks frames."""
 
     def __init__(self, message: str, rows: np.ndarray):
@@ -115,7 +116,7 @@ def decode_once(
         folder: where decoded arrays are kept.
 
     Raises:
-        ValueError: a video is damaged, cut short or of another size, or the array does not fit on the disk.
+        UserError: a video is damaged, cut short or of another size, or the array does not fit on the disk.
     """
     key = hashlib.sha256(repr((shape, fps)).encode())
     for clip in clips:
@@ -127,7 +128,7 @@ def decode_once(
     if not target.exists():
         needed, free = math.prod(shape), shutil.disk_usage(folder).free
         if needed > free:
-            raise ValueError(
+            raise UserError(
                 f"decoding {name!r} takes {needed / 1e6:,.1f} MB; {folder} has {free / 1e6:,.1f} MB left. "
                 "Pass a `cache` folder with more room."
             )
@@ -382,7 +383,7 @@ def decode_picture(encoded: bytes) -> UInt8[np.ndarray, "h w 3"]:
     """A JPEG or PNG as RGB.
 
     Raises:
-        OSError, ValueError: it is neither, or damaged.
+        OSError, UserError: it is neither, or damaged.
     """
     return np.asarray(PIL.Image.open(io.BytesIO(encoded)).convert("RGB"))
 

@@ -72,11 +72,15 @@ class Cosine:
 
     def at(self, time: Time) -> Coefficients:
         """The path's coefficients at a time."""
+        time = jnp.asarray(time, jnp.float32)
         rate = jnp.pi / 2 / (1 + self.offset)
-        scale = jnp.cos(self.offset / (1 + self.offset) * jnp.pi / 2)
-        angle = (jnp.asarray(time, jnp.float32) + self.offset) / (1 + self.offset) * jnp.pi / 2
+        start = rate * self.offset
+        scale = jnp.cos(start)
+        angle = (time + self.offset) / (1 + self.offset) * jnp.pi / 2
         alpha = jnp.clip(jnp.cos(angle) / scale, self.min_alpha, 1.0)
-        sigma = jnp.sqrt(1 - jnp.square(alpha))
+        # sigma² = 1 - alpha², of which float32 leaves nothing near t = 0; as a product of sines it is exact there.
+        sines = jnp.sin(rate * time) * jnp.sin(rate * time + 2 * start) / jnp.square(scale)
+        sigma = jnp.sqrt(jnp.where(alpha < 0.7, 1 - jnp.square(alpha), jnp.maximum(sines, 0.0)))
         d_alpha = -rate * jnp.sin(angle) / scale
         # sigma' = -alpha alpha' / sigma, whose limit at sigma = 0 (without an offset) is the rate.
         steep = jnp.where(sigma > 1e-3, -d_alpha / jnp.maximum(sigma, 1e-3), rate)
@@ -115,8 +119,9 @@ def estimate(path: Path, predicted: Chunk, x: Chunk, time: Time, predicts: Predi
     c = path.at(along(jnp.asarray(time), x))
     p, q = _row(c, predicts)
     determinant = c.alpha * q - c.sigma * p
-    sign = jnp.where(determinant < 0, -1.0, 1.0)
-    safe = sign * jnp.maximum(jnp.abs(determinant), MIN_DETERMINANT)
+    # That of data is -sigma, and negative also where sigma is 0; the others are positive.
+    sign = -1.0 if predicts == "data" else 1.0
+    safe = sign * jnp.maximum(sign * determinant, MIN_DETERMINANT)
     data = predicted if predicts == "data" else (q * x - c.sigma * predicted) / safe
     noise = predicted if predicts == "noise" else (c.alpha * predicted - p * x) / safe
     return Estimate(data, noise)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
+from pi0_jax.checkpoint import load_assets
 from pi0_jax.inference import export as exporting
 from pi0_jax.inference.policy import Policy
+from pi0_jax.inference.sampler import with_steps
+from pi0_jax.model.quantize import Bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Export:
     """Numbers of observations to write a program for."""
     num_steps: int | None = None
     """Solver steps from noise to actions; the checkpoint's own number by default."""
-    bits: Literal["int8", "fp8"] | None = None
+    bits: Bits | None = None
     """Round the weights to eight bits; what that changes is logged."""
     platforms: tuple[Literal["cpu", "cuda", "rocm", "tpu"], ...] = exporting.PLATFORMS
     """Kinds of devices that the programs are for."""
@@ -40,8 +43,8 @@ class Export:
 def export(args: Export) -> None:
     """Runs `pi0 export`; errors as of `Policy.load` and `export.export`."""
     exporting.check(args.folder)
-    changes: dict[str, Any] = {} if args.num_steps is None else {"num_steps": args.num_steps}
-    policy = Policy.load(args.run, bits=args.bits, **changes)
+    sampler = with_steps(load_assets(args.run).policy.sampler, args.num_steps)
+    policy = Policy.load(args.run, bits=args.bits, sampler=sampler)
     folder = exporting.export(policy, args.folder, args.batch_sizes, args.platforms)
     for path in sorted(folder.iterdir()):
         print(f"{path.stat().st_size / 1e6:10.1f} MB  {path}")

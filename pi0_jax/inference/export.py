@@ -1,6 +1,6 @@
 """A policy's compiled programs and weights as files, for machines without this package.
 
-    weights.safetensors       rewritten weights, by name
+    weights.safetensors       folded parameters, by name
     program_<n>_<p>.stablehlo n observations with prompts of p tokens, by jax.export
     interface.json            what goes in and comes out, and the normalisation
     tokenizer.model           SentencePiece
@@ -11,7 +11,6 @@ Programs run for years after they were written, and on newer versions of JAX (se
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from jaxtyping import Array, Float
 
 from pi0_jax.atomic import written
 from pi0_jax.data.normalization import affine
+from pi0_jax.errors import require_package
 from pi0_jax.inference.policy import Policy, prompt_lengths
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -99,8 +99,7 @@ def export(
 def check(folder: str | Path) -> None:
     """Raises what `export` would raise before it starts."""
     for name in ("flatbuffers", "safetensors"):  # the first for jax.export
-        if importlib.util.find_spec(name) is None:
-            raise ValueError(f"exporting needs {name}: pip install 'pi0_jax[export]'")
+        require_package(name, "export", "exporting a policy")
     if Path(folder).exists():
         raise FileExistsError(f"{folder} exists; choose another folder, or remove it.")
 
@@ -116,7 +115,7 @@ def describe(policy: Policy) -> dict[str, Any]:
         "actions": list(robot.actions),
         "semantics": list(policy.normalization.semantics),
         "variant": config.model.variant,
-        "num_steps": config.num_steps,
+        "num_steps": getattr(config.sampler, "num_steps", None),
         "normalization": {
             name: {"scale": scale.tolist(), "offset": offset.tolist()} for name, (scale, offset) in maps.items()
         },

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pi0_jax.errors import require_package
+from pi0_jax.errors import UserError, require_package
 
 FORMATS = """an .npz with the arrays images/<camera>, state and prompt, or a .json
   {"images": {"<camera>": "<picture beside the file>", ...}, "state": [...], "prompt": "..."}"""
@@ -32,7 +32,7 @@ def load_observation(path: str | Path) -> dict[str, Any]:
         return _from_npz(path)
     if path.suffix == ".json":
         return _from_json(path)
-    raise ValueError(f"{path} is neither .npz nor .json. Expected {FORMATS}")
+    raise UserError(f"{path} is neither .npz nor .json. Expected {FORMATS}")
 
 
 def _from_npz(path: Path) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def _from_npz(path: Path) -> dict[str, Any]:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
     except Exception as error:  # a zip or array error, of many types
-        raise ValueError(f"{path} cannot be read ({error}). Expected {FORMATS}") from error
+        raise UserError(f"{path} cannot be read ({error}). Expected {FORMATS}") from error
     images = {name.removeprefix("images/"): arrays.pop(name) for name in list(arrays) if name.startswith("images/")}
     return {"images": images, **arrays}
 
@@ -51,9 +51,9 @@ def _from_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}). Expected {FORMATS}") from error
+        raise UserError(f"{path} is not JSON ({error}). Expected {FORMATS}") from error
     if not isinstance(content, dict) or not isinstance(content.get("images"), dict):
-        raise ValueError(f"{path} lacks `images` by camera. Expected {FORMATS}")
+        raise UserError(f"{path} lacks `images` by camera. Expected {FORMATS}")
     images = {}
     for camera, name in content["images"].items():
         picture = path.parent / str(name)
@@ -62,7 +62,7 @@ def _from_json(path: Path) -> dict[str, Any]:
         try:
             images[camera] = np.asarray(PIL.Image.open(picture).convert("RGB"))
         except OSError as error:
-            raise ValueError(f"{picture} is not a picture that can be read ({error}).") from error
+            raise UserError(f"{picture} is not a picture that can be read ({error}).") from error
     return {**content, "images": images}
 
 

@@ -1,37 +1,19 @@
-"""Attention and rotary positions: functions without parameters. Axis letters: see `pi0_jax.batch`."""
+"""Attention. Axis letters: see `pi0_jax.batch`."""
 
 from __future__ import annotations
 
 import logging
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
+
+from pi0_jax.config.model import Kernel
 
 MASKED = -2.3819763e38
 """Stands for minus infinity in masked logits; the reference implementations' value, finite in bfloat16."""
 
-from pi0_jax.config.model import Kernel
-
 _log = logging.getLogger(__name__)
-
-
-def rope_angles(positions: Int[Array, "b t"], head_dim: int, base: float = 10_000.0) -> Float[Array, "b t 1 h/2"]:
-    """Rotation angles of rotary position embedding (Su et al. 2021, arXiv 2104.09864), radians, float32."""
-    frequency = base ** (-2.0 * jnp.arange(head_dim // 2, dtype=jnp.float32) / head_dim)
-    return positions[..., None, None].astype(jnp.float32) * frequency
-
-
-def rotate(x: Float[Array, "b t n h"], angles: Float[Array, "b t 1 h/2"]) -> Float[Array, "b t n h"]:
-    """Rotates the first half of each head against the second (not interleaved pairs), in float32; keeps the dtype."""
-    return turn(x, jnp.sin(angles), jnp.cos(angles))
-
-
-def turn(x: Float[Array, "b t n h"], sin: Float[Array, "b t 1 h/2"], cos: Float[Array, "b t 1 h/2"]):
-    """`rotate`, by angles whose sine and cosine are known."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
 def attend(

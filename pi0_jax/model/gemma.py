@@ -1,33 +1,78 @@
-"""Gemma with several experts side by side: own weights each, one shared attention, scanned over depth.
+"""Gemma with several experts side by side: own weights each, one shared attention.
 
-What nobody asks for is not computed: an expert whose outputs are not needed gives only keys and values in the last
-layer, which then runs by itself, after a scan over the others.
+Tokens come in an ordered list of segments, each of one expert. Within the layers a segment attends to what is cached of
+an earlier pass, to the segments before it and to itself, as `mask.py` has it; none sees the segments after it. Prefill,
+solver step and joint training pass are the same function of other segments. Unused outputs are not computed: a segment
+whose outputs are not needed gives only keys and values in the last layer.
 
-Axis letters: see `pi0_jax.batch`. The experts are an ordered tuple, language first; either may have no tokens in a
-pass (None), which is how prefill and the velocity steps run the same layers as the joint pass.
+Axis letters: see `pi0_jax.batch`.
 """
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from pi0_jax.config import ExpertConfig, ModelConfig
-from pi0_jax.model import lora
-from pi0_jax.model.attention import attend, rope_angles, rotate
-from pi0_jax.model.norm import RMSNorm, named
-from pi0_jax.model.remat import saveable
+from pi0_jax.model import layers, lora, mask
+from pi0_jax.model.attention import attend
+from pi0_jax.model.declare import Leaf, Spec, Stack, linear
+from pi0_jax.model.layers import KeysValues, Record
+from pi0_jax.model.remat import Remat, rematerialised
 
-Tokens = tuple[Any, Any]
-"""Tokens of the language expert `[b t d]` and of the action expert `[b u e]`; None where a pass has none."""
+Expert = Literal["language", "action"]
 
-KeysValues = tuple[Float[Array, "*l b s k h"], Float[Array, "*l b s k h"]]
-"""Rotated keys, and values; with a leading axis over layers where they come from the whole backbone."""
+
+class Modulations(NamedTuple):
+    """Scale, shift and gate of all adaptive norms at some flow times, side by side in the last axis."""
+
+    layers: Any
+    """Of the norms before attention and before the feed-forward: a pair `[*time l 3e]`, or a list over layers of pairs
+    `[*time 3e]` where the weights are a list."""
+    final: Float[Array, "*time m"]
+
+
+class Segment(NamedTuple):
+    """Tokens that go through one expert together."""
+
+    expert: Expert
+    tokens: Float[Array, "b t d"]
+    mask_ar: Int[np.ndarray, "t"]
+    """1 where a token begins a block (`mask.py`)."""
+    group: Int[np.ndarray, "t"] | None = None
+    """Group of each token (`mask.py`); None: 0, seen by all that come later."""
+    valid: Bool[Array, "b t"] | None = None
+    """False at padding; None: all are valid."""
+    condition: Float[Array, "b g e"] | Modulations | None = None
+    """Of the adaptive norms: g conditions, each for an equal share of the tokens, or what these make of them."""
+    reads_with_gradient: bool = True
+    """False: no gradient flows into the keys and values of earlier segments that this one reads (knowledge insulation,
+    arXiv 2505.23705)."""
+    needed: bool = True
+    """Whether outputs are asked for."""
+
+
+KeysValuesOfLayers = list[KeysValues] | tuple[Float[Array, "l b s k h"], Float[Array, "l b s k h"]]
+"""Of each layer in a list, or stacked along a leading axis."""
+
+
+class Prefix(NamedTuple):
+    """What later passes need of the tokens before them; computed once per chunk."""
+
+    keys_values: KeysValuesOfLayers
+    mask: Bool[Array, "b s"]
+    """False at absent cameras and padding."""
+    length: Int[Array, "b"]
+    """Number of valid tokens, the position at which the next ones start."""
+    state: Float[Array, "b 1 e"] | None = None
+    """π0's state token, which runs along with the actions: that costs them next to nothing, and spares a pass."""
 
 
 def fan_in(in_axis, out_axis, batch_axis=()):
@@ -37,235 +82,230 @@ def fan_in(in_axis, out_axis, batch_axis=()):
     )
 
 
-class Attention(nn.Module):
-    """One expert's projections into and out of the shared attention."""
-
-    width: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    lora_rank: int = 0
-    lora_scale: float = 1.0
-
-    def setup(self):
-        n, k, h, d, r = self.num_heads, self.num_kv_heads, self.head_dim, self.width, self.lora_rank
-        self.q = self.param("q", named(fan_in(0, (1, 2)), ("embed", "heads", "head_dim")), (d, n, h), jnp.float32)
-        self.kv = self.param(
-            "kv",
-            named(fan_in(1, (2, 3), 0), ("stack", "embed", "kv_heads", "head_dim")),
-            (2, d, k, h),
-            jnp.float32,
-        )
-        self.o = self.param("o", named(fan_in((0, 1), 2), ("heads", "head_dim", "embed")), (n, h, d), jnp.float32)
-        self.q_lora = self.kv_lora = self.o_lora = None
-        if r:
-            rank, stack = "lora_rank", "stack"
-            self.q_lora = lora.declare(
-                self.param, "q", ((d, n, r), (n, r, h)), (("embed", "heads", rank), ("heads", rank, "head_dim"))
-            )
-            self.kv_lora = lora.declare(
-                self.param,
-                "kv",
-                ((2, d, k, r), (2, k, r, h)),
-                ((stack, "embed", "kv_heads", rank), (stack, "kv_heads", rank, "head_dim")),
-            )
-            self.o_lora = lora.declare(
-                self.param, "o", ((n, h, r), (n, r, d)), (("heads", "head_dim", rank), ("heads", rank, "embed"))
-            )
-
-    def query(self, x: Float[Array, "b t d"]) -> Float[Array, "b t n h"]:
-        """Queries before rotation."""
-        return lora.apply("attn/q", x, self.q, self.q_lora, self.lora_scale)
-
-    def key_value(self, x: Float[Array, "b t d"]):
-        """Key and value [b t k h], before rotation."""
-        kv = lora.apply("attn/kv", x, self.kv, self.kv_lora, self.lora_scale)
-        return kv[:, :, 0], kv[:, :, 1]
-
-    def output(self, attended: Float[Array, "b t n h"]) -> Float[Array, "b t d"]:
-        return lora.apply("attn/o", attended, self.o, self.o_lora, self.lora_scale)
+def spec(config: ModelConfig, experts: Sequence[Expert] = ("language", "action")) -> Spec:
+    """Parameters of the layers and the final norms of some experts."""
+    adaptive = {"language": False, "action": config.variant == "pi05"}
+    sizes = {name: getattr(config, name) for name in experts}
+    return {
+        "layers": Stack(config.depth, {name: _expert_spec(sizes[name], config, adaptive[name]) for name in experts}),
+        **{f"{name}_norm": _norm_spec(sizes[name].width, adaptive[name]) for name in experts},
+    }
 
 
-class GatedMLP(nn.Module):
-    """GeGLU feed-forward (arXiv 2002.05202), tanh-approximate GELU."""
-
-    width: int
-    mlp_dim: int
-    lora_rank: int = 0
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        w_in = self.param(
-            "gate_up", named(fan_in(1, 2, 0), ("stack", "embed", "mlp")), (2, self.width, self.mlp_dim), jnp.float32
-        )
-        w_out = self.param("down", named(fan_in(0, 1), ("mlp", "embed")), (self.mlp_dim, self.width), jnp.float32)
-        gate_up_lora = down_lora = None
-        if r := self.lora_rank:
-            d, f, rank = self.width, self.mlp_dim, "lora_rank"
-            gate_up_lora = lora.declare(
-                self.param, "gate_up", ((2, d, r), (2, r, f)), (("stack", "embed", rank), ("stack", rank, "mlp"))
-            )
-            down_lora = lora.declare(self.param, "down", ((f, r), (r, d)), (("mlp", rank), (rank, "embed")))
-        gate_up = lora.apply("mlp/gate_up", x, w_in, gate_up_lora)
-        return lora.apply("mlp/down", nn.gelu(gate_up[:, :, 0]) * gate_up[:, :, 1], w_out, down_lora)
-
-
-class Expert(nn.Module):
-    """One expert's half of a layer: what comes before the shared attention, and what comes after."""
-
-    config: ExpertConfig
-    model: ModelConfig
-    adaptive: bool
-
-    def setup(self):
-        c, m = self.config, self.model
-        self.attn_norm = RMSNorm(self.adaptive)
-        self.attn = Attention(c.width, m.num_heads, m.num_kv_heads, m.head_dim, c.lora_attn_rank, c.lora_scale)
-        self.mlp_norm = RMSNorm(self.adaptive)
-        self.mlp = GatedMLP(c.width, c.mlp_dim, c.lora_mlp_rank)
-
-    def before(self, x, condition, needed: bool) -> tuple[Any, Any, Any, Any]:
-        """Query (None unless needed), key, value, and the gate that `after` wants back."""
-        normed, gate = self.attn_norm(x, condition)
-        return self.attn.query(normed) if needed else None, *self.attn.key_value(normed), gate
-
-    def after(self, x, attended, gate, condition):
-        """Adds attention's result and the feed-forward's to the residual stream."""
-        x = x + _gated(self.attn.output(attended), gate)
-        normed, gate = self.mlp_norm(x, condition)
-        return x + _gated(self.mlp(normed), gate)
+def _expert_spec(c: ExpertConfig, m: ModelConfig, adaptive: bool) -> Spec:
+    d, f, n, k, h = c.width, c.mlp_dim, m.num_heads, m.num_kv_heads, m.head_dim
+    rank, stack = "lora_rank", "stack"
+    attn: Spec = {
+        "q": Leaf((d, n, h), ("embed", "heads", "head_dim"), fan_in(0, (1, 2))),
+        "kv": Leaf((2, d, k, h), (stack, "embed", "kv_heads", "head_dim"), fan_in(1, (2, 3), 0)),
+        "o": Leaf((n, h, d), ("heads", "head_dim", "embed"), fan_in((0, 1), 2)),
+    }
+    if r := c.lora_attn_rank:
+        q = ("embed", "heads", rank), ("heads", rank, "head_dim")
+        kv = (stack, "embed", "kv_heads", rank), (stack, "kv_heads", rank, "head_dim")
+        o = ("heads", "head_dim", rank), ("heads", rank, "embed")
+        attn |= lora.spec("q", ((d, n, r), (n, r, h)), q)
+        attn |= lora.spec("kv", ((2, d, k, r), (2, k, r, h)), kv)
+        attn |= lora.spec("o", ((n, h, r), (n, r, d)), o)
+    mlp: Spec = {
+        "gate_up": Leaf((2, d, f), (stack, "embed", "mlp"), fan_in(1, 2, 0)),
+        "down": Leaf((f, d), ("mlp", "embed"), fan_in(0, 1)),
+    }
+    if r := c.lora_mlp_rank:
+        mlp |= lora.spec("gate_up", ((2, d, r), (2, r, f)), ((stack, "embed", rank), (stack, rank, "mlp")))
+        mlp |= lora.spec("down", ((f, r), (r, d)), (("mlp", rank), (rank, "embed")))
+    return {"attn_norm": _norm_spec(d, adaptive), "attn": attn, "mlp_norm": _norm_spec(d, adaptive), "mlp": mlp}
 
 
-def _gated(y, gate):
+def _norm_spec(width: int, adaptive: bool) -> Spec:
+    zeros = nn.initializers.zeros_init()
+    if adaptive:
+        return {"modulation": linear(width, 3 * width, ("embed", "modulation"), zeros)}
+    return {"scale": Leaf((width,), ("embed",), zeros)}
+
+
+def modulations(w: Spec, condition: Float[Array, "*time e"]) -> Modulations:
+    """What conditions, such as those of all steps of a solver, do in the action expert's norms.
+
+    Args:
+        w: weights of the backbone.
+        condition: in the dtype of the activations.
+    """
+
+    def of(norm: Spec) -> Float[Array, "*time m"]:
+        return layers.linear(condition, norm["modulation"], condition.dtype)
+
+    def of_layer(layer: Spec) -> tuple[Any, ...]:
+        return tuple(of(layer["action"][norm]) for norm in ("attn_norm", "mlp_norm"))
+
+    stack = w["layers"]
+    found = list(map(of_layer, stack)) if isinstance(stack, list) else _after_time(jax.lax.map(of_layer, stack))
+    return Modulations(found, of(w["action_norm"]))
+
+
+def _after_time(x: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, -2), x)
+
+
+def forward(
+    config: ModelConfig,
+    w: Spec,
+    segments: Sequence[Segment],
+    prefix: Prefix | None = None,
+    remat: Remat = "none",
+    record: Record | None = None,
+) -> tuple[list[Float[Array, "b t d"] | None], KeysValuesOfLayers]:
+    """Runs segments through all layers and the final norms.
+
+    Args:
+        config: of the model.
+        w: weights of the backbone: layers stacked, for a scan, or in a list.
+        segments: in order.
+        prefix: keys and values of an earlier pass, which come before all segments.
+        remat: what the backward pass computes again.
+        record: takes the residual streams.
+
+    Returns:
+        Outputs of each segment, None where they are not needed; and keys and values of all segments, without those of
+        the prefix, as `Prefix.keys_values`.
+    """
+    placed = _place(config, segments, prefix)
+    stack, depth = w["layers"], config.depth
+    modulated = [s.condition.layers if isinstance(s.condition, Modulations) else None for s in segments]
+    inputs: Any = (stack, prefix and prefix.keys_values)
+    if isinstance(stack, list):
+        per_layer = (x or [None] * depth for x in (inputs[1], *modulated))
+        inputs = [(x, cached, modulation) for x, cached, *modulation in zip(stack, *per_layer, strict=True)]
+    else:
+        inputs = (*inputs, [jax.tree.map(lambda x: jnp.moveaxis(x, -2, 0), m) for m in modulated])
+
+    def layer(tokens, inputs):
+        tokens, own = _layer(config, placed, tokens, *inputs)
+        return tokens, (own, tokens if record else None)
+
+    def last_layer(tokens, inputs):
+        return _layer(config, placed, tokens, *inputs, needed=[segment.needed for segment in segments])
+
+    tokens: Any = tuple(segment.tokens for segment in segments)
+    layer = rematerialised(layer, remat)
+    if all(segment.needed for segment in segments):
+        tokens, (keys_values, streams) = _unzipped(*layers.through(layer, tokens, inputs))
+    else:
+        first, last = _split_last(inputs, jnp.dtype(config.dtype))
+        tokens, (keys_values, streams) = _unzipped(*layers.through(layer, tokens, first))
+        tokens, own = rematerialised(last_layer, remat)(tokens, last)
+        keys_values = _append(keys_values, own)
+    if record:
+        for segment, stream in zip(segments, layers.stacked(streams), strict=True):
+            record(f"backbone/layers/{segment.expert}", stream)
+    return [_final_norm(w, segment, x) for segment, x in zip(segments, tokens, strict=True)], keys_values
+
+
+class _Placed(NamedTuple):
+    """A segment, what it may see, and where it stands."""
+
+    segment: Segment
+    allowed: Bool[Array, "b t s"]
+    """Of the cached keys, then those of all segments up to this one."""
+    rotation: layers.Rotation
+
+
+def _place(config: ModelConfig, segments: Sequence[Segment], prefix: Prefix | None) -> list[_Placed]:
+    lengths = [segment.tokens.shape[1] for segment in segments]
+    b, ends = len(segments[0].tokens), np.cumsum(lengths)
+    zeros, ones = (lambda length: np.zeros(length, int)), (lambda length: jnp.ones((b, length), bool))
+    mask_ar = np.concatenate([segment.mask_ar for segment in segments])
+    group = np.concatenate([zeros(n) if s.group is None else s.group for s, n in zip(segments, lengths, strict=True)])
+    valid = [ones(n) if s.valid is None else s.valid for s, n in zip(segments, lengths, strict=True)]
+    valid = jnp.concatenate(valid, axis=1)
+    cached, start = (None, 0) if prefix is None else (prefix.mask, prefix.length)
+    allowed = mask.attention_mask(mask_ar, group, valid, cached)
+    sin, cos = layers.rotation(mask.positions(group, valid, start), config.head_dim)
+    before = 0 if cached is None else cached.shape[1]
+    rows = [slice(end - n, end) for n, end in zip(lengths, ends, strict=True)]
+    return [
+        _Placed(segment, allowed[:, row, : before + row.stop], (sin[:, row], cos[:, row]))
+        for segment, row in zip(segments, rows, strict=True)
+    ]
+
+
+def _layer(
+    c: ModelConfig,
+    placed: Sequence[_Placed],
+    tokens: Sequence[Float[Array, "b t d"]],
+    w: Spec,
+    cached: KeysValues | None,
+    modulated: Sequence[Any],
+    needed: Sequence[bool] | None = None,
+) -> tuple[tuple[Float[Array, "b t d"] | None, ...], KeysValues]:
+    """One layer of all segments.
+
+    Returns:
+        The new tokens, None for a segment whose are not needed; and keys and values of all segments.
+    """
+    seen: list[KeysValues] = [] if cached is None else [cached]
+    outputs = []
+    for i, ((segment, allowed, rotation), x, modulation) in enumerate(zip(placed, tokens, modulated, strict=True)):
+        expert, lora_scale = w[segment.expert], getattr(c, segment.expert).lora_scale
+        attn, norms = expert["attn"], ("attn_norm", "mlp_norm")
+        if modulation is None:
+            modulation = [_modulation(expert.get(norm), segment.condition, x.dtype) for norm in norms]
+        normed, gate = layers.rms_norm(x, expert.get("attn_norm"), modulation[0])
+        if needed is not None and not needed[i]:
+            seen.append(layers.keys_values(normed, attn, rotation, c.num_kv_heads, lora_scale))
+            outputs.append(None)
+            continue
+        heads = (c.num_heads, c.num_kv_heads)
+        query, own = layers.queries_keys_values(normed, attn, rotation, heads, lora_scale)
+        earlier = seen if segment.reads_with_gradient else jax.lax.stop_gradient(seen)
+        keys, values = (_joined(y, x.dtype) for y in zip(*earlier, own, strict=True))
+        seen.append(own)
+        attended = attend(query, keys, values, allowed, 1 if "qkv" in attn else None, c.attention)
+        attended = checkpoint_name(attended, "attn/attended")
+        x += _gated(layers.dot("attn/o", attended, attn, lora_scale), gate)
+        normed, gate = layers.rms_norm(x, expert.get("mlp_norm"), modulation[1])
+        x += _gated(layers.gated_mlp(normed, expert["mlp"]), gate)
+        outputs.append(nn.with_logical_constraint(x, ("batch", None, None)))
+    keys, values = (_joined(y) for y in zip(*seen[cached is not None :], strict=True))
+    return tuple(outputs), (keys, values)
+
+
+def _modulation(norm: Spec | None, condition: Any, dtype: jnp.dtype) -> Float[Array, "b g m"] | None:
+    return layers.linear(condition, norm["modulation"], dtype) if norm and "modulation" in norm else None
+
+
+def _gated(y: Float[Array, "b t d"], gate: Float[Array, "#b _ d"] | None) -> Float[Array, "b t d"]:
     return y if gate is None else y * gate
 
 
-class Layer(nn.Module):
-    """One layer of all experts."""
-
-    config: ModelConfig
-
-    @nn.compact
-    def __call__(
-        self,
-        tokens: Tokens,
-        cached: KeysValues | None,
-        angles: Float[Array, "b t 1 h/2"],
-        mask: Bool[Array, "b t s"],
-        condition: Float[Array, "b g e"] | None,
-        needed: tuple[bool, bool] = (True, True),
-    ) -> tuple[Tokens, KeysValues]:
-        """Lets tokens attend to cached ones, to their own expert's and to those of the expert before it, as the mask
-        allows. No expert sees the one after it, whatever the mask says there.
-
-        Queries are the experts' tokens in order; keys are the cached ones, then the same tokens. Returns the new
-        tokens, None for an expert that has none or whose are not needed, and the keys and values of this pass without
-        the cached ones.
-        """
-        c = self.config
-        experts = (
-            Expert(c.language, c, adaptive=False, name="language"),
-            Expert(c.action, c, adaptive=c.variant == "pi05", name="action"),
-        )
-        seen: list[Any] = [] if cached is None else [cached]
-        outputs: list[Any] = []
-        start = 0
-        for expert, x, d, asks in zip(experts, tokens, (None, condition), needed, strict=True):
-            if x is None:
-                outputs.append(None)
-                continue
-            own = slice(start, start := start + x.shape[1])
-            q, k, v, gate = expert.before(x, d, asks)
-            seen.append((rotate(k, angles[:, own]), v))
-            if not asks:
-                outputs.append(None)
-                continue
-            keys, values = (
-                jnp.concatenate([y.astype(x.dtype) for y in parts], axis=1) for parts in zip(*seen, strict=True)
-            )
-            allowed = mask[:, own, : keys.shape[1]]
-            attended = attend(rotate(q, angles[:, own]), keys, values, allowed, kernel=c.attention)
-            outputs.append(expert.after(x, checkpoint_name(attended, "attn/attended"), gate, d))
-        language, action = outputs
-        new: Any = tuple(jnp.concatenate(parts, axis=1) for parts in zip(*seen[cached is not None :], strict=True))
-        return (language, action), new
+def _joined(parts: Sequence[Float[Array, "b _ k h"]], dtype: jnp.dtype | None = None) -> Float[Array, "b s k h"]:
+    return jnp.concatenate([x.astype(dtype or x.dtype) for x in parts], axis=1)
 
 
-class Backbone(nn.Module):
-    """All layers, scanned, and the final norms."""
-
-    config: ModelConfig
-
-    @nn.compact
-    def __call__(
-        self,
-        tokens: Tokens,
-        positions: Int[Array, "b t"],
-        mask: Bool[Array, "b t s"],
-        condition: Float[Array, "b g e"] | None = None,
-        cached: KeysValues | None = None,
-        needed: tuple[bool, bool] = (True, True),
-    ) -> tuple[Tokens, KeysValues]:
-        """Runs the experts over their tokens.
-
-        Args:
-            tokens: of the language and the action expert; None for an expert without any.
-            positions: of all tokens in order, for the rotary embedding.
-            mask: True where a query (token in order) may see a key (cached ones first); the language expert's tokens
-                never see the action expert's.
-            condition: of the adaptive norms; g conditions, each for an equal share of the action expert's tokens.
-            cached: keys and values of an earlier pass, `[l b s k h]` each.
-            needed: whose outputs the caller wants; of the others the last layer computes keys and values only.
-
-        Returns:
-            The experts' normalised outputs (None without tokens or need), and this pass's own keys and values over all
-            layers.
-        """
-        c = self.config
-        keys_values: Any
-        angles = rope_angles(positions, c.head_dim)
-        if self.is_initializing():
-            stack = nn.scan(
-                Layer,
-                variable_axes={"params": 0},
-                split_rngs={"params": True},
-                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
-                length=c.depth,
-                metadata_params={nn.PARTITION_NAME: "layers"},
-            )
-            tokens, keys_values = cast(Any, stack)(c, name="layers")(tokens, cached, angles, mask, condition)
-        else:
-            layer = Layer(c, parent=None)
-
-            def run(tokens, of_layer, needed=(True, True)) -> Any:
-                params, cached = of_layer
-                return layer.apply({"params": params}, tokens, cached, angles, mask, condition, needed)
-
-            policy = saveable(c.remat)
-
-            def kept(function):
-                return function if policy is None else jax.checkpoint(function, prevent_cse=False, policy=policy)
-
-            layers: Any = (self.variables["params"]["layers"], cached)
-            if all(n or x is None for n, x in zip(needed, tokens, strict=True)):
-                tokens, keys_values = jax.lax.scan(kept(run), tokens, layers)
-            else:
-                first = jax.tree.map(lambda x: _as_used(x[:-1], self.dtype), layers)
-                tokens, keys_values = jax.lax.scan(kept(run), tokens, first)
-                last = kept(lambda *args: run(*args, needed))  # pyright: ignore[reportCallIssue]
-                tokens, own = last(tokens, jax.tree.map(lambda x: x[-1], layers))
-                keys_values = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), keys_values, own)
-        norms = (RMSNorm(name="language_norm"), RMSNorm(c.variant == "pi05", name="action_norm"))
-        language, action = (
-            None if x is None else norm(x, d)[0] for norm, x, d in zip(norms, tokens, (None, condition), strict=True)
-        )
-        return (language, action), keys_values
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        return jnp.dtype(self.config.dtype)
+def _final_norm(w: Spec, segment: Segment, x: Float[Array, "b t d"] | None) -> Float[Array, "b t d"] | None:
+    if x is None:
+        return None
+    norm, condition = w.get(f"{segment.expert}_norm"), segment.condition
+    found = condition.final if isinstance(condition, Modulations) else _modulation(norm, condition, x.dtype)
+    return layers.rms_norm(x, norm, found)[0]
 
 
-def _as_used(x, dtype):
-    """Matrices in the dtype that the layers multiply in: a part of the stack is a copy, and this halves it."""
-    return x.astype(dtype) if x.ndim > 2 else x
+def _unzipped(tokens: Any, outputs: Any) -> tuple[Any, tuple[Any, Any]]:
+    if isinstance(outputs, list):
+        outputs = [own for own, _ in outputs], [streams for _, streams in outputs]
+    return tokens, outputs
+
+
+def _split_last(inputs: Any, dtype: jnp.dtype) -> tuple[Any, Any]:
+    """Inputs of all layers but the last, and of the last."""
+    if isinstance(inputs, list):
+        return inputs[:-1], inputs[-1]
+    # A part of the stack is a copy, which is half as large in the dtype that the layers multiply in.
+    first = jax.tree.map(lambda x: x[:-1].astype(dtype) if x.ndim > 2 else x[:-1], inputs)
+    return first, jax.tree.map(lambda x: x[-1], inputs)
+
+
+def _append(keys_values: Any, last: KeysValues) -> Any:
+    if isinstance(keys_values, list):
+        return [*keys_values, last]
+    return jax.tree.map(lambda first, y: jnp.concatenate([first, y[None]]), keys_values, last)

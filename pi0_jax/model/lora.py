@@ -11,59 +11,53 @@ feed-forward's width, C for a pair of weights in one array.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from pi0_jax.model.norm import named
+from pi0_jax.model.declare import Leaf, Spec
 
-Pair = tuple[Any, Any]
+Shape = tuple[int, ...]
+Axes = tuple[str | None, ...]
+
+
+class Einsums(NamedTuple):
+    """The products that a weight w and its pair take part in."""
+
+    whole: str
+    """Tokens by w."""
+    first: str
+    """Tokens by a."""
+    second: str
+    """That by b."""
+    pair: str
+    """a by b."""
+
 
 EINSUMS = {
-    "attn/q": ("BTD,DNH->BTNH", "BTD,DNR->BTNR", "BTNR,NRH->BTNH", "DNR,NRH->DNH"),
-    "attn/kv": ("BTD,CDKH->BTCKH", "BTD,CDKR->BTCKR", "BTCKR,CKRH->BTCKH", "CDKR,CKRH->CDKH"),
-    "attn/o": ("BTNH,NHD->BTD", "BTNH,NHR->BTR", "BTR,MRD->BTD", "NHR,MRD->NHD"),
-    "mlp/gate_up": ("BTD,CDF->BTCF", "BTD,CDR->BTCR", "BTCR,CRF->BTCF", "CDR,CRF->CDF"),
-    "mlp/down": ("BTF,FD->BTD", "BTF,FR->BTR", "BTR,RD->BTD", "FR,RD->FD"),
+    "attn/q": Einsums("BTD,DNH->BTNH", "BTD,DNR->BTNR", "BTNR,NRH->BTNH", "DNR,NRH->DNH"),
+    "attn/kv": Einsums("BTD,CDKH->BTCKH", "BTD,CDKR->BTCKR", "BTCKR,CKRH->BTCKH", "CDKR,CKRH->CDKH"),
+    "attn/o": Einsums("BTNH,NHD->BTD", "BTNH,NHR->BTR", "BTR,MRD->BTD", "NHR,MRD->NHD"),
+    "mlp/gate_up": Einsums("BTD,CDF->BTCF", "BTD,CDR->BTCR", "BTCR,CRF->BTCF", "CDR,CRF->CDF"),
+    "mlp/down": Einsums("BTF,FD->BTD", "BTF,FR->BTR", "BTR,RD->BTD", "FR,RD->FD"),
 }
-"""Weight to: tokens by w; tokens by a; that by b; and a by b."""
 
 
-def declare(param: Callable[..., Any], name: str, shapes: Pair, axes: Pair) -> Pair:
-    """Declares a weight's pair: a from a narrow normal distribution, b zero, so that training starts from w.
-
-    Args:
-        param: the module's `param`.
-        name: of the weight.
-        shapes, axes: of a and of b; the axes are logical names.
-    """
-    return (
-        param(f"{name}_lora_a", named(nn.initializers.normal(0.01), axes[0]), shapes[0], jnp.float32),
-        param(f"{name}_lora_b", named(nn.initializers.zeros_init(), axes[1]), shapes[1], jnp.float32),
-    )
+def spec(name: str, shapes: tuple[Shape, Shape], axes: tuple[Axes, Axes]) -> Spec:
+    """The pair of a weight: a from a narrow normal distribution, b zero, so that training starts from w."""
+    return {
+        f"{name}_lora_a": Leaf(shapes[0], axes[0], nn.initializers.normal(0.01)),
+        f"{name}_lora_b": Leaf(shapes[1], axes[1], nn.initializers.zeros_init()),
+    }
 
 
-def apply(name: str, x: Float[Array, "..."], w: Float[Array, "..."], pair: Pair | None, scale: float = 1.0):
-    """Multiplies tokens by a weight, and by its adapters without adding the two up.
-
-    Args:
-        name: of the weight, as in `EINSUMS`; the result carries it for `remat`.
-        x: tokens.
-        w: the weight.
-        pair: its adapters; None for none.
-        scale: of the adapters' result.
-    """
-    whole, first, second, _ = EINSUMS[name]
-    result = jnp.einsum(whole, x, w.astype(x.dtype))
-    if pair is not None:
-        a, b = (part.astype(x.dtype) for part in pair)
-        result += scale * jnp.einsum(second, jnp.einsum(first, x, a), b)
-    return checkpoint_name(result, name)
+def product(name: str, x: Float[Array, "..."], a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Tokens times a pair, in the tokens' dtype."""
+    einsums = EINSUMS[name]
+    return jnp.einsum(einsums.second, jnp.einsum(einsums.first, x, a.astype(x.dtype)), b.astype(x.dtype))
 
 
 def merge(name: str, w: Any, a: Any, b: Any, scale: float, xp: Any = np) -> Any:
@@ -76,6 +70,6 @@ def merge(name: str, w: Any, a: Any, b: Any, scale: float, xp: Any = np) -> Any:
         scale: `ExpertConfig.lora_scale`; not used for feed-forward weights.
         xp: what the arrays are of, numpy or jax.numpy.
     """
-    product = xp.einsum(EINSUMS[name][3], a.astype(np.float32), b.astype(np.float32), optimize=True)
+    product = xp.einsum(EINSUMS[name].pair, a.astype(np.float32), b.astype(np.float32), optimize=True)
     factor = np.float32(scale if name.startswith("attn/") else 1.0)
     return (w.astype(np.float32) + factor * product).astype(np.result_type(w.dtype, a.dtype, b.dtype))

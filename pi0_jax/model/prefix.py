@@ -1,69 +1,117 @@
-"""What all heads share: an observation's images and prompt as tokens, and the backbone that reads them."""
+"""What all networks share: an observation's images and prompt as tokens, and the backbone that reads them."""
 
 from __future__ import annotations
 
+import dataclasses
+from types import MappingProxyType
+from typing import Any, ClassVar
+
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Key
 
 from pi0_jax.batch import Observation
 from pi0_jax.config import ModelConfig
-from pi0_jax.model.gemma import Backbone
-from pi0_jax.model.norm import named
-from pi0_jax.model.siglip import ImageEncoder, dense
+from pi0_jax.errors import UserError
+from pi0_jax.model import gemma, layers, siglip
+from pi0_jax.model.declare import Declare, Leaf, Spec, linear
+from pi0_jax.model.layers import Record
+from pi0_jax.model.remat import Remat
 
 
-class PrefixNetwork(nn.Module):
-    """Image encoder, token embedding and backbone. A head is a subclass that adds its own parts in `setup_head`.
+@dataclasses.dataclass(frozen=True)
+class PrefixNetwork:
+    """Image encoder, token embedding and backbone; a head is a subclass. Functions of parameters, with none of its own.
 
-    Each head has `prefill(observation)`, for all that depends on neither the noisy chunk nor the time, and methods that
-    run the rest against what that returned.
+    Parameters are those of training or folded ones (`fold.py`).
     """
 
     config: ModelConfig
+    experts: ClassVar[tuple[gemma.Expert, ...]] = ("language", "action")
 
-    def setup(self):
+    @property
+    def spec(self) -> Spec:
+        """All parameters, the head's included."""
         c = self.config
-        self.image_encoder = ImageEncoder(c.vision, self.dtype, c.remat, c.attention)
-        self.image_projector = dense(c.language.width, ("embed", "embed_out"), self.dtype, "image_projector")
-        self.embedding = self.param(
-            "embedding",
-            named(nn.initializers.normal(c.language.width**-0.5), ("vocab", "embed")),
-            (c.vocab_size, c.language.width),
-            jnp.float32,
-        )
-        self.backbone = Backbone(c)
-        self.setup_head()
+        spec: Spec = {}
+        if c.cameras:
+            spec["image_encoder"] = siglip.spec(c.vision)
+            spec["image_projector"] = linear(c.vision.width, c.language.width, ("embed", "embed_out"))
+        shape, init = (c.vocab_size, c.language.width), nn.initializers.normal(c.language.width**-0.5)
+        spec["embedding"] = Leaf(shape, ("vocab", "embed"), init)
+        return spec | {"backbone": gemma.spec(c, self.experts)} | self.head_spec
 
-    def setup_head(self):
-        """Makes the head's own submodules."""
+    @property
+    def head_spec(self) -> Spec:
+        """The head's own parameters."""
+        raise NotImplementedError
+
+    def init(self, key: Key[Array, ""]) -> dict[str, Any]:
+        """Random parameters in linen's boxes, which carry the logical axis names (`flax.linen.meta.unbox`)."""
+        return Declare(MappingProxyType(self.spec)).init(key, method="declare")["params"]
+
+    def module(self) -> NetworkModule:
+        """The network as a linen module, for its tools: `module().apply({"params": params}, observation, ...)`."""
+        return NetworkModule(MappingProxyType(self.spec), self)
 
     @property
     def dtype(self) -> jnp.dtype:
+        """Of activations."""
         return jnp.dtype(self.config.dtype)
 
-    def embed_prefix(self, observation: Observation) -> tuple[Float[Array, "b s d"], Bool[Array, "b s"]]:
+    def embed_prefix(
+        self, params: Spec, observation: Observation, remat: Remat = "none", record: Record | None = None
+    ) -> tuple[Float[Array, "b s d"], Bool[Array, "b s"]]:
         """Image tokens in the order of `config.cameras`, then prompt tokens; and which of them are valid.
 
         All cameras go through the encoder as one batch.
 
         Raises:
-            ValueError: the observation lacks a camera of the config.
+            UserError: the observation lacks a camera of the config.
         """
         c = self.config
         missing = [name for name in c.cameras if name not in observation.images]
         if missing:
-            raise ValueError(
+            raise UserError(
                 f"the observation lacks cameras {missing}; it has {sorted(observation.images)}. "
                 "Rename them in the robot, mask them with `image_masks`, or leave them out of `ModelConfig.cameras`."
             )
         tokens, masks = [], []
         if c.cameras:
-            encoded = self.image_encoder(jnp.concatenate([observation.images[name] for name in c.cameras]))
-            for name, image in zip(c.cameras, jnp.split(self.image_projector(encoded), len(c.cameras)), strict=True):
+            images = jnp.concatenate([observation.images[name] for name in c.cameras])
+            encoder = params["image_encoder"]
+            encoded = siglip.encode(c.vision, encoder, images, self.dtype, c.attention, remat, record)
+            projected = layers.linear(encoded, params["image_projector"], self.dtype)
+            for name, image in zip(c.cameras, jnp.split(projected, len(c.cameras)), strict=True):
                 tokens.append(image)
                 masks.append(jnp.broadcast_to(observation.image_masks[name][:, None], image.shape[:2]))
-        prompt = self.embedding[observation.prompt]
+        prompt = params["embedding"][observation.prompt]
         tokens.append((prompt * jnp.sqrt(c.language.width).astype(prompt.dtype)).astype(self.dtype))
         masks.append(observation.prompt_mask)
-        return jnp.concatenate(tokens, axis=1), jnp.concatenate(masks, axis=1)
+        embedded = nn.with_logical_constraint(jnp.concatenate(tokens, axis=1), ("batch", None, None))
+        return embedded, jnp.concatenate(masks, axis=1)
+
+    def embed_state(self, params: Spec, observation: Observation) -> Float[Array, "b 1 d"] | None:
+        """π0's state token; None for π0.5, which has the state in its prompt."""
+        if self.config.variant == "pi05":
+            return None
+        return layers.linear(observation.state, params["state_in"])[:, None].astype(self.dtype)
+
+    def apply(self, variables: dict[str, Any], *args: Any, method: str = "joint") -> Any:
+        """Calls a method on `variables["params"]`, as a linen module's `apply` does."""
+        return getattr(self, method)(variables["params"], *args)
+
+
+class NetworkModule(Declare):
+    """A network as a linen module: declares its parameters, calls its functions, and sows the residual streams."""
+
+    network: Any
+
+    def __call__(self, *args: Any, method: str = "joint") -> Any:
+        """Calls a method of the network that takes `record`; residual streams go to the collection "intermediates"."""
+
+        def record(name: str, stream: jax.Array) -> None:
+            self.sow("intermediates", name, stream)
+
+        return getattr(self.network, method)(self.declare(), *args, record=record)

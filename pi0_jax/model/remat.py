@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 
@@ -18,7 +18,7 @@ SAVED = {
 
 
 def saveable(policy: Remat) -> Callable[..., bool] | None:
-    """What `jax.checkpoint` and `nn.remat` take as `policy`; None where nothing is computed again.
+    """The `policy` of `jax.checkpoint`; None where nothing is computed again.
 
     Args:
         policy: "full" stores a layer's input alone; "gate_up" also the results of matrix products, but for the wide
@@ -33,3 +33,9 @@ def saveable(policy: Remat) -> Callable[..., bool] | None:
     if policy not in SAVED:
         raise ValueError(f"unknown remat {policy!r}; choose {', '.join(SAVED)} or none.")
     return jax.checkpoint_policies.save_only_these_names(*SAVED[policy])
+
+
+def rematerialised(function: Callable[..., Any], policy: Remat) -> Callable[..., Any]:
+    """The function of a layer, whose backward pass computes again what the policy does not store."""
+    saved = saveable(policy)
+    return function if saved is None else jax.checkpoint(function, prevent_cse=False, policy=saved)

@@ -2,130 +2,99 @@
 
 from __future__ import annotations
 
+import functools
+
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from pi0_jax.config import VisionConfig
-from pi0_jax.model.attention import Kernel, attend
-from pi0_jax.model.norm import named
-from pi0_jax.model.remat import Remat, saveable
+from pi0_jax.model import layers
+from pi0_jax.model.attention import Kernel
+from pi0_jax.model.declare import Leaf, Spec, Stack, linear
+from pi0_jax.model.layers import Record
+from pi0_jax.model.remat import Remat, rematerialised
 
-xavier = nn.initializers.xavier_uniform
-zeros = nn.initializers.zeros_init()
-
-
-class ImageEncoder(nn.Module):
-    """Image to tokens: patches, transformer blocks, final norm; `image_projector` in `velocity.py` follows."""
-
-    config: VisionConfig
-    dtype: jnp.dtype
-    remat: Remat = "full"
-    attention: Kernel = "xla"
-
-    @nn.compact
-    def __call__(self, images: Float[Array, "b y x 3"]) -> Float[Array, "b s d"]:
-        """Encodes images in [-1, 1]; tokens run row by row from the top left.
-
-        Patch embedding and position embedding are float32, the blocks `dtype`.
-        """
-        c = self.config
-        x = images.astype(jnp.float32)
-        patch = c.patch_size
-        if c.stem_width:
-            # Normalised, since objects on a plain table are a faint signal beside the position embedding.
-            x = nn.gelu(layer_norm(x.dtype, "stem_norm")(self._patches(c.stem_width, c.stem_stride, "stem")(x)))
-            patch //= c.stem_stride
-        x = self._patches(c.width, patch, "patch_embedding")(x)
-        b, rows, columns, d = x.shape
-        x = x.reshape(b, rows * columns, d)
-        if c.position == "learned":
-            init = named(nn.initializers.normal(d**-0.5), (None, "patch", "embed"))
-            x += self.param("position_embedding", init, (1, rows * columns, d), jnp.float32)
-        else:
-            x += sincos2d(rows, columns, d)
-        policy = saveable(self.remat)
-        x, _ = nn.scan(
-            Block if policy is None else nn.remat(Block, prevent_cse=False, policy=policy),
-            variable_axes={"params": 0, "intermediates": 0},
-            split_rngs={"params": True},
-            length=c.depth,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c, self.dtype, self.attention, name="layers")(x.astype(self.dtype), None)
-        return layer_norm(self.dtype, "norm")(x)
-
-    def _patches(self, width: int, size: int, name: str) -> nn.Conv:
-        """A convolution over patches that do not overlap."""
-        return nn.Conv(
-            width,
-            (size, size),
-            (size, size),
-            padding="VALID",
-            kernel_init=named(nn.initializers.lecun_normal(), (None, None, None, "embed")),
-            bias_init=named(zeros, ("embed",)),
-            name=name,
-        )
+xavier = nn.initializers.xavier_uniform()
 
 
-class Block(nn.Module):
-    """Pre-norm transformer block: multi-head attention, then an MLP. The second value is for `nn.scan`."""
-
-    config: VisionConfig
-    dtype: jnp.dtype
-    attention: Kernel = "xla"
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b s d"], _: None) -> tuple[Float[Array, "b s d"], None]:
-        c = self.config
-        heads = (c.num_heads, c.width // c.num_heads)
-
-        def project(name: str) -> nn.DenseGeneral:
-            return nn.DenseGeneral(
-                heads,
-                dtype=self.dtype,
-                kernel_init=named(xavier(), ("embed", "heads", "head_dim")),
-                bias_init=named(zeros, ("heads", "head_dim")),
-                name=name,
-            )
-
-        def kept(y):
-            return checkpoint_name(y, "vision")
-
-        y = layer_norm(self.dtype, "attn_norm")(x)
-        qkv = (kept(project(name)(y)) for name in ("query", "key", "value"))
-        y = kept(attend(*qkv, kernel=self.attention))
-        out = nn.DenseGeneral(
-            c.width,
-            axis=(-2, -1),
-            dtype=self.dtype,
-            kernel_init=named(xavier(), ("heads", "head_dim", "embed")),
-            bias_init=named(zeros, ("embed",)),
-            name="out",
-        )
-        x += kept(out(y))
-        y = layer_norm(self.dtype, "mlp_norm")(x)
-        y = nn.gelu(kept(dense(c.mlp_dim, ("embed", "mlp"), self.dtype, "mlp_in")(y)))
-        return x + dense(c.width, ("mlp", "embed"), self.dtype, "mlp_out")(y), None
+def spec(config: VisionConfig) -> Spec:
+    """Parameters of the encoder."""
+    d, stem, patch = config.width, config.stem_width, config.patch_size
+    heads = (config.num_heads, d // config.num_heads)
+    project = linear(d, heads, ("embed", "heads", "head_dim"), xavier)
+    block: Spec = {"attn_norm": layer_norm_spec(d)}
+    block |= {"query": project, "key": project, "value": project}
+    block |= {"out": linear(heads, d, ("heads", "head_dim", "embed"), xavier), "mlp_norm": layer_norm_spec(d)}
+    block |= {
+        "mlp_in": linear(d, config.mlp_dim, ("embed", "mlp")),
+        "mlp_out": linear(config.mlp_dim, d, ("mlp", "embed")),
+    }
+    encoder: Spec = {}
+    if stem:
+        encoder = {"stem": _convolution(config.stem_stride, 3, stem), "stem_norm": layer_norm_spec(stem)}
+        patch //= config.stem_stride
+    encoder["patch_embedding"] = _convolution(patch, stem or 3, d)
+    if config.position == "learned":
+        shape = (1, (config.image_size // config.patch_size) ** 2, d)
+        encoder["position_embedding"] = Leaf(shape, (None, "patch", "embed"), nn.initializers.normal(d**-0.5))
+    return encoder | {"layers": Stack(config.depth, block), "norm": layer_norm_spec(d)}
 
 
-def dense(features: int, axes: tuple[str, str], dtype: jnp.dtype, name: str) -> nn.Dense:
-    """A linear layer whose kernel and bias carry logical axis names."""
-    return nn.Dense(
-        features,
-        dtype=dtype,
-        kernel_init=named(nn.initializers.lecun_normal(), axes),
-        bias_init=named(zeros, axes[1:]),
-        name=name,
-    )
+def layer_norm_spec(width: int) -> Spec:
+    """Scale and bias of a LayerNorm."""
+    ones, zeros = nn.initializers.ones_init(), nn.initializers.zeros_init()
+    return {"scale": Leaf((width,), ("embed",), ones), "bias": Leaf((width,), ("embed",), zeros)}
 
 
-def layer_norm(dtype: jnp.dtype, name: str) -> nn.LayerNorm:
-    """LayerNorm with float32 statistics and named axes."""
-    ones = nn.initializers.ones_init()
-    return nn.LayerNorm(
-        epsilon=1e-6, dtype=dtype, scale_init=named(ones, ("embed",)), bias_init=named(zeros, ("embed",)), name=name
-    )
+def _convolution(size: int, channels: int, width: int) -> Spec:
+    axes = (None, None, None, "embed")
+    return {
+        "kernel": Leaf((size, size, channels, width), axes, nn.initializers.lecun_normal()),
+        "bias": Leaf((width,), ("embed",), nn.initializers.zeros_init()),
+    }
+
+
+def encode(
+    config: VisionConfig,
+    w: Spec,
+    images: Float[Array, "b y x 3"],
+    dtype: jnp.dtype,
+    kernel: Kernel = "xla",
+    remat: Remat = "none",
+    record: Record | None = None,
+) -> Float[Array, "b s d"]:
+    """Images in [-1, 1] to tokens, row by row from the top left; `image_projector` follows.
+
+    Patch embedding and position embedding are float32, the blocks `dtype`.
+    """
+    x = images.astype(jnp.float32)
+    patch = config.patch_size
+    if config.stem_width:
+        # Normalised, since objects on a plain table are a faint signal beside the position embedding.
+        x = jax.nn.gelu(layers.layer_norm(patches(x, config.stem_stride, w["stem"]), w["stem_norm"]))
+        patch //= config.stem_stride
+    x = patches(x, patch, w["patch_embedding"])
+    b, rows, columns, d = x.shape
+    learned = config.position == "learned"
+    x = x.reshape(b, rows * columns, d) + (w["position_embedding"] if learned else sincos2d(rows, columns, d))
+    block = rematerialised(functools.partial(layers.encoder_block, num_heads=config.num_heads, kernel=kernel), remat)
+    x, residuals = layers.through(lambda x, w: (y := block(x, w), y if record else None), x.astype(dtype), w["layers"])
+    if record:
+        record("image_encoder/layers", layers.stacked(residuals))
+    return layers.layer_norm(x, w.get("norm"))
+
+
+def patches(x: Float[Array, "b y x c"], size: int, w: Spec) -> Float[Array, "b rows columns d"]:
+    """A convolution over patches that do not overlap; with a flattened kernel, one matrix product."""
+    if w["kernel"].ndim == 4:
+        numbers = ("NHWC", "HWIO", "NHWC")
+        y = jax.lax.conv_general_dilated(x, w["kernel"], (size, size), "VALID", dimension_numbers=numbers)
+        return y + w["bias"]
+    b, rows, columns, channels = x.shape[0], x.shape[1] // size, x.shape[2] // size, x.shape[3]
+    x = x[:, : rows * size, : columns * size].reshape(b, rows, size, columns, size, channels)
+    return layers.linear(x.transpose(0, 1, 3, 2, 4, 5).reshape(b, rows, columns, -1), w)
 
 
 def sincos2d(rows: int, columns: int, width: int, longest: float = 10_000.0) -> Float[Array, "s d"]:

@@ -45,8 +45,11 @@ def network(config: Gaussian, model: ModelConfig) -> Network:
         UserError: settings that do not go together.
     """
     check_dropout(config.dropout)
-    if config.regression_warmup_steps and config.predicts == "noise":
-        raise UserError("objective.regression_warmup_steps: a network that predicts noise has nothing to regress on.")
+    if (config.regression_draw or config.regression_warmup_steps) and config.predicts == "noise":
+        raise UserError(
+            "objective.regression_draw and regression_warmup_steps: a network that predicts noise has nothing to "
+            "regress on."
+        )
     if not 0 <= config.max_delay < model.action_horizon:
         raise UserError(
             f"objective.max_delay is {config.max_delay}; of a chunk of {model.action_horizon} actions at most "

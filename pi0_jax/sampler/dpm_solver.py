@@ -14,7 +14,8 @@ from pi0_jax.sampler.solver import Flow, Solver, State, Step
 class DPMSolver2M(Solver):
     """DPM-Solver++(2M), of order 2 with one evaluation per step (Lu et al. 2022, arXiv 2211.01095, algorithm 2).
 
-    The first and the last step, where the logarithm is infinite on some paths, are of order 1.
+    The first and the last step, where the logarithm is infinite on some paths, are of order 1, and steps beside them
+    are long in it however many there are: from end to end the error falls as log(n) / n².
     """
 
     def init(self, x: Chunk) -> State:

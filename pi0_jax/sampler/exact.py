@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import jax.numpy as jnp
 
 from pi0_jax.errors import UserError, require_package
@@ -14,7 +12,7 @@ def integrate_exactly(
     velocity: Velocity,
     noise: Chunk,
     *,
-    solver: Literal["tsit5", "dopri5"] = "tsit5",
+    solver: str = "tsit5",
     rtol: float = 1e-5,
     atol: float = 1e-6,
     max_steps: int = 4096,
@@ -24,7 +22,7 @@ def integrate_exactly(
     Args:
         velocity: dx/dt as a function of x and a scalar t.
         noise: the point at t = 1.
-        solver: an embedded Runge-Kutta pair of order 5(4), Tsitouras' or Dormand and Prince's.
+        solver: an embedded Runge-Kutta pair of order 5(4): tsit5, Tsitouras', or dopri5, Dormand and Prince's.
         rtol, atol: relative and absolute error allowed in a step.
         max_steps: steps after which it gives up.
 

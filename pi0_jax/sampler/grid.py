@@ -49,7 +49,7 @@ def power_grid(num_steps: int, power: float = 1.0) -> Grid:
     return euler_grid(num_steps) if power == 1 else grid_of((1 - np.arange(num_steps + 1) / num_steps) ** power)
 
 
-def grid_of(times: Sequence[float] | Float[np.ndarray, "n"]) -> Grid:
+def grid_of(times: Sequence[float | int] | Float[np.ndarray, "n"]) -> Grid:
     """Grid of given times.
 
     Raises:

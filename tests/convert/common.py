@@ -3,19 +3,23 @@
 import dataclasses
 from pathlib import Path
 
-import flax.linen as nn
-import jax
 import ml_dtypes
 import numpy as np
-from flax.traverse_util import flatten_dict
 
-from pi0_jax.config import BinConfig, CompactConfig, ExpertConfig, ModelConfig, PolicyConfig
-from pi0_jax.convert.formats import Weights
+from pi0_jax.config import (
+    Compact,
+    Cosine,
+    ExpertConfig,
+    Gaussian,
+    ModelConfig,
+    ObjectiveConfig,
+    PolicyConfig,
+    Shortcut,
+    Tokens,
+)
+from pi0_jax.convert.formats import OpenCheckpoint, write_checkpoint
 from pi0_jax.convert.lazy import in_memory
-from pi0_jax.convert.leaves import leaves, shape_of, sizes
-from pi0_jax.convert.write import write_checkpoint
-from pi0_jax.model.heads import make_network
-from pi0_jax.pi0 import init_params
+from pi0_jax.convert.parameters import parameters
 from tests.conftest import tiny_config
 
 MODELS = ("pi0", "pi05", "pi0_fast", "pi0_lora")
@@ -42,35 +46,37 @@ def tiny_model(name: str) -> ModelConfig:
     return dataclasses.replace(model, **experts)
 
 
-def tiny_weights(name: str, dtype=np.float32, seed: int = 0, model: ModelConfig | None = None) -> Weights:
+def tiny_weights(
+    name: str,
+    dtype=np.float32,
+    seed: int = 0,
+    model: ModelConfig | None = None,
+    objective: ObjectiveConfig = Gaussian(),
+) -> OpenCheckpoint:
     """Random weights of `tiny_model(name)`, or of another model, in memory."""
     model, rng = model or tiny_model(name), np.random.default_rng(seed)
-    letters = sizes(model)
     tensors = {
-        path: in_memory((0.3 * rng.normal(size=shape_of(axes, letters))).astype(dtype))
-        for path, axes in leaves(model).items()
+        path: in_memory((0.3 * rng.normal(size=parameter.shape)).astype(dtype))
+        for path, parameter in parameters(model, objective).items()
     }
-    policy = PolicyConfig(model, robot="arm", normalization="zscore" if name.startswith("pi0_l") else "quantile")
-    return Weights("pi0", Path("memory"), policy, tensors, STATS, b"\x00a tokenizer\xff")
+    normalization = "zscore" if name.startswith("pi0_l") else "quantile"
+    policy = PolicyConfig(model=model, objective=objective, robot="arm", normalization=normalization)
+    return OpenCheckpoint("pi0", Path("memory"), policy, tensors, STATS, b"\x00a tokenizer\xff")
 
 
 HEADS = {
-    "compact": {"head": "compact", "compact": CompactConfig(width=12, depth=2, time_width=8)},
-    "bins": {"prediction": "bins", "bins": BinConfig(count=6)},
-    "average_velocity": {"prediction": "average_velocity"},
-    "epsilon": {"prediction": "epsilon"},
+    "Compact": ({"head": Compact(width=12, depth=2, time_width=8)}, Gaussian()),
+    "Tokens": ({}, Tokens(bins=6)),
+    "Shortcut": ({}, Shortcut()),
+    "noise": ({}, Gaussian(path=Cosine(), predicts="noise")),
 }
 
 
-def tiny_weights_of_head(head: str, seed: int = 0) -> Weights:
-    """Random weights of a model that exists only here, in memory."""
-    model, rng = tiny_config("pi0", **HEADS[head]), np.random.default_rng(seed)
-    shapes = jax.eval_shape(lambda key: nn.meta.unbox(init_params(make_network(model), key)), jax.random.key(0))
-    tensors = {
-        path: in_memory((0.3 * rng.normal(size=leaf.shape)).astype(np.float32))
-        for path, leaf in flatten_dict(shapes, sep="/").items()
-    }
-    return Weights("pi0", Path("memory"), PolicyConfig(model, robot="arm", normalization="quantile"), tensors, STATS)
+def tiny_weights_of_head(head: str, seed: int = 0) -> OpenCheckpoint:
+    """Random weights of a policy that exists only here, in memory."""
+    changes, objective = HEADS[head]
+    weights = tiny_weights("pi0", seed=seed, model=tiny_config("pi0", **changes), objective=objective)
+    return weights._replace(tokenizer=None)
 
 
 def save_tiny(folder: Path, name: str, dtype=np.float32, seed: int = 0) -> Path:

@@ -1,7 +1,6 @@
 """Merged adapters compute what separate ones do, and a widened model gives the old outputs on old inputs."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +10,10 @@ import pytest
 
 from pi0_jax.batch import Observation
 from pi0_jax.convert.change import grow, merge_lora
-from pi0_jax.convert.formats import Choices, params_of
+from pi0_jax.convert.formats import Overrides, params_of
 from pi0_jax.convert.lazy import in_memory, read_all
-from pi0_jax.model.velocity import VelocityNetwork
-from pi0_jax.pi0 import sample_actions
+from pi0_jax.objective import SampleOptions, make_objective
+from pi0_jax.sampler import Euler
 from tests.convert.common import tiny_weights
 
 
@@ -29,9 +28,16 @@ def observation(model, seed=0) -> Observation:
     )
 
 
+def make(weights):
+    """The objective, and the weights as parameters."""
+    policy = weights.policy
+    return make_objective(policy.objective, policy.model), jax.tree.map(jnp.asarray, params_of(weights))
+
+
 def samples(weights, inputs, noise):
-    run = functools.partial(sample_actions, VelocityNetwork(weights.policy.model), num_steps=3)
-    return np.asarray(jax.jit(run)(jax.tree.map(jnp.asarray, params_of(weights)), inputs, noise))
+    objective, params = make(weights)
+    options = SampleOptions(Euler(3))
+    return np.asarray(jax.jit(lambda *args: objective.sample(*args, options))(params, inputs, noise))
 
 
 def test_merged_adapters_compute_what_separate_ones_do():
@@ -43,8 +49,8 @@ def test_merged_adapters_compute_what_separate_ones_do():
     x, time = jax.random.normal(jax.random.key(0), (2, 6, 5)), jnp.array([0.3, 0.8])
 
     def velocity(weights):
-        params = jax.tree.map(jnp.asarray, params_of(weights))
-        return np.asarray(jax.jit(VelocityNetwork(weights.policy.model).apply)({"params": params}, inputs, x, time))
+        objective, params = make(weights)
+        return np.asarray(jax.jit(objective.network.joint)(params, inputs, x, time))
 
     expected, plain = velocity(weights), velocity(without_adapters(weights))
     np.testing.assert_allclose(velocity(merged), expected, rtol=2e-5, atol=2e-5)
@@ -76,8 +82,8 @@ def test_adapters_in_float32_are_not_rounded_into_frozen_bfloat16_weights():
 @pytest.mark.parametrize("variant", ["pi0", "pi05"])
 def test_a_widened_model_gives_the_same_actions_on_old_inputs(variant):
     weights = tiny_weights(variant)
-    choices = Choices(action_dim=9, cameras=("top", "tool", "wrist"), prompt_length=11)
-    wide = grow(weights, choices)
+    overrides = Overrides(action_dim=9, cameras=("top", "tool", "wrist"), prompt_length=11)
+    wide = grow(weights, overrides)
     assert wide.policy.model == dataclasses.replace(
         weights.policy.model, action_dim=9, cameras=("top", "tool", "wrist"), prompt_length=11
     )
@@ -100,7 +106,7 @@ def test_a_widened_model_gives_the_same_actions_on_old_inputs(variant):
 
 def test_widening_by_action_dimension_alone_is_exact_in_the_weights():
     weights = tiny_weights("pi0")
-    wide = read_all(grow(weights, Choices(action_dim=9)).tensors)
+    wide = read_all(grow(weights, Overrides(action_dim=9)).tensors)
     for path, array in read_all(weights.tensors).items():
         corner = wide[path][tuple(slice(size) for size in array.shape)]
         assert np.array_equal(corner, array), path
@@ -111,11 +117,11 @@ def test_widening_by_action_dimension_alone_is_exact_in_the_weights():
 
 def test_another_horizon_changes_no_weight():
     weights = tiny_weights("pi05")
-    longer = grow(weights, Choices(horizon=20))
+    longer = grow(weights, Overrides(horizon=20))
     assert longer.policy.model.action_horizon == 20
     assert longer.tensors == weights.tensors
 
 
 def test_fewer_action_dimensions_are_refused():
     with pytest.raises(ValueError, match="trained rows are not thrown away"):
-        grow(tiny_weights("pi0"), Choices(action_dim=4))
+        grow(tiny_weights("pi0"), Overrides(action_dim=4))

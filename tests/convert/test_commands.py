@@ -6,7 +6,7 @@ import re
 import pytest
 
 from pi0_jax import cli
-from pi0_jax.convert.write import write_checkpoint
+from pi0_jax.convert.formats import write_checkpoint
 from tests.convert.common import HEADS, save_tiny, tiny_weights, tiny_weights_of_head
 
 
@@ -70,7 +70,7 @@ def test_heads_that_exist_only_here_are_shown_compared_and_kept_out_of_other_for
 
 
 def test_a_lost_parameter_of_another_head_is_named(tmp_path, capsys):
-    weights = tiny_weights_of_head("compact")
+    weights = tiny_weights_of_head("Compact")
     tensors = {path: tensor for path, tensor in weights.tensors.items() if path != "time_in/bias"}
     write_checkpoint(weights._replace(tensors=tensors), tmp_path / "a", "pi0")
     assert cli.main(["inspect", str(tmp_path / "a")]) == 1

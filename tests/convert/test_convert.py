@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 
 from pi0_jax import checkpoint
+from pi0_jax.config import Gaussian, Guidance
+from pi0_jax.convert.assemble import foreign_tensors
 from pi0_jax.convert.describe import describe, differences, text
-from pi0_jax.convert.formats import Choices, open_checkpoint
-from pi0_jax.convert.lazy import in_memory, open_orbax, open_safetensors, read_all, write_orbax, write_safetensors
+from pi0_jax.convert.formats import Overrides, open_checkpoint, openpi, write_checkpoint
+from pi0_jax.convert.lazy import in_memory, open_safetensors, read_all, write_safetensors
+from pi0_jax.convert.orbax_format import open_orbax, write_orbax
 from pi0_jax.convert.run import convert
-from pi0_jax.convert.write import foreign_tensors, write_checkpoint
+from pi0_jax.sampler import Euler
 from tests.convert.common import DTYPES, MODELS, STATS, save_tiny, tiny_model, tiny_weights
 
 FORMATS = ("openpi", "openpi-torch", "lerobot")
@@ -62,7 +65,7 @@ def source_of(kind, name, folder):
     return tensors, rewrite
 
 
-CHOICES = Choices(horizon=6, vision_heads=2, num_heads=4, num_kv_heads=1, lora_scale=2.0)
+OVERRIDES = Overrides(horizon=6, vision_heads=2, num_heads=4, num_kv_heads=1, lora_scale=2.0)
 
 
 def test_failed_conversions_leave_nothing_behind(tmp_path):
@@ -70,7 +73,7 @@ def test_failed_conversions_leave_nothing_behind(tmp_path):
     victim = "model.action_out_proj.weight"
     rewrite({**tensors, victim: np.full_like(tensors[victim], np.inf)})
     with pytest.raises(ValueError, match=r"action_out_proj\.weight holds numbers that are not finite"):
-        convert(tmp_path / "x", tmp_path / "out", choices=CHOICES)
+        convert(tmp_path / "x", tmp_path / "out", overrides=OVERRIDES)
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
@@ -89,10 +92,10 @@ def test_what_a_source_does_not_say_is_asked_for_by_name(saved, tmp_path):
     with pytest.raises(ValueError, match="--horizon"):
         open_checkpoint(tmp_path / "jax")
     with pytest.raises(ValueError, match="--lora-scale"):
-        open_checkpoint(tmp_path / "lora", Choices(horizon=6))
+        open_checkpoint(tmp_path / "lora", Overrides(horizon=6))
     with pytest.raises(ValueError, match="--vision-heads"):
         open_checkpoint(tmp_path / "torch")
-    weights = open_checkpoint(tmp_path / "jax", Choices(horizon=6, cameras=("top", "tool")))
+    weights = open_checkpoint(tmp_path / "jax", Overrides(horizon=6, cameras=("top", "tool")))
     assert weights.policy.robot == "arm"
     assert weights.policy.model.cameras == ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
     assert weights.norm_stats == STATS
@@ -103,7 +106,7 @@ def test_a_lerobot_folder_of_the_wrong_type_is_refused(tmp_path):
     path = tmp_path / "x" / "config.json"
     path.write_text(path.read_text().replace('"pi05"', '"pi0"'))
     with pytest.raises(ValueError, match=r"says 'pi0'.*are of a 'pi05'"):
-        open_checkpoint(tmp_path / "x", CHOICES)
+        open_checkpoint(tmp_path / "x", OVERRIDES)
 
 
 def test_settings_of_lerobot_are_read_and_those_that_we_lack_refused(tmp_path):
@@ -112,30 +115,29 @@ def test_settings_of_lerobot_are_read_and_those_that_we_lack_refused(tmp_path):
     config = json.loads(path.read_text())
     config["input_features"]["observation.images.empty_camera_0"] = {"type": "VISUAL", "shape": [3, 16, 16]}
     path.write_text(json.dumps(config | {"rtc_training_max_delay": 3, "empty_cameras": 1}))
-    model = open_checkpoint(tmp_path / "x", CHOICES).policy.model
-    assert model.max_delay == 3
-    assert model.cameras == tiny_model("pi05").cameras  # an empty camera is always masked: none at all
+    policy = open_checkpoint(tmp_path / "x", OVERRIDES).policy
+    assert policy.objective == Gaussian(max_delay=3)
+    assert policy.model.cameras == tiny_model("pi05").cameras  # an empty camera is always masked: none at all
     for changed in ({"use_visual_memory": True}, {"use_proprioceptive_memory": True}, {"min_period": 1e-3}):
         path.write_text(json.dumps(config | changed))
         with pytest.raises(ValueError, match=next(iter(changed))):
-            open_checkpoint(tmp_path / "x", CHOICES)
+            open_checkpoint(tmp_path / "x", OVERRIDES)
     path.write_text(json.dumps(config | {"input_features": {}}))
-    found = open_checkpoint(tmp_path / "x", CHOICES)
+    found = open_checkpoint(tmp_path / "x", OVERRIDES)
     assert len(found.policy.model.cameras) == 3
     assert "names no cameras" in found.warnings[0]
     path.unlink()
     with pytest.raises(ValueError, match=r"LeRobot's names.*config\.json"):
-        open_checkpoint(tmp_path / "x", CHOICES)
+        open_checkpoint(tmp_path / "x", OVERRIDES)
 
 
 def test_what_other_formats_have_no_place_for_is_said_and_remembered(tmp_path, caplog):
     weights = tiny_weights("pi05")
-    model = dataclasses.replace(weights.policy.model, max_delay=2)
-    policy = dataclasses.replace(weights.policy, model=model, guidance_scale=1.5)
+    policy = dataclasses.replace(weights.policy, objective=Gaussian(max_delay=2), guidance=Guidance(1.5))
     write_checkpoint(weights._replace(policy=policy), tmp_path / "x", "pi0")
     convert(tmp_path / "x", tmp_path / "lerobot", "lerobot")
     assert '"rtc_training_max_delay": 2' in caplog.text
-    assert "guidance_scale 1.5" in caplog.text
+    assert "guidance.scale 1.5" in caplog.text
     assert "rtc_training_max_delay" not in (tmp_path / "lerobot/config.json").read_text()  # 0.6.1 would not load it
     assert open_checkpoint(tmp_path / "lerobot").policy == policy
 
@@ -147,8 +149,8 @@ def test_a_config_that_was_changed_in_lerobot_wins_over_the_record(saved, tmp_pa
     changed = {"n_action_steps": 2, "num_inference_steps": 5, "tokenizer_max_length": 9, "rtc_training_max_delay": 1}
     path.write_text(json.dumps(config | changed))
     policy = open_checkpoint(tmp_path / "x").policy
-    assert (policy.execute_steps, policy.num_steps) == (2, 5)
-    assert (policy.model.prompt_length, policy.model.max_delay) == (9, 1)
+    assert (policy.execute_steps, policy.sampler) == (2, Euler(5))
+    assert (policy.model.prompt_length, policy.objective) == (9, Gaussian(max_delay=1))
     assert policy.robot == "arm"
 
 
@@ -167,7 +169,7 @@ def test_tied_embeddings_and_prefixes_of_lerobot_are_read_in_every_form(tmp_path
     else:
         del changed[embedding if keep == "lm_head" else head]
     rewrite({prefix + name.removeprefix("model."): array for name, array in changed.items()})
-    weights = open_checkpoint(tmp_path / "x", CHOICES)
+    weights = open_checkpoint(tmp_path / "x", OVERRIDES)
     assert np.array_equal(weights.tensors["embedding"].read(None), expected)
     assert junk.removeprefix("model.") in weights.dropped
 
@@ -193,7 +195,7 @@ def test_layers_of_different_dtypes_are_widened_and_not_rounded(tmp_path, layer)
     half = {name: array.astype(ml_dtypes.bfloat16) for name, array in tensors.items()}
     name = f"model.paligemma_with_expert.gemma_expert.model.layers.{layer}.mlp.up_proj.weight"
     rewrite({**half, name: tensors[name]})
-    convert(tmp_path / "x", tmp_path / "out", choices=CHOICES)
+    convert(tmp_path / "x", tmp_path / "out", overrides=OVERRIDES)
     found = read_all(open_checkpoint(tmp_path / "out").tensors)
     leaf = found["backbone/layers/action/mlp/gate_up"]
     assert np.array_equal(leaf[layer, 1], tensors[name].T)
@@ -203,7 +205,7 @@ def test_layers_of_different_dtypes_are_widened_and_not_rounded(tmp_path, layer)
 
 def test_results_are_checkpoints_that_the_rest_of_the_package_reads(saved, tmp_path):
     write_checkpoint(tiny_weights("pi05"), tmp_path / "x", "lerobot")
-    convert(tmp_path / "x", tmp_path / "out", choices=CHOICES)
+    convert(tmp_path / "x", tmp_path / "out", overrides=OVERRIDES)
     assets = checkpoint.load_assets(tmp_path / "out")
     assert assets.policy.model.action_horizon == 6
     assert assets.norm_stats == STATS
@@ -217,21 +219,22 @@ def test_results_are_checkpoints_that_the_rest_of_the_package_reads(saved, tmp_p
 
 def test_statistics_that_were_changed_in_lerobot_win_over_the_exact_copy(tmp_path):
     write_checkpoint(tiny_weights("pi0"), tmp_path / "x", "lerobot")
-    assert open_checkpoint(tmp_path / "x", CHOICES).norm_stats == STATS
+    assert open_checkpoint(tmp_path / "x", OVERRIDES).norm_stats == STATS
     (file,) = tmp_path.glob("x/policy_preprocessor_step_*_normalizer_processor.safetensors")
     stats = read_all(open_safetensors(file))
     stats["action.mean"] = stats["action.mean"] + 1
     write_safetensors(file, {name: in_memory(array) for name, array in stats.items()})
-    found = open_checkpoint(tmp_path / "x", CHOICES).norm_stats["norm_stats"]
+    found = open_checkpoint(tmp_path / "x", OVERRIDES).norm_stats["norm_stats"]
     assert found["actions"]["mean"] == pytest.approx([1.1, 4 / 3])
     assert found["state"]["mean"] == pytest.approx([0.1, 1 / 3])
 
 
+def _paligemma():
+    return foreign_tensors(tiny_weights("pi0_fast", ml_dtypes.bfloat16), "openpi", openpi.rules("pi0_fast"))
+
+
 def test_big_vision_weights_get_a_fresh_action_expert(tmp_path):
-    tensors = {
-        name.replace("PaliGemma/", "params/"): array
-        for name, array in read_all(foreign_tensors(tiny_weights("pi0_fast", ml_dtypes.bfloat16), "openpi")).items()
-    }
+    tensors = {name.replace("PaliGemma/", "params/"): array for name, array in read_all(_paligemma()).items()}
     np.savez(tmp_path / "pt.npz", **tensors)
     blocks = {}
     for name, array in tensors.items():  # the same, as models without scan are saved
@@ -241,9 +244,9 @@ def test_big_vision_weights_get_a_fresh_action_expert(tmp_path):
             blocks[name] = array
     np.savez(tmp_path / "blocks.npz", **{f"opt/target/{n.removeprefix('params/')}": a for n, a in blocks.items()})
     tiny = tiny_model("pi05")
-    choices = Choices(variant="pi05", action_dim=9, horizon=4)
+    overrides = Overrides(variant="pi05", action_dim=9, horizon=4)
     for i, name in enumerate(("pt.npz", "blocks.npz", "pt.npz:params", "blocks.npz:opt/target")):
-        convert(tmp_path / name, tmp_path / str(i), choices=choices, model=tiny)
+        convert(tmp_path / name, tmp_path / str(i), overrides=overrides, model=tiny)
         found = open_checkpoint(tmp_path / str(i))
         assert found.policy.model.action == tiny.action
         assert (found.policy.model.action_dim, found.policy.model.action_horizon) == (9, 4)
@@ -255,7 +258,7 @@ def test_big_vision_weights_get_a_fresh_action_expert(tmp_path):
     del tensors["params/llm/final_norm/scale"]
     np.savez(tmp_path / "pt.npz", **tensors)
     with pytest.raises(ValueError, match="missing: PaliGemma/llm/final_norm/scale"):
-        convert(tmp_path / "pt.npz", tmp_path / "out", choices=choices, model=tiny)
+        convert(tmp_path / "pt.npz", tmp_path / "out", overrides=overrides, model=tiny)
 
 
 def test_inspect_and_diff_say_what_is_there(saved, tmp_path):

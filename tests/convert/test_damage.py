@@ -1,5 +1,6 @@
 """Any one tensor that is deleted, renamed, transposed or filled with NaN stops a conversion, with its name."""
 
+import importlib
 import json
 import re
 import shutil
@@ -9,28 +10,26 @@ import pytest
 
 from pi0_jax import cli
 from pi0_jax.config import ExpertConfig
-from pi0_jax.convert import formats
-from pi0_jax.convert.formats import Choices, open_checkpoint
+from pi0_jax.convert.assemble import foreign_tensors
+from pi0_jax.convert.formats import Overrides, open_checkpoint, openpi, write_checkpoint
 from pi0_jax.convert.lazy import (
     in_memory,
     open_npz,
-    open_orbax,
     open_safetensors,
     read_all,
-    write_orbax,
     write_safetensors,
 )
+from pi0_jax.convert.orbax_format import open_orbax, write_orbax
 from pi0_jax.convert.run import convert
-from pi0_jax.convert.write import foreign_tensors, write_checkpoint
 from tests.conftest import tiny_config
 from tests.convert.common import save_tiny, tiny_weights, tiny_weights_of_head
 
-CHOICES = Choices(horizon=6, vision_heads=2, num_heads=4, num_kv_heads=1, lora_scale=2.0)
+OVERRIDES = Overrides(horizon=6, vision_heads=2, num_heads=4, num_kv_heads=1, lora_scale=2.0)
 SPARE = ("lm_head.weight", "embed_tokens.weight")
 """Ends of names that may be absent in PyTorch: either of the tied pair, and the unused layer."""
 
 SOURCES = [
-    *[("pi0", name) for name in ("pi0", "pi05", "pi0_fast", "pi0_lora", "compact")],
+    *[("pi0", name) for name in ("pi0", "pi05", "pi0_fast", "pi0_lora", "Compact")],
     *[("openpi", name) for name in ("pi0", "pi05", "pi0_fast", "pi0_lora")],
     *[(kind, name) for kind in ("openpi-torch", "lerobot") for name in ("pi0", "pi05", "pi0_fast")],
     ("big_vision", "pi0_fast"),
@@ -39,10 +38,10 @@ SOURCES = [
 
 def source_of(kind, name, folder):
     """Writes a checkpoint of a format; its path, its tensors and the name of the function that opens them."""
-    weights = tiny_weights_of_head(name) if name == "compact" else tiny_weights(name)
+    weights = tiny_weights_of_head(name) if name == "Compact" else tiny_weights(name)
     if kind == "big_vision":
         folder.mkdir()
-        tensors = read_all(foreign_tensors(weights, "openpi"))
+        tensors = read_all(foreign_tensors(weights, "openpi", openpi.rules("pi0_fast")))
         np.savez(folder / "pt.npz", **{name.replace("PaliGemma/", "params/"): a for name, a in tensors.items()})
         return folder / "pt.npz", read_all(open_npz(folder / "pt.npz")), "open_npz"
     write_checkpoint(weights, folder, kind)
@@ -65,7 +64,10 @@ def test_any_one_damaged_tensor_is_named(tmp_path, monkeypatch, kind, name):
     path, arrays, opener = source_of(kind, name, tmp_path / "x")
     whole = {name: in_memory(array) for name, array in arrays.items()}
     found = dict(whole)
-    monkeypatch.setattr(formats, opener, lambda _: found)
+    module = importlib.import_module(f"pi0_jax.convert.formats.{kind.replace('-', '_')}")
+    opened = getattr(module, opener)
+    weights = ("params", "model.safetensors", "pt.npz")
+    monkeypatch.setattr(module, opener, lambda file: found if file.name in weights else opened(file))
     tied = [name for name in arrays if name.endswith(SPARE) and "gemma_expert" not in name]
     for victim, array in arrays.items():
         for way, changed in damaged(array).items():
@@ -82,7 +84,7 @@ def test_any_one_damaged_tensor_is_named(tmp_path, monkeypatch, kind, name):
 
 
 def read_everything(path):
-    weights = open_checkpoint(path, CHOICES)
+    weights = open_checkpoint(path, OVERRIDES)
     read_all({**weights.tensors, **weights.dropped})
 
 
@@ -94,7 +96,7 @@ def test_numbers_that_are_not_finite_stop_a_conversion_where_nothing_needs_them_
     arrays[head][3, 2] = np.inf
     write_safetensors(file, {name: in_memory(array) for name, array in arrays.items()})
     with pytest.raises(ValueError, match=r"gemma_expert\.lm_head\.weight holds numbers that are not finite"):
-        convert(tmp_path / "x", tmp_path / "out", choices=CHOICES)
+        convert(tmp_path / "x", tmp_path / "out", overrides=OVERRIDES)
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
@@ -117,7 +119,7 @@ def test_any_change_of_a_converted_folder_is_named_a_square_transposed_too(tmp_p
         if orbax:
             shutil.rmtree(file)
         (write_orbax if orbax else write_safetensors)(file, {n: in_memory(a) for n, a in changed.items()})
-        with pytest.raises(ValueError, match=r"(?s)1 of \d+ leaves are not what .*conversion\.json says") as error:
+        with pytest.raises(ValueError, match=r"(?s)1 of \d+ parameters are not what .*conversion\.json says") as error:
             convert(tmp_path / "x", tmp_path / "out")
         assert re.sub(r"\.\d+\.", ".*.", victim.removeprefix("model.")) in str(error.value)
         assert not (tmp_path / "out").exists()
@@ -135,7 +137,7 @@ def test_the_command_line_says_how_to_go_on_with_weights_that_were_changed(tmp_p
     write_orbax(tmp_path / "ours/params", tiny_weights("pi0", seed=1).tensors)
     assert cli.main(["convert", ours, out, "--to", "openpi"]) == 1
     said = capsys.readouterr().err
-    assert f"{len(record['leaves_sha256'])} of {len(record['leaves_sha256'])} leaves" in said
+    assert f"{len(record['leaves_sha256'])} of {len(record['leaves_sha256'])} parameters" in said
     assert "--edited" in said
     assert "action_out/kernel" in said
     assert cli.main(["convert", ours, out, "--to", "openpi", "--edited"]) == 0

@@ -8,8 +8,7 @@ import pytest
 from pi0_jax import cli
 from pi0_jax.convert import remote
 from pi0_jax.convert.describe import differences
-from pi0_jax.convert.formats import Choices, open_checkpoint
-from pi0_jax.convert.write import write_checkpoint
+from pi0_jax.convert.formats import Overrides, open_checkpoint, write_checkpoint
 from tests.convert.common import tiny_weights
 
 fsspec = pytest.importorskip("fsspec")
@@ -49,8 +48,8 @@ def test_a_run_elsewhere_is_its_newest_step_without_what_only_training_needs(tmp
         (tmp_path / "run" / str(step) / "train_state").mkdir()
         (tmp_path / "run" / str(step) / "train_state" / "large").write_bytes(b"x")
     upload(store, tmp_path / "run", "/bucket/run")
-    found = open_checkpoint("memory://bucket/run", Choices(horizon=6))
-    assert differences(found, open_checkpoint(tmp_path / "run" / "10", Choices(horizon=6))) == []
+    found = open_checkpoint("memory://bucket/run", Overrides(horizon=6))
+    assert differences(found, open_checkpoint(tmp_path / "run" / "10", Overrides(horizon=6))) == []
     files = {path.name for path in cache.rglob("*") if path.is_file()}
     assert "large" not in files
     assert not list(cache.rglob("9"))
@@ -107,9 +106,9 @@ def test_offline_does_not_even_ask_for_the_file_system(scheme, no_sockets):
 
 def test_files_and_local_urls_are_read_too(tmp_path, store):
     write_checkpoint(tiny_weights("pi0"), tmp_path / "policy", "lerobot")
-    choices = Choices(num_heads=4, num_kv_heads=1, vision_heads=2)
+    overrides = Overrides(num_heads=4, num_kv_heads=1, vision_heads=2)
     for url in (f"file://{tmp_path}/policy", f"file://{tmp_path}/policy/model.safetensors"):
-        assert differences(open_checkpoint(url, choices), open_checkpoint(tmp_path / "policy", choices)) == []
+        assert differences(open_checkpoint(url, overrides), open_checkpoint(tmp_path / "policy", overrides)) == []
     store.pipe("/bucket/weights.npz", b"none")
     assert remote.fetch("memory://bucket/weights.npz:params").name == "weights.npz:params"
     assert remote.fetch("memory://bucket/weights.npz").read_bytes() == b"none"

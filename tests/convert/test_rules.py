@@ -1,17 +1,22 @@
 import numpy as np
 import pytest
 
+from pi0_jax.config import ModelConfig
 from pi0_jax.convert.lazy import in_memory, read_all
-from pi0_jax.convert.rules import Rule, bind, from_ours, infer_sizes, to_ours
+from pi0_jax.convert.parameters import infer_model
+from pi0_jax.convert.rules import Parameter, Rule, bind, from_ours, to_ours
 
 RULES = (
-    Rule("q", "layers.{l}.q", "l (n h) d"),
-    Rule("kv", ("layers.{l}.k", "layers.{l}.v"), "l c h d"),
-    Rule("out", "out", "d v"),
-    Rule("out", "tied", "d v"),
+    Rule("q", "layers.{}.q", "(heads head_dim) embed"),
+    Rule("kv", ("layers.{}.k", "layers.{}.v"), "head_dim embed"),
+    Rule("out", "out", "embed vocab"),
+    Rule("out", "tied", "embed vocab"),
 )
-LEAVES = {"q": "l d n h", "kv": "l c d h", "out": "v d"}
-SIZES = {"l": 3, "c": 2, "n": 2, "h": 5, "d": 7, "v": 11}
+WANTED = {
+    "q": Parameter((3, 7, 2, 5), ("layers", "embed", "heads", "head_dim")),
+    "kv": Parameter((3, 2, 7, 5), ("layers", "stack", "embed", "head_dim")),
+    "out": Parameter((11, 7), ("vocab", "embed")),
+}
 OURS = {
     "q": np.arange(210.0, dtype=np.float32).reshape(3, 7, 2, 5),
     "kv": np.arange(210.0, dtype=np.float32).reshape(3, 2, 7, 5),
@@ -20,7 +25,7 @@ OURS = {
 
 
 def theirs() -> dict[str, np.ndarray]:
-    return read_all(from_ours(RULES, LEAVES, {path: in_memory(array) for path, array in OURS.items()}, SIZES))
+    return read_all(from_ours(RULES, WANTED, {path: in_memory(array) for path, array in OURS.items()}))
 
 
 def in_tensors(arrays):
@@ -35,13 +40,11 @@ def test_axes_move_as_the_rule_says():
     np.testing.assert_array_equal(found["out"], OURS["out"].T)
 
 
-def test_a_table_read_backwards_gives_the_same_leaves_whole_and_by_layer():
+def test_rules_read_backwards_give_the_same_parameters():
     tensors = in_tensors(theirs())
-    sizes = infer_sizes(RULES, tensors, {"n": 2})
-    assert sizes == {**SIZES, "b": 3}
-    rules, rest = bind(RULES, LEAVES, tensors, sizes, spare={"tied": "d v"})
-    assert rest == ["tied"]
-    back = to_ours(rules, LEAVES, tensors, sizes)
+    rules, left_over = bind(RULES, WANTED, tensors, spare={"tied": (7, 11)})
+    assert left_over == ["tied"]
+    back = to_ours(rules, WANTED, tensors)
     for path, array in OURS.items():
         np.testing.assert_array_equal(back[path].read(None), array)
         np.testing.assert_array_equal(back[path].read(2), array[2])
@@ -49,9 +52,9 @@ def test_a_table_read_backwards_gives_the_same_leaves_whole_and_by_layer():
 
 
 def test_a_product_that_stays_open_is_asked_for_by_name():
-    rules = (Rule("q", "layers.{l}.q", "l (n k) d"),)
+    rules = (Rule("backbone/layers/language/attn/q", "layers.{}.q", "(heads head_dim) embed"),)
     with pytest.raises(ValueError, match="--num-heads"):
-        infer_sizes(rules, in_tensors({"layers.0.q": np.zeros((10, 7), np.float32)}), {})
+        infer_model(rules, in_tensors({"layers.0.q": np.zeros((10, 7), np.float32)}), ModelConfig(), {})
 
 
 def test_all_that_does_not_correspond_is_named():
@@ -59,21 +62,21 @@ def test_all_that_does_not_correspond_is_named():
     broken["layers.1.q"] = broken["layers.1.q"].T
     broken["odd"] = broken.pop("layers.2.v")
     tensors = in_tensors(broken)
-    with pytest.raises(ValueError, match="do not make the model") as error:
-        bind(RULES, LEAVES, tensors, infer_sizes(RULES, tensors, {"n": 2}), spare={"tied": "d v"})
+    with pytest.raises(ValueError, match="do not match the inferred architecture") as error:
+        bind(RULES, WANTED, tensors, spare={"tied": (7, 11)})
     message = str(error.value)
     assert "layers.1.q has shape (7, 10), and (10, 7) is needed for q" in message
     assert "missing: layers.2.v, for kv" in message
-    assert "of no use: odd" in message
+    assert "unexpected: odd" in message
 
 
 def test_what_may_be_left_over_has_to_have_its_shape():
     broken = {**theirs(), "tied": theirs()["tied"].T}
     tensors = in_tensors(broken)
-    with pytest.raises(ValueError, match=r"tied has shape \(11, 7\); it is not needed, and \(7, 11\) is what"):
-        bind(RULES, LEAVES, tensors, infer_sizes(RULES, tensors, {"n": 2}), spare={"tied": "d v"})
+    with pytest.raises(ValueError, match=r"tied has shape \(11, 7\); unused as it is, it should have \(7, 11\)"):
+        bind(RULES, WANTED, tensors, spare={"tied": (7, 11)})
 
 
 def test_a_leaf_without_a_place_is_named():
     with pytest.raises(ValueError, match="no place for these of our parameters: stem"):
-        from_ours(RULES, {**LEAVES, "stem": "d"}, in_tensors(OURS), SIZES)
+        from_ours(RULES, {**WANTED, "stem": Parameter((7,), ("embed",))}, in_tensors(OURS))

@@ -13,19 +13,18 @@ import pytest
 
 from pi0_jax import cli
 from pi0_jax.convert.describe import differences
-from pi0_jax.convert.formats import Choices, open_checkpoint
+from pi0_jax.convert.formats import Overrides, open_checkpoint, write_checkpoint
 from pi0_jax.convert.lazy import in_memory
 from pi0_jax.convert.run import convert
-from pi0_jax.convert.write import write_checkpoint
 from pi0_jax.data.tokenizer import Tokenizer
 from tests.convert.common import save_tiny, tiny_weights
 
 KILLED = """
 import os, signal, sys
-from pi0_jax.convert import run, write
+from pi0_jax.convert import formats, run
 
 def half(*arguments):
-    write.write_checkpoint(*arguments)
+    formats.write_checkpoint(*arguments)
     os.kill(os.getpid(), signal.SIGKILL)
 
 run.write_checkpoint = half
@@ -93,19 +92,19 @@ def test_overwrite_replaces_checkpoints_and_nothing_else(tmp_path, source):
 def test_a_tokenizer_and_a_robot_make_weights_a_policy(tmp_path, source):
     tokenizer = tmp_path / "words.model"
     tokenizer.write_bytes(Tokenizer.train(["push the ball"], 300).model)
-    convert(source, tmp_path / "out", choices=Choices(robot="tabletop", tokenizer=str(tokenizer)))
+    convert(source, tmp_path / "out", overrides=Overrides(robot="tabletop", tokenizer=str(tokenizer)))
     made = open_checkpoint(tmp_path / "out")
     assert made.policy.robot == "tabletop"
     assert made.tokenizer == tokenizer.read_bytes()
     with pytest.raises(ValueError, match="no robot 'tabeltop'"):
-        convert(source, tmp_path / "other", choices=Choices(robot="tabeltop"))
+        convert(source, tmp_path / "other", overrides=Overrides(robot="tabeltop"))
     with pytest.raises(ValueError, match="is not a SentencePiece model"):
-        convert(source, tmp_path / "other", choices=Choices(tokenizer=str(source / "assets/norm_stats.json")))
+        convert(source, tmp_path / "other", overrides=Overrides(tokenizer=str(source / "assets/norm_stats.json")))
 
 
 def test_statistics_are_not_written_elsewhere(tmp_path, source):
     with pytest.raises(ValueError, match="--asset-id"):
-        convert(source, tmp_path / "out", "openpi", choices=Choices(asset_id="../../elsewhere"))
+        convert(source, tmp_path / "out", "openpi", overrides=Overrides(asset_id="../../elsewhere"))
     assert names(tmp_path) == ["source"]
 
 

@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -23,6 +24,7 @@ from pi0_jax.data.tools.show import _log_to_rerun
 from pi0_jax.data.tools.stats import compute_stats, stats_of
 from tests.data.conftest import FEATURES, episode, write
 from tests.data.formats import CAMERAS, RLDS_KEYS, write_rlds, write_v2
+from tests.data.test_loader import opened
 
 CONFIG = """
 from pi0_jax.config import *
@@ -181,13 +183,12 @@ def test_a_recording_for_rerun_gets_every_frame(dataset, monkeypatch):
         disconnect=lambda: None,
     )
     monkeypatch.setitem(sys.modules, "rerun", fake)
-    part = types.SimpleNamespace(source=dataset, robot=get_robot("tabletop"))
-    _log_to_rerun([part], 1, "out.rrd")
+    _log_to_rerun([opened(dataset)], 1, Path("out.rrd"))
     assert logged[0] == "out.rrd"
     assert len(logged) == 1 + 9 * (2 + 6 + 3)
     monkeypatch.setitem(sys.modules, "rerun", None)
     with pytest.raises(ValueError, match=r"pip install -e '\.\[viz\]'"):
-        _log_to_rerun([part], 1, "out.rrd")
+        _log_to_rerun([opened(dataset)], 1, Path("out.rrd"))
 
 
 @pytest.mark.parametrize("quality", [None, 95])

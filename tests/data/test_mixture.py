@@ -17,6 +17,7 @@ from pi0_jax.data.rlds.reader import RldsDataset
 from pi0_jax.data.tokenizer import Tokenizer
 from pi0_jax.data.tools.stats import compute_normalizations, compute_stats
 from pi0_jax.data.transform import make_transform
+from pi0_jax.errors import UserError
 from tests.data.conftest import LENGTHS, write
 from tests.data.formats import RLDS_KEYS, write_rlds, write_v2
 
@@ -227,6 +228,18 @@ def test_a_folder_that_is_no_dataset_is_explained(config, tmp_path, make, messag
     (tmp_path / make).touch()
     with pytest.raises(FileNotFoundError, match=message):
         open_datasets(DataConfig(str(tmp_path / "other")), config.policy)
+
+
+def test_a_config_without_demonstrations_is_told_what_to_write(config):
+    with pytest.raises(UserError, match=r'Set `data\.path` to .*data=DataConfig\(path="data/mine"\)'):
+        open_datasets(DataConfig(), config.policy)
+
+
+def test_an_open_dataset_has_the_cameras_that_the_model_reads(config, folders):
+    policy = dataclasses.replace(config.policy, model=dataclasses.replace(config.policy.model, cameras=("tool", "x")))
+    (dataset,) = open_datasets(DataConfig(folders[0]), policy)
+    assert dataset.cameras == {"observation.images.tool": "tool"}
+    assert dataset.semantics == ("absolute",) * 3
 
 
 def test_names_that_a_dataset_lacks_are_to_be_said_in_its_keys(config, folders):

@@ -1,7 +1,7 @@
 """Normalisation: openpi's formulas bit for bit, bounded where dimensions hardly vary, and its file format."""
 
 import json
-import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,23 +17,37 @@ from pi0_jax.data.normalization import (
     stats_to_json,
     unnormalize_values,
 )
+from pi0_jax.data.source import Source
 from pi0_jax.data.tools.stats import compute_stats
 
 MODES = ("zscore", "quantile")
 
 
-def in_memory(state, action, valid=None):
-    """What `compute_stats` uses of a dataset."""
+class InMemory(Source):
+    """Columns of numbers in episodes of given lengths, without pictures."""
+
+    def __init__(self, lengths, **columns):
+        self.root, self.values = Path("memory"), columns
+        self.features = {name: {"dtype": "float32", "shape": v.shape[1:], "names": None} for name, v in columns.items()}
+        self.ends, self.episodes = np.cumsum(lengths), [f"episode {i}" for i in range(len(lengths))]
+
+    def read(self, name, first, end):
+        return self.values[name][self.episode_range(first)[0] : self.ends[end - 1]]
+
+    @property
+    def task_index(self):
+        return np.zeros(self.num_frames, int)
+
+    def images(self, camera, rows):
+        raise AssertionError("statistics need no picture")
+
+    def picture_files(self, camera):
+        return []
+
+
+def in_memory(state, action, valid=None, lengths=None):
     columns = {"observation.state": state, "action": action} | ({} if valid is None else {"valid": valid})
-    return types.SimpleNamespace(
-        root="memory",
-        features=columns,
-        ends=np.array([len(state)]),
-        num_episodes=1,
-        episodes=["episode 0"],
-        episode_range=lambda _: (0, len(state)),
-        read=lambda name, *_: columns[name],
-    )
+    return InMemory(lengths or [len(state)], **columns)
 
 
 def stats_of(values):

@@ -57,25 +57,15 @@ def test_scrambled_numbers_are_different_and_even():
 
 def dataset_in_memory(lengths=(30, 50, 20)):
     random, total = np.random.default_rng(1), sum(lengths)
-    source = in_memory(
-        random.normal(size=(total, 7)).astype(np.float32),
-        random.normal(size=(total, 7)).astype(np.float32),
-        (random.random((total, 1)) < 0.9).astype(np.float32),
-    )
-    source.ends = np.cumsum(lengths)
-    source.num_episodes, source.episodes = len(lengths), [f"episode {i}" for i in range(len(lengths))]
-    starts = source.ends - lengths
-    source.episode_range = lambda e: (int(starts[e]), int(source.ends[e]))
-    columns = source.features
-    source.read = lambda name, first, end: columns[name][starts[first] : source.ends[end - 1]]
-    return source
+    state, action = (random.normal(size=(total, 7)).astype(np.float32) for _ in range(2))
+    return in_memory(state, action, (random.random((total, 1)) < 0.9).astype(np.float32), lengths)
 
 
 def test_relative_actions_are_summarised_over_whole_chunks_as_training_sees_them():
     source, robot, horizon = dataset_in_memory(), get_robot("ur5"), 4
     semantics = (*["relative"] * 6, "gripper")
     stats = compute_stats(source, robot, semantics, horizon)["actions"]
-    state, actions, valid = (source.features[name] for name in ("observation.state", "action", "valid"))
+    state, actions, valid = (source.values[name] for name in ("observation.state", "action", "valid"))
     seen = []
     for episode in range(3):
         first, end = source.episode_range(episode)

@@ -239,3 +239,15 @@ def test_model_that_does_not_fit_the_robot_is_refused(policy, normalization, tok
 def test_statistics_of_another_robot_are_refused(policy, stats, tokenizer):
     with pytest.raises(ValueError, match="'state' have 3 dimensions; the robot has 6"):
         make_transform(policy, ROBOT, Normalization(stats | {"state": stats["actions"]}, ABSOLUTE), tokenizer)
+
+
+def test_the_chunk_in_execution_is_mapped_as_demonstrated_actions_are(policy, stats, tokenizer, sample):
+    transform = make_transform(policy, ROBOT, Normalization(stats, ("relative",) * 3), tokenizer)
+    demonstrated = transform.forward(sample)
+    raw = {key: sample[key] for key in ("images", "state", "prompt")} | {"previous": sample["actions"], "delay": 2}
+    checked = check_observation(raw, ROBOT)
+    assert "actions" not in checked
+    ready = transform.forward(checked)
+    np.testing.assert_array_equal(ready["previous"], demonstrated["actions"])
+    assert ready["delay"] == 2
+    assert "previous" not in check_observation(raw | {"previous": np.zeros((0, 3))}, ROBOT)

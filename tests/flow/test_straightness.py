@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pi0_jax.flow.loss import flow_loss
-from pi0_jax.flow.path import interpolate
-from pi0_jax.flow.solvers import integrate
+from pi0_jax.flow.loss import flow_loss, loss_mask
+from pi0_jax.flow.path import Straight, interpolate
 from pi0_jax.flow.straightness import straightness
+from pi0_jax.sampler import Euler, trajectory
 from tests.flow.toy import Field, fit
 
 
@@ -35,8 +35,8 @@ def test_reflow_straightens_and_makes_one_step_nearly_enough():
             pair_key, time_key = jax.random.split(key)
             data, noise = pairs(pair_key)
             time = jax.random.uniform(time_key, (256,))
-            x, target = interpolate(data, noise, time)
-            return flow_loss(field.apply(params, x, time), target)
+            x, target = interpolate(Straight(), data, noise, time)
+            return flow_loss(field.apply(params, x, time), target, loss_mask(x.shape))
 
         return of
 
@@ -50,24 +50,24 @@ def test_reflow_straightens_and_makes_one_step_nearly_enough():
 
     @functools.partial(jax.jit, static_argnums=2)
     def sample(params, noise, num_steps):
-        return integrate(functools.partial(field.apply, params), noise, num_steps, path=True)
+        return trajectory(functools.partial(field.apply, params), noise, Euler(num_steps))
 
     noise = jax.random.normal(jax.random.key(2), (4096, 1, 1))
-    made, _ = sample(teacher, noise, 40)
+    made = sample(teacher, noise, 40)[-1]
 
-    def taught(key):
+    def pairs_of_teacher(key):
         rows = jax.random.randint(key, (256,), 0, len(noise))
         return made[rows], noise[rows]
 
-    student = fit(loss(taught), teacher, jax.random.key(3), 600)
+    student = fit(loss(pairs_of_teacher), teacher, jax.random.key(3), 600)
     fresh = jax.random.normal(jax.random.key(4), (1000, 1, 1))
     bent, straight, miss, near = [], [], [], []
     for params, bends, misses in ((teacher, bent, miss), (student, straight, near)):
-        end, points = sample(params, fresh, 40)
+        points = sample(params, fresh, 40)
         bends.append(float(straightness(points)))
-        misses.append(float(jnp.mean(jnp.square(sample(params, fresh, 1)[0] - end))))
+        misses.append(float(jnp.mean(jnp.square(sample(params, fresh, 1)[-1] - points[-1]))))
     assert straight[0] < bent[0] / 4
     assert near[0] < miss[0] / 4
     # It still goes to both sides, about as often.
-    assert float(jnp.mean(sample(student, fresh, 1)[0] > 0)) == pytest.approx(0.5, abs=0.1)
-    np.testing.assert_allclose(jnp.abs(sample(student, fresh, 40)[0]).mean(), 2.0, atol=0.3)
+    assert float(jnp.mean(sample(student, fresh, 1)[-1] > 0)) == pytest.approx(0.5, abs=0.1)
+    np.testing.assert_allclose(jnp.abs(sample(student, fresh, 40)[-1]).mean(), 2.0, atol=0.3)

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from pi0_jax.flow.path import Estimate, Path, Predicts, along
+
 
 def gaussian_velocity(mean, deviation):
     """The marginal velocity of data N(mean, deviation²) on the straight path: E[noise − data | x_t = x]."""
@@ -18,6 +20,39 @@ def gaussian_velocity(mean, deviation):
         return -mean + (t - (1 - t) * deviation**2) / variance * (x - (1 - t) * mean)
 
     return velocity
+
+
+def posterior(path: Path, mean, deviation):
+    """Posterior means of data N(mean, deviation²) and of the noise, given the point x at a time."""
+
+    def estimate(x, time):
+        c = path.at(along(jnp.asarray(time), x))
+        centred = (x - c.alpha * mean) / (c.alpha**2 * deviation**2 + c.sigma**2)
+        return Estimate(mean + c.alpha * deviation**2 * centred, c.sigma * centred)
+
+    return estimate
+
+
+def exact_prediction(path: Path, predicts: Predicts, mean, deviation):
+    """What the best network says on this path: the posterior mean of its target."""
+
+    def predict(x, time, *_):
+        c = path.at(along(jnp.asarray(time), x))
+        data, noise = posterior(path, mean, deviation)(x, time)
+        return {
+            "velocity": c.d_alpha * data + c.d_sigma * noise,
+            "noise": noise,
+            "data": data,
+            "v": c.alpha * noise - c.sigma * data,
+        }[predicts]
+
+    return predict
+
+
+def exact_end(path: Path, mean, deviation, noise):
+    """Where the flow carries `noise` from t = 1 to: an affine map, which keeps order."""
+    c = path.at(1.0)
+    return mean + deviation * (noise - c.alpha * mean) / jnp.sqrt(c.alpha**2 * deviation**2 + c.sigma**2)
 
 
 class Field(nn.Module):

@@ -11,6 +11,7 @@ import pytest
 from pi0_jax.data.transform import check_observation, make_transform, to_observation
 from pi0_jax.inference.export import export, load
 from pi0_jax.inference.policy import Policy
+from pi0_jax.sampler import Euler
 from tests.policies import TINY
 
 pytest.importorskip("flatbuffers", reason="exporting needs the extra `export`")
@@ -18,7 +19,7 @@ pytest.importorskip("flatbuffers", reason="exporting needs the extra `export`")
 
 @pytest.fixture(scope="module")
 def policy(checkpoint_folder):
-    return Policy.load(checkpoint_folder, num_steps=4)
+    return Policy.load(checkpoint_folder, sampler=Euler(4))
 
 
 @pytest.fixture(scope="module")

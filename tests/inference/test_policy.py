@@ -6,8 +6,14 @@ import jax
 import numpy as np
 import pytest
 
+from pi0_jax.config import Compact, Cosine, Gaussian, Guidance, RealTimeConfig, Shortcut, Tokens
 from pi0_jax.data.normalization import stats_to_json
+from pi0_jax.errors import UserError
 from pi0_jax.inference.policy import Policy, prompt_lengths
+from pi0_jax.inference.sampler import check_policy
+from pi0_jax.sampler import Euler, Greedy
+from pi0_jax.sampler.ddim import DDIM
+from pi0_jax.sampler.runge_kutta import Heun
 from tests.policies import STATS, TINY, save_tiny_checkpoint
 
 
@@ -60,15 +66,17 @@ def test_a_second_call_compiles_nothing(policy, observation):
 
 
 def test_steps_and_solver_can_be_chosen_at_loading(checkpoint_folder, observation, policy):
-    other = Policy.load(checkpoint_folder, num_steps=7, solver="heun")
+    other = Policy.load(checkpoint_folder, sampler=Heun(7))
     assert np.abs(other.infer(observation) - policy.infer(observation)).max() > 0
-    with pytest.raises(ValueError, match="unknown solver 'eular'"):
-        Policy.load(checkpoint_folder, solver="eular")
+    with pytest.raises(UserError, match="num_steps 0"):
+        Policy.load(checkpoint_folder, sampler=Heun(0))
+    with pytest.raises(UserError, match="Gaussian is sampled by a solver, such as Euler"):
+        Policy.load(checkpoint_folder, sampler=Greedy())
 
 
 def test_bad_observations_are_refused_by_name(policy, observation):
     images = observation["images"]
-    with pytest.raises(ValueError, match=r"lacks cameras \['tool'\].*'tol' is perhaps 'tool'"):
+    with pytest.raises(ValueError, match=r"lacks cameras \['tool'\].*Did you mean 'tool'"):
         policy.infer(observation | {"images": {"top": images["top"], "tol": images["tool"]}})
     with pytest.raises(ValueError, match=r"`state` has shape \(5,\)"):
         policy.infer(observation | {"state": observation["state"][:5]})
@@ -157,7 +165,7 @@ def test_one_program_serves_each_step_count_and_one_more_all_scales_of_guidance(
 
 def test_guidance_set_at_loading_is_that_of_the_call(checkpoint_folder, policy, observation):
     keys = jax.random.key(0)[None]
-    guided = Policy.load(checkpoint_folder, guidance_scale=2.5, guidance_without="both")
+    guided = Policy.load(checkpoint_folder, guidance=Guidance(2.5, "both"))
     unguided = guided.infer_batch([observation], keys, guidance_scale=1.0)
     np.testing.assert_allclose(unguided, policy.infer_batch([observation], keys), atol=1e-6)
     assert np.abs(guided.infer_batch([observation], keys) - unguided).max() > 0
@@ -169,7 +177,7 @@ def test_guidance_set_at_loading_is_that_of_the_call(checkpoint_folder, policy, 
 
 def test_paths_are_equally_spaced_in_time_whatever_the_grid(checkpoint_folder, policy, observation):
     keys = jax.random.split(jax.random.key(0), 2)
-    warped = Policy.load(checkpoint_folder, grid_power=2.0)
+    warped = Policy.load(checkpoint_folder, sampler=Euler(3, grid_power=2.0))
     assert np.abs(warped.infer(observation) - policy.infer(observation)).max() > 0
     points = warped.paths([observation, observation], keys)
     assert points.shape == (4, 2, TINY.model.action_horizon, TINY.model.action_dim)
@@ -177,19 +185,36 @@ def test_paths_are_equally_spaced_in_time_whatever_the_grid(checkpoint_folder, p
 
 
 @pytest.mark.parametrize(
-    ("prediction", "solver"), [("average_velocity", "euler"), ("v", "ddpm"), ("epsilon", "ddim"), ("bins", "euler")]
+    ("objective", "sampler"),
+    [
+        (Shortcut(), Euler(2)),
+        (Gaussian(path=Cosine(), predicts="v"), DDIM(2, eta=1.0)),
+        (Gaussian(path=Cosine(), predicts="noise"), DDIM(2)),
+        (Tokens(bins=8), Greedy()),
+    ],
 )
-def test_a_policy_of_any_prediction_acts(tmp_path, observation, prediction, solver):
-    head = "expert" if prediction == "bins" else "compact"
-    model = dataclasses.replace(TINY.model, prediction=prediction, head=head)
-    config = dataclasses.replace(TINY, model=model, solver=solver, normalization="quantile", num_steps=2)
+def test_a_policy_of_any_objective_acts(tmp_path, observation, objective, sampler):
+    decodes = isinstance(sampler, Greedy)
+    model = TINY.model if decodes else dataclasses.replace(TINY.model, head=Compact(width=32, depth=2, time_width=16))
+    changes = {"objective": objective, "model": model, "sampler": sampler, "normalization": "quantile"}
+    config = dataclasses.replace(TINY, **changes)
     loaded = Policy.load(save_tiny_checkpoint(tmp_path, policy=config))
     chunk = loaded.infer(observation)
     assert chunk.shape == (TINY.model.action_horizon, 3)
     assert np.isfinite(chunk).all()
-    assert (np.abs(chunk - loaded.infer(observation, seed=1)).max() > 0) == (prediction != "bins")
-    with pytest.raises(ValueError, match=r"sampled by|quantile"):
-        Policy.load(tmp_path, solver="rk4", normalization="zscore")
+    assert (np.abs(chunk - loaded.infer(observation, seed=1)).max() > 0) == (not decodes)
+    with pytest.raises(UserError, match="is sampled by"):
+        Policy.load(tmp_path, sampler=Euler() if decodes else Greedy())
+
+
+def test_action_tokens_need_quantile_normalisation_and_take_no_guidance():
+    config = dataclasses.replace(TINY, objective=Tokens(bins=8), sampler=Greedy())
+    with pytest.raises(UserError, match="takes quantile"):
+        check_policy(config)
+    with pytest.raises(UserError, match="guidance steers a flow"):
+        check_policy(dataclasses.replace(config, normalization="quantile", guidance=Guidance()))
+    with pytest.raises(UserError, match="not trained to go on"):
+        check_policy(dataclasses.replace(TINY, real_time=RealTimeConfig("trained")))
 
 
 def test_after_warm_up_nothing_is_compiled_whatever_comes(checkpoint_folder, policy, observation):
@@ -206,16 +231,15 @@ def test_after_warm_up_nothing_is_compiled_whatever_comes(checkpoint_folder, pol
         np.testing.assert_allclose(got, policy.infer_batch(observations, keys[:count]), atol=1e-5)
     warm.infer(observation | {"previous": np.zeros((2, 3), np.float32), "delay": 1})
     assert warm.compiled == before
-    assert set(warm.latency()) == {"transform", "device", "reply", "total"}
+    assert set(warm.latency()) == {"transform", "device", "postprocess", "total"}
     assert 0 < warm.latency()["total"]["p50"] <= warm.latency()["total"]["p95"] <= warm.latency()["total"]["p99"]
     with pytest.raises(ValueError, match="expected at least one"):
         warm.warm_up([])
 
 
-def test_rewritten_weights_and_straight_lines_change_no_action(checkpoint_folder, policy, observation):
-    plain = Policy.load(checkpoint_folder, rewritten=False).infer(observation)
+def test_folded_parameters_change_no_action(checkpoint_folder, policy, observation):
+    plain = Policy.load(checkpoint_folder, folded=False).infer(observation)
     np.testing.assert_allclose(policy.infer(observation), plain, atol=1e-5)
-    np.testing.assert_allclose(Policy.load(checkpoint_folder, straight=True).infer(observation), plain, atol=1e-5)
 
 
 def test_prompts_are_padded_to_the_shortest_length_that_holds_them(tmp_path, observation):
@@ -224,18 +248,18 @@ def test_prompts_are_padded_to_the_shortest_length_that_holds_them(tmp_path, obs
     assert [prompt_lengths(n) for n in (24, 48, 200)] == [(24,), (32, 48), (32, 64, 128, 200)]
     chunks = [loaded.infer(observation | {"prompt": "reach " * n}) for n in (1, 40)]
     assert loaded.compiled == 2
-    whole = Policy.load(tmp_path, rewritten=False)
+    whole = Policy.load(tmp_path, folded=False)
     for chunk, n in zip(chunks, (1, 40), strict=True):
         np.testing.assert_allclose(chunk, whole.infer(observation | {"prompt": "reach " * n}), atol=1e-5)
 
 
-def test_noise_and_solver_may_be_given(policy, observation):
+def test_noise_and_sampler_may_be_chosen(policy, observation):
     noise = np.random.default_rng(0).normal(size=(2, TINY.model.action_horizon, TINY.model.action_dim))
     chunk = policy.infer(observation, noise=noise[0])
     np.testing.assert_array_equal(chunk, policy.infer(observation, seed=1, noise=noise[0]))
     assert np.abs(chunk - policy.infer(observation, noise=noise[1])).max() > 0
     exact = policy.infer(observation, noise=noise[0], num_steps=64)
-    heun = policy.infer(observation, noise=noise[0], num_steps=8, solver="heun")
+    heun = policy.infer(observation, noise=noise[0], sampler=Heun(8))
     euler = policy.infer(observation, noise=noise[0], num_steps=8)
     assert np.abs(heun - exact).max() < np.abs(euler - exact).max()
     with pytest.raises(ValueError, match="2 of noise"):
@@ -248,5 +272,5 @@ def test_eight_bits_say_what_they_change(checkpoint_folder, policy, observation,
     assert "weights in int8: normalised actions change by" in caplog.text
     change = np.abs(small.infer(observation) - policy.infer(observation)).max()
     assert 0 < change < 0.01
-    with pytest.raises(ValueError, match="rewritten weights"):
-        Policy.load(checkpoint_folder, rewritten=False, bits="int8")
+    with pytest.raises(ValueError, match="folded parameters"):
+        Policy.load(checkpoint_folder, folded=False, bits="int8")

@@ -6,16 +6,17 @@ import jax
 import numpy as np
 import pytest
 
-from pi0_jax.config import RealTimeConfig
+from pi0_jax.config import Gaussian, RealTimeConfig
 from pi0_jax.inference.policy import Policy
+from pi0_jax.sampler import Euler
 from tests.policies import TINY, save_tiny_checkpoint
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A policy that learned to go on from two actions, and whose actions are relative to the state."""
-    model = dataclasses.replace(TINY.model, max_delay=2)
-    policy = dataclasses.replace(TINY, model=model, action_semantics={"tabletop": ("relative",) * 3})
+    objective = Gaussian(max_delay=2)
+    policy = dataclasses.replace(TINY, objective=objective, action_semantics={"tabletop": ("relative",) * 3})
     return save_tiny_checkpoint(tmp_path_factory.mktemp("run"), policy=policy)
 
 
@@ -46,7 +47,7 @@ def test_what_is_certain_comes_back_in_the_robots_units_wherever_the_robot_is_no
 
 
 def test_guidance_draws_a_chunk_towards_the_rest(folder, observation):
-    policy = Policy.load(folder, num_steps=10)
+    policy = Policy.load(folder, sampler=Euler(10))
     miss = [
         np.abs(policy.infer(observation | told)[:4] - LEFT).mean()
         for told in ({}, {"previous": LEFT, "delay": 1}, {"previous": LEFT, "delay": 4})

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,12 +9,11 @@ import numpy as np
 
 from pi0_jax.batch import Observation
 from pi0_jax.config import ModelConfig
-from pi0_jax.pi0 import init_params
 
 
 def random_params(network, rng: np.random.Generator):
     """Parameters of the network's shapes; nothing is compiled."""
-    shapes = nn.meta.unbox(jax.eval_shape(functools.partial(init_params, network), jax.random.key(0)))
+    shapes = nn.meta.unbox(jax.eval_shape(network.init, jax.random.key(0)))
 
     def leaf(shape: jax.ShapeDtypeStruct):
         return jnp.asarray(rng.normal(size=shape.shape) / max(shape.shape[-1], 8) ** 0.5, jnp.float32)

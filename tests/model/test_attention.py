@@ -5,14 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pi0_jax.model.attention import attend, fused, rope_angles, rotate
+from pi0_jax.model.attention import attend, fused
+from pi0_jax.model.layers import rotate, rotation
 
 
 def test_rotation_keeps_lengths_and_depends_on_relative_positions_only():
     q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
 
     def score(q_position, k_position):
-        rotated = [rotate(x, rope_angles(jnp.array([[p]]), 8)) for x, p in ((q, q_position), (k, k_position))]
+        rotated = [rotate(x, rotation(jnp.array([[p]]), 8)) for x, p in ((q, q_position), (k, k_position))]
         np.testing.assert_allclose(jnp.linalg.norm(rotated[0]), jnp.linalg.norm(q), rtol=1e-6)
         return float(jnp.sum(rotated[0] * rotated[1]))
 

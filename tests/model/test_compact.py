@@ -4,9 +4,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pi0_jax import pi0
-from pi0_jax.config import CompactConfig
-from pi0_jax.model.compact import CompactNetwork, pool
+from pi0_jax.config import Compact
+from pi0_jax.model.head import make_head
+from pi0_jax.model.head.compact import pool
+from pi0_jax.objective.conditioning import without
 from tests.conftest import tiny_config
 from tests.model.common import random_observation, random_params
 
@@ -17,19 +18,19 @@ class Tiny:
     """A tiny compact network with random parameters and inputs."""
 
     def __init__(self, variant: str = "pi0", **compact):
-        settings = CompactConfig(**{"width": 16, "depth": 2, "time_width": 8} | compact)
-        self.config = tiny_config(variant, head="compact", compact=settings, cameras=("top",))
-        self.network, rng = CompactNetwork(self.config), np.random.default_rng(0)
+        head = Compact(**{"width": 16, "depth": 2, "time_width": 8} | compact)
+        self.config = tiny_config(variant, head=head, cameras=("top",))
+        self.network, rng = make_head(self.config), np.random.default_rng(0)
         self.params = random_params(self.network, rng)
         self.observation = random_observation(self.config, 2, rng)
         self.x = jnp.asarray(rng.normal(size=(2, self.config.action_horizon, self.config.action_dim)), jnp.float32)
         self.time = jnp.array([0.1, 0.9])
-        self._apply = jax.jit(self.network.apply)
+        self._apply = jax.jit(self.network.joint)
 
     def __call__(self, observation=None, x=None, time=None):
         observation = self.observation if observation is None else observation
         x, time = self.x if x is None else x, self.time if time is None else time
-        return self._apply({"params": self.params}, observation, x, time)
+        return self._apply(self.params, observation, x, time)
 
 
 @pytest.fixture(scope="module", params=["concat", "adaln"])
@@ -61,8 +62,8 @@ def test_observation_chunk_and_time_all_reach_the_velocity(tiny):
 
 def test_the_velocity_of_one_step_needs_one_vector_of_the_observation(tiny):
     def run(params):
-        pooled = tiny.network.apply({"params": params}, tiny.observation, method="prefill")
-        return pooled, tiny.network.apply({"params": params}, pooled, tiny.x, tiny.time, method="velocity")
+        pooled = tiny.network.prefill(params, tiny.observation)
+        return pooled, tiny.network.velocity(params, pooled, tiny.x, tiny.time)
 
     pooled, velocity = jax.jit(run)(tiny.params)
     assert pooled.shape == (2, tiny.config.language.width)
@@ -104,10 +105,10 @@ def test_padded_tokens_have_exactly_no_effect_on_pi05_either(pooling):
     other = jnp.where(tiny.observation.prompt_mask, tiny.observation.prompt, 5)
     np.testing.assert_array_equal(tiny(tiny.observation._replace(prompt=other)), tiny())
     np.testing.assert_array_equal(tiny(tiny.observation._replace(state=tiny.observation.state + 1)), tiny())
-    nothing = tiny(pi0.without(tiny.observation, "both"))
+    nothing = tiny(without(tiny.observation, "both"))
     assert bool(jnp.isfinite(nothing).all())
 
 
 def test_no_action_expert_is_made():
-    names = set(jax.eval_shape(lambda: nn.meta.unbox(pi0.init_params(Tiny().network, jax.random.key(0))))["backbone"])
+    names = set(jax.eval_shape(lambda: nn.meta.unbox(Tiny().network.init(jax.random.key(0))))["backbone"])
     assert names == {"layers", "language_norm"}

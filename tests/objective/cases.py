@@ -1,5 +1,8 @@
 """The objectives and heads whose numbers, as version 1 of this package gave them, `tests/goldens` holds."""
 
+import jax
+import numpy as np
+
 from pi0_jax.config import (
     Beta,
     Compact,
@@ -15,6 +18,7 @@ from pi0_jax.config import (
     Uniform,
     VisionConfig,
 )
+from pi0_jax.pi0 import init_params
 
 COMPACT = Compact(width=32, depth=2, time_width=16)
 STEM = VisionConfig(
@@ -48,3 +52,10 @@ CASES = {
     "stem_sincos": ({"vision": STEM}, Gaussian()),
 }
 """Name to changes of the tiny model, and the objective."""
+
+
+def weights(objective):
+    """Small random parameters; a random initialisation would take long to compile."""
+    random = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda key: init_params(objective, key), jax.random.key(0))
+    return jax.tree.map(lambda x: 0.2 * random.standard_normal(x.shape, np.float32), shapes)

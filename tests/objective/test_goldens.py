@@ -11,13 +11,13 @@ import pytest
 
 from pi0_jax.config import RealTimeConfig
 from pi0_jax.flow.realtime import Previous
-from pi0_jax.pi0 import SampleOptions, init_params, make_objective, sample_actions
+from pi0_jax.pi0 import SampleOptions, make_objective, sample_actions
 from pi0_jax.sampler import Euler, Greedy
 from pi0_jax.sampler.ddim import DDIM
 from pi0_jax.sampler.runge_kutta import RK4, Heun, Midpoint
 from tests.batches import random_batch
 from tests.conftest import tiny_config
-from tests.objective.cases import CASES
+from tests.objective.cases import CASES, weights
 
 GOLDENS = json.loads((Path(__file__).parents[1] / "goldens" / "objectives.json").read_text())
 PREVIOUS = Previous(jnp.full((2, 6, 5), 0.3), jnp.array([1, 2]), jnp.array([4, 0]))
@@ -47,13 +47,6 @@ OPTIONS = {
     "bins": {"default": SampleOptions(Greedy())},
     "bin_sequence": {"default": SampleOptions(Greedy())},
 }
-
-
-def weights(objective):
-    """Small random parameters; a random initialisation would take long to compile."""
-    random = np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda key: init_params(objective, key), jax.random.key(0))
-    return jax.tree.map(lambda x: 0.2 * random.standard_normal(x.shape, np.float32), shapes)
 
 
 @pytest.mark.parametrize("name", CASES)

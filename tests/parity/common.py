@@ -1,5 +1,6 @@
 """Reference folders in our network: the same weights and inputs as the reference had."""
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -9,8 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from pi0_jax.batch import Observation
-from pi0_jax.convert.formats import Choices, open_checkpoint, params_of
+from pi0_jax.config import Gaussian
+from pi0_jax.convert.formats import Overrides, open_checkpoint, params_of
 from pi0_jax.model.velocity import VelocityNetwork
+from pi0_jax.objective import SampleOptions, make_objective
+from pi0_jax.sampler import Euler
 from tests.conftest import fixtures_root
 
 
@@ -43,25 +47,19 @@ class Case:
         cameras = tuple(name.removeprefix("images/") for name in self.io if name.startswith("images/")) or (
             "base_0_rgb",
         )
-        choices = Choices(
+        overrides = Overrides(
             horizon=spec["horizon"],
             vision_heads=spec["vit"]["num_heads"],
             lora_scale=spec["lora_alpha"] / spec["lora_r"] if "lora_r" in spec else None,
         )
-        weights = open_checkpoint(folder / file, choices)
-        self.config = weights.policy.model.__class__(
-            **{
-                **vars(weights.policy.model),
-                "cameras": cameras,
-                "prompt_length": spec["tokens"],
-                "dtype": "float32",
-                "remat": "none",
-            }
-        )
+        weights = open_checkpoint(folder / file, overrides)
+        changes = {"cameras": cameras, "prompt_length": spec["tokens"], "dtype": "float32", "remat": "none"}
+        self.config = dataclasses.replace(weights.policy.model, **changes)
         assert self.config.variant == {"paligemma": "pi0_fast"}.get(spec["kind"], spec["kind"])
         if self.config.variant == "pi0_fast":  # no velocity, but the backbone is the one of pi0
-            self.config = self.config.__class__(**{**vars(self.config), "variant": "pi0"})
-        self.network = VelocityNetwork(self.config)
+            self.config = dataclasses.replace(self.config, variant="pi0")
+        self.objective = make_objective(Gaussian(), self.config)
+        self.network = self.objective.network
         self.params = jax.tree.map(jnp.asarray, params_of(weights))
         images = {name: self.io.get(f"images/{name}", self.io.get("image")) for name in cameras}
         batch = len(self.io["tokens"])
@@ -73,9 +71,14 @@ class Case:
             prompt_mask=jnp.asarray(self.io.get("token_mask", np.ones(self.io["tokens"].shape, bool))),
         )
 
-    def apply(self, *args, method=None):
-        run = functools.partial(self.network.apply, method=method)
+    def apply(self, *args, method="__call__"):
+        run = functools.partial(self.network._module.apply, method=method)
         return jax.jit(run)({"params": self.params}, *args)
+
+    def sample(self, noise, num_steps: int):
+        options = SampleOptions(Euler(num_steps))
+        run = jax.jit(lambda *args: self.objective.sample(*args, options))
+        return run(self.params, self.observation, jnp.asarray(noise))
 
     def logits(self, mask_ar: np.ndarray, count_masked: bool, drop_last: int):
         """Next-token logits at the prompt, from the language expert alone.

@@ -4,15 +4,12 @@ Every folder `lerobot_pi0*` of the fixtures is tested. Tolerances are relative e
 the flow time as 1 + i·dt where openpi and we add dt up, a difference of 1e-7 in time that the samples show at 1e-5.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import pytest
 
-from pi0_jax.flow.guidance import Previous, identity_real_time_chunking, real_time_chunking
-from pi0_jax.flow.path import interpolate
-from pi0_jax.pi0 import sample_actions
+from pi0_jax.flow.path import Straight, interpolate
+from pi0_jax.flow.realtime import Previous, real_time_chunking
 from tests.conftest import fixtures_root
 from tests.parity.common import Case, folders, relative_error
 
@@ -26,7 +23,7 @@ def case(request):
 
 
 def test_loss_of_every_action_dimension(case):
-    x, target = interpolate(case.io["actions"], case.io["noise"], case.io["time"])
+    x, target = interpolate(Straight(), case.io["actions"], case.io["noise"], case.io["time"])
     velocity = case.apply(case.observation, jnp.asarray(x), jnp.asarray(case.io["time"]))
     expected = case.io["loss_elementwise"]
     assert relative_error(jnp.square(velocity - target)[..., : expected.shape[-1]], expected) <= 1e-5
@@ -34,23 +31,22 @@ def test_loss_of_every_action_dimension(case):
 
 @pytest.mark.parametrize("num_steps", [1, 2, 10])
 def test_euler_samples(case, num_steps):
-    sample = jax.jit(functools.partial(sample_actions, case.network, num_steps=num_steps))
-    sample = sample(case.params, case.observation, jnp.asarray(case.io["noise"]))
+    sample = case.sample(case.io["noise"], num_steps)
     assert relative_error(sample, case.io[f"sample_{num_steps}"]) <= 1e-4
 
 
 @pytest.mark.parametrize("schedule", ["linear", "exp", "ones", "zeros"])
 def test_samples_of_real_time_chunking(case, schedule):
-    sample = _real_time_samples(case, identity_real_time_chunking, schedule)
+    sample = _real_time_samples(case, schedule, through_network=False)
     assert relative_error(sample, case.io[f"rtc_{schedule}_5"]) <= 1e-4
 
 
 def test_samples_of_real_time_chunking_are_not_the_papers(case):
-    sample = _real_time_samples(case, real_time_chunking, "exp")
+    sample = _real_time_samples(case, "exp", through_network=True)
     assert relative_error(sample, case.io["rtc_exp_5"]) > 1e-2
 
 
-def _real_time_samples(case, chunking, schedule):
+def _real_time_samples(case, schedule, through_network):
     """Five Euler steps on LeRobot's own grid of times."""
     left, noise = case.io["rtc_previous"], jnp.asarray(case.io["noise"])
     batch, horizon, _ = noise.shape
@@ -62,13 +58,14 @@ def _real_time_samples(case, chunking, schedule):
 
     @jax.jit
     def run(params, observation, noise):
-        apply = functools.partial(case.network.apply, {"params": params})
-        prefix = apply(observation, method="prefill")
+        prefix = case.network.prefill(params, observation)
 
         def velocity(x, time):
-            return apply(prefix, x, jnp.full(batch, time), method="velocity")
+            return case.network.velocity(params, prefix, x, jnp.full(batch, time))
 
-        guided = chunking(velocity, previous, schedule, float(case.io["rtc_max_guidance"]))
+        guided = real_time_chunking(
+            velocity, previous, schedule, float(case.io["rtc_max_guidance"]), through_network=through_network
+        )
         times = jnp.asarray([1.0 + i * (-1.0 / 5) for i in range(5)], jnp.float32)
         return jax.lax.scan(lambda x, time: (x - guided(x, time) / 5, None), noise, times)[0]
 

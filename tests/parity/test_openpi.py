@@ -4,18 +4,14 @@ Every folder `openpi_*` of the fixtures is tested, with and without adapters; si
 folder's `config.json`. Tolerances are relative errors in the L2 norm.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from pi0_jax.convert import openpi
-from pi0_jax.flow.loss import squared_error
-from pi0_jax.flow.path import interpolate
-from pi0_jax.pi0 import sample_actions
+from pi0_jax.convert.formats import openpi
+from pi0_jax.flow.path import Straight, interpolate
 from tests.conftest import fixtures_root
 from tests.parity.common import Case, folders, relative_error
 
@@ -30,6 +26,11 @@ def case(request):
         yield Case(request.param)
 
 
+def _squared_error(velocity, target):
+    """Of each action, the mean over its dimensions."""
+    return jnp.mean(jnp.square(velocity - target), axis=-1)
+
+
 def test_prefix_tokens(case):
     tokens, mask = case.apply(case.observation, method="embed_prefix")
     np.testing.assert_array_equal(mask, case.io["prefix_mask"])
@@ -38,11 +39,11 @@ def test_prefix_tokens(case):
 
 def test_velocity_and_loss(case):
     io = case.io
-    x, target = interpolate(io["actions"], io["noise"], io["time"])
+    x, target = interpolate(Straight(), io["actions"], io["noise"], io["time"])
     assert relative_error(x, io["x_t"]) <= 1e-6
     velocity = case.apply(case.observation, jnp.asarray(io["x_t"]), jnp.asarray(io["time"]))
     assert relative_error(velocity, io["velocity"]) <= 1e-5
-    assert relative_error(squared_error(velocity, target), io["loss_per_step"]) <= 1e-5
+    assert relative_error(_squared_error(velocity, target), io["loss_per_step"]) <= 1e-5
 
 
 def test_velocity_from_the_cached_prefix(case):
@@ -52,18 +53,18 @@ def test_velocity_from_the_cached_prefix(case):
 
 
 def test_training_loss_at_the_reference_draws(case):
-    x, target = interpolate(case.io["actions"], case.io["rng123_noise"], case.io["rng123_time"])
+    x, target = interpolate(Straight(), case.io["actions"], case.io["rng123_noise"], case.io["rng123_time"])
     velocity = case.apply(case.observation, jnp.asarray(x), jnp.asarray(case.io["rng123_time"]))
-    assert relative_error(squared_error(velocity, target), case.io["loss_rng123"]) <= 1e-5
+    assert relative_error(_squared_error(velocity, target), case.io["loss_rng123"]) <= 1e-5
 
 
 def test_gradient_norm_of_every_parameter(case):
     io = case.io
-    x, target = interpolate(io["actions"], io["noise"], io["time"])
+    x, target = interpolate(Straight(), io["actions"], io["noise"], io["time"])
 
     def loss(params):
-        velocity = case.network.apply({"params": params}, case.observation, jnp.asarray(x), jnp.asarray(io["time"]))
-        return jnp.mean(squared_error(velocity, target))
+        velocity = case.network.joint(params, case.observation, jnp.asarray(x), jnp.asarray(io["time"]))
+        return jnp.mean(_squared_error(velocity, target))
 
     norms = {
         name: float(jnp.linalg.norm(leaf))
@@ -83,9 +84,7 @@ def test_gradient_norm_of_every_parameter(case):
 
 @pytest.mark.parametrize("num_steps", [1, 2, 10])
 def test_euler_samples(case, num_steps):
-    noise = jnp.asarray(case.io["noise"])
-    sample = jax.jit(functools.partial(sample_actions, case.network, num_steps=num_steps))
-    sample = sample(case.params, case.observation, noise)
+    sample = case.sample(case.io["noise"], num_steps)
     assert relative_error(sample, case.io[f"sample_{num_steps}"]) <= 1e-4
 
 
@@ -112,7 +111,7 @@ def test_fast_backbone_chooses_the_tokens_that_openpi_decoded(folder):
         case = Case(folder)
         logits = np.asarray(_decoding_logits(case, case.io["greedy_8"]))
     margin = np.diff(np.sort(logits)[..., -2:])[..., 0]
-    # openpi's decoding also looks at absent cameras, whose tokens are then what its padding makes of them; so choices
+    # openpi's decoding also looks at absent cameras, whose tokens are then what its padding makes of them; so overrides
     # that are close may fall the other way. None is where all cameras are there, nor for the first token.
     sure = margin > (0.0 if all(case.io[f"image_masks/{name}"].all() for name in case.config.cameras) else 0.01)
     sure[:, 0] = True

@@ -1,4 +1,4 @@
-"""Whether two checkpoints act alike: one observation, one noise, the same steps through both; and where they part.
+"""Whether two checkpoints act alike: one observation, one noise, the same steps through both; and where they diverge.
 
 Everything runs in float32 with exact matrix products, so that what differs is the weights or the implementation.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,64 +15,63 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from pi0_jax.batch import Observation
-from pi0_jax.config import ModelConfig
-from pi0_jax.convert.files import Format
-from pi0_jax.convert.formats import Weights
-from pi0_jax.model.heads import Network, make_network
+from pi0_jax.config import ModelConfig, ObjectiveConfig
+from pi0_jax.convert.formats import OpenCheckpoint, formats
+from pi0_jax.convert.verify import Inputs, Runner, Stages
+from pi0_jax.errors import UserError
 from pi0_jax.model.siglip import Block
 from pi0_jax.model.velocity import Prefix, VelocityNetwork
-from pi0_jax.pi0 import sample_actions
+from pi0_jax.objective import Objective, SampleOptions, make_objective
+from pi0_jax.sampler import Euler, Greedy
 
-Framework = Literal["ours", "lerobot", "openpi-torch"]
+OURS = "ours"
+"""Framework in which both sides run in our network."""
 STEPS = 10
 _SEED = 0
 
-Inputs = dict[str, np.ndarray]
-"""images/<i> `[b y x 3]` in [-1, 1] and image_masks/<i> `[b]` for the i-th camera, tokens and token_mask `[b p]`, state
-`[b ad]`, noise `[b ah ad]`."""
-
 
 class Trace(NamedTuple):
-    """What a model made of its inputs."""
+    """What a model computed from its inputs."""
 
     actions: np.ndarray
-    """After `STEPS` Euler steps (DDIM for a diffusion), normalised."""
+    """After `STEPS` Euler steps, normalised."""
     stages: dict[str, np.ndarray]
     """What was computed on the way, of the first step, in the order of computation; valid tokens only, `[token d]`."""
 
 
-def check_comparable(source: Weights, result: Weights, to: Format, framework: Framework) -> None:
-    """Raises ValueError where the two cannot be run on the same inputs, or not by that framework."""
+def check_comparable(source: OpenCheckpoint, result: OpenCheckpoint, to: str, framework: str) -> None:
+    """Raises UserError where the two cannot be run on the same inputs, or not by that framework."""
     before, after = source.policy.model, result.policy.model
     if "pi0_fast" in (before.variant, after.variant):
-        raise ValueError(
+        raise UserError(
             f"--verify-with compares actions, and {source.path} has no action expert; leave it out. The tensors are "
             "compared bit for bit all the same."
         )
     if before.action_horizon != after.action_horizon or len(after.cameras) < len(before.cameras):
-        raise ValueError("--verify-with cannot compare actions across another --horizon, or with fewer cameras.")
+        raise UserError("--verify-with cannot compare actions across another --horizon, or with fewer cameras.")
     if after.prompt_length < before.prompt_length:
-        raise ValueError("--verify-with cannot compare actions with a shorter --prompt-length.")
-    if framework != "ours":
+        raise UserError("--verify-with cannot compare actions with a shorter --prompt-length.")
+    if framework != OURS:
         if framework not in (source.format, to):
-            raise ValueError(
+            raise UserError(
                 f"--verify-with {framework} needs a {framework} folder on one side; this goes from {source.format} to "
                 f"{to}."
             )
-        _foreign(framework).check_installed()
+        _runner(framework).check_installed()
 
 
-def agreement(source: Weights, result: Weights, framework: Framework, tolerance: float) -> dict[str, Any]:
+def agreement(source: OpenCheckpoint, result: OpenCheckpoint, framework: str, tolerance: float) -> dict[str, Any]:
     """Runs source and result, one after the other, and compares what they do.
 
     Args:
         source, result: of a conversion.
-        framework: "lerobot" and "openpi-torch" run their own folders in that framework; everything else runs here, with
-            the framework's flow times.
+        framework: a format whose own folders run in its framework; everything else runs here, with that framework's
+            flow times. "ours": both run here.
         tolerance: largest difference of normalised actions that counts as agreement.
 
     Returns:
-        A JSON object: the largest difference, whether it is within the tolerance, and if not, where the two part first.
+        A JSON object: the largest difference, whether it is within the tolerance, and if not, where the
+        two diverge first.
     """
     before, after = source.policy.model, result.policy.model
     inputs = example(before)
@@ -85,7 +84,7 @@ def agreement(source: Weights, result: Weights, framework: Framework, tolerance:
         "largest_difference": difference,
         "tolerance": tolerance,
         "agree": agree,
-        "parts_at": None if agree else first_difference(a.stages, b.stages, tolerance),
+        "diverges_at": None if agree else first_difference(a.stages, b.stages, tolerance),
         "steps": STEPS,
         "seed": _SEED,
     }
@@ -137,16 +136,16 @@ def widened(inputs: Inputs, before: ModelConfig, after: ModelConfig) -> Inputs:
     return found
 
 
-def run_ours(weights: Weights, inputs: Inputs, times: tuple[float, ...] | None = None) -> Trace:
+def run_ours(opened: OpenCheckpoint, inputs: Inputs, times: tuple[float, ...] | None = None) -> Trace:
     """Runs a checkpoint of any format in our network.
 
     Args:
-        weights, inputs: what to run on what.
+        opened, inputs: what to run on what.
         times: of the equal steps, embedded in double precision, as the PyTorch implementations do; None: as ours does.
     """
-    model = dataclasses.replace(weights.policy.model, dtype="float32", remat="none")
+    model = dataclasses.replace(opened.policy.model, dtype="float32", remat="none")
     params = unflatten_dict(
-        {path: jnp.asarray(tensor.read(None), jnp.float32) for path, tensor in weights.tensors.items()}, sep="/"
+        {path: jnp.asarray(tensor.read(None), jnp.float32) for path, tensor in opened.tensors.items()}, sep="/"
     )
     observation = Observation(
         {name: jnp.asarray(inputs[f"images/{i}"]) for i, name in enumerate(model.cameras)},
@@ -156,16 +155,22 @@ def run_ours(weights: Weights, inputs: Inputs, times: tuple[float, ...] | None =
         jnp.asarray(inputs["token_mask"]),
     )
     noise = jnp.asarray(inputs["noise"])
+    arguments = (opened.policy.objective, model, times is not None, params, observation, noise)
     with jax.default_matmul_precision("highest"):
-        network = make_network(model) if times is None else DoubleTime(model)
-        found = jax.device_get(_stages(network, params, observation, noise))
-        grid = None if times is None else jnp.asarray(times, jnp.float32)
-        actions = np.asarray(_sample(network, params, observation, noise, grid))
-    cameras = np.array([inputs[f"image_masks/{i}"] for i in range(len(model.cameras))]).reshape(-1)
-    return Trace(actions, valid_stages(found, cameras))
+        found = jax.device_get(_stages(*arguments))
+        actions = _sample(*arguments) if times is None else _euler(*arguments, jnp.asarray(times, jnp.float32))
+    return Trace(np.asarray(actions), valid_stages(found, _present(inputs, model)))
 
 
-def valid_stages(found: dict[str, Any], cameras: np.ndarray) -> dict[str, np.ndarray]:
+def _objective(config: ObjectiveConfig, model: ModelConfig, double: bool) -> Objective:
+    """The objective; with `double`, the flow time is embedded in double precision."""
+    objective = make_objective(config, model)
+    if double:
+        objective.network._module = DoubleTime(objective.network._module.config)
+    return objective
+
+
+def valid_stages(found: Stages, cameras: np.ndarray) -> dict[str, np.ndarray]:
     """Names what was computed and leaves out what is padding, which implementations fill in different ways.
 
     Args:
@@ -199,41 +204,52 @@ class DoubleTime(VelocityNetwork):
         return jax.pure_callback(embed, jax.ShapeDtypeStruct((*time.shape, width), jnp.float32), time)
 
 
-def _foreign(framework: Framework):
-    """The module that runs a folder in another framework."""
-    from pi0_jax.convert.verify import lerobot, openpi_torch
+def _runner(framework: str) -> Runner:
+    runner = formats()[framework].runner
+    assert runner is not None, framework
+    return runner
 
-    return {"lerobot": lerobot, "openpi-torch": openpi_torch}[framework]
 
-
-def run(weights: Weights, inputs: Inputs, framework: Framework) -> Trace:
+def run(opened: OpenCheckpoint, inputs: Inputs, framework: str) -> Trace:
     """Runs a checkpoint in a framework, if it is of its format; else in our network, at the framework's flow times."""
-    model = weights.policy.model
-    if framework == weights.format:
-        actions, found = _foreign(framework).run(weights.path, model, inputs, STEPS)
-        cameras = np.array([inputs[f"image_masks/{i}"] for i in range(len(model.cameras))]).reshape(-1)
-        return Trace(actions, valid_stages(found, cameras))
-    return run_ours(weights, inputs, None if framework == "ours" else _foreign(framework).times(STEPS))
+    if framework == opened.format:
+        model = opened.policy.model
+        actions, found = _runner(framework).run(opened.path, model, inputs, STEPS)
+        return Trace(actions, valid_stages(found, _present(inputs, model)))
+    return run_ours(opened, inputs, None if framework == OURS else _runner(framework).times(STEPS))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _sample(network: Network, params, observation: Observation, noise, times=None):
-    if times is None:
-        solver = "ddim" if network.config.prediction in ("epsilon", "v") else "euler"
-        return sample_actions(network, params, observation, noise, num_steps=STEPS, solver=solver)
-    variables: Any = {"params": params}
-    prefix = network.apply(variables, observation, method="prefill")
+def _present(inputs: Inputs, model: ModelConfig) -> np.ndarray:
+    """Which images are there, `[c*b]`."""
+    return np.array([inputs[f"image_masks/{i}"] for i in range(len(model.cameras))]).reshape(-1)
 
-    def step(x, time):
-        velocity = network.apply(variables, prefix, x, jnp.broadcast_to(time, len(x)), method="velocity")
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _sample(config: ObjectiveConfig, model: ModelConfig, double: bool, params: Any, observation, noise) -> jax.Array:
+    objective = _objective(config, model, double)
+    sampler = Greedy() if objective.flow is None else Euler(STEPS)
+    return objective.sample(params, observation, noise, SampleOptions(sampler))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _euler(
+    config: ObjectiveConfig, model: ModelConfig, double: bool, params: Any, observation, noise, times: jax.Array
+) -> jax.Array:
+    """Samples by equal steps whose velocities are evaluated at these times."""
+    network = _objective(config, model, double).network
+    prefix = network.prefill(params, observation)
+
+    def step(x: jax.Array, time: jax.Array) -> tuple[jax.Array, None]:
+        velocity = network.velocity(params, prefix, x, jnp.broadcast_to(time, len(x)))
         return x + jnp.float32(-1 / STEPS) * velocity, None
 
     return jax.lax.scan(step, noise, times)[0]
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _stages(network: Network, params, observation: Observation, noise) -> dict[str, Any]:
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _stages(config: ObjectiveConfig, model: ModelConfig, double: bool, params: Any, observation, noise) -> Stages:
     """What `valid_stages` takes, of one evaluation at time 1."""
+    network = _objective(config, model, double).network._module
     variables: Any = {"params": params}
     (tokens, mask), state = network.apply(
         variables,

@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,38 +19,27 @@ from unittest import mock
 import numpy as np
 
 from pi0_jax.config import ModelConfig
-from pi0_jax.convert.verify import torch_policy
+from pi0_jax.convert.verify import Inputs, Runner, Stages
+from pi0_jax.convert.verify.openpi_torch import resize, trace
+from pi0_jax.errors import UserError
 
 
 def check_installed() -> None:
-    """Raises ValueError, with what to install, where LeRobot or torch is not there."""
+    """Raises UserError, with what to install, where LeRobot or torch is not there."""
     if importlib.util.find_spec("lerobot") is None or importlib.util.find_spec("torch") is None:
-        raise ValueError(
+        raise UserError(
             "--verify-with lerobot runs LeRobot itself, which is not installed here. In an environment with Python "
             "3.12 or newer: pip install . 'lerobot[pi]==0.6.1', and run the same command there."
         )
 
 
-def times(steps: int) -> tuple[float, ...]:
-    """When LeRobot evaluates the velocity: at 1 + i·dt, where ours and openpi add dt up."""
+def uniform_times(steps: int) -> tuple[float, ...]:
+    """Flow times at which LeRobot evaluates the velocity: 1 + i·dt, where ours and openpi accumulate dt."""
     return tuple(1.0 + i * (-1.0 / steps) for i in range(steps))
 
 
-def run(folder: Path, model: ModelConfig, inputs: dict[str, np.ndarray], steps: int) -> tuple[np.ndarray, dict]:
-    """Loads a folder strictly, passes its processors a vector, and samples from the noise; float32.
-
-    Args:
-        folder: a LeRobot policy.
-        model: its sizes.
-        inputs: as in `agree`.
-        steps: Euler steps.
-
-    Returns:
-        Actions `[b ah ad]`, and what `agree.valid_stages` takes.
-
-    Raises:
-        ValueError: LeRobot does not find every tensor, or finds tensors that it does not know.
-    """
+def run(folder: Path, model: ModelConfig, inputs: Inputs, steps: int) -> tuple[np.ndarray, Stages]:
+    """As of `Runner`; the processors unnormalise an action first."""
     check_processors(folder)
     network = load(folder, model).model
 
@@ -57,22 +47,22 @@ def run(folder: Path, model: ModelConfig, inputs: dict[str, np.ndarray], steps: 
         observation = [images, image_masks, tokens, token_mask, *([state] if model.variant == "pi0" else [])]
         return network.sample_actions(*observation, noise=noise, num_steps=steps)
 
-    return torch_policy.trace(network, sample, model, inputs)
+    return trace(network, sample, model, inputs)
 
 
-def load(folder: Path, model: ModelConfig):
+def load(folder: Path, model: ModelConfig) -> Any:
     """LeRobot's policy of a folder, in float32 on the CPU, after a load that left no key over and none out."""
     config_class = importlib.import_module("lerobot.configs.policies").PreTrainedConfig
     name, kind = {"pi0": ("pi0", "PI0Policy"), "pi05": ("pi05", "PI05Policy")}[model.variant]
     module = importlib.import_module(f"lerobot.policies.{name}.modeling_{name}")
     config = config_class.from_pretrained(folder)
     config.dtype, config.device, config.compile_model = "float32", "cpu", False
-    said = io.StringIO()
-    with _resized(module, model), contextlib.redirect_stdout(said):
+    output = io.StringIO()
+    with _resized(module, model), contextlib.redirect_stdout(output):
         policy = getattr(module, kind).from_pretrained(folder, config=config, strict=True)
     # Where keys are missing it prints a warning and goes on.
-    if "All keys loaded successfully!" not in said.getvalue():
-        raise ValueError(f"LeRobot did not load everything of {folder}:\n{said.getvalue()}")
+    if "All keys loaded successfully!" not in output.getvalue():
+        raise UserError(f"LeRobot did not load everything of {folder}:\n{output.getvalue()}")
     return policy.float().eval()
 
 
@@ -80,7 +70,7 @@ def check_processors(folder: Path) -> None:
     """Loads both processors in LeRobot, and passes an action through the one that unnormalises.
 
     Raises:
-        ValueError: it comes out elsewhere than the statistics say.
+        UserError: the result is not what the statistics say.
     """
     torch: Any = importlib.import_module("torch")
 
@@ -105,11 +95,11 @@ def check_processors(folder: Path) -> None:
     expected = stats["mean"] if mode == "MEAN_STD" else (np.add(stats["q01"], stats["q99"]) / 2).tolist()
     found = after(torch.zeros(1, len(expected))).numpy()[0]
     if not np.allclose(found, expected, rtol=1e-5, atol=1e-6):
-        raise ValueError(f"LeRobot's processor of {folder} turns 0 into {found}, and the statistics say {expected}.")
+        raise UserError(f"LeRobot's processor of {folder} turns 0 into {found}, and the statistics say {expected}.")
 
 
 @contextlib.contextmanager
-def _resized(module, model: ModelConfig):
+def _resized(module: Any, model: ModelConfig) -> Iterator[None]:
     """Makes LeRobot's module build a model of these sizes; it has those of the released ones as constants."""
 
     def gemma(variant: str):
@@ -120,7 +110,7 @@ def _resized(module, model: ModelConfig):
     paligemma, expert = module.PaliGemmaForConditionalGenerationWithPiGemma, module.PiGemmaForCausalLM
 
     def make_paligemma(config):
-        torch_policy.resize(config, model)
+        resize(config, model)
         return paligemma(config=config)
 
     def make_expert(config):
@@ -133,3 +123,6 @@ def _resized(module, model: ModelConfig):
         mock.patch.object(module, "PiGemmaForCausalLM", make_expert),
     ):
         yield
+
+
+RUNNER = Runner("LeRobot", check_installed, uniform_times, run)

@@ -1,7 +1,8 @@
-"""Runs a folder in openpi's PyTorch model itself, where it is installed.
+"""Runs a folder in openpi's PyTorch model, where it is installed; and what LeRobot has in common with it.
 
 Only that model is imported: openpi's JAX half, which its files import too, pins versions that go with no current JAX.
-Models of other sizes than the released ones run too.
+Models of other sizes than the released ones run too. torch is imported when a function is called. Both frameworks build
+the same modules, under the same names, from `transformers`.
 """
 
 from __future__ import annotations
@@ -9,24 +10,28 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import re
 import sys
 import types
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pi0_jax.config import ModelConfig
-from pi0_jax.convert.verify import torch_policy
+from pi0_jax.convert.verify import Inputs, Runner, Stages
+from pi0_jax.errors import UserError
+from pi0_jax.sampler.grid import euler_grid
 
 
 def check_installed() -> None:
-    """Raises ValueError, with what to install, where openpi, torch or the patched transformers are not there."""
+    """Raises UserError, with what to install, where openpi, torch or the patched transformers are not there."""
     missing = [name for name in ("torch", "transformers", "openpi") if importlib.util.find_spec(name) is None]
     if not missing and importlib.util.find_spec("transformers.models.siglip.check") is None:
         missing = ["openpi's patch of transformers"]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"--verify-with openpi-torch runs openpi's PyTorch model itself, and {', '.join(missing)} is not installed "
             "here. In an environment of its own, with Python 3.11: pip install . torch transformers==4.53.2; "
             "pip install --no-deps git+https://github.com/Physical-Intelligence/openpi; and copy openpi's "
@@ -34,29 +39,13 @@ def check_installed() -> None:
         )
 
 
-def times(steps: int) -> tuple[float, ...]:
-    """When openpi evaluates the velocity: dt is added up in single precision."""
-    found = [np.float32(1)]
-    for _ in range(steps - 1):
-        found.append(found[-1] + np.float32(-1 / steps))
-    return tuple(float(time) for time in found)
+def euler_times(steps: int) -> tuple[float, ...]:
+    """Flow times at which openpi evaluates the velocity: ours, with dt accumulated in single precision."""
+    return tuple(float(time) for time in euler_grid(steps).times[:-1])
 
 
-def run(folder: Path, model: ModelConfig, inputs: dict[str, np.ndarray], steps: int) -> tuple[np.ndarray, dict]:
-    """Loads a folder strictly and samples from the noise; float32.
-
-    Args:
-        folder: with a `model.safetensors` in openpi's names.
-        model: its sizes.
-        inputs: as in `agree`.
-        steps: Euler steps.
-
-    Returns:
-        Actions `[b ah ad]`, and what `agree.valid_stages` takes.
-
-    Raises:
-        ValueError: openpi does not find every tensor, or finds tensors that it does not know.
-    """
+def run(folder: Path, model: ModelConfig, inputs: Inputs, steps: int) -> tuple[np.ndarray, Stages]:
+    """As of `Runner`."""
     network = load(folder, model)
 
     def sample(images, image_masks, tokens, token_mask, state, noise):
@@ -64,10 +53,10 @@ def run(folder: Path, model: ModelConfig, inputs: dict[str, np.ndarray], steps: 
         network._preprocess_observation = lambda *_, **__: observation  # it resizes to 224 px
         return network.sample_actions("cpu", types.SimpleNamespace(state=state), noise=noise, num_steps=steps)
 
-    return torch_policy.trace(network, sample, model, inputs)
+    return trace(network, sample, model, inputs)
 
 
-def load(folder: Path, model: ModelConfig):
+def load(folder: Path, model: ModelConfig) -> Any:
     """openpi's network of a folder, in float32 on the CPU, after a load that left no key over and none out."""
     torch: Any = importlib.import_module("torch")
     read: Any = importlib.import_module("safetensors.torch")
@@ -87,12 +76,12 @@ def load(folder: Path, model: ModelConfig):
     try:
         read.load_model(network, folder / "model.safetensors", strict=True)
     except RuntimeError as error:
-        raise ValueError(f"openpi did not load everything of {folder}:\n{error}") from error
+        raise UserError(f"openpi did not load everything of {folder}:\n{error}") from error
     return network.float().eval()
 
 
 @contextlib.contextmanager
-def _resized(model: ModelConfig):
+def _resized(model: ModelConfig) -> Iterator[Any]:
     """openpi's module, made to build a model of these sizes; it has those of the released ones as constants.
 
     It is imported anew, with stand-ins for the two files that need openpi's JAX half, and forgotten afterwards.
@@ -124,7 +113,7 @@ def _resized(model: ModelConfig):
         paligemma, expert = parts.PaliGemmaForConditionalGeneration, parts.GemmaForCausalLM
 
         def make_paligemma(config):
-            torch_policy.resize(config, model)
+            resize(config, model)
             return paligemma(config=config)
 
         def make_expert(config):
@@ -138,3 +127,96 @@ def _resized(model: ModelConfig):
             sys.modules.pop(name, None)
             if found is not None:
                 sys.modules[name] = found
+
+
+_STAGES = {
+    "image_layers": r"vision_tower\..*encoder\.layers\.(\d+)$",
+    "language": r"language_model\.layers\.(\d+)\.self_attn\.v_proj$",
+    "action": r"gemma_expert\.model\.layers\.(\d+)\.self_attn\.v_proj$",
+}
+"""Modules whose outputs are kept, by layer."""
+
+
+def trace(network, sample: Callable[..., Any], model: ModelConfig, inputs: Inputs) -> tuple[np.ndarray, Stages]:
+    """Samples actions in PyTorch and keeps what is computed on the way.
+
+    Args:
+        network: with `embed_prefix` and `denoise_step`, which `sample` calls.
+        sample: takes lists of images `[b c y x]` and their masks, tokens, their mask, state and noise.
+        model: sizes.
+        inputs: what to sample from.
+
+    Returns:
+        Actions `[b ah ad]`, and the stages of the first step.
+    """
+    torch: Any = importlib.import_module("torch")
+
+    kept = _keep_outputs(network)
+    embed_prefix, denoise_step = network.embed_prefix, network.denoise_step
+    seen: dict[str, Any] = {}
+
+    def embed_and_keep(*args, **kwargs):
+        tokens, mask, order = embed_prefix(*args, **kwargs)
+        seen.setdefault("tokens", tokens.float().numpy())
+        seen.setdefault("mask", mask.numpy())
+        return tokens, mask, order
+
+    def step_and_keep(*args, **kwargs):
+        velocity = denoise_step(*args, **kwargs)
+        seen.setdefault("velocity", velocity.float().numpy())
+        return velocity
+
+    network.embed_prefix, network.denoise_step = embed_and_keep, step_and_keep
+    arrays = {name: torch.from_numpy(array) for name, array in inputs.items()}
+    count = len(model.cameras)
+    images = [arrays[f"images/{i}"].permute(0, 3, 1, 2) for i in range(count)]
+    masks = [arrays[f"image_masks/{i}"] for i in range(count)]
+    others = [arrays[name] for name in ("tokens", "token_mask", "state", "noise")]
+    with torch.no_grad():
+        actions = sample(images, masks, *others).float().numpy()
+    return actions, seen | _by_layer(kept, seen["mask"], model)
+
+
+def resize(config, model: ModelConfig) -> None:
+    """Gives `transformers`' configuration of a PaliGemma the sizes that both frameworks have as constants."""
+    config.text_config.vocab_size = config._vocab_size = model.vocab_size
+    config.image_token_index = config.image_token_id = model.vocab_size - 1
+    names = {
+        "hidden_size": "width",
+        "num_hidden_layers": "depth",
+        "intermediate_size": "mlp_dim",
+        "num_attention_heads": "num_heads",
+        "patch_size": "patch_size",
+        "image_size": "image_size",
+    }
+    for theirs, ours in names.items():
+        setattr(config.vision_config, theirs, getattr(model.vision, ours))
+    config.vision_config.projection_dim = model.language.width
+
+
+def _keep_outputs(network) -> dict[str, dict[int, list]]:
+    """Hooks that keep the outputs of `_STAGES`, one list of calls per layer."""
+    kept: dict[str, dict[int, list]] = {stage: {} for stage in _STAGES}
+    for name, module in network.named_modules():
+        for stage, pattern in _STAGES.items():
+            if match := re.search(pattern, name):
+                calls = kept[stage].setdefault(int(match[1]), [])
+
+                def keep(module, arguments, output, calls=calls, once=stage == "action"):
+                    if not (once and calls):
+                        calls.append((output[0] if isinstance(output, tuple) else output).detach().float().numpy())
+
+                module.register_forward_hook(keep)
+    return kept
+
+
+def _by_layer(kept: dict[str, dict[int, list]], mask: np.ndarray, model: ModelConfig) -> dict[str, np.ndarray]:
+    """Outputs of all layers: of images, one camera after another; and values of prefix, state and actions."""
+    images = [np.concatenate(calls) for _, calls in sorted(kept["image_layers"].items())]
+    layers = range(model.depth)
+    values = [np.concatenate([kept["language"][i][0], kept["action"][i][0]], axis=1) for i in layers]
+    valid = np.concatenate([mask, np.ones(kept["action"][0][0].shape[:2], bool)], axis=1)
+    return {"image_layers": np.stack(images), "values": np.stack(values), "values_mask": valid}
+
+
+RUNNER = Runner("openpi's PyTorch", check_installed, euler_times, run)

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from jaxtyping import UInt8
 
 from pi0_jax.data.video import decode_picture
+from pi0_jax.errors import UserError
 
 ROW_GROUPS_KEPT = 8
 """Row groups of encoded pictures kept in memory by each thread."""
@@ -32,7 +33,7 @@ class StoredPictures:
         """One picture, RGB.
 
         Raises:
-            OSError, ValueError: it cannot be read or decoded.
+            OSError, UserError: it cannot be read or decoded.
         """
         if file not in self._files:
             opened = pq.ParquetFile(self._root / file, memory_map=True)
@@ -46,7 +47,7 @@ class StoredPictures:
             try:
                 column = opened.read_row_group(group, columns=[camera])[camera]
             except (pa.ArrowInvalid, OSError) as error:
-                raise ValueError(f"row group {group} cannot be read: {error}") from error
+                raise UserError(f"row group {group} cannot be read: {error}") from error
             self._groups[file, camera, group] = column.combine_chunks()
         value: Any = self._groups[file, camera, group][row - (int(ends[group - 1]) if group else 0)].as_py()
         if isinstance(value, dict):

@@ -96,7 +96,7 @@ class LeRobotDataset(Source):
         last = [i for i in range(len(files)) if i + 1 == len(files) or files[i + 1] != files[i]]
         return self.ends[last]
 
-    def images(self, camera: str, rows: Rows) -> UInt8[np.ndarray, "n h w 3"]:
+    def images(self, camera: str, rows: Rows) -> UInt8[np.ndarray, "*b h w 3"]:
         self.check_camera(camera)
         if self.features[camera]["dtype"] == "image":
             return self._stored_pictures(camera, np.asarray(rows))

@@ -56,8 +56,8 @@ class LeRobotWriter:
         overwrite: bool = False,
         pix_fmt: str = "yuv444p",
         crf: int = 4,
-        data_file_mb: int = 100,
-        video_file_mb: int = 200,
+        data_file_mb: int | float = 100,
+        video_file_mb: int | float = 200,
     ):
         self.root = Path(root)
         self.overwrite = overwrite

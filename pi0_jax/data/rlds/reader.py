@@ -113,7 +113,7 @@ class RldsDataset(Source):
     def shard_ends(self) -> Int[np.ndarray, "s"]:
         return np.unique([*np.searchsorted(self._rows, self._starts[1:]), len(self._rows)])
 
-    def images(self, camera: str, rows: Rows) -> UInt8[np.ndarray, "n h w 3"]:
+    def images(self, camera: str, rows: Rows) -> UInt8[np.ndarray, "*b h w 3"]:
         self.check_camera(camera)
         rows = np.asarray(rows)
         at = self._rows[rows.ravel()]

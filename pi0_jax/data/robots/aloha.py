@@ -14,6 +14,7 @@ import numpy as np
 
 from pi0_jax.data.robots import Adapter, Clients, Robot
 
+Values = np.ndarray | np.floating
 ARM = ("waist", "shoulder", "elbow", "forearm_roll", "wrist_angle", "wrist_rotate", "gripper")
 NAMES = tuple(f"{side}_{joint}" for side in ("left", "right") for joint in ARM)
 SIGNS = np.ones(14, np.float32)
@@ -30,31 +31,31 @@ COMMAND_CLOSED, COMMAND_OPEN = -0.6213, 1.4910
 """Angle that a command of 0 and 1 stands for."""
 
 
-def angle_from_opening(opening: np.ndarray) -> np.ndarray:
+def angle_from_opening(opening: Values) -> Values:
     """Gripper state, 0 closed to 1 open, as the motor's angle in the weights' units."""
     finger = opening * (FINGER_OPEN - FINGER_CLOSED) + FINGER_CLOSED
     sine = (HORN**2 + finger**2 - ROD**2) / (2 * HORN * finger)
     return (np.arcsin(np.clip(sine, -1, 1)) - ANGLE_CLOSED) / (ANGLE_OPEN - ANGLE_CLOSED)
 
 
-def opening_from_angle(angle: np.ndarray) -> np.ndarray:
+def opening_from_angle(angle: Values) -> Values:
     """The inverse of `angle_from_opening`, where the arcsine was not clipped."""
     sine = np.sin(angle * (ANGLE_OPEN - ANGLE_CLOSED) + ANGLE_CLOSED)
     finger = HORN * sine + np.sqrt(np.square(HORN * sine) + ROD**2 - HORN**2)
     return (finger - FINGER_CLOSED) / (FINGER_OPEN - FINGER_CLOSED)
 
 
-def command_from_angle(angle: np.ndarray) -> np.ndarray:
+def command_from_angle(angle: Values) -> Values:
     """A predicted gripper angle as ALOHA's command."""
     return (angle + ANGLE_CLOSED - COMMAND_CLOSED) / (COMMAND_OPEN - COMMAND_CLOSED)
 
 
-def angle_from_command(command: np.ndarray) -> np.ndarray:
+def angle_from_command(command: Values) -> Values:
     """The inverse of `command_from_angle`."""
     return command * (COMMAND_OPEN - COMMAND_CLOSED) + COMMAND_CLOSED - ANGLE_CLOSED
 
 
-def _convert(gripper: Callable[[np.ndarray], np.ndarray], values: np.ndarray) -> np.ndarray:
+def _convert(gripper: Callable[[Values], Values], values: np.ndarray) -> np.ndarray:
     out = np.asarray(values) * SIGNS
     for i in GRIPPERS:
         out[..., i] = gripper(out[..., i])

@@ -1,109 +1,106 @@
-"""Heads (interim adapter of the linen modules to the functional protocol)."""
+"""Networks by their heads, and what an objective may ask of them.
+
+The class of `ModelConfig.head` names its file: `Compact` is `head/compact.py`, which has `network(config, span)`. So a
+new head is a class in `config/model.py` and a file here.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any, Protocol
+import importlib
+from typing import Any, Protocol, runtime_checkable
 
-import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
 
 from pi0_jax.batch import Observation
-from pi0_jax.config import Compact, ModelConfig, Tokens
+from pi0_jax.config import ModelConfig, Tokens
+
+Params = dict[str, Any]
+"""Parameters of training, or folded ones (`model.fold`); the same functions run both."""
 
 
+@runtime_checkable
 class Network(Protocol):
-    config: ModelConfig
+    """Predicts something of the shape of a noisy chunk, given observation, chunk and flow time."""
 
-    def init(self, key) -> Any: ...
-    def joint(self, params, observation, x, time, span=None) -> Any: ...
-    def prefill(self, params, observation) -> Any: ...
-    def velocity(self, params, prefix, x, time, span=None, features=None) -> Any: ...
-    def time_features(self, params, time, span=None) -> Any: ...
+    @property
+    def config(self) -> ModelConfig: ...
+
+    def init(self, key: Key[Array, ""]) -> Params:
+        """Random parameters in linen's boxes, which carry the logical axis names."""
+        ...
+
+    def joint(
+        self,
+        params: Params,
+        observation: Observation,
+        x: Float[Array, "b *s ah ad"],
+        time: Float[Array, "b ..."],
+        span: Float[Array, "b ..."] | None = None,
+    ) -> Float[Array, "b *s ah ad"]:
+        """The prediction in one pass over the observation and all draws, for training."""
+        ...
+
+    def prefill(self, params: Params, observation: Observation) -> Any:
+        """All that depends on neither the chunk nor the time."""
+        ...
+
+    def velocity(
+        self,
+        params: Params,
+        prefix: Any,
+        x: Float[Array, "b ah ad"],
+        time: Float[Array, "..."],
+        span: Float[Array, "..."] | None = None,
+        features: Any = None,
+    ) -> Float[Array, "b ah ad"]:
+        """The prediction against what `prefill` gave, with `time_features` of that time where they are known."""
+        ...
+
+    def time_features(self, params: Params, time: Float[Array, "..."], span: Float[Array, "..."] | None = None) -> Any:
+        """What depends on the time alone; the first axes of its arrays are those of the time."""
+        ...
 
 
+@runtime_checkable
 class TokenNetwork(Protocol):
-    config: ModelConfig
-    dims: int
+    """Gives logits of action tokens, and decodes them."""
 
-    def init(self, key) -> Any: ...
-    def prefill(self, params, observation) -> Any: ...
-    def logits(self, params, observation, tokens) -> Any: ...
-    def decode(self, params, prefix) -> Any: ...
+    @property
+    def config(self) -> ModelConfig: ...
 
+    @property
+    def dims(self) -> int:
+        """Number of action dimensions that have tokens."""
+        ...
 
-@dataclasses.dataclass(frozen=True)
-class _Bins:
-    count: int
-    dims: int | None
+    def init(self, key: Key[Array, ""]) -> Params:
+        """Random parameters in linen's boxes, which carry the logical axis names."""
+        ...
 
+    def prefill(self, params: Params, observation: Observation) -> Any:
+        """All that does not depend on the tokens."""
+        ...
 
-@dataclasses.dataclass(frozen=True)
-class _Old(ModelConfig):
-    prediction: str = "velocity"
-    compact: Compact = Compact()
-    bins: Any = None
+    def logits(
+        self, params: Params, observation: Observation, tokens: Int[Array, "b ah d"]
+    ) -> Float[Array, "b ah d k"]:
+        """Logits of all tokens in one pass."""
+        ...
 
-
-def _old(model: ModelConfig, **changes) -> _Old:
-    fields = {f.name: getattr(model, f.name) for f in dataclasses.fields(ModelConfig)}
-    compact = isinstance(model.head, Compact)
-    fields |= {"head": "compact" if compact else "expert", "compact": model.head if compact else Compact()}
-    return _Old(**(fields | changes))
-
-
-class _Adapter:
-    def __init__(self, config: ModelConfig, module):
-        self.config, self._module = config, module
-        self.dims = getattr(module, "dims", None)
-
-    def _call(self, params, method, *args):
-        return self._module.apply({"params": params}, *args, method=method)
-
-    def init(self, key):
-        c = self.config
-        size = c.vision.image_size
-        observation = Observation(
-            images={name: jnp.zeros((1, size, size, 3)) for name in c.cameras},
-            image_masks={name: jnp.ones(1, bool) for name in c.cameras},
-            state=jnp.zeros((1, c.action_dim)),
-            prompt=jnp.zeros((1, c.prompt_length), jnp.int32),
-            prompt_mask=jnp.ones((1, c.prompt_length), bool),
-        )
-        if self.dims:
-            return self._module.init(key, observation, jnp.zeros((1, c.action_horizon, self.dims), jnp.int32))["params"]
-        return self._module.init(key, observation, jnp.zeros((1, c.action_horizon, c.action_dim)), jnp.zeros(1))[
-            "params"
-        ]
-
-    def joint(self, params, observation, x, time, span=None):
-        return self._call(params, "__call__", observation, x, time, *(() if span is None else (span,)))
-
-    def prefill(self, params, observation):
-        return self._call(params, "prefill", observation)
-
-    def velocity(self, params, prefix, x, time, span=None, features=None):
-        return self._call(params, "velocity", prefix, x, time, *(() if span is None else (span,)))
-
-    def time_features(self, params, time, span=None):
-        return None
-
-    def logits(self, params, observation, tokens):
-        return self._call(params, "__call__", observation, tokens)
-
-    def decode(self, params, prefix):
-        return self._call(params, "decode", prefix)
+    def decode(self, params: Params, prefix: Any) -> Int[Array, "b ah d"]:
+        """The likeliest tokens."""
+        ...
 
 
 def make_head(model: ModelConfig, span: bool = False) -> Network:
-    from pi0_jax.model.compact import CompactNetwork
-    from pi0_jax.model.velocity import VelocityNetwork
-
-    kind = CompactNetwork if isinstance(model.head, Compact) else VelocityNetwork
-    return _Adapter(model, kind(_old(model, prediction="average_velocity" if span else "velocity")))
+    """The network of a model's head; with `span` it takes a second time."""
+    return importlib.import_module(f"{__name__}.{type(model.head).__name__.lower()}").network(model, span)
 
 
 def make_tokens(model: ModelConfig, tokens: Tokens) -> TokenNetwork:
-    from pi0_jax.model.bins import BinNetwork
+    """The network of action tokens.
 
-    kind = "bins" if tokens.order == "parallel" else "bin_sequence"
-    return _Adapter(model, BinNetwork(_old(model, prediction=kind, bins=_Bins(tokens.bins, tokens.dims))))
+    Raises:
+        UserError: the model's head has none.
+    """
+    return importlib.import_module(f"{__name__}.tokens").network(model, tokens)

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 
 from pi0_jax import cli
-from pi0_jax.convert.formats import Choices, open_checkpoint
+from pi0_jax.convert.formats import Overrides, open_checkpoint, write_checkpoint
 from pi0_jax.convert.lazy import in_memory
 from pi0_jax.convert.run import convert
 from pi0_jax.convert.verify import agree, lerobot, openpi_torch
-from pi0_jax.convert.write import write_checkpoint
 from tests.convert.common import save_tiny, tiny_weights, tiny_weights_of_head
 
 FRAMEWORKS = {
@@ -39,8 +38,8 @@ def test_source_and_result_act_alike(tmp_path, name, to):
 
 def test_a_widened_model_acts_alike_on_old_inputs(tmp_path):
     source = save_tiny(tmp_path / "x", "pi0")
-    choices = Choices(action_dim=9, cameras=("top", "tool", "wrist"), prompt_length=11)
-    actions = convert(source, tmp_path / "wide", choices=choices, verify_with="ours")["actions"]
+    overrides = Overrides(action_dim=9, cameras=("top", "tool", "wrist"), prompt_length=11)
+    actions = convert(source, tmp_path / "wide", overrides=overrides, verify_with="ours")["actions"]
     assert actions["agree"]
     assert 0 < actions["largest_difference"] < 1e-5  # sums in another order
 
@@ -60,35 +59,35 @@ def test_the_first_layer_that_differs_is_named(path, at, stage):
     weights = tiny_weights("pi05")
     found = agree.agreement(weights, changed(weights, path, at), "ours", tolerance=1e-5)
     assert not found["agree"]
-    assert found["parts_at"].startswith(stage)
+    assert found["diverges_at"].startswith(stage)
 
 
 def test_a_large_difference_is_recorded_and_the_exit_code_says_so(tmp_path, capsys):
     source = str(save_tiny(tmp_path / "x", "pi05"))
     arguments = ["--dtype", "bfloat16", "--verify-with", "ours", "--tolerance", "1e-6"]
     assert cli.main(["convert", source, str(tmp_path / "half"), *arguments]) == 1
-    assert "part at image encoder, layer 0" in capsys.readouterr().err
+    assert "diverge at image encoder, layer 0" in capsys.readouterr().err
     record = json.loads((tmp_path / "half/conversion.json").read_text())
     assert not record["actions"]["agree"]
-    assert any("part at" in note for note in record["notes"])
+    assert any("diverge at" in note for note in record["notes"])
     assert cli.main(["convert", source, str(tmp_path / "same"), "--verify-with", "ours"]) == 0
     assert "10-step actions in our network differ by at most 0" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("head", ["compact", "bins"])
+@pytest.mark.parametrize("head", ["Compact", "Tokens"])
 def test_other_heads_are_compared_too(head):
     weights = tiny_weights_of_head(head)
     assert agree.agreement(weights, weights, "ours", 1e-6)["agree"]
     other = changed(weights, "backbone/layers/language/attn/kv", 1)
     traces = [agree.run_ours(w, agree.example(weights.policy.model)).stages for w in (weights, other)]
-    expected = "pooled observation" if head == "compact" else "the solver's steps"
+    expected = "pooled observation" if head == "Compact" else "the solver's steps"
     assert agree.first_difference(*traces, 1e-5).startswith(expected)
 
 
 def test_what_cannot_be_compared_is_said_before_anything_is_written(tmp_path):
     source = save_tiny(tmp_path / "x", "pi0")
     with pytest.raises(ValueError, match="another --horizon"):
-        convert(source, tmp_path / "out", choices=Choices(horizon=9), verify_with="ours")
+        convert(source, tmp_path / "out", overrides=Overrides(horizon=9), verify_with="ours")
     with pytest.raises(ValueError, match="needs a lerobot folder"):
         convert(source, tmp_path / "out", "openpi", verify_with="lerobot")
     with pytest.raises(ValueError, match="no action expert"):
@@ -119,7 +118,7 @@ def test_another_framework_acts_as_we_do(tmp_path, framework, name):
         assert 0 < found["largest_difference"] <= 1e-5, found
     wrong = changed(open_checkpoint(tmp_path / "x"), "backbone/layers/action/mlp/down", 0)
     found = agree.agreement(wrong, open_checkpoint(tmp_path / "out"), framework, 1e-4)
-    assert found["parts_at"].startswith("backbone, values of layer 1")
+    assert found["diverges_at"].startswith("backbone, values of layer 1")
 
 
 @pytest.mark.parametrize("name", ["pi0", "pi05"])
@@ -127,8 +126,8 @@ def test_flow_times_in_double_precision_are_ours_but_for_rounding(name):
     weights = tiny_weights(name)
     inputs = agree.example(weights.policy.model)
     ours = agree.run_ours(weights, inputs).actions
-    double = agree.run_ours(weights, inputs, openpi_torch.times(agree.STEPS)).actions
-    other = agree.run_ours(weights, inputs, tuple(0.99 * t for t in openpi_torch.times(agree.STEPS))).actions
+    double = agree.run_ours(weights, inputs, openpi_torch.euler_times(agree.STEPS)).actions
+    other = agree.run_ours(weights, inputs, tuple(0.99 * t for t in openpi_torch.euler_times(agree.STEPS))).actions
     assert 0 < np.abs(double - ours).max() < 1e-3
     assert np.abs(other - ours).max() > 1e-2
-    assert np.abs(np.subtract(openpi_torch.times(10), lerobot.times(10))).max() < 1e-6
+    assert np.abs(np.subtract(openpi_torch.euler_times(10), lerobot.uniform_times(10))).max() < 1e-6

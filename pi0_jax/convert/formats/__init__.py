@@ -1,0 +1,192 @@
+"""Checkpoint formats: one module per format in this folder, found by listing it.
+
+A module sets `FORMAT`, which says how a folder is recognised, opened as our parameters and written from them; nothing
+else has to know of it. Opening reads names, shapes and small files; tensors are read when asked. What a format cannot
+say (horizon, cameras, heads) comes from `Overrides`, from the `conversion.json` that an earlier conversion left beside
+the weights, or from the error that asks for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
+
+from flax.traverse_util import unflatten_dict
+
+from pi0_jax.config import PolicyConfig, TrainConfig
+from pi0_jax.convert import remote
+from pi0_jax.convert.lazy import LazyArray, LazyArrays, read_all
+from pi0_jax.convert.rules import Rule
+from pi0_jax.convert.verify import Runner
+from pi0_jax.data.robots import get_robot
+from pi0_jax.data.tokenizer import Tokenizer
+from pi0_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Overrides:
+    """Overrides for metadata that the checkpoint lacks, or that shall change. None: as the checkpoint has it."""
+
+    action_dim: int | None = None
+    """Width of state and action vectors. Above the source's: new rows are zero, old inputs give the old outputs."""
+    horizon: int | None = None
+    """Actions per chunk."""
+    cameras: tuple[str, ...] | None = None
+    """Cameras in token order."""
+    prompt_length: int | None = None
+    """Tokens of the prompt."""
+    variant: Literal["pi0", "pi05"] | None = None
+    """Give a backbone without action expert (PaliGemma, π0-FAST) a fresh one of this variant."""
+    num_heads: int | None = None
+    """Query heads of the experts."""
+    num_kv_heads: int | None = None
+    """Key/value heads of the experts."""
+    vision_heads: int | None = None
+    """Attention heads of the image encoder."""
+    lora_scale: float | None = None
+    """Factor of attention's adapters, alpha / rank."""
+    asset_id: str | None = None
+    """Which of the norm_stats.json under openpi's assets/ (read), or under which name (written)."""
+    robot: str | None = None
+    """Name of the robot in `pi0_jax.data.robots`."""
+    tokenizer: str | None = None
+    """SentencePiece model to copy into the result, PaliGemma's for released weights."""
+
+
+class OpenCheckpoint(NamedTuple):
+    """An opened checkpoint: our parameters, unread, and all that goes with them."""
+
+    format: str
+    path: Path
+    policy: PolicyConfig
+    tensors: LazyArrays
+    """Our parameters by path."""
+    norm_stats: dict[str, Any] | None = None
+    """The JSON object of `norm_stats.json`."""
+    tokenizer: bytes | None = None
+    train: TrainConfig | None = None
+    step: int | None = None
+    dropped: Mapping[str, LazyArray] = MappingProxyType({})
+    """The source's tensors that are not needed, such as the action expert's unused head."""
+    warnings: tuple[str, ...] = ()
+    add_expert: Literal["pi0", "pi05"] | None = None
+    """Variant that a backbone without action expert gets one of, unless another is asked for; None: none is added."""
+    names: Mapping[str, str] = MappingProxyType({})
+    """Path to what the source calls its tensors, `*` for the layers, where it calls them otherwise."""
+
+
+def _nothing_lost(opened: OpenCheckpoint) -> list[str]:
+    return []
+
+
+class Format(NamedTuple):
+    """A checkpoint format."""
+
+    name: str
+    """As `--to` and messages have it."""
+    contents: str
+    """How a folder of it is recognised, for people."""
+    detect: Callable[[Path], Path | None]
+    """The folder or file in which a path has a checkpoint of this format; None: it has none. May raise UserError, over
+    one that is incomplete."""
+    open: Callable[[Path, Overrides], OpenCheckpoint]
+    """Opens what `detect` found."""
+    write: Callable[[OpenCheckpoint, Path, str], None] | None = None
+    """Writes into an empty folder, statistics under an asset id; None: the format is read only."""
+    rules: Callable[[str], Sequence[Rule]] | None = None
+    """Rules between our parameters and the format's tensors, by variant of the model; None: they are the same."""
+    lost: Callable[[OpenCheckpoint], list[str]] = _nothing_lost
+    """What the format has no place for, beside the weights: a sentence each."""
+    runner: Runner | None = None
+    """Runs a folder in the framework that the format is from (`--verify-with`); None: it runs here alone."""
+
+
+@functools.cache
+def formats() -> Mapping[str, Format]:
+    """All formats by name."""
+    modules = sorted(module.name for module in pkgutil.iter_modules(__path__))
+    found = [importlib.import_module(f"{__name__}.{name}").FORMAT for name in modules]
+    return MappingProxyType({format.name: format for format in found})
+
+
+def writable() -> tuple[str, ...]:
+    """Names of the formats that can be written, ours first."""
+    return tuple(sorted((f.name for f in formats().values() if f.write), key=lambda name: (name != "pi0", name)))
+
+
+_UNREAD = {
+    "model.safetensors.index.json": "has its weights in several files; save them as one model.safetensors",
+    "adapter_model.safetensors": "holds PEFT adapters without their model; merge them in LeRobot, then convert that",
+    "pytorch_model.bin": "holds pickled weights, which are not read: they can run code; save them as safetensors",
+}
+
+
+def detect(path: Path) -> tuple[Format, Path]:
+    """The format of what a path holds, and the folder (or npz file) in which it is.
+
+    Raises:
+        FileNotFoundError: there is nothing.
+        UserError: something else; the message says what it looks like, and what is read.
+    """
+    for format in formats().values():
+        if (found := format.detect(path)) is not None:
+            return format, found
+    if not path.exists():
+        raise FileNotFoundError(f"there is no {path}.")
+    for name, problem in _UNREAD.items():
+        if (path / name).is_file():
+            raise UserError(f"{path} {problem}.")
+    names = sorted(p.name for p in path.iterdir())[:9] if path.is_dir() else []
+    what = f"a folder with {', '.join(names[:8])}{' …' * (len(names) > 8)}" if names else "an empty folder"
+    known = "\n".join(f"  {format.name:<14} {format.contents}" for format in formats().values())
+    raise UserError(f"{path} is {what if path.is_dir() else 'a file'}, and no checkpoint. What is read:\n{known}")
+
+
+def open_checkpoint(path: str | Path, overrides: Overrides = Overrides(), offline: bool = False) -> OpenCheckpoint:
+    """Opens a checkpoint of any format.
+
+    Args:
+        path: folder (of a run, the newest step is taken), `.safetensors`, or `.npz` with `:subtree` if wanted; or a URL
+            of one, which is copied to the cache first (`remote.fetch`).
+        overrides: what the checkpoint does not say.
+        offline: URLs have to be in the cache; no connection is opened.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+        UserError: not a checkpoint, tensors that do not fit one another, sizes that have to be given, or no such robot
+            or tokenizer; reading a tensor raises it too, where there are numbers that are not finite.
+    """
+    if remote.is_remote(path):
+        path = remote.fetch(str(path), offline)
+    format, folder = detect(Path(path).expanduser().absolute())
+    opened = format.open(folder, overrides)
+    if overrides.tokenizer is not None:
+        opened = opened._replace(tokenizer=Tokenizer.from_file(overrides.tokenizer).model)
+    if overrides.robot is not None:
+        get_robot(overrides.robot)
+        opened = opened._replace(policy=dataclasses.replace(opened.policy, robot=overrides.robot))
+    return opened
+
+
+def write_checkpoint(opened: OpenCheckpoint, folder: Path, to: str, asset_id: str | None = None) -> None:
+    """Writes a checkpoint of a format into a new folder.
+
+    Raises:
+        UserError: the format cannot hold it, or is only read.
+    """
+    write = formats()[to].write
+    if write is None:
+        raise UserError(f"{to} can be read and not written; the formats to write are {', '.join(writable())}.")
+    folder.mkdir(parents=True)
+    write(opened, folder, asset_id or opened.policy.robot)
+
+
+def params_of(opened: OpenCheckpoint) -> dict[str, Any]:
+    """Reads everything into memory, as the tree that the network takes; numpy, in the stored dtypes."""
+    return unflatten_dict(read_all(opened.tensors), sep="/")

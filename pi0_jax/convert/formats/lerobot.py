@@ -1,0 +1,289 @@
+"""Policy folders of LeRobot 0.6: openpi's PyTorch tensors, config.json, the processors' JSON and their statistics."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pi0_jax.config import PolicyConfig
+from pi0_jax.convert.assemble import CAMERAS, all_finite, assemble_policy, finished, lost_settings
+from pi0_jax.convert.files import read_json, write_json
+from pi0_jax.convert.formats import Format, OpenCheckpoint, Overrides
+from pi0_jax.convert.formats.openpi_torch import (
+    VARIANTS,
+    WEIGHTS,
+    claim_tensors,
+    dtype_name,
+    guess_model,
+    is_lerobot,
+    rules,
+    torch_tensors,
+    weights_folder,
+)
+from pi0_jax.convert.lazy import LazyArrays, in_memory, open_safetensors, read_all, write_safetensors
+from pi0_jax.convert.verify import lerobot as verify
+from pi0_jax.errors import UserError
+from pi0_jax.sampler import Solver
+
+_STATE, _ACTION, _IMAGES = "observation.state", "action", "observation.images."
+_NORMALIZATIONS = {"MEAN_STD": "zscore", "QUANTILES": "quantile"}
+_STATS = ("mean", "std", "min", "max", "q01", "q99")
+_TOKENIZER = "google/paligemma-3b-pt-224"
+_EXACT_STATS = "norm_stats.json"
+"""The statistics in double precision, beside LeRobot's in single precision; used while the two agree."""
+
+
+class _Settings(NamedTuple):
+    """What config.json says about the policy."""
+
+    variant: str
+    stated: dict[str, Any]
+    """Fields of our policy to their values."""
+    defaults: dict[str, Any]
+    """Likewise, where no earlier conversion is on record."""
+    image_size: int
+    warnings: tuple[str, ...]
+    raw: dict[str, Any]
+
+
+def _read_settings(path: Path) -> _Settings:
+    """Reads a policy's config.json.
+
+    Raises:
+        UserError: another policy than π0, π0.5 or π0-FAST, or settings that we lack.
+    """
+    raw = read_json(path)
+    variant = raw["type"]
+    if variant not in ("pi0", "pi05", "pi0_fast"):
+        raise UserError(f"{path} is of a policy {variant!r}; pi0, pi05 and pi0_fast are read.")
+    modes = raw.get("normalization_mapping", {})
+    usual = "QUANTILES" if variant == "pi05" else "MEAN_STD"
+    state, action = (modes.get(key, usual) for key in ("STATE", "ACTION"))
+    if state != action or state not in _NORMALIZATIONS:
+        raise UserError(
+            f"{path} normalises the state by {state} and actions by {action}; both have to be MEAN_STD, or both "
+            "QUANTILES."
+        )
+    height, width = raw.get("image_resolution", (224, 224))
+    if height != width:
+        raise UserError(f"{path} resizes images to {height} x {width}; square images are supported.")
+    for name in ("use_visual_memory", "use_proprioceptive_memory"):
+        if raw.get(name):
+            raise UserError(f"{path} has {name}: the policy sees earlier observations, and pi0_jax has no such model.")
+    for name, supported in (("min_period", 4e-3), ("max_period", 4.0)):
+        if raw.get(name, supported) != supported:
+            raise UserError(f"{path} embeds the flow time with {name} {raw[name]}; {supported} is supported.")
+    warnings = []
+    if raw.get("use_relative_actions"):
+        warnings.append(
+            "the policy predicts actions relative to the state (use_relative_actions), which pi0_jax does not add back"
+        )
+    visual = [name for name, entry in (raw.get("input_features") or {}).items() if entry["type"] == "VISUAL"]
+    cameras = tuple(n.removeprefix(_IMAGES) for n in visual if not n.startswith(f"{_IMAGES}empty_camera_"))
+    if not cameras:
+        cameras = CAMERAS[variant]
+        warnings.append(f"config.json names no cameras; {', '.join(cameras)} are assumed, and --cameras says otherwise")
+    horizon = raw.get("chunk_size", 50)
+    stated = {
+        "model.action_horizon": horizon,
+        "model.cameras": cameras,
+        "model.prompt_length": raw.get("tokenizer_max_length", 48 if variant == "pi0" else 200),
+        "normalization": _NORMALIZATIONS[state],
+        "execute_steps": raw.get("n_action_steps", horizon),
+    }
+    if "num_inference_steps" in raw:
+        stated["sampler.num_steps"] = raw["num_inference_steps"]
+    if delay := raw.get("rtc_training_max_delay"):
+        stated["objective.max_delay"] = delay
+    defaults = {"model.dtype": "bfloat16" if raw.get("dtype") == "bfloat16" else "float32"}
+    return _Settings(variant, stated, defaults, height, tuple(warnings), raw)
+
+
+def _read_stats(folder: Path) -> dict[str, Any] | None:
+    """The normaliser's statistics as the JSON object of a `norm_stats.json`; None where there are none."""
+    pipeline = folder / "policy_preprocessor.json"
+    steps = read_json(pipeline)["steps"] if pipeline.is_file() else []
+    files = [s["state_file"] for s in steps if s.get("registry_name") == "normalizer_processor" and "state_file" in s]
+    if not files:
+        return None
+    if not (folder / files[0]).is_file():
+        raise FileNotFoundError(f"{pipeline} names {files[0]} for the statistics, and there is no such file.")
+    arrays = read_all(open_safetensors(folder / files[0]))
+    stats = {}
+    for ours, theirs in (("state", _STATE), ("actions", _ACTION)):
+        found = {stat: arrays[f"{theirs}.{stat}"] for stat in _STATS if f"{theirs}.{stat}" in arrays}
+        if found:
+            lists = {stat: value.astype(np.float64).tolist() for stat, value in found.items()}
+            stats[ours] = {"q01": None, "q99": None} | lists
+    exact = folder / _EXACT_STATS
+    if exact.is_file() and _rounded(content := read_json(exact)) == _rounded({"norm_stats": stats}):
+        return content
+    return {"norm_stats": stats} if stats else None
+
+
+def _rounded(norm_stats: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Statistics in single precision, as LeRobot keeps them."""
+    return {
+        key: {stat: np.float32(values).tolist() for stat, values in entry.items() if values is not None}
+        for key, entry in norm_stats.get("norm_stats", {}).items()
+    }
+
+
+def _write_settings(folder: Path, policy: PolicyConfig, norm_stats: dict[str, Any] | None, dtype: str) -> None:
+    """Writes config.json, both processors and their statistics."""
+    model = policy.model
+    features = _features(policy, norm_stats)
+    outputs = {_ACTION: features[_ACTION]}
+    mode = {ours: theirs for theirs, ours in _NORMALIZATIONS.items()}[policy.normalization]
+    norm_map = {"VISUAL": "IDENTITY", "STATE": mode, "ACTION": mode}
+    config = {
+        "type": model.variant,
+        "n_obs_steps": 1,
+        "input_features": {name: entry for name, entry in features.items() if name != _ACTION},
+        "output_features": outputs,
+        "device": "cpu",
+        "use_amp": False,
+        "push_to_hub": False,
+        **VARIANTS,
+        "dtype": dtype,
+        "chunk_size": model.action_horizon,
+        "n_action_steps": min(policy.execute_steps, model.action_horizon),
+        "max_state_dim": model.action_dim,
+        "max_action_dim": model.action_dim,
+        "image_resolution": [model.vision.image_size] * 2,
+        "empty_cameras": 0,
+        "tokenizer_max_length": model.prompt_length,
+        "normalization_mapping": norm_map,
+    }
+    if model.variant != "pi0_fast":
+        assert isinstance(policy.sampler, Solver)
+        config["num_inference_steps"] = policy.sampler.num_steps
+    write_json(folder / "config.json", config)
+
+    device = _step("device_processor", device="cpu", float_dtype=None)
+    before = {
+        "rename": _step("rename_observations_processor", rename_map={}),
+        "batch": _step("to_batch_processor"),
+        "relative": _step("relative_actions_processor", enabled=False, exclude_joints=["gripper"], action_names=None),
+        "normalize": _step("normalizer_processor", eps=1e-8, features=features, norm_map=norm_map),
+        "new_line": _step("pi0_new_line_processor"),
+        "state_in_prompt": _step(
+            "pi05_prepare_state_tokenizer_processor_step"
+            if model.variant == "pi05"
+            else "pi0_fast_prepare_state_tokenizer_processor_step"
+        ),
+        "tokenize": _step(
+            "tokenizer_processor",
+            max_length=model.prompt_length,
+            task_key="task",
+            padding_side="right",
+            padding="max_length",
+            truncation=True,
+            tokenizer_name=_TOKENIZER,
+        ),
+        "device": device,
+    }
+    # π0-FAST's action tokenizer is for training, and names a tokenizer that only the user can choose.
+    order = (
+        ("rename", "batch", "new_line", "tokenize", "device", "relative", "normalize")
+        if model.variant == "pi0"
+        else ("rename", "batch", "relative", "normalize", "state_in_prompt", "tokenize", "device")
+    )
+    after = [
+        _step("unnormalizer_processor", eps=1e-8, features=outputs, norm_map=norm_map),
+        _step("absolute_actions_processor", enabled=False),
+        device,
+    ]
+    tensors = _stat_tensors(norm_stats)
+    for name, steps in (("policy_preprocessor", [before[key] for key in order]), ("policy_postprocessor", after)):
+        for i, step in enumerate(steps):
+            if tensors and step["registry_name"] in ("normalizer_processor", "unnormalizer_processor"):
+                step["state_file"] = f"{name}_step_{i}_{step['registry_name']}.safetensors"
+                write_safetensors(folder / step["state_file"], tensors)
+        write_json(folder / f"{name}.json", {"name": name, "steps": steps})
+    if norm_stats is not None:
+        write_json(folder / _EXACT_STATS, norm_stats)
+
+
+def _step(name: str, **config: Any) -> dict[str, Any]:
+    return {"registry_name": name, "config": config}
+
+
+def _features(policy: PolicyConfig, norm_stats: dict[str, Any] | None) -> dict[str, Any]:
+    model = policy.model
+    stats = (norm_stats or {}).get("norm_stats", {})
+    state, action = (len(stats[k]["mean"]) if k in stats else model.action_dim for k in ("state", "actions"))
+    images = {
+        f"{_IMAGES}{camera}": {"type": "VISUAL", "shape": [3, model.vision.image_size, model.vision.image_size]}
+        for camera in model.cameras
+    }
+    return images | {
+        _STATE: {"type": "STATE", "shape": [state]},
+        _ACTION: {"type": "ACTION", "shape": [action]},
+    }
+
+
+def _stat_tensors(norm_stats: dict[str, Any] | None) -> LazyArrays:
+    found = {}
+    for ours, theirs in (("state", _STATE), ("actions", _ACTION)):
+        for stat, values in (norm_stats or {}).get("norm_stats", {}).get(ours, {}).items():
+            if values is not None:
+                found[f"{theirs}.{stat}"] = in_memory(np.array(values, np.float32))
+    return found
+
+
+def _detect(path: Path) -> Path | None:
+    folder = weights_folder(path)
+    return folder if folder is not None and is_lerobot(folder) else None
+
+
+def _open(folder: Path, overrides: Overrides) -> OpenCheckpoint:
+    path = folder / "config.json"
+    tensors = {name.removeprefix("model."): t for name, t in open_safetensors(folder / WEIGHTS).items()}
+    tensors = all_finite(tensors)
+    settings, guess = _read_settings(path), guess_model(tensors)
+    if settings.variant != guess.variant:
+        raise UserError(
+            f"{path} says {settings.variant!r} and most tensors are of a {guess.variant!r}. LeRobot would load it and "
+            "be wrong; set the right `type`."
+        )
+    policy = assemble_policy(folder, overrides, guess, settings.stated, settings.defaults)
+    claimed = claim_tensors(folder, overrides, tensors, policy.model, settings.raw)
+    if settings.image_size != claimed.model.vision.image_size:
+        raise UserError(
+            f"{path} resizes images to {settings.image_size} px, and the position embedding is for "
+            f"{claimed.model.vision.image_size} px."
+        )
+    stats = _read_stats(folder)
+    return finished("lerobot", folder, policy, claimed, norm_stats=stats, warnings=settings.warnings)
+
+
+def _write(opened: OpenCheckpoint, folder: Path, asset_id: str) -> None:
+    tensors = {f"model.{name}": tensor for name, tensor in torch_tensors(opened, "lerobot").items()}
+    write_safetensors(folder / WEIGHTS, tensors, {"format": "pt"})
+    _write_settings(folder, opened.policy, opened.norm_stats, dtype_name(opened))
+    if opened.tokenizer is not None:
+        (folder / "tokenizer.model").write_bytes(opened.tokenizer)
+
+
+def _lost(opened: OpenCheckpoint) -> list[str]:
+    notes, delay = lost_settings(opened, "lerobot"), getattr(opened.policy.objective, "max_delay", 0)
+    if opened.tokenizer is not None:
+        notes.append("LeRobot names its tokenizer and reads no file: tokenizer.model lies beside the weights unused")
+    if delay and opened.policy.model.variant == "pi05":
+        notes.append(f'LeRobot after 0.6.1 reads "rtc_training_max_delay": {delay} in config.json of a π0.5')
+    return notes
+
+
+FORMAT = Format(
+    "lerobot",
+    "model.safetensors, and a config.json with the policy's type",
+    _detect,
+    _open,
+    _write,
+    rules,
+    _lost,
+    verify.RUNNER,
+)

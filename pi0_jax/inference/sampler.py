@@ -1,0 +1,191 @@
+"""Compiled programs that sample action chunks, by what they are for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array, Float, Key
+
+from pi0_jax import checkpoint
+from pi0_jax.batch import Observation
+from pi0_jax.config import ModelConfig, PolicyConfig
+from pi0_jax.errors import UserError
+from pi0_jax.flow.realtime import Previous
+from pi0_jax.model.fold import Read, fold, shapes_of
+from pi0_jax.model.quantize import Bits, quantize
+from pi0_jax.objective import Params, SampleOptions, make_objective
+from pi0_jax.objective.sampling import check_trained
+from pi0_jax.sampler import Greedy, Sampler, trajectory
+
+_READ_AT_ONCE_BELOW = 1 << 25
+"""Bytes, in float32, of arrays that are read together; larger ones are read when they are asked for."""
+
+
+class Inputs(NamedTuple):
+    """What a program takes besides parameters; None for what it does without."""
+
+    observation: Observation
+    keys: Key[Array, "b"]
+    """One per chunk, for noise."""
+    noise: Float[np.ndarray, "b ah ad"] | None = None
+    """Standard normal, in place of the keys' own."""
+    guidance_scale: Float[np.ndarray, ""] | None = None
+    previous: Previous | None = None
+
+
+class ProgramKey(NamedTuple):
+    """What a program is compiled for."""
+
+    sampler: Sampler
+    path: bool
+    """Whether it gives all points from noise to actions."""
+    inputs: Any
+    """Shapes and dtypes of the inputs, and which of them there are."""
+
+
+class ChunkSampler:
+    """Samples chunks with folded parameters, by one compiled program per kind of call.
+
+    Args:
+        config: model, objective, and how to sample.
+        model: the model with only the cameras that are there.
+        read: where the parameters come from.
+        folded: run folded parameters (`model.fold`), whose numbers are the same; else those of training.
+
+    Raises:
+        UserError: settings that do not go together.
+    """
+
+    def __init__(self, config: PolicyConfig, model: ModelConfig, read: Read, *, folded: bool = True):
+        self.config, self.model, self.folded = config, model, folded
+        self.objective = make_objective(config.objective, model)
+        check_policy(config)
+        network = self.objective.network
+        self.params: Params = fold(network, read) if folded else unflatten_dict(read(shapes_of(network)), sep="/")
+        self.programs: dict[ProgramKey, jax.stages.Compiled] = {}
+
+    def __call__(self, inputs: Inputs, sampler: Sampler, *, path: bool = False) -> Float[np.ndarray, "*n b ah ad"]:
+        """Normalised, padded actions, in host memory; compiles at the first call of a kind.
+
+        Args:
+            inputs: observations, and what else there is.
+            sampler: from noise to actions.
+            path: give all points from noise to actions, along the first axis.
+        """
+        avals = jax.tree.map(lambda x: jax.core.ShapedArray(x.shape, x.dtype), inputs)
+        leaves, tree = jax.tree.flatten(avals)
+        key = ProgramKey(sampler, path, (tuple(leaves), tree))
+        if key not in self.programs:
+            self.programs[key] = jax.jit(self.function(sampler, path=path)).lower(self.params, inputs).compile()
+        return np.asarray(self.programs[key](self.params, inputs))
+
+    def function(self, sampler: Sampler, *, path: bool = False) -> Callable[[Params, Inputs], Float[Array, "..."]]:
+        """What is compiled: a function of parameters and inputs."""
+        objective, config = self.objective, self.config
+
+        def sample(params: Params, inputs: Inputs):
+            noise = inputs.noise
+            if noise is None:
+                shape = (self.model.action_horizon, self.model.action_dim)
+                noise = jax.vmap(lambda key: jax.random.normal(key, shape))(inputs.keys)
+            trained = inputs.previous is not None and config.real_time.method == "trained"
+            options = SampleOptions(
+                sampler,
+                inputs.guidance_scale,
+                config.guidance.without if config.guidance else "prompt",
+                inputs.previous,
+                config.real_time,
+                inputs.keys,
+                # Where each action has a time of its own, the sampler's are not all there are.
+                None if objective.features is None or trained else objective.features(params, sampler),
+            )
+            if not path:
+                return objective.sample(params, inputs.observation, noise, options)
+            if objective.flow is None:
+                raise UserError("action tokens are decoded, so there is no way from noise to actions to look at.")
+            flow, project = objective.flow(params, inputs.observation, options)
+            how = {"features": options.features, "keys": options.keys, "project": project}
+            return trajectory(flow, noise, sampler, **how)
+
+        return sample
+
+    def quantize(self, bits: Bits) -> None:
+        """Rounds the matrices of all layers to eight bits; programs are compiled again.
+
+        Raises:
+            UserError: the parameters are not folded.
+        """
+        if not self.folded:
+            raise UserError("eight-bit weights need folded parameters: load the policy without folded=False.")
+        self.params = quantize(self.params, bits)
+        self.programs.clear()
+
+
+def check_policy(config: PolicyConfig) -> None:
+    """Raises UserError for settings of a policy that do not go together."""
+    objective = make_objective(config.objective, config.model)
+    decodes = objective.flow is None
+    if decodes != isinstance(config.sampler, Greedy):
+        suited = "Greedy" if decodes else "a solver, such as Euler"
+        raise UserError(
+            f"objective {type(config.objective).__name__} is sampled by {suited}; policy.sampler is "
+            f"{type(config.sampler).__name__}."
+        )
+    if decodes and config.guidance is not None:
+        raise UserError("policy.guidance steers a flow; this network predicts action tokens.")
+    if decodes and config.normalization != "quantile":
+        raise UserError(
+            "action tokens have their bins between the 1st and the 99th percentile, which takes quantile "
+            f"normalisation; it is {config.normalization!r} (--policy.normalization quantile)."
+        )
+    if not isinstance(config.sampler, Greedy):
+        _ = config.sampler.grid
+    if config.real_time.method == "trained":
+        check_trained(getattr(config.objective, "max_delay", 0))
+
+
+def from_checkpoint(path: str | Path, config: PolicyConfig) -> Read:
+    """Reads from a checkpoint of ours: small arrays at once, large ones when they are asked for.
+
+    Raises:
+        CheckpointError: the weights are not those of such a model.
+    """
+    shapes = shapes_of(make_objective(config.objective, config.model).network)
+    checkpoint.check_params(path, unflatten_dict(shapes, sep="/"))
+
+    def restored(wanted: dict[str, Any]) -> dict[str, Any]:
+        params = checkpoint.restore_params(path, unflatten_dict(wanted, sep="/"), partial=True)
+        return flatten_dict(params, sep="/")
+
+    small = restored({path: x for path, x in shapes.items() if 4 * x.size < _READ_AT_ONCE_BELOW})
+
+    def read(wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
+        large = {path: x for path, x in wanted.items() if path not in small}
+        known = {path: small[path].astype(x.dtype) for path, x in wanted.items() if path in small}
+        return known | (restored(large) if large else {})
+
+    return read
+
+
+def with_steps(sampler: Sampler, num_steps: int | None) -> Sampler:
+    """The sampler with another number of steps; None: its own.
+
+    Raises:
+        UserError: it decodes tokens, and has no steps.
+    """
+    if num_steps is None:
+        return sampler
+    if isinstance(sampler, Greedy):
+        raise UserError("action tokens are decoded one after another: there is no number of steps to choose.")
+    return dataclasses.replace(sampler, num_steps=num_steps)
+
+
+def example_noise(model: ModelConfig, batch_size: int) -> Float[np.ndarray, "b ah ad"]:
+    """Zeros in the shape of the noise."""
+    return np.zeros((batch_size, model.action_horizon, model.action_dim), np.float32)

@@ -1,0 +1,225 @@
+"""The layers as functions of (weights, inputs).
+
+Weights are dictionaries of arrays as `declare.py` makes them, for training, or as `fold.py` rewrites them, for
+inference: one matrix of queries, keys and values, no scales of norms, LoRA pairs merged, matrices flattened and
+perhaps in eight bits. Which leaves are there says which it is; the mathematics is the same.
+
+Axis letters: see `pi0_jax.batch`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.linen import with_logical_constraint
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from pi0_jax.model import lora
+from pi0_jax.model.attention import Kernel, attend
+from pi0_jax.model.declare import Spec
+from pi0_jax.model.quantize import Quantized, quantized_dot
+
+EPSILON = 1e-6
+
+
+def linear(x: Float[Array, "..."], w: Spec, dtype: jnp.dtype | None = None) -> Float[Array, "..."]:
+    """x times a kernel, plus a bias; all of the kernel's leading axes but those of the bias are contracted.
+
+    Args:
+        x: its last axes are the contracted ones.
+        w: `kernel` and `bias`.
+        dtype: of the product; None: the widest of the three.
+    """
+    kernel, bias = w["kernel"], w["bias"]
+    dtype = jnp.result_type(x, kernel, bias) if dtype is None else dtype
+    if isinstance(kernel, Quantized):
+        return quantized_dot(x.astype(dtype), kernel) + bias.astype(dtype)
+    axes = kernel.ndim - bias.ndim
+    contracted = tuple(range(x.ndim - axes, x.ndim)), tuple(range(axes))
+    return jax.lax.dot_general(x.astype(dtype), kernel.astype(dtype), (contracted, ((), ()))) + bias.astype(dtype)
+
+
+def dot(name: str, x: Float[Array, "b t *d"], w: Spec, scale: float = 1.0) -> Float[Array, "b t *f"]:
+    """Tokens times a weight of an expert, plus the product of its LoRA pair, the two not added up.
+
+    Args:
+        name: of the weight within its layer, as in `lora.EINSUMS`; the result carries it for `remat`.
+        x: tokens.
+        w: weights of that part of the layer. A matrix is a weight flattened, and so is the result.
+        scale: of the pair's product.
+    """
+    leaf = name.split("/")[1]
+    weight = w[leaf]
+    if isinstance(weight, Quantized):
+        return quantized_dot(x.reshape(*x.shape[:2], -1), weight)
+    if weight.ndim == 2:
+        result = x.reshape(*x.shape[:2], -1) @ weight.astype(x.dtype)
+    else:
+        result = jnp.einsum(lora.EINSUMS[name].whole, x, weight.astype(x.dtype))
+    if f"{leaf}_lora_a" in w:
+        a, b = (w[f"{leaf}_lora_{x}"] for x in "ab")
+        result += scale * lora.product(name, x, a, b)
+    return checkpoint_name(result, name)
+
+
+def layer_norm(
+    x: Float[Array, "... d"], w: Spec | None = None, dtype: jnp.dtype | None = None
+) -> Float[Array, "... d"]:
+    """LayerNorm with statistics in float32; without weights where these are folded into the matrix that follows."""
+    x32 = x.astype(jnp.float32)
+    mean = jnp.mean(x32, axis=-1, keepdims=True)
+    variance = jnp.maximum(0.0, jnp.mean(jnp.square(x32), axis=-1, keepdims=True) - jnp.square(mean))
+    factor = jax.lax.rsqrt(variance + EPSILON)
+    y = (x32 - mean) * (factor if w is None else factor * w["scale"])
+    return (y if w is None else y + w["bias"]).astype(x.dtype)
+
+
+def rms_norm(
+    x: Float[Array, "b t d"], w: Spec | None = None, modulation: Float[Array, "*time m"] | None = None
+) -> tuple[Float[Array, "b t d"], Float[Array, "#b _ d"] | None]:
+    """Root-mean-square norm (arXiv 1910.07467) with Gemma's zero-centred scale: x / rms(x) · (1 + scale).
+
+    Adaptive, as in π0.5: a modulation gives scale, shift and a gate for the residual branch, after adaLN-Zero (Peebles
+    and Xie 2022, arXiv 2212.09748). Statistics are float32.
+
+    Args:
+        x: tokens.
+        w: `scale`; without it, it is folded into the matrix that follows.
+        modulation: scale, shift and gate side by side, `[b g m]` for t / g successive tokens each; or as `per_token`
+            takes it.
+
+    Returns:
+        The normalised tokens, and the gate (None unless adaptive).
+    """
+    x32 = x.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + EPSILON)
+    if modulation is None:
+        return (normed if not w else normed * (1 + w["scale"])).astype(x.dtype), None
+    modulation = per_token(modulation)
+    if modulation.shape[1] > 1:
+        modulation = jnp.repeat(modulation, x.shape[1] // modulation.shape[1], axis=1)
+    scale, shift, gate = jnp.split(modulation, 3, axis=-1)
+    return (normed * (1 + scale) + shift).astype(x.dtype), gate
+
+
+def per_token(x: Float[Array, "*time m"]) -> Float[Array, "#b #t m"]:
+    """What there is one of for all, per example or per token, with all three axes."""
+    return x[None, None] if x.ndim == 1 else x[:, None] if x.ndim == 2 else x
+
+
+Rotation = tuple[Float[Array, "b t 1 half"], Float[Array, "b t 1 half"]]
+"""Sine and cosine of the rotary angles of each token, for half of a head's dimensions."""
+
+
+def rotation(positions: Int[Array, "b t"], head_dim: int, base: float = 10_000.0) -> Rotation:
+    """Rotary position embedding (Su et al. 2021, arXiv 2104.09864), float32."""
+    frequency = base ** (-2.0 * jnp.arange(head_dim // 2, dtype=jnp.float32) / head_dim)
+    angles = positions[..., None, None].astype(jnp.float32) * frequency
+    return jnp.sin(angles), jnp.cos(angles)
+
+
+def rotate(x: Float[Array, "b t n h"], by: Rotation) -> Float[Array, "b t n h"]:
+    """Rotates the first half of each head against the second (not interleaved pairs), in float32; keeps the dtype."""
+    sin, cos = by
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+KeysValues = tuple[Float[Array, "b s k h"], Float[Array, "b s k h"]]
+"""Rotated keys, and values, of one layer."""
+
+
+def keys_values(x: Float[Array, "b t d"], w: Spec, by: Rotation, kv_heads: int, lora_scale: float) -> KeysValues:
+    """Keys and values alone."""
+    kv = dot("attn/kv", x, w, lora_scale).reshape(*x.shape[:2], 2, kv_heads, -1)
+    return _by_heads(rotate(kv[:, :, 0], by), "kv_heads"), _by_heads(kv[:, :, 1], "kv_heads")
+
+
+def queries_keys_values(
+    x: Float[Array, "b t d"], w: Spec, by: Rotation, heads: tuple[int, int], lora_scale: float
+) -> tuple[Float[Array, "b t n h"], KeysValues]:
+    """Rotated queries, and keys and values. Queries of a fused matrix carry 1 / sqrt(head dim).
+
+    Args:
+        x: normalised tokens.
+        w: weights of the attention.
+        by: rotation of each token.
+        heads: number of query heads and of key/value heads.
+        lora_scale: `ExpertConfig.lora_scale`.
+    """
+    (b, t, _), (n, k) = x.shape, heads
+    if "qkv" not in w:
+        query = rotate(dot("attn/q", x, w, lora_scale), by)
+        return _by_heads(query, "heads"), keys_values(x, w, by, k, lora_scale)
+    qkv = dot("attn/qkv", x, w).reshape(b, t, n + 2 * k, -1)
+    rotated = rotate(qkv[:, :, : n + k], by)
+    return rotated[:, :, :n], (rotated[:, :, n:], qkv[:, :, n + k :])
+
+
+def gated_mlp(x: Float[Array, "b t d"], w: Spec) -> Float[Array, "b t d"]:
+    """GeGLU feed-forward (arXiv 2002.05202), tanh-approximate GELU."""
+    gate_up = dot("mlp/gate_up", x, w)
+    if gate_up.ndim == 3:  # folded; two slices, as a reshape would make TPUs copy the matrix into another layout
+        gate, up = jnp.split(gate_up, 2, axis=-1)
+    else:
+        gate_up = with_logical_constraint(gate_up, ("batch", None, None, "mlp"))
+        gate, up = gate_up[:, :, 0], gate_up[:, :, 1]
+    return dot("mlp/down", jax.nn.gelu(gate) * up, w)
+
+
+def encoder_block(x: Float[Array, "b s d"], w: Spec, num_heads: int, kernel: Kernel = "xla") -> Float[Array, "b s d"]:
+    """Pre-norm transformer block of the image encoder: multi-head attention, then an MLP."""
+    b, s, d = x.shape
+    heads = (num_heads, d // num_heads)
+
+    def project(y, name: str):
+        return checkpoint_name(linear(y, w[name], x.dtype), "vision")
+
+    y = layer_norm(x, w.get("attn_norm"))
+    if "qkv" in w:  # queries carry 1 / sqrt(head dim)
+        qkv = project(y, "qkv").reshape(b, s, 3, *heads)
+        y = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], scale=1, kernel=kernel).reshape(x.shape)
+    else:
+        y = attend(*(_by_heads(project(y, name), "heads") for name in ("query", "key", "value")), kernel=kernel)
+    x += project(checkpoint_name(y, "vision"), "out")
+    y = project(layer_norm(x, w.get("mlp_norm")), "mlp_in")
+    y = with_logical_constraint(y, ("batch", None, "mlp"))
+    x += linear(jax.nn.gelu(y), w["mlp_out"], x.dtype)
+    return with_logical_constraint(x, ("batch", None, None))
+
+
+def _by_heads(x: Float[Array, "b t n h"], axis: str) -> Float[Array, "b t n h"]:
+    return with_logical_constraint(x, ("batch", None, axis, None))
+
+
+Record = Callable[[str, Float[Array, "l b t d"]], None]
+"""Takes the residual stream after each layer, by the path of the layers' parameters."""
+
+
+def through(layer: Callable[[Any, Any], tuple[Any, Any]], x: Any, weights: Any) -> tuple[Any, Any]:
+    """Runs x through layers: a scan over stacked weights, or a list of weights one after another.
+
+    Args:
+        layer: (x, weights of a layer) -> (x, output).
+        x: what the first layer gets.
+        weights: of all layers.
+
+    Returns:
+        What the last layer gave, and the outputs of all layers in the same form as the weights.
+    """
+    if not isinstance(weights, list):
+        return jax.lax.scan(layer, x, weights)
+    outputs = []
+    for w in weights:
+        x, output = layer(x, w)
+        outputs.append(output)
+    return x, outputs
+
+
+def stacked(outputs: Any) -> Any:
+    """Outputs of `through` with a leading axis over layers."""
+    return jax.tree.map(lambda *x: jnp.stack(x), *outputs) if isinstance(outputs, list) else outputs

@@ -1,0 +1,127 @@
+"""What every objective promises to training and to validation, whatever it computes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pi0_jax.config import (
+    Compact,
+    ConditionDropout,
+    Cosine,
+    Gaussian,
+    Independent,
+    OptimalTransport,
+    Reflow,
+    Shortcut,
+    Tokens,
+    Uniform,
+)
+from pi0_jax.objective import for_validation
+from pi0_jax.pi0 import make_objective
+from tests.batches import random_batch
+from tests.conftest import tiny_config
+from tests.objective.cases import CASES, COMPACT, weights
+
+ALL = CASES | {
+    "data": ({"head": COMPACT}, Gaussian(path=Cosine(), predicts="data")),
+    "velocity_cosine": ({"head": COMPACT}, Gaussian(path=Cosine(), draws=2)),
+    "warmup": ({"head": COMPACT}, Gaussian(regression_warmup_steps=3)),
+    "reflow": ({"head": COMPACT}, Reflow(teacher="run", teacher_steps=2, draws=2)),
+}
+NUM_MICROBATCHES = 2
+
+
+def microbatch(draws, i: int):
+    return jax.tree.map(lambda leaf: leaf[i::NUM_MICROBATCHES], draws)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_losses_of_microbatches_add_up_and_nothing_recompiles(name):
+    model, config = ALL[name]
+    model = tiny_config(**model)
+    objective = make_objective(config, model)
+    params = weights(objective)
+    teacher = () if objective.teacher is None else (jax.tree.map(lambda x: x / 2, params),)
+    sizes: list[set[int]] = []
+
+    @jax.jit
+    def losses(params, batch, key, step):
+        draws, count = objective.draw(batch, key, step)
+        sizes.append({leaf.shape[0] for leaf in jax.tree.leaves(draws)})
+        whole, metrics = objective.loss(params, draws, count, *teacher)
+        pieces = [objective.loss(params, microbatch(draws, i), count, *teacher)[0] for i in range(NUM_MICROBATCHES)]
+        return whole, jnp.stack(pieces), metrics
+
+    values = []
+    for seed in (0, 1):
+        batch = random_batch(model, 8, seed)
+        whole, pieces, metrics = losses(params, batch, jax.random.key(seed), seed)
+        assert whole.shape == ()
+        assert isinstance(metrics, dict)
+        np.testing.assert_allclose(pieces.sum(), whole, rtol=1e-5)
+        assert (np.asarray(pieces) > 0).all()
+        values.append(float(whole))
+    assert np.isfinite(values).all()
+    assert values[0] != values[1]
+    assert losses._cache_size() == len(sizes) == 1
+    # The first axes count examples: those of the batch, or of a fraction of it, which divides alike.
+    assert 8 in sizes[0]
+    assert all(size % NUM_MICROBATCHES == 0 and size <= 8 for size in sizes[0])
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_draws_are_decided_by_key_and_step_alone(name):
+    model, config = ALL[name]
+    model = tiny_config(**model)
+    draw = jax.jit(make_objective(config, model).draw)
+    batch = random_batch(model, 8, 0)
+    first = draw(batch, jax.random.key(0), 5)
+    jax.tree.map(np.testing.assert_array_equal, first, draw(batch, jax.random.key(0), 5))
+    other = draw(batch, jax.random.key(1), 5)
+    assert not all(jax.tree.leaves(jax.tree.map(lambda a, b: np.array_equal(a, b), first, other)))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_validation_drops_nothing_and_counts_only_steps_inside_episodes(name):
+    _, config = ALL[name]
+    config = dataclasses.replace(config, dropout=ConditionDropout(0.1, 0.1, 0.1), mask_padded_steps=False)
+    held_out = for_validation(config)
+    assert held_out.mask_padded_steps
+    assert held_out.dropout == ConditionDropout()
+    assert getattr(held_out, "coupling", Independent()) == Independent()
+    assert for_validation(held_out) == held_out
+    if not isinstance(config, Reflow):
+        kept = {"dropout": held_out.dropout, "mask_padded_steps": True}
+        kept |= {"coupling": Independent()} if isinstance(config, Gaussian) else {}
+        assert held_out == dataclasses.replace(config, **kept)
+
+
+def test_validation_of_reflow_is_that_of_the_flow_it_learns():
+    config = Reflow(teacher="run", time=Uniform(), draws=3, mask_padded_dims=True)
+    assert for_validation(config) == Gaussian(time=Uniform(), draws=3, mask_padded_dims=True)
+
+
+@pytest.mark.parametrize(
+    ("config", "model", "message"),
+    [
+        (Gaussian(dropout=ConditionDropout(prompt=1.5)), {}, r"objective.dropout.prompt is 1.5"),
+        (Shortcut(dropout=ConditionDropout(images=-0.1)), {}, r"objective.dropout.images is -0.1"),
+        (Tokens(dropout=ConditionDropout(0.5, 0.4, 0.3)), {}, "their sum is above 1"),
+        (Gaussian(regression_warmup_steps=2, predicts="noise"), {}, "has nothing to regress on"),
+        (Gaussian(regression_draw=True, predicts="noise"), {}, "has nothing to regress on"),
+        (Gaussian(max_delay=6), {}, "max_delay is 6; of a chunk of 6 actions at most 5"),
+        (Gaussian(max_delay=2), {"head": Compact()}, "Compact has one time per chunk"),
+        (Shortcut(bootstrap_fraction=0.0), {}, r"bootstrap_fraction is 0.0"),
+        (Shortcut(bootstrap_fraction=1.0), {}, r"bootstrap_fraction is 1.0"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(config, model, message):
+    with pytest.raises(ValueError, match=message):
+        make_objective(config, tiny_config(**model))
+
+
+def test_a_coupling_and_draws_go_together():
+    make_objective(Gaussian(coupling=OptimalTransport(), draws=2, regression_draw=True), tiny_config())
