@@ -63,7 +63,9 @@ class Client:
         self.metadata: dict[str, Any] = {}
         self._connect()
 
-    def infer(self, observation: dict[str, Any], seed: int | Sequence[int] | np.ndarray | None = None) -> dict[str, Any]:
+    def infer(
+        self, observation: dict[str, Any], seed: int | Sequence[int] | np.ndarray | None = None
+    ) -> dict[str, Any]:
         """Requests a chunk of actions.
 
         Args:
