@@ -7,19 +7,15 @@ Exact: from the shapes of the state (`jax.eval_shape`), on one device. Activatio
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 
 import jax
-import optax
-from flax.linen import meta
 
-from pi0_jax import pi0
 from pi0_jax.checkpoint import tree_bytes
 from pi0_jax.config import PI0, PI05, OptimConfig, PolicyConfig, TrainConfig, TuneConfig
-from pi0_jax.model.heads import make_network
-from pi0_jax.training.optimizer import make_optimizer
-from pi0_jax.training.partition import flat, frozen_names, partition, with_adapters
-from pi0_jax.training.state import TrainState, create
+from pi0_jax.training.program import build
+from pi0_jax.training.resolve import resolve
+from pi0_jax.training.state import TrainState
 
 TUNES = {
     "full": TuneConfig(),
@@ -42,20 +38,15 @@ OPTIMIZERS = {
 
 def state_of(config: TrainConfig) -> TrainState:
     """Shapes of a run's state."""
-    config = with_adapters(config)
-    model, optim = config.policy.model, config.optim
-    weights = jax.eval_shape(functools.partial(pi0.init_params, make_network(model)), jax.random.key(0))
-    frozen = frozen_names(config.tune, model, flat(weights))
-    transform = make_optimizer(optim, optax.constant_schedule(1e-4), partition(weights, frozen)[0])
-    ema = None if optim.ema_decay is None else optim.ema_dtype
-    return meta.unbox(jax.eval_shape(functools.partial(create, optimizer=transform, ema=ema, frozen=frozen), weights))
+    config = dataclasses.replace(config, init_from="weights that a recipe may freeze")
+    return build(resolve(config, jax.devices()[:1]), lambda key, batch: batch).shapes
 
 
 def measure(config: TrainConfig) -> dict[str, int]:
-    """Bytes of the parts of a run's state, and of the gradient, which an update makes besides."""
+    """Bytes of a run's state by kind, and of the gradient, which an update makes besides."""
     state = state_of(config)
-    parts = {"trained": state.params, "frozen": state.frozen, "optimizer": state.opt_state, "average": state.ema}
-    return {name: tree_bytes(part) for name, part in (parts | {"gradient": state.params}).items()}
+    kinds = {"trained": state.params, "frozen": state.frozen, "optimizer": state.opt_state, "average": state.ema}
+    return {name: tree_bytes(tree) for name, tree in (kinds | {"gradient": state.params}).items()}
 
 
 def main() -> None:
@@ -64,10 +55,10 @@ def main() -> None:
         rows = [("full", optimizer) for optimizer in OPTIMIZERS]
         rows += [(tune, "adamw") for tune in TUNES if tune != "full"] + [("lora", "adamw_8bit, no average")]
         for tune, optimizer in rows:
-            policy = PolicyConfig(model=model)
+            policy = PolicyConfig(robot="aloha", model=model)
             found = measure(TrainConfig(policy=policy, tune=TUNES[tune], optim=OPTIMIZERS[optimizer]))
             gradient, held = found.pop("gradient"), sum(found.values())
-            sizes = [*(found[part] for part in ("trained", "optimizer", "average", "frozen")), held, held + gradient]
+            sizes = [*(found[kind] for kind in ("trained", "optimizer", "average", "frozen")), held, held + gradient]
             cells = " | ".join(f"{size / 1e9:.2f}" for size in sizes)
             print(f"| {tune}: {optimizer} | {cells} |", flush=True)
 

@@ -284,11 +284,11 @@ def ours(case: Case) -> tuple[Any, dict[str, float]]:
     import jax
     from flax.linen import meta
 
-    from pi0_jax import flops, pi0
+    from pi0_jax import flops
     from pi0_jax.batch import Batch, Observation
     from pi0_jax.config import (
         ExpertConfig,
-        FlowConfig,
+        Gaussian,
         MeshConfig,
         ModelConfig,
         PolicyConfig,
@@ -296,13 +296,10 @@ def ours(case: Case) -> tuple[Any, dict[str, float]]:
         TuneConfig,
         VisionConfig,
     )
-    from pi0_jax.data.normalization import NormStats
-    from pi0_jax.data.robots import get_robot
-    from pi0_jax.training import sharding
-    from pi0_jax.training.inputs import trained_model
+    from pi0_jax.data.augment import make_augment
     from pi0_jax.training.metrics import seconds_at_peak
-    from pi0_jax.training.partition import flat, with_adapters
     from pi0_jax.training.program import build
+    from pi0_jax.training.resolve import resolve
 
     size = SIZES[case.size]
     model = ModelConfig(
@@ -316,31 +313,29 @@ def ours(case: Case) -> tuple[Any, dict[str, float]]:
         remat=case.remat,  # pyright: ignore[reportArgumentType]
         **size["stack"],
     )
+    objective = Gaussian(draws=case.draws, mask_padded_steps=False)
     config = TrainConfig(
-        policy=PolicyConfig(model=model, robot=ROBOTS[case.cameras]),
+        policy=PolicyConfig(model=model, robot=ROBOTS[case.cameras], objective=objective),
         tune=TuneConfig(recipe=case.recipe),  # pyright: ignore[reportArgumentType]
-        flow=FlowConfig(samples_per_observation=case.draws, mask_padded_steps=False),
         mesh=MeshConfig(data=1, fsdp=-1),
+        init_from="weights that a recipe may freeze",
         batch_size=case.batch,
     )
-    config = with_adapters(config)
-    robot, mesh = get_robot(config.policy.robot), sharding.make_mesh(config.mesh)
-    entry = {"state": len(robot.state), "actions": len(robot.actions)}
-    stats = {name: NormStats(*(f(n) for f in (np.zeros, np.ones, np.zeros, np.ones))) for name, n in entry.items()}
-    program = build(config, mesh, robot, stats, np.arange(case.batch))
+    run = resolve(config)
+    program = build(run, make_augment(config.augment, run.robot, {}, config.policy.normalization, model.cameras))
     arrays = batch_arrays(case)
-    cameras = trained_model(config).cameras
+    cameras = run.cameras.present
     images = {name: np.uint8((arrays["images"][name] + 1) * 127.5) for name in cameras}
     observation = Observation(
         images, {name: arrays["image_masks"][name] for name in cameras}, *(arrays[k] for k in Observation._fields[2:])
     )
     steps, dims = np.ones((case.batch, 50), bool), np.ones((case.batch, 32), bool)
     batch = program.place(Batch(observation, arrays["actions"], steps, dims))
-    start = jax.jit(lambda key: program.start(meta.unbox(pi0.init_params(program.network, key))))
+    start = jax.jit(lambda key: program.start(meta.unbox(run.objective.network.init(key))))
     state = start(jax.random.key(0))
     update, found = compiled(program.update.lower(np.uint32(0), state, batch), nbytes(state))  # pyright: ignore
-    found["flops"] = flops.training(trained_model(config), config.flow) * case.batch
-    if (ideal := seconds_at_peak(config, mesh, flat(program.shapes.frozen))) is not None:
+    found["flops"] = flops.training(run.policy.model, objective) * case.batch
+    if (ideal := seconds_at_peak(run)) is not None:
         found["ideal_seconds"] = ideal
     kept = [state]
 

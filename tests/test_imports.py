@@ -40,7 +40,7 @@ MAY_IMPORT = {
         "pi0",
         "sampler",
     },
-    "plan": {"batch", "compat", "config", "data", "flops", "training"},
+    "plan": {"batch", "compat", "config", "data", "flops", "objective", "training"},
     "inference": {
         "atomic",
         "batch",
@@ -54,7 +54,7 @@ MAY_IMPORT = {
     },
     "serving": {"checkpoint", "config", "data", "inference"},
     "convert": {"atomic", "batch", "checkpoint", "config", "data", "model", "objective", "sampler"},
-    "evaluate": {"checkpoint", "config", "config_file", "data", "inference"},
+    "evaluate": {"checkpoint", "config", "config_file", "data", "inference", "training"},
     "compare": {
         "atomic",
         "config",

@@ -32,7 +32,7 @@ BACKBONE = "backbone"
 """Name of the cell that is trained once, before all others."""
 CELL = "cell.json"
 BATCH = 64
-"""Chunks a call: one size, so that there is little to compile."""
+"""Chunks per call: one size, so that there is little to compile."""
 HORIZONS = (8, 16, 50)
 CONTROL_STEPS = (1, 2, 4, 10)
 STRAIGHTNESS_STEPS = 50

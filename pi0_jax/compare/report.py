@@ -153,7 +153,6 @@ def _page(figures: dict[str, Any], pictures: dict[str, bytes]) -> str:
             "expert, at the best number of evaluations.",
         ),
         ("Error of a chunk to the expert", pictures["error"], ""),
-        ("What straightening buys at one evaluation", None, _one_step_table(policies)),
         (
             "From noise to an action",
             pictures["paths"],
@@ -185,7 +184,7 @@ def _main_table(policies: dict[str, Any]) -> str:
             "ms per chunk at its best": p["best"]["latency_ms"].text(),
             "jitter, 1e-6 units²": p["best"]["jitter"].text(1e6),
             "error floor, 1e-3 units": p["error_floor"].text(1e3),
-            "straightness (0: straight)": _or_dash(p["straightness"]),
+            "straightness (0: straight)": p["straightness"].text() if p["straightness"] else "–",
             "parameters": f"{p['parameters']:,}",
         }
         for label, p in policies.items()
@@ -193,25 +192,13 @@ def _main_table(policies: dict[str, Any]) -> str:
     return table(["policy", *next(iter(rows.values()))], [[label, *row.values()] for label, row in rows.items()])
 
 
-def _one_step_table(policies: dict[str, Any]) -> str:
-    rows = []
-    for label, p in policies.items():
-        if "1" in p["evaluations"] and len(p["evaluations"]) > 1:
-            one, best = p["evaluations"]["1"], p["best"]
-            success, errors = ([each[key] for each in (one, best)] for key in ("success", "error"))
-            rows.append([label, *(s.text(style=".0%") for s in success), *(e.text(1e3) for e in errors),
-                         _or_dash(p["straightness"])])  # fmt: skip
-    head = ["policy", "success at 1", "best success", "error at 1, 1e-3 units", "error at its best", "straightness"]
-    return table(head, rows)
-
-
 def _full_table(policies: dict[str, Any]) -> str:
     columns = {
-        "success": ("success, seeds", 1, ".1%"),
-        "pooled": ("success, pooled (Wilson)", 1, ".1%"),
+        "success": ("success, seeds", 1.0, ".1%"),
+        "pooled": ("success, pooled (Wilson)", 1.0, ".1%"),
         "error": ("error, 1e-3 units", 1e3, ".3g"),
         "jitter": ("jitter, 1e-6 units²", 1e6, ".3g"),
-        "latency_ms": ("ms per chunk", 1, ".3g"),
+        "latency_ms": ("ms per chunk", 1.0, ".3g"),
     }
     rows = [
         [label, count, *(at[key].text(scale, style) for key, (_, scale, style) in columns.items())]
@@ -221,11 +208,7 @@ def _full_table(policies: dict[str, Any]) -> str:
     return table(["policy", "evaluations", *(head for head, _, _ in columns.values())], rows)
 
 
-def _or_dash(value: Interval | None) -> str:
-    return "–" if value is None else value.text()
-
-
-def coverage(latency: float, horizon: int, rate: float) -> tuple[float, float]:
+def coverage(latency: float, horizon: int, rate: float | int) -> tuple[float, float]:
     """Share of a control loop's ticks that have an action: where the robot waits for each chunk, and where the next is
     computed while one is executed.
 

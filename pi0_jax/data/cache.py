@@ -20,13 +20,13 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
-from jaxtyping import Int, UInt8
+from jaxtyping import UInt8
 from tqdm import tqdm
 
 from pi0_jax.atomic import written
 from pi0_jax.data.files import open_array_record, read_json
 from pi0_jax.data.pool import run_tasks
-from pi0_jax.data.source import BadEpisode, Rows, Source
+from pi0_jax.data.source import BadEpisode, Rows, Source, Wrapped
 from pi0_jax.data.transform import resize_with_pad
 from pi0_jax.data.video import decode_picture
 from pi0_jax.errors import UserError
@@ -88,7 +88,7 @@ def build_cache(
     return sum(path.stat().st_size for target in targets for path in target.iterdir())
 
 
-class CachedFrames(Source):
+class CachedFrames(Wrapped):
     """A dataset whose pictures come from a cache.
 
     Args:
@@ -102,10 +102,8 @@ class CachedFrames(Source):
     """
 
     def __init__(self, source: Source, folder: Path, cameras: list[str], size: int):
-        self.source, self._cached = source, {}
-        self.root, self.fps, self.tasks = source.root, source.fps, source.tasks
-        self.episodes, self.ends, self.skipped = source.episodes, source.ends, source.skipped
-        self.features = dict(source.features)
+        super().__init__(source)
+        self._cached: dict[str, tuple[Path, int | None, int]] = {}
         for camera in cameras:
             target = _target(source, folder, camera, size)
             known = _read_manifest(target)
@@ -123,20 +121,6 @@ class CachedFrames(Source):
             self._cached[camera] = (target, known["quality"], size)
             self.features[camera] = {**source.features[camera], "shape": (size, size, 3)}
 
-    def read(self, name: str, first: int, end: int) -> np.ndarray:
-        return self.source.read(name, first, end)
-
-    @property
-    def task_index(self) -> Int[np.ndarray, "n"]:
-        return self.source.task_index
-
-    @property
-    def shard_ends(self) -> Int[np.ndarray, "s"]:
-        return self.source.shard_ends
-
-    def picture_files(self, camera: str) -> list[Path]:
-        return self.source.picture_files(camera)
-
     def images(self, camera: str, rows: Rows) -> UInt8[np.ndarray, "*b h w 3"]:
         self.check_camera(camera)
         if camera not in self._cached:
@@ -148,7 +132,9 @@ class CachedFrames(Source):
             at = np.flatnonzero(flat // FRAMES_PER_SHARD == number)
             path = _shard(target, number)
             try:
-                records = self._open(path).read((flat[at] % FRAMES_PER_SHARD).tolist())
+                records = self.open_file(path, open_array_record, SHARDS_OPEN).read(
+                    (flat[at] % FRAMES_PER_SHARD).tolist()
+                )
             except Exception as error:  # the library has no narrower type
                 raise BadEpisode(f"{path} is damaged ({error}). Remove it and run: pi0 data cache") from error
             for i, record in zip(at.tolist(), records, strict=True):
@@ -158,14 +144,6 @@ class CachedFrames(Source):
                     else decode_picture(record)
                 )
         return out.reshape(*np.shape(rows), size, size, 3)
-
-    def _open(self, path: Path) -> Any:
-        opened = self.opened()
-        if path not in opened:
-            if len(opened) >= SHARDS_OPEN:
-                opened.pop(next(iter(opened))).close()
-            opened[path] = open_array_record(path)
-        return opened[path]
 
 
 def _write_shard(

@@ -10,6 +10,7 @@ import abc
 import hashlib
 import logging
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,17 @@ class Source(abc.ABC):
         return {name: value for name, value in self.__dict__.items() if name not in ("_columns", "_local")}
 
     def opened(self) -> dict[Any, Any]:
-        """What this thread has open: decoders and readers of files must not be shared between threads."""
+        """Decoders and readers that this thread has open: they must not be shared between threads."""
         return vars(self).setdefault("_local", threading.local()).__dict__
+
+    def open_file(self, path: Path, open_it: Callable[[Path], Any], limit: int) -> Any:
+        """The reader of a file that `open_it` gives; each thread keeps those of the `limit` files it opened last."""
+        kept = self.opened().setdefault("files", {})
+        if path not in kept:
+            if len(kept) >= limit:
+                kept.pop(next(iter(kept))).close()
+            kept[path] = open_it(path)
+        return kept[path]
 
     @property
     def cameras(self) -> tuple[str, ...]:
@@ -167,13 +177,40 @@ class Source(abc.ABC):
     def report_skipped(self) -> None:
         """Logs what was left out."""
         if self.skipped:
-            _log.warning("%s: skipped %d of %d episodes", self.root, len(self.skipped),
-                         len(self.skipped) + self.num_episodes)  # fmt: skip
+            _log.warning(
+                "%s: skipped %d of %d episodes", self.root, len(self.skipped), len(self.skipped) + self.num_episodes
+            )
             for name, reason in self.skipped.items():
                 _log.warning("  %s: %s", name, reason)
 
 
-class Renamed(Source):
+class Wrapped(Source):
+    """A dataset that reads another one in another way; as it is, it changes nothing."""
+
+    def __init__(self, source: Source):
+        self.source = source
+        self.root, self.fps, self.tasks, self.features = source.root, source.fps, source.tasks, dict(source.features)
+        self.episodes, self.ends, self.skipped = source.episodes, source.ends, source.skipped
+
+    @property
+    def task_index(self) -> Int[np.ndarray, "n"]:
+        return self.source.task_index
+
+    @property
+    def shard_ends(self) -> Int[np.ndarray, "s"]:
+        return self.source.shard_ends
+
+    def read(self, name: str, first: int, end: int) -> Shaped[np.ndarray, "n *shape"]:
+        return self.source.read(name, first, end)
+
+    def images(self, camera: str, rows: Rows) -> UInt8[np.ndarray, "*b h w 3"]:
+        return self.source.images(camera, rows)
+
+    def picture_files(self, camera: str) -> list[Path]:
+        return self.source.picture_files(camera)
+
+
+class Renamed(Wrapped):
     """A dataset under the names that a robot uses.
 
     Args:
@@ -186,15 +223,14 @@ class Renamed(Source):
     """
 
     def __init__(self, source: Source, keys: dict[str, str]):
-        self.source, self._keys = source, {new: [part.strip() for part in old.split("+")] for new, old in keys.items()}
+        super().__init__(source)
+        self._keys = {new: [name.strip() for name in old.split("+")] for new, old in keys.items()}
         used = [old for parts in self._keys.values() for old in parts]
         if missing := sorted(set(used) - set(source.features)):
             raise UserError(
                 f"{source.root} has no feature {missing}, which its `keys` name; it has {list(source.features)}."
                 f"{did_you_mean(missing[0], source.features, 0.4)}"
             )
-        self.root, self.fps, self.tasks = source.root, source.fps, source.tasks
-        self.episodes, self.ends, self.skipped = source.episodes, source.ends, source.skipped
         self.features = {name: value for name, value in source.features.items() if name not in used}
         for new, parts in self._keys.items():
             self.features[new] = self._joined(new, parts)
@@ -214,14 +250,6 @@ class Renamed(Source):
         if len(parts) == 1 and parts[0].ndim > 1:
             return parts[0]
         return np.concatenate([part.reshape(len(part), -1) for part in parts], 1)
-
-    @property
-    def task_index(self) -> np.ndarray:
-        return self.source.task_index
-
-    @property
-    def shard_ends(self) -> np.ndarray:
-        return self.source.shard_ends
 
     def images(self, camera: str, rows: Rows) -> np.ndarray:
         self.check_camera(camera)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
 
-from pi0_jax.config import DatasetConfig, TrainConfig
+from pi0_jax.config import TrainConfig
 from pi0_jax.data.loader import valid_steps
-from pi0_jax.data.mixture import OpenDataset, open_dataset, open_datasets
+from pi0_jax.data.mixture import OpenDataset
 from pi0_jax.data.robots import RawObservation, Robot
 from pi0_jax.data.source import STATE
+from pi0_jax.training.inputs import open_held_out
 
 
 class HeldOut(NamedTuple):
@@ -35,7 +34,7 @@ def held_out(train: TrainConfig | None, robot: Robot, count: int = 256) -> HeldO
     if train is None:
         return None
     try:
-        datasets = [dataset for dataset in open_held_out(train) if _alike(dataset.robot, robot)]
+        datasets = [dataset for dataset in open_held_out(train.data, train.policy) if _alike(dataset.robot, robot)]
     except FileNotFoundError:  # the run came from elsewhere
         return None
     frames = [
@@ -73,14 +72,3 @@ def _read(dataset: OpenDataset, rows: np.ndarray, train: TrainConfig) -> HeldOut
         for i, row in enumerate(rows)
     ]
     return HeldOut(observations, expert, inside & valid_steps(source, rows, horizon))
-
-
-def open_held_out(train: TrainConfig) -> Sequence[OpenDataset]:
-    """The datasets of a run that have held-out episodes."""
-    if train.data.validation_path is not None:
-        data = dataclasses.replace(train.data, validation_share=0.0, cache=None)
-        dataset = open_dataset(DatasetConfig(train.data.validation_path), data, train.policy)
-        return [dataset._replace(held_out=dataset.training)]
-    if train.data.validation_share == 0:
-        return []
-    return [dataset for dataset in open_datasets(train.data, train.policy) if len(dataset.held_out)]

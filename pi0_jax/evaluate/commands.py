@@ -7,7 +7,7 @@ import json
 import os
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import jax
 import numpy as np
@@ -15,6 +15,7 @@ import tyro
 
 from pi0_jax.checkpoint import load_assets
 from pi0_jax.config_file import parse
+from pi0_jax.data.robots import RawObservation, get_robot
 from pi0_jax.errors import UserError, require_package
 from pi0_jax.evaluate.latency import STRATEGIES, Latency, describe, simulate, summary
 from pi0_jax.evaluate.page import encode_mp4, hold_last
@@ -85,7 +86,7 @@ class Infer:
     jitter: float = 0.0
     """Milliseconds by which that is more or less."""
     drop: float = 0.0
-    """Share of the answers that are lost, and asked for again after a second."""
+    """Probability that an answer is lost, and asked for again after a second."""
     repeat: int = 20
     """On an observation: calls to measure the time of, after the one that compiles."""
     output: Path | None = None
@@ -159,26 +160,21 @@ def infer(args: Infer) -> None:
             "say what to run on: --observation FILE (one observation), --env NAME (closed loop in a simulator), or "
             "--write-example FILE (a template of an observation)."
         )
-    simulator = None if args.env is None else get_simulator(args.env, **_options(args.env_options))
+    simulator = get_simulator(_env(args), **_options(args.env_options)) if evaluates else None
     if args.observation is not None and not args.observation.is_file():
         load_observation(args.observation)  # fails before the weights are read
     if args.strategy is None and (args.latency or args.jitter or args.drop):
         raise UserError("--latency, --jitter and --drop need a --strategy, which says what the robot does meanwhile.")
     policy = Policy.load(args.run, bits=args.bits, **_changes(args))
     if args.write_example is not None:
-        save_observation(args.write_example, policy.robot.example())
+        save_observation(args.write_example, {**policy.robot.example()})
         print(f"wrote {args.write_example}; fill it in, then: pi0 infer {args.run} --observation {args.write_example}")
         return
-    if evaluates:
-        name = args.env or find_simulator(policy.robot.name)
-        simulator = simulator or get_simulator(name, **_options(args.env_options))
-        if args.strategy is None:
-            _evaluate(simulator, policy, args, Path(name).stem)
-        else:
-            _evaluate_in_time(simulator, policy, args)
+    if simulator is not None:
+        (_evaluate if args.strategy is None else _evaluate_in_time)(simulator, policy, args)
         return
     assert args.observation is not None
-    observation = load_observation(args.observation)
+    observation = cast(RawObservation, load_observation(args.observation))  # the policy checks it
     if args.prompt is not None:
         observation["prompt"] = args.prompt
     if args.repeat < 1:
@@ -208,16 +204,15 @@ def evaluate(args: Evaluate) -> None:
     infer(args)
 
 
-def _evaluate(simulator: Simulator, policy: Policy, args: Infer, name: str) -> None:
+def _evaluate(simulator: Simulator, policy: Policy, args: Infer) -> None:
     output = _folder(args.output or _run_folder(args.run) / "infer")
     film, where = range(len(simulator.tasks)), (policy, simulator, args.episodes, args.seed)
     result = roll_out(*where, batch_size=args.batch_size, film=film, progress="closed loop")
     print(result.table())
     films = [outcome.pictures for outcome in result.outcomes if outcome.pictures]
-    video = output / f"{name}.mp4"
-    video.write_bytes(
-        encode_mp4([picture for film in films for picture in hold_last(film, simulator.fps)], simulator.fps)
-    )
+    video = output / f"{Path(_env(args)).stem}.mp4"
+    pictures = [picture for film in films for picture in hold_last(film, simulator.fps)]
+    video.write_bytes(encode_mp4(pictures, simulator.fps))
     failed = Counter(outcome.task for outcome in result.outcomes if not outcome.success)
     if failed:
         print("failures:", ", ".join(f"{task} {count}" for task, count in failed.most_common()))
@@ -228,22 +223,20 @@ def _evaluate_in_time(simulator: Simulator, policy: Policy, args: Infer) -> None
     assert args.strategy is not None
     latency = Latency(args.latency, args.jitter, args.drop)
     strategy, where = STRATEGIES[args.strategy][0](policy.config.execute_steps), (args.episodes, args.seed)
-    how: dict[str, Any] = {"batch_size": args.batch_size, "progress": "simulated time"}
-    traces = simulate(policy, simulator, strategy, latency, *where, **how)
+    how = (policy, simulator, strategy, latency, *where)
+    traces = simulate(*how, batch_size=args.batch_size, progress="simulated time")
     print(describe(args.strategy, latency, summary(traces, simulator.fps)))
 
 
 def report(args: Report) -> None:
     """Runs `pi0 report`; errors as in `infer`."""
     require_package("matplotlib", "report", "the report")
-    simulator = None if args.env is None else get_simulator(args.env)
-    policy = Policy.load(args.run)
-    name = args.env or find_simulator(policy.robot.name)
+    name, run = _env(args), _run_folder(args.run)
+    simulator = get_simulator(name)
     counterfactual = get_simulator(name, counterfactual=True) if has_option(name, "counterfactual") else None
-    run = _run_folder(args.run)
     path = args.output or run / "report.html"
     _folder(path.parent)
-    simulator = simulator or get_simulator(name)
+    policy = Policy.load(args.run)
     figures = write_report(policy, run, simulator, counterfactual, args.episodes, args.seed, path)
     print()
     for task, rate in figures["success"].items():
@@ -260,6 +253,11 @@ def record(args: Record) -> None:
     source = Source(args.env, args.split, args.seed, options=tuple(_options(args.env_options).items()))
     summary = record_demonstrations(args.path, source, args.episodes, overwrite=args.overwrite)
     print(f"{args.episodes} demonstrations, {summary['frames']} frames: {args.path}")
+
+
+def _env(args: Infer | Report) -> str:
+    """The simulator that is named, or the first of the policy's robot."""
+    return args.env or find_simulator(get_robot(load_assets(args.run).policy.robot).name)
 
 
 def _changes(args: Infer) -> dict[str, Any]:

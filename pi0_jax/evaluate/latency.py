@@ -39,45 +39,45 @@ class Latency:
         UserError: a negative time, or an invalid probability.
     """
 
-    typical: float = 0.0
-    jitter: float = 0.0
+    typical: float | int = 0.0
+    jitter: float | int = 0.0
     """Answers take a time between `typical` - jitter and `typical` + jitter, all equally likely."""
-    drop: float = 0.0
-    """Share of questions that are never answered."""
-    timeout: float = 1000.0
-    """When such a question is given up."""
+    drop: float | int = 0.0
+    """Probability that a request is never answered."""
+    timeout: float | int = 1000.0
+    """When such a request is given up."""
 
     def __post_init__(self):
         if not (0 <= self.jitter <= self.typical and 0 <= self.drop <= 1 and self.timeout > 0):
             raise UserError(
-                f"a latency of {self.typical} ± {self.jitter} ms with a share of {self.drop} lost, given up after "
-                f"{self.timeout} ms; times have to be positive after jitter, and a share is between 0 and 1."
+                f"a latency of {self.typical} ± {self.jitter} ms, lost with probability {self.drop} and given up after "
+                f"{self.timeout} ms; times have to be positive after jitter, and a probability is between 0 and 1."
             )
 
-    def draw(self, rng: np.random.Generator) -> tuple[float, bool]:
-        """Milliseconds until a question is over, and whether it is answered then."""
+    def draw(self, rng: np.random.Generator) -> tuple[float | int, bool]:
+        """Milliseconds until a request is over, and whether it is answered then."""
         time, lost = self.typical + self.jitter * rng.uniform(-1, 1), rng.random() < self.drop
         return (self.timeout if lost else time), not lost
 
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """What happened in one episode."""
+    """Record of one episode."""
 
     task: str
     success: bool
     actions: np.ndarray = dataclasses.field(repr=False)
-    """As executed, robot units `[num_steps, d]`; zeros before the first chunk."""
+    """Executed actions, robot units `[num_steps, d]`; zeros before the first chunk."""
     chunks: np.ndarray = dataclasses.field(repr=False)
     """Number of the newest chunk that each action comes from; -1 where the robot held still."""
     delays: tuple[int, ...]
-    """Of the chunks, control steps."""
+    """Delays of the chunks, control steps."""
     breaks: tuple[float, ...]
-    """For each chunk that came while another was executed: the distance between what the two say for that step."""
+    """For each chunk that came while another was executed: the distance between their actions for that step."""
 
     def changes(self) -> tuple[np.ndarray, np.ndarray]:
         """Norms of the changes from one action to the next: at seams, and inside chunks. A seam is where a new chunk
-        begins, and where the robot stops or goes on for want of one; its first start is none."""
+        begins, and where the robot stops or starts because no chunk was available; its first start is none."""
         first = int(np.argmax(self.chunks >= 0))
         size = np.linalg.norm(np.diff(self.actions[first:], axis=0), axis=1)
         seam = np.diff(self.chunks[first:]) != 0
@@ -174,9 +174,9 @@ class _Run(Driver):
         self._query = self._chunk = None
 
 
-def summary(traces: list[Trace], fps: float) -> dict[str, float]:
+def summary(traces: list[Trace], fps: int) -> dict[str, float | int]:
     """The figures of a run: those of its success `Rate`, mean `seconds` of successful episodes, mean
-    `held` steps an episode, mean `delay` in steps, and in the units of the actions the mean and 95th percentile of the
+    `held` steps per episode, mean `delay` in steps, and in the units of the actions the mean and 95th percentile of the
     changes at seams (`seam`, `seam_p95`), the mean change inside chunks (`inside`) and the mean `break`."""
     won = [trace for trace in traces if trace.success]
     seams, insides = (np.concatenate(sizes) for sizes in zip(*(trace.changes() for trace in traces), strict=True))
@@ -194,7 +194,7 @@ def summary(traces: list[Trace], fps: float) -> dict[str, float]:
     }
 
 
-def describe(strategy: str, latency: Latency, figures: dict[str, float]) -> str:
+def describe(strategy: str, latency: Latency, figures: dict[str, float | int]) -> str:
     """A run's figures as text for a terminal."""
     steady = f"{latency.typical:g}" + (f" ± {latency.jitter:g}" if latency.jitter else "")
     lost = f", {latency.drop:.0%} lost" if latency.drop else ""

@@ -8,13 +8,14 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from pi0_jax.data.pool import run_tasks
 from pi0_jax.data.robots import Robot, get_robot
+from pi0_jax.data.source import ACTION, STATE, VALID
 from pi0_jax.errors import UserError
 from pi0_jax.evaluate.simulators import MAX_ATTEMPTS, MAX_DEMONSTRATIONS, get_simulator
 from pi0_jax.evaluate.simulators.gym import Episode, Simulator
@@ -35,8 +36,7 @@ class Noise:
     """A burst repeats one random action for 1 to this many steps."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Demonstration:
+class Demonstration(NamedTuple):
     """One successful episode of T steps."""
 
     frames: dict[str, np.ndarray]
@@ -44,7 +44,6 @@ class Demonstration:
     is the expert's, 0 where a burst replaced it. What follows a burst cannot be foreseen from before it, so a chunk of
     actions should count up to its first invalid step."""
     task: str
-    """Name of the task."""
     prompt: str
     seed: int
     """Seed of the layout."""
@@ -54,11 +53,7 @@ class Demonstration:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Which demonstrations to record; equal sources give equal demonstrations.
-
-    Raises:
-        UserError: a split that is not recorded.
-    """
+    """Which demonstrations to record; equal sources give equal demonstrations."""
 
     simulator: str
     """Name of a simulator that has a scripted expert."""
@@ -77,27 +72,21 @@ class Source:
 
 def _demonstrate(episode: Episode, robot: Robot, noise: Noise, dropped: int) -> Demonstration | None:
     """Runs the expert to the end of an episode; None if it fails."""
-    rng = np.random.default_rng((episode.seed, 1))
-    rows: list[dict[str, np.ndarray]] = []
-    prompt, burst, burst_left, over, success = "", np.empty(0), 0, False, False
+    rng, rows, over, success = np.random.default_rng((episode.seed, 1)), [], False, False
+    prompt, burst, burst_left = "", np.empty(0), 0
     while not over:
         raw = episode.observe()
         prompt = prompt or raw["prompt"]
         if burst_left == 0 and rng.random() < noise.rate:
-            burst = episode.random_action(rng)
-            burst_left = int(rng.integers(1, noise.max_steps + 1))
+            burst, burst_left = episode.random_action(rng), int(rng.integers(1, noise.max_steps + 1))
         valid = burst_left == 0
         action = episode.expert() if valid else burst
         burst_left = max(burst_left - 1, 0)
-        rows.append(
-            {feature: raw["images"][camera] for feature, camera in robot.cameras.items()}
-            | {"observation.state": raw["state"], "action": action, "valid": np.array([valid], np.float32)}
-        )
+        row = {feature: raw["images"][camera] for feature, camera in robot.cameras.items()}
+        rows.append(row | {STATE: raw["state"], ACTION: action, VALID: np.array([valid], np.float32)})
         over, success = episode.step(action)
-    if not success:
-        return None
     frames = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-    return Demonstration(frames, episode.task, prompt, episode.seed, dropped)
+    return Demonstration(frames, episode.task, prompt, episode.seed, dropped) if success else None
 
 
 @functools.cache
@@ -147,16 +136,12 @@ def demonstrations(source: Source, num_episodes: int, workers: int | None = None
 
 def features(demonstration: Demonstration, robot: Robot) -> dict[str, dict[str, Any]]:
     """The dataset's columns in LeRobot's terms."""
-    names = {"observation.state": [*robot.state], "action": [*robot.actions], "valid": ["valid"]}
-    columns = {}
-    for name, values in demonstration.frames.items():
-        video = name in robot.cameras
-        columns[name] = {
-            "dtype": "video" if video else str(values.dtype),
-            "shape": values.shape[1:],
-            "names": ["height", "width", "channels"] if video else names[name],
-        }
-    return columns
+    names = {STATE: [*robot.state], ACTION: [*robot.actions], VALID: [VALID]}
+    names |= {camera: ["height", "width", "channels"] for camera in robot.cameras}
+    return {
+        name: {"dtype": "video" if name in robot.cameras else str(x.dtype), "shape": x.shape[1:], "names": names[name]}
+        for name, x in demonstration.frames.items()
+    }
 
 
 def record(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import json
+import operator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from pi0_jax import checkpoint
 from pi0_jax.config import TrainConfig
+from pi0_jax.data.robots import RawObservation
 from pi0_jax.evaluate.chunk_errors import held_out
 from pi0_jax.evaluate.page import (
     BLUE,
@@ -30,10 +32,12 @@ from pi0_jax.evaluate.page import (
     table,
     video_tag,
 )
-from pi0_jax.evaluate.rollout import Rate, roll_out
-from pi0_jax.evaluate.simulators import Simulator
+from pi0_jax.evaluate.rollout import Rate, Rollout, roll_out
+from pi0_jax.evaluate.simulators.gym import Simulator
 from pi0_jax.inference.policy import Policy
 
+Section = tuple[str, bytes | None, str]
+"""Title, SVG and HTML of a part of the page."""
 STEPS = (10, 4, 2, 1)
 REFERENCE_STEPS = 100
 """Solver steps that stand for the exact solution of the flow."""
@@ -62,28 +66,21 @@ def write_report(
     Returns:
         The figures, as in `report.json`.
     """
-    rollouts = {
-        steps: roll_out(
-            policy,
-            simulator,
-            num_episodes,
-            seed,
-            num_steps=steps,
-            film=range(len(simulator.tasks)) if steps == STEPS[0] else (),
-            progress=f"closed loop, {steps:>2} solver step{'s' * (steps > 1)}",
-        )
-        for steps in STEPS
-    }
+    rollouts = {}
+    for steps in STEPS:
+        title, film = f"closed loop, {steps:>2} solver steps", range(len(simulator.tasks)) if steps == STEPS[0] else ()
+        rollouts[steps] = roll_out(policy, simulator, num_episodes, seed, num_steps=steps, film=film, progress=title)
     main, rates = rollouts[STEPS[0]], {steps: rollout.rates() for steps, rollout in rollouts.items()}
     control = None
     if counterfactual is not None:
         title = "counterfactual instructions"
-        control = roll_out(policy, counterfactual, num_episodes, seed, num_steps=STEPS[0], progress=title).rates()
+        found = roll_out(policy, counterfactual, num_episodes, seed, num_steps=STEPS[0], progress=title)
+        control = found.rates()["all"]._asdict()
     train = checkpoint.load_assets(run).train
     figures = {
-        "success": {name: rate._asdict() for name, rate in rates[STEPS[0]].items()},
+        "success": {task: rate._asdict() for task, rate in rates[STEPS[0]].items()},
         "success_by_steps": {steps: rate["all"]._asdict() for steps, rate in rates.items()},
-        "success_under_counterfactual_instructions": control and control["all"]._asdict(),
+        "success_under_counterfactual_instructions": control,
         "chunk_error": chunk_errors(policy, train),
         "latency_ms_per_call": {steps: float(np.median(rollout.seconds) * 1000) for steps, rollout in rollouts.items()},
         "batch_size": main.batch_size,
@@ -92,50 +89,25 @@ def write_report(
         "device": str(jax.devices()[0].device_kind),
         "jax": jax.__version__,
     }
-    observation = simulator.start(0, seed).observe()
-    success = rates[STEPS[0]]
-    sections: list[tuple[str, bytes | None, str]] = [
-        ("Success by instruction", _success_plot(success), "Bars are 95 % Wilson intervals.")
-    ]
-    if control is not None:
-        text = (
-            "Where the instruction asks for something <em>else</em>, the scored task is done in "
-            f"{control['all'].rate:.1%} of {control['all'].episodes} episodes with the same layouts. A policy that "
-            "ignores the language instruction would score alike in both."
-        )
-        sections.append(("Counterfactual instructions", None, text))
-    videos = [
-        video_tag(
-            outcome.pictures,
-            simulator.fps,
-            f"“{outcome.prompt}”: {f'done in {outcome.num_steps} steps' if outcome.success else 'failed'}",
-        )
-        for outcome in main.outcomes
-        if outcome.pictures
-    ]
-    sections += [
-        ("Episodes", None, f'<div class="videos">{"".join(videos)}</div>'),
+    sections: list[Section] = [
+        ("Success by instruction", _success_plot(rates[STEPS[0]]), "Bars are 95 % Wilson intervals."),
+        *_counterfactual(control),
+        ("Episodes", None, f'<div class="videos">{_videos(main, simulator.fps)}</div>'),
         ("Compute against accuracy", _steps_plot(figures), _steps_table(figures)),
-        (
-            "From noise to a chunk of actions",
-            _denoising_plot(policy.denoise(observation, seed, STEPS[0]), policy.robot.actions),
-            f"“{html.escape(observation['prompt'])}”. Each panel is the chunk at one moment of the flow, from noise "
-            "(t = 1) to actions (t = 0), in robot units.",
-        ),
+        _denoising(policy, simulator.start(0, seed).observe(), seed),
+        *_training(read_metrics(run / "metrics.jsonl"), train),
     ]
-    if metrics := read_metrics(run / "metrics.jsonl"):
-        sections.append(("Training", _loss_plot(metrics), _settings(train)))
-    model, overall = policy.config.model, success["all"]
-    text = page(
-        run.name,
+    model, overall = policy.config.model, rates[STEPS[0]]["all"]
+    lead = (
         f"<b>{overall.rate:.1%}</b> success in closed loop: {overall.successes} of {overall.episodes} fresh episodes, "
-        f"95 % interval {overall.low:.1%} to {overall.high:.1%}, {STEPS[0]} solver steps.",
-        sections,
+        f"95 % interval {overall.low:.1%} to {overall.high:.1%}, {STEPS[0]} solver steps."
+    )
+    footer = (
         f"{ {'pi0': 'π0', 'pi05': 'π0.5'}[model.variant] }, cameras {', '.join(model.cameras)}, chunks of "
         f"{model.action_horizon} actions of which {policy.config.execute_steps} are executed; evaluation seed {seed}; "
-        f"{figures['device']}, JAX {figures['jax']}. Made by pi0_jax. The figures are in <code>report.json</code>.",
+        f"{figures['device']}, JAX {figures['jax']}. Made by pi0_jax. The figures are in <code>report.json</code>."
     )
-    path.write_text(text, encoding="utf-8")
+    path.write_text(page(run.name, lead, sections, footer), encoding="utf-8")
     path.with_name("report.json").write_text(json.dumps(figures, indent=2) + "\n")
     return figures
 
@@ -161,7 +133,7 @@ def chunk_errors(policy: Policy, train: TrainConfig | None) -> dict[int, dict[st
     }
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
+def read_metrics(path: Path) -> list[dict[str, float | int]]:
     """The rows of a run's `metrics.jsonl`; empty where there is none."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
@@ -208,20 +180,54 @@ def _steps_table(figures: dict[str, Any]) -> str:
     return f"{table(head, rows)}<p>{calls}</p>"
 
 
-def _denoising_plot(points: np.ndarray, names: tuple[str, ...]) -> bytes:
+def _counterfactual(control: dict[str, Any] | None) -> list[Section]:
+    if control is None:
+        return []
+    text = (
+        "Where the instruction asks for something <em>else</em>, the scored task is done in "
+        f"{control['rate']:.1%} of {control['episodes']} episodes with the same layouts. A policy that ignores the "
+        "language instruction would score alike in both."
+    )
+    return [("Counterfactual instructions", None, text)]
+
+
+def _videos(rollout: Rollout, fps: int) -> str:
+    return "".join(
+        video_tag(
+            each.pictures, fps, f"“{each.prompt}”: {f'done in {each.num_steps} steps' * each.success or 'failed'}"
+        )
+        for each in rollout.outcomes
+        if each.pictures
+    )
+
+
+def _denoising(policy: Policy, observation: RawObservation, seed: int) -> Section:
+    points = policy.denoise(observation, seed, STEPS[0])
     shown = np.unique(np.linspace(0, len(points) - 1, min(6, len(points))).astype(int))
     figure, axes = new_figure(len(shown), height=2.4, sharey=True)
     for a, i in zip(axes, shown, strict=True):
-        for name, values in zip(names, points[i].T, strict=True):
+        for name, values in zip(policy.robot.actions, points[i].T, strict=True):
             a.plot(np.arange(1, len(values) + 1), values, marker=".", label=name)
         a.set_title(f"t = {1 - i / (len(points) - 1):.1f}", fontsize=10)
         a.axhline(0, color="0.85", linewidth=0.8, zorder=0)
         a.set_xlabel("step")
     axes[0].legend(frameon=False, fontsize=8)
-    return figure_svg(figure)
+    text = (
+        f"“{html.escape(observation['prompt'])}”. Each panel is the chunk at one moment of the flow, from noise "
+        "(t = 1) to actions (t = 0), in robot units."
+    )
+    return "From noise to a chunk of actions", figure_svg(figure), text
 
 
-def _loss_plot(metrics: list[dict[str, float]]) -> bytes:
+def _training(metrics: list[dict[str, float | int]], train: TrainConfig | None) -> list[Section]:
+    if not metrics:
+        return []
+    names = ("num_steps", "batch_size", "optim.name", "optim.peak_lr", "policy.objective", "seed")
+    text = "" if train is None else table((), [(name, operator.attrgetter(name)(train)) for name in names])
+    return [("Training", _loss_plot(metrics), text)]
+
+
+def _loss_plot(metrics: list[dict[str, float | int]]) -> bytes:
     figure, axes = new_figure(2)
     train = [(row["step"], row["loss"], row.get("grad_norm")) for row in metrics if "loss" in row]
     step, loss, norm = (np.array(column, float) for column in zip(*train, strict=True))
@@ -238,17 +244,3 @@ def _loss_plot(metrics: list[dict[str, float]]) -> bytes:
     axes[1].plot(step, norm, color=GREY, linewidth=0.6)
     axes[1].set(xlabel="step", ylabel="gradient norm", yscale="log")
     return figure_svg(figure)
-
-
-def _settings(train: TrainConfig | None) -> str:
-    if train is None:
-        return ""
-    settings = {
-        "steps": train.num_steps,
-        "batch": train.batch_size,
-        "optimizer": train.optim.name,
-        "peak learning rate": train.optim.peak_lr,
-        "objective": train.policy.objective,
-        "seed": train.seed,
-    }
-    return table((), settings.items())

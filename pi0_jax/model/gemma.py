@@ -154,6 +154,7 @@ def forward(
     prefix: Prefix | None = None,
     remat: Remat = "none",
     record: Record | None = None,
+    layout: Layout | None = None,
 ) -> tuple[list[Float[Array, "b t d"] | None], KeysValuesOfLayers]:
     """Runs segments through all layers and the final norms.
 
@@ -164,12 +165,13 @@ def forward(
         prefix: keys and values of an earlier pass, which come before all segments.
         remat: what the backward pass computes again.
         record: takes the residual streams.
+        layout: in place of what the segments say of positions and masks.
 
     Returns:
         Outputs of each segment, None where they are not needed; and keys and values of all segments, without those of
         the prefix, as `Prefix.keys_values`.
     """
-    placed = _place(config, segments, prefix)
+    placed = _place(config, segments, prefix, layout)
     stack, depth = w["layers"], config.depth
     modulated = [s.condition.layers if isinstance(s.condition, Modulations) else None for s in segments]
     inputs: Any = (stack, prefix and prefix.keys_values)
@@ -201,6 +203,14 @@ def forward(
     return [_final_norm(w, segment, x) for segment, x in zip(segments, tokens, strict=True)], keys_values
 
 
+class Layout(NamedTuple):
+    """Where tokens stand and what they see, for layouts that `mask_ar` and groups cannot say."""
+
+    positions: Int[Array, "b t"]
+    mask: Bool[Array, "b t s"]
+    """True where a token (in order) may see a key (cached ones first)."""
+
+
 class _Placed(NamedTuple):
     """A segment, what it may see, and where it stands."""
 
@@ -210,23 +220,28 @@ class _Placed(NamedTuple):
     rotation: layers.Rotation
 
 
-def _place(config: ModelConfig, segments: Sequence[Segment], prefix: Prefix | None) -> list[_Placed]:
+def _place(
+    config: ModelConfig, segments: Sequence[Segment], prefix: Prefix | None, layout: Layout | None
+) -> list[_Placed]:
     lengths = [segment.tokens.shape[1] for segment in segments]
-    b, ends = len(segments[0].tokens), np.cumsum(lengths)
-    zeros, ones = (lambda length: np.zeros(length, int)), (lambda length: jnp.ones((b, length), bool))
-    mask_ar = np.concatenate([segment.mask_ar for segment in segments])
-    group = np.concatenate([zeros(n) if s.group is None else s.group for s, n in zip(segments, lengths, strict=True)])
-    valid = [ones(n) if s.valid is None else s.valid for s, n in zip(segments, lengths, strict=True)]
-    valid = jnp.concatenate(valid, axis=1)
-    cached, start = (None, 0) if prefix is None else (prefix.mask, prefix.length)
-    allowed = mask.attention_mask(mask_ar, group, valid, cached)
-    sin, cos = layers.rotation(mask.positions(group, valid, start), config.head_dim)
-    before = 0 if cached is None else cached.shape[1]
-    rows = [slice(end - n, end) for n, end in zip(lengths, ends, strict=True)]
+    cached = 0 if prefix is None else prefix.mask.shape[1]
+    positions, allowed = layout or _layout(segments, lengths, prefix)
+    sin, cos = layers.rotation(positions, config.head_dim)
+    rows = [slice(end - n, end) for n, end in zip(lengths, np.cumsum(lengths), strict=True)]
     return [
-        _Placed(segment, allowed[:, row, : before + row.stop], (sin[:, row], cos[:, row]))
+        _Placed(segment, allowed[:, row, : cached + row.stop], (sin[:, row], cos[:, row]))
         for segment, row in zip(segments, rows, strict=True)
     ]
+
+
+def _layout(segments: Sequence[Segment], lengths: Sequence[int], prefix: Prefix | None) -> Layout:
+    b = len(segments[0].tokens)
+    mask_ar = np.concatenate([segment.mask_ar for segment in segments])
+    groups = (np.zeros(n, int) if s.group is None else s.group for s, n in zip(segments, lengths, strict=True))
+    valid = (jnp.ones((b, n), bool) if s.valid is None else s.valid for s, n in zip(segments, lengths, strict=True))
+    group, valid = np.concatenate(list(groups)), jnp.concatenate(list(valid), axis=1)
+    cached, start = (None, 0) if prefix is None else (prefix.mask, prefix.length)
+    return Layout(mask.positions(group, valid, start), mask.attention_mask(mask_ar, group, valid, cached))
 
 
 def _layer(

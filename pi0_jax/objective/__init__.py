@@ -82,9 +82,10 @@ def make_objective(config: ObjectiveConfig, model: ModelConfig) -> Objective:
 
 def for_validation(config: ObjectiveConfig) -> ObjectiveConfig:
     """The objective whose loss is measured on held-out data, whatever training does: only steps inside episodes count
-    (which drops the last batch's filling), nothing is dropped, and noise is paired at random."""
+    (which drops the last batch's filling), nothing is dropped, noise is paired at random, and no warm-up goes on."""
     plain = getattr(_module(config), "plain", lambda c: c)(config)
     fixed = {"mask_padded_steps": True, "dropout": ConditionDropout(), "coupling": Independent()}
+    fixed |= {"regression_warmup_steps": 0}
     names = {field.name for field in dataclasses.fields(plain)}
     return dataclasses.replace(plain, **{name: value for name, value in fixed.items() if name in names})
 

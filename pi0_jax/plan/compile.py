@@ -32,9 +32,9 @@ class Compiled(NamedTuple):
 def build_program(config: TrainConfig, devices: Sequence[Any]) -> tuple[Run, Program, Batch]:
     """A run on the given devices, its program, and shapes of a batch.
 
-    Symmetries are left out: they take statistics, and little memory or time.
+    Symmetries are left out: they take statistics, and little memory or time. Frozen weights need no checkpoint yet.
     """
-    run = resolve(config, devices)
+    run = resolve(dataclasses.replace(config, init_from=config.init_from or "weights"), devices)
     changes = dataclasses.replace(config.augment, square_symmetries=False)
     cameras = config.policy.model.cameras
     program = build(run, make_augment(changes, run.robot, {}, config.policy.normalization, cameras))

@@ -22,14 +22,15 @@ import jax.numpy as jnp
 from flax.linen import meta
 
 from pi0_jax import flops
-from pi0_jax.config import MeshConfig, TrainConfig
+from pi0_jax.config import ModelConfig, ObjectiveConfig, PolicyConfig, TrainConfig, TuneConfig
+from pi0_jax.objective import make_objective
 from pi0_jax.plan.compile import build_program, compile_update, placed_bytes, resident_bytes, update_shapes
 from pi0_jax.plan.devices import GPUS, Device, find_devices
 from pi0_jax.plan.hlo_collectives import KINDS
 from pi0_jax.training import sharding
-from pi0_jax.training.partition import combine, partition
+from pi0_jax.training.partition import combine, flat, frozen_names, partition
 from pi0_jax.training.program import Program
-from pi0_jax.training.resolve import Run, batch_shapes, resolve
+from pi0_jax.training.resolve import Run, batch_shapes
 
 
 class Plan(NamedTuple):
@@ -126,8 +127,9 @@ def estimate_temporaries(run: Run, program: Program) -> float:
     config, model, mesh = run.config, run.policy.model, run.mesh
     examples = config.batch_size / sharding.batch_ways(mesh) / config.grad_accum_steps
     copies = 1 if config.grad_accum_steps == 1 else 2  # of a microbatch, and their sum
-    kept = kept_for_backward(config)
-    everything = kept_for_backward(with_model(config, remat="none"))
+    kept = kept_for_backward(run.policy, config.tune)
+    stored = dataclasses.replace(run.policy, model=dataclasses.replace(model, remat="none"))
+    everything = kept_for_backward(stored, config.tune)
     layers = max(model.depth + model.vision.depth, 1)
     workspace = everything / layers if model.remat != "none" else 0.0
     gathered = 0.0
@@ -144,28 +146,27 @@ def with_model(config: TrainConfig, **changes) -> TrainConfig:
     return dataclasses.replace(config, policy=dataclasses.replace(config.policy, model=model))
 
 
-def kept_for_backward(config: TrainConfig) -> float:
+def kept_for_backward(policy: PolicyConfig, tune: TuneConfig) -> float:
     """Bytes per example that the backward pass finds stored under the model's rematerialisation policy.
 
     They are the outputs of the forward half of the gradient's program that grow with the batch.
     """
-    config = dataclasses.replace(config, batch_size=4, grad_accum_steps=1, mesh=MeshConfig(1, 1))
-    return (_residuals(config) - _residuals(dataclasses.replace(config, batch_size=2))) / 2
+    many, few = (_residuals(policy.model, policy.objective, tune, size) for size in (8, 4))
+    return (many - few) / 4
 
 
 @functools.lru_cache(maxsize=64)
-def _residuals(config: TrainConfig) -> float:
-    run = resolve(config, jax.devices()[:1])
-    objective = run.objective
-    trainable, frozen = partition(meta.unbox(run.weights), run.frozen)
+def _residuals(model: ModelConfig, config: ObjectiveConfig, tune: TuneConfig, size: int) -> float:
+    objective = make_objective(config, model)
+    weights = meta.unbox(jax.eval_shape(objective.network.init, jax.random.key(0)))
+    trainable, frozen = partition(weights, frozen_names(tune, model, flat(weights)))
 
     def residuals(trainable, frozen, batch, *teacher):
         draws, count = objective.draw(batch, jax.random.key(0), 0)
         return jax.vjp(lambda t: objective.loss(combine(t, frozen), draws, count, *teacher)[0], trainable)[1]
 
-    teacher = () if objective.teacher is None else (meta.unbox(run.weights),)
-    batch = batch_shapes(run.policy.model, config.batch_size)
-    program = jax.make_jaxpr(residuals)(trainable, frozen, batch, *teacher).jaxpr
+    teacher = () if objective.teacher is None else (weights,)
+    program = jax.make_jaxpr(residuals)(trainable, frozen, batch_shapes(model, size), *teacher).jaxpr
     inputs = set(program.invars)
     kept = {var for var in program.outvars if not hasattr(var, "val") and var not in inputs}  # literals have a value
     return float(sum(var.aval.size * var.aval.dtype.itemsize for var in kept))

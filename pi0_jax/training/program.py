@@ -67,7 +67,7 @@ def build(run: Run, augment: Augment) -> Program:
         options = pi0.SampleOptions(sampler=Euler(num_steps=20))
         return straightness(pi0.sample_path(run.objective, weights, batch.observation, noise, options))
 
-    constrained = functools.partial(sharding.keep_batch_divided, run.mesh)
+    constrained = functools.partial(sharding.with_constraints, run.mesh, run.weights)
     return Program(
         shapes=shapes,
         start=jax.jit(start, out_shardings=placement, donate_argnums=0),

@@ -85,9 +85,9 @@ def resolve(config: TrainConfig, devices: Sequence[Any] | None = None) -> Run:
     mesh = sharding.make_mesh(config.mesh, devices)
     placement = sharding.batch_sharding(mesh, config.batch_size, config.grad_accum_steps)
     objective = make_objective(policy.objective, model)
-    _check_sampling(policy, objective)
-    _check_draws(objective, batch_shapes(model, config.batch_size), config.grad_accum_steps, mesh)
     weights = jax.eval_shape(objective.network.init, jax.random.key(0))
+    _check_sampling(policy, objective, weights)
+    _check_draws(objective, batch_shapes(model, config.batch_size), config.grad_accum_steps, mesh)
     frozen = frozen_names(config.tune, model, flat(weights))
     _check_random(config, frozen)
     schedule = optimizer.make_schedule(config.optim, config.num_steps)
@@ -154,7 +154,7 @@ def _cameras(model: ModelConfig, robots: Sequence[Robot]) -> Cameras:
     return Cameras(present, absent, unused)
 
 
-def _check_sampling(policy: PolicyConfig, objective: Objective) -> None:
+def _check_sampling(policy: PolicyConfig, objective: Objective, weights: Any) -> None:
     """Refuses a policy that could not act as it is configured to: what it learns has to suit how it samples."""
     if isinstance(policy.objective, Tokens) and policy.normalization != "quantile":
         raise UserError(
@@ -163,14 +163,13 @@ def _check_sampling(policy: PolicyConfig, objective: Objective) -> None:
         )
     shape = (1, policy.model.action_horizon, policy.model.action_dim)
 
-    def sample(key):
+    def sample(params, key):
         options = pi0.sampling_options(policy)._replace(keys=key[None])
         if policy.real_time != RealTimeConfig():
             options = options._replace(previous=Previous(jnp.zeros(shape), jnp.ones(1, int), jnp.ones(1, int)))
-        params = meta.unbox(objective.network.init(key))
         return pi0.sample_actions(objective, params, example_observation(policy.model, 1), jnp.zeros(shape), options)
 
-    jax.eval_shape(sample, jax.random.key(0))
+    jax.eval_shape(sample, meta.unbox(weights), jax.random.key(0))
 
 
 def _check_draws(objective: Objective, batch: Batch, grad_accum_steps: int, mesh: Mesh) -> None:

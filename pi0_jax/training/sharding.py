@@ -202,39 +202,6 @@ def with_constraints(mesh: Mesh, boxed, function: Callable) -> Callable:
     return function if mesh.size == 1 else wrapped
 
 
-def keep_batch_divided(mesh: Mesh, function: Callable) -> Callable:
-    """A function that calls linen modules, changed so that what they return stays divided along the batch.
-
-    Left to itself the compiler lets the placement of the weights spread: it gathers the whole batch on each device and
-    divides the width of the activations. Held to the batch it gathers weights, a layer at a time, as FSDP means it.
-    What single layers return may be divided along `tensor` besides (heads, feed-forward width), where there is one.
-    """
-    free = PartitionSpec.UNCONSTRAINED
-
-    def constrain(call, args, kwargs, context):
-        inner = mesh.shape["tensor"] > 1 and isinstance(context.module, (nn.Dense, nn.DenseGeneral))
-
-        def held(x):
-            if not _has_batch(x, mesh):
-                return x
-            # Arrays with heads have four axes.
-            rest = (free,) * (x.ndim - 1) if inner or (mesh.shape["tensor"] > 1 and x.ndim > 3) else ()
-            return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(_BATCH, *rest)))
-
-        return jax.tree.map(held, call(*args, **kwargs))
-
-    @functools.wraps(function)
-    def wrapped(*args, **kwargs):
-        with nn.intercept_methods(constrain):
-            return function(*args, **kwargs)
-
-    return function if mesh.size == 1 else wrapped
-
-
-def _has_batch(x, mesh: Mesh) -> bool:
-    return isinstance(x, jax.Array) and x.ndim >= 3 and x.shape[0] % _size(mesh, _BATCH) == 0
-
-
 def bytes_per_device(tree, placement) -> int:
     """Bytes of a tree of arrays or shapes on each device under a placement."""
     sizes = jax.tree.map(lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize, tree, placement)

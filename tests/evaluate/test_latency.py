@@ -112,13 +112,13 @@ def test_latencies_that_cannot_be_are_refused(bad):
 
 def test_every_way_to_act_by_name_is_one_that_the_command_offers(checkpoint_folder, tmp_path, capsys):
     assert {"guidance", "identity", "trained"} <= set(STRATEGIES)
-    args = Evaluate(checkpoint_folder, strategy="guidance", latency=300, jitter=100, episodes=2, output=tmp_path)
+    args = Evaluate(checkpoint_folder, strategy="guidance", latency=300.0, jitter=100.0, episodes=2, output=tmp_path)
     evaluate(args)
     assert "guidance, 300 ± 100 ms: 0 of 2" in " ".join(capsys.readouterr().out.split())
-    with pytest.raises(ValueError, match=r"fine-tune it with --policy\.model\.max-delay"):
+    with pytest.raises(ValueError, match=r"fine-tune it with --policy\.objective\.max-delay"):
         evaluate(Evaluate(checkpoint_folder, strategy="trained"))
     with pytest.raises(ValueError, match="--latency, --jitter and --drop need a --strategy"):
-        evaluate(Evaluate(checkpoint_folder, latency=100))
+        evaluate(Evaluate(checkpoint_folder, latency=100.0))
 
 
 def test_another_robots_policy_is_refused(policy, simulator):

@@ -1,7 +1,6 @@
 """Reference folders in our network: the same weights and inputs as the reference had."""
 
 import dataclasses
-import functools
 import json
 from pathlib import Path
 
@@ -10,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from pi0_jax.batch import Observation
-from pi0_jax.config import Gaussian
+from pi0_jax.config import Gaussian, ModelConfig
 from pi0_jax.convert.formats import Overrides, open_checkpoint, params_of
-from pi0_jax.model.velocity import VelocityNetwork
+from pi0_jax.model.gemma import Layout, Segment, forward
 from pi0_jax.objective import SampleOptions, make_objective
 from pi0_jax.sampler import Euler
 from tests.conftest import fixtures_root
@@ -71,9 +70,8 @@ class Case:
             prompt_mask=jnp.asarray(self.io.get("token_mask", np.ones(self.io["tokens"].shape, bool))),
         )
 
-    def apply(self, *args, method="__call__"):
-        run = functools.partial(self.network._module.apply, method=method)
-        return jax.jit(run)({"params": self.params}, *args)
+    def apply(self, *args, method="joint"):
+        return jax.jit(getattr(self.network, method))(self.params, *args)
 
     def sample(self, noise, num_steps: int):
         options = SampleOptions(Euler(num_steps))
@@ -89,8 +87,9 @@ class Case:
             drop_last: how many tokens at the end are left out.
         """
 
-        def run(network: VelocityNetwork, observation: Observation):
-            tokens, mask = network.embed_prefix(observation)
+        @jax.jit
+        def run(params, observation: Observation):
+            tokens, mask = self.network.embed_prefix(params, observation)
             blocks = jnp.cumsum(
                 jnp.concatenate([jnp.zeros_like(tokens[..., 0], int), jnp.asarray(mask_ar)], 1)[:, mask_ar.shape[1] :],
                 axis=1,
@@ -98,7 +97,15 @@ class Case:
             positions = jnp.cumsum(jnp.ones_like(mask) if count_masked else mask, axis=1) - 1
             end = tokens.shape[1] - drop_last
             allowed = (blocks[:, None] <= blocks[:, :, None]) & mask[:, None] & mask[:, :, None]
-            (language, _), _ = network.backbone((tokens[:, :end], None), positions[:, :end], allowed[:, :end, :end])
-            return language[:, tokens.shape[1] - mask_ar.shape[1] :] @ network.embedding.T
+            layout = Layout(positions[:, :end], allowed[:, :end, :end])
+            language = run_language(self.config, params, tokens[:, :end], layout)
+            return language[:, tokens.shape[1] - mask_ar.shape[1] :] @ params["embedding"].T
 
-        return self.apply(self.observation, method=run)
+        return run(self.params, self.observation)
+
+
+def run_language(config: ModelConfig, params, tokens, layout: Layout):
+    """Outputs of the language expert."""
+    segment = Segment("language", tokens, np.zeros(tokens.shape[1], int))
+    (language,), _ = forward(config, params["backbone"], [segment], layout=layout)
+    return language

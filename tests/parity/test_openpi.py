@@ -12,8 +12,9 @@ from flax.traverse_util import flatten_dict
 
 from pi0_jax.convert.formats import openpi
 from pi0_jax.flow.path import Straight, interpolate
+from pi0_jax.model.gemma import Layout
 from tests.conftest import fixtures_root
-from tests.parity.common import Case, folders, relative_error
+from tests.parity.common import Case, folders, relative_error, run_language
 
 SKIP = f"no such reference folders in {fixtures_root()}; set PI0_FIXTURES to where they are"
 
@@ -131,8 +132,9 @@ def _decoding_logits(case, chosen):
     mask = np.pad(case.io["prompt_mask"], ((0, 0), (0, count)), constant_values=True)
     observation = case.observation._replace(prompt=jnp.asarray(prompt), prompt_mask=jnp.asarray(mask))
 
-    def run(network, observation):
-        tokens, mask = network.embed_prefix(observation)
+    @jax.jit
+    def run(params, observation):
+        tokens, mask = case.network.embed_prefix(params, observation)
         prefix = mask[:, :-count]
         number, at = jnp.sum(prefix, axis=1), jnp.arange(prefix.shape[1])
         end = jnp.max(prefix * at, axis=1) + 1
@@ -142,8 +144,8 @@ def _decoding_logits(case, chosen):
         later = jnp.concatenate([jnp.repeat(seen[:, None], count, axis=1), own], axis=2)
         first = jnp.pad(prefix[:, None] & prefix[:, :, None], ((0, 0), (0, 0), (0, count)))
         allowed = jnp.concatenate([first, later], axis=1)
-        (language, _), _ = network.backbone((tokens, None), positions, allowed)
+        language = run_language(case.config, params, tokens, Layout(positions, allowed))
         before = jnp.tile(len(at) - 1 + jnp.arange(count), (len(end), 1)).at[:, 0].set(end - 1)
-        return jnp.take_along_axis(language, before[..., None], axis=1) @ network.embedding.T
+        return jnp.take_along_axis(language, before[..., None], axis=1) @ params["embedding"].T
 
-    return case.apply(observation, method=run)
+    return run(case.params, observation)

@@ -63,7 +63,7 @@ def test_the_peak_of_a_plan_is_the_compilers(plan):
 
 
 def test_what_the_backward_pass_keeps_shrinks_with_the_policy_and_grows_with_the_batch():
-    kept = [kept_for_backward(with_model(CONFIG, remat=name)) for name in REMATS]
+    kept = [kept_for_backward(with_model(CONFIG, remat=name).policy, CONFIG.tune) for name in REMATS]
     assert kept == sorted(kept, reverse=True)
     # At least each layer's input, float32: 4 image tokens and the prompt, state and actions.
     prefix, suffix = MODEL.prompt_length + 4, 1 + MODEL.action_horizon

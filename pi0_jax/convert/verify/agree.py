@@ -13,15 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
+from jaxtyping import Array, Float
 
 from pi0_jax.batch import Observation
 from pi0_jax.config import ModelConfig, ObjectiveConfig
 from pi0_jax.convert.formats import OpenCheckpoint, formats
 from pi0_jax.convert.verify import Inputs, Runner, Stages
 from pi0_jax.errors import UserError
-from pi0_jax.model.siglip import Block
-from pi0_jax.model.velocity import Prefix, VelocityNetwork
-from pi0_jax.objective import Objective, SampleOptions, make_objective
+from pi0_jax.model.gemma import Prefix
+from pi0_jax.model.head.expert import ExpertNetwork
+from pi0_jax.objective import SampleOptions, make_objective
 from pi0_jax.sampler import Euler, Greedy
 
 OURS = "ours"
@@ -155,19 +156,15 @@ def run_ours(opened: OpenCheckpoint, inputs: Inputs, times: tuple[float, ...] | 
         jnp.asarray(inputs["token_mask"]),
     )
     noise = jnp.asarray(inputs["noise"])
-    arguments = (opened.policy.objective, model, times is not None, params, observation, noise)
+    objective, arguments = opened.policy.objective, (params, observation, noise)
+    network = _network(objective, model, times is not None)
     with jax.default_matmul_precision("highest"):
-        found = jax.device_get(_stages(*arguments))
-        actions = _sample(*arguments) if times is None else _euler(*arguments, jnp.asarray(times, jnp.float32))
+        found = jax.device_get(_stages(network, *arguments))
+        if times is None:
+            actions = _sample(objective, model, *arguments)
+        else:
+            actions = _euler(network, *arguments, jnp.asarray(times, jnp.float32))
     return Trace(np.asarray(actions), valid_stages(found, _present(inputs, model)))
-
-
-def _objective(config: ObjectiveConfig, model: ModelConfig, double: bool) -> Objective:
-    """The objective; with `double`, the flow time is embedded in double precision."""
-    objective = make_objective(config, model)
-    if double:
-        objective.network._module = DoubleTime(objective.network._module.config)
-    return objective
 
 
 def valid_stages(found: Stages, cameras: np.ndarray) -> dict[str, np.ndarray]:
@@ -186,14 +183,14 @@ def valid_stages(found: Stages, cameras: np.ndarray) -> dict[str, np.ndarray]:
     return stages | {names[key]: found[key] for key in names if key in found}
 
 
-class DoubleTime(VelocityNetwork):
+class DoubleTime(ExpertNetwork):
     """Our network with the flow time embedded in double precision, as in the PyTorch implementations.
 
     openpi's JAX, and so ours, does it in single precision, where the shortest period turns a rounding of the frequency
     into 1e-4 of the embedding: with steep weights that is most of what the actions differ by.
     """
 
-    def embed_time(self, time):
+    def embed_time(self, time: Float[Array, "*time"]) -> Float[Array, "*time e"]:
         width = self.config.action.width
         period = 4e-3 * 1000.0 ** np.linspace(0.0, 1.0, width // 2)
 
@@ -224,19 +221,22 @@ def _present(inputs: Inputs, model: ModelConfig) -> np.ndarray:
     return np.array([inputs[f"image_masks/{i}"] for i in range(len(model.cameras))]).reshape(-1)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _sample(config: ObjectiveConfig, model: ModelConfig, double: bool, params: Any, observation, noise) -> jax.Array:
-    objective = _objective(config, model, double)
+def _network(config: ObjectiveConfig, model: ModelConfig, double: bool) -> Any:
+    """The objective's network; with `double`, the flow time is embedded in double precision."""
+    network = make_objective(config, model).network
+    return DoubleTime(network.config, network.span) if double and isinstance(network, ExpertNetwork) else network
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _sample(config: ObjectiveConfig, model: ModelConfig, params: Any, observation, noise) -> jax.Array:
+    objective = make_objective(config, model)
     sampler = Greedy() if objective.flow is None else Euler(STEPS)
     return objective.sample(params, observation, noise, SampleOptions(sampler))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _euler(
-    config: ObjectiveConfig, model: ModelConfig, double: bool, params: Any, observation, noise, times: jax.Array
-) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=0)
+def _euler(network: Any, params: Any, observation, noise, times: jax.Array) -> jax.Array:
     """Samples by equal steps whose velocities are evaluated at these times."""
-    network = _objective(config, model, double).network
     prefix = network.prefill(params, observation)
 
     def step(x: jax.Array, time: jax.Array) -> tuple[jax.Array, None]:
@@ -246,43 +246,33 @@ def _euler(
     return jax.lax.scan(step, noise, times)[0]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _stages(config: ObjectiveConfig, model: ModelConfig, double: bool, params: Any, observation, noise) -> Stages:
+@functools.partial(jax.jit, static_argnums=0)
+def _stages(network: Any, params: Any, observation, noise) -> Stages:
     """What `valid_stages` takes, of one evaluation at time 1."""
-    network = _objective(config, model, double).network._module
-    variables: Any = {"params": params}
-    (tokens, mask), state = network.apply(
-        variables,
-        observation,
-        method="embed_prefix",
-        capture_intermediates=lambda module, method: isinstance(module, Block) and method == "__call__",
-        mutable=["intermediates"],
-    )
+    streams: dict[str, Any] = {}
+    tokens, mask = network.embed_prefix(params, observation, record=streams.__setitem__)
     found = {"tokens": tokens, "mask": mask}
     if network.config.cameras:
-        found["image_layers"] = state["intermediates"]["image_encoder"]["layers"]["__call__"][0][0]
-    prefix: Any = network.apply(variables, observation, method="prefill")
+        found["image_layers"] = streams["image_encoder/layers"]
+    prefix: Any = network.prefill(params, observation)
     time = jnp.ones(len(noise))
-    if isinstance(network, VelocityNetwork):
-        values, mask = _first_step(network, variables, prefix, noise, time)
+    if isinstance(network, ExpertNetwork):
+        values, mask = _first_step(network, params, prefix, noise, time)
         found |= {"values": values, "values_mask": mask}
     elif not isinstance(prefix, Prefix):
         found["pooled"] = prefix
     if hasattr(network, "velocity"):
-        found["velocity"] = network.apply(variables, prefix, noise, time, method="velocity")
+        found["velocity"] = network.velocity(params, prefix, noise, time)
     return found
 
 
-def _first_step(network: VelocityNetwork, variables, prefix: Prefix, noise, time):
+def _first_step(network: ExpertNetwork, params: Any, prefix: Prefix, noise, time):
     """The attention's values of all layers at the prefix, the state and the actions, and which of them are valid.
 
     Values are not rotated, so they are the same in every implementation.
     """
-
-    def run(network: VelocityNetwork):
-        return network.run_against(prefix, *network.embed_actions(noise, time))[1][1]
-
-    own: Any = network.apply(variables, method=run)
+    actions = network.embed_actions(params, noise, network.time_features(params, time))
+    _, (_, own) = network.run_against(params, prefix, *actions)
     values = jnp.concatenate([prefix.keys_values[1], own], axis=2)
     mask = jnp.concatenate([prefix.mask, jnp.ones(own.shape[1:3], bool)], axis=1)
     return values.reshape(*values.shape[:3], -1), mask

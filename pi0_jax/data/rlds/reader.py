@@ -158,12 +158,7 @@ class RldsDataset(Source):
         return kept[path, number]
 
     def _open(self, path: Path) -> Any:
-        kept = self.opened().setdefault("shards", {})
-        if path not in kept:
-            if len(kept) >= SHARDS_OPEN:
-                kept.pop(next(iter(kept))).close()
-            kept[path] = path.open("rb", buffering=0) if self.format == "tfrecord" else open_array_record(path)
-        return kept[path]
+        return self.open_file(path, _open_binary if self.format == "tfrecord" else open_array_record, SHARDS_OPEN)
 
     def _shard_of(self, rows: np.ndarray) -> np.ndarray:
         return np.searchsorted(self._starts, rows, side="right") - 1
@@ -189,6 +184,10 @@ class RldsDataset(Source):
         self._rows = np.flatnonzero(np.repeat(keep, every))
         self.ends = np.cumsum(every[keep])
         self.episodes = [name for name, kept in zip(names, keep, strict=True) if kept]
+
+
+def _open_binary(path: Path) -> Any:
+    return path.open("rb", buffering=0)
 
 
 def _unique(texts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

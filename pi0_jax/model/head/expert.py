@@ -207,16 +207,25 @@ class ExpertNetwork(ActionTokenNetwork):
             features: `time_features` of these times, where they are known.
             record: takes the residual streams.
         """
-        token, modulations = self.time_features(params, time, span) if features is None else features
-        actions = self._embed_actions(params, x, None if token is None else layers.per_token(token))
-        outputs, _ = self.run_against(params, prefix, actions, modulations, record)
+        features = self.time_features(params, time, span) if features is None else features
+        outputs, _ = self.run_against(params, prefix, *self.embed_actions(params, x, features), record)
         return self._project(params, outputs)
 
+    def embed_time(self, time: Float[Array, "*time"]) -> Float[Array, "*time e"]:
+        """Sines and cosines of flow times, of the action expert's width."""
+        return embed_time(time, self.config.action.width)
+
+    def embed_actions(
+        self, params: Spec, x: Float[Array, "b ah ad"], features: TimeFeatures
+    ) -> tuple[Float[Array, "b ah e"], Modulations | None]:
+        """Action tokens, and what the time does in the adaptive norms, as `run_against` takes them."""
+        token = None if features.token is None else layers.per_token(features.token)
+        return self._embed_actions(params, x, token), features.modulations
+
     def _embed_times(self, params: Spec, time, span) -> Float[Array, "*time e"]:
-        width = self.config.action.width
-        embedded = embed_time(time, width)
+        embedded = self.embed_time(time)
         if self.span:
-            spans = embed_time(jnp.zeros_like(time) if span is None else span, width)
+            spans = self.embed_time(jnp.zeros_like(time) if span is None else span)
             embedded += layers.linear(spans, params["span_in"])
         return embedded
 

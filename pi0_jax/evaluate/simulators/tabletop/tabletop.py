@@ -14,6 +14,7 @@ import mujoco
 import numpy as np
 
 from pi0_jax.data.robots import RawObservation
+from pi0_jax.errors import UserError
 from pi0_jax.evaluate.simulators.tabletop import scene
 from pi0_jax.evaluate.simulators.tabletop.render import draw
 from pi0_jax.evaluate.simulators.tabletop.tasks import OBJECTS, TASKS, Snapshot, Task, find_task, is_done
@@ -66,7 +67,7 @@ class TabletopEnv(gymnasium.Env):
         lazy_images: bool = False,
     ):
         if render_mode not in (None, "rgb_array"):
-            raise ValueError(f'render_mode is {render_mode!r}; expected "rgb_array" or None.')
+            raise UserError(f'render_mode is {render_mode!r}; expected "rgb_array" or None.')
         self.render_mode = render_mode
         self.image_size, self.render_size, self.lazy_images = image_size, render_size, lazy_images
         image = gymnasium.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
@@ -97,12 +98,12 @@ class TabletopEnv(gymnasium.Env):
                 instruct with (else one of the task's phrasings is drawn).
 
         Raises:
-            ValueError: for an unknown option or task, or a prompt that is no printable text of at most 256 characters.
+            UserError: for an unknown option or task, or a prompt that is no printable text of at most 256 characters.
         """
         super().reset(seed=seed)
         options = options or {}
         if unknown := set(options) - {"task", "prompt"}:
-            raise ValueError(f'reset got the options {sorted(unknown)}; it knows "task" and "prompt".')
+            raise UserError(f'reset got the options {sorted(unknown)}; it knows "task" and "prompt".')
         rng = self.np_random
         positions = scene.sample_positions(rng, len(OBJECTS) + 1)
         yaws = rng.uniform(-np.pi, np.pi, len(OBJECTS))
@@ -115,7 +116,7 @@ class TabletopEnv(gymnasium.Env):
         prompts = self.task.prompts
         prompt = options.get("prompt", prompts[int(phrasing * len(prompts))])
         if prompt not in PROMPTS:
-            raise ValueError(
+            raise UserError(
                 f"prompt is {prompt!r}; expected 1 to {MAX_PROMPT_LENGTH} printable ASCII characters: shorten or "
                 "transliterate it."
             )
@@ -136,11 +137,11 @@ class TabletopEnv(gymnasium.Env):
         """Moves the command by `action` (float[3], metres, clipped to ±0.04) and simulates a fifth of a second.
 
         Raises:
-            ValueError: if `action` is not three finite numbers.
+            UserError: if `action` is not three finite numbers.
         """
         change = np.asarray(action, np.float64)
         if change.shape != (3,) or not np.isfinite(change).all():
-            raise ValueError(
+            raise UserError(
                 f"action is {action!r}; expected three finite numbers, metres. Pass one row of a chunk at a time."
             )
         change = np.clip(change, -scene.MAX_ACTION, scene.MAX_ACTION)

@@ -13,6 +13,8 @@ from typing import Literal
 
 import numpy as np
 
+from pi0_jax.errors import UserError
+
 OBJECTS = ("red block", "green puck", "blue ball")
 GOAL_RADIUS = 0.06
 """Radius of the yellow circle; a push is done when the object's centre is over it."""
@@ -71,12 +73,12 @@ TASK_SETS = {"objects": TASKS, "centre": tuple(Task("centre", name) for name in 
 
 
 def find_task(name: str) -> Task:
-    """The task of that name; `ValueError` if there is none."""
+    """The task of that name; `UserError` if there is none."""
     tasks = [task for group in TASK_SETS.values() for task in group]
     for task in tasks:
         if task.name == name:
             return task
-    raise ValueError(f"no task is named {name!r}; the tasks are {', '.join(task.name for task in tasks)}.")
+    raise UserError(f"no task is named {name!r}; the tasks are {', '.join(task.name for task in tasks)}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,11 +121,11 @@ def episode_seed(split: str, index: int, seed: int = 0) -> int:
         seed: the user's seed, in 0..999999; another seed gives other episodes of the same split.
 
     Raises:
-        ValueError: if an argument is out of range.
+        UserError: if an argument is out of range.
     """
     if split not in SPLITS:
-        raise ValueError(f"split is {split!r}; expected one of {', '.join(SPLITS)}.")
+        raise UserError(f"split is {split!r}; expected one of {', '.join(SPLITS)}.")
     for name, value, limit in (("seed", seed, SEEDS_PER_SPLIT), ("index", index, EPISODES_PER_SEED)):
         if not 0 <= value < limit:
-            raise ValueError(f"{name} is {value}; expected 0 <= {name} < {limit}, so that splits never overlap.")
+            raise UserError(f"{name} is {value}; expected 0 <= {name} < {limit}, so that splits never overlap.")
     return (SPLITS.index(split) * SEEDS_PER_SPLIT + seed) * EPISODES_PER_SEED + index
