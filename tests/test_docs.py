@@ -17,6 +17,7 @@ from pi0_jax.config import TrainConfig
 from pi0_jax.config_file import load_config, parse
 from pi0_jax.data.robots import get_robot
 from pi0_jax.inference.policy import Policy
+from pi0_jax.inference.sampler import check_policy
 from pi0_jax.serving.robot_policy import RobotPolicy
 from pi0_jax.training.resolve import resolve
 from tests.serving.fake import serving
@@ -42,7 +43,9 @@ def test_the_blocks_of_the_page_on_flow_run_one_after_another():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_flags_of_the_pages_on_flow_and_serving_make_configs_that_go_together(command):
     _, _, path, *flags = shlex.split(command.replace("\\\n", " "))
-    resolve(parse(load_config(ROOT / path, TrainConfig), flags, prog="pi0 train", description=""))
+    config = parse(load_config(ROOT / path, TrainConfig), flags, prog="pi0 train", description="")
+    check_policy(config.policy)
+    resolve(config)
 
 
 def test_the_robot_loop_of_the_page_on_serving_sends_actions(checkpoint_folder, monkeypatch):
