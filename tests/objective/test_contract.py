@@ -95,7 +95,7 @@ def test_validation_drops_nothing_and_counts_only_steps_inside_episodes(name):
     assert for_validation(held_out) == held_out
     if not isinstance(config, Reflow):
         kept = {"dropout": held_out.dropout, "mask_padded_steps": True}
-        kept |= {"coupling": Independent()} if isinstance(config, Gaussian) else {}
+        kept |= {"coupling": Independent(), "regression_warmup_steps": 0} if isinstance(config, Gaussian) else {}
         assert held_out == dataclasses.replace(config, **kept)
 
 
