@@ -42,13 +42,7 @@ def test_the_blocks_of_the_page_on_flow_run_one_after_another():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_flags_of_the_pages_on_flow_and_serving_make_configs_that_go_together(command):
     _, _, path, *flags = shlex.split(command.replace("\\\n", " "))
-<<<<<<< HEAD
     resolve(parse(load_config(ROOT / path, TrainConfig), flags, prog="pi0 train", description=""))
-=======
-    config = parse(load_config(ROOT / path, TrainConfig), flags, prog="pi0 train", description="")
-    check_policy(config.policy)
-    resolve(config)
->>>>>>> main
 
 
 def test_the_robot_loop_of_the_page_on_serving_sends_actions(checkpoint_folder, monkeypatch):
