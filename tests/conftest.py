@@ -17,6 +17,8 @@ import pytest
 if jax.__version_info__ < (0, 11):
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
+jax.config.update("jax_numpy_rank_promotion", "raise")  # shapes are what the annotations say, never promoted silently
+
 from pi0_jax.config import ExpertConfig, ModelConfig, VisionConfig
 
 
