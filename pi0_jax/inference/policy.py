@@ -349,7 +349,7 @@ class Policy:
     def _prepare(self, observations: Sequence[RawObservation], length: int | None = None) -> _Prepared:
         """Prompts are cut to the length, or to what they need."""
         samples = [self._transform.forward(check_observation(raw, self.robot)) for raw in observations]
-        anchors = {"anchor": np.stack([x.get("anchor") for x in samples])} if "anchor" in samples[0] else {}
+        anchors = {"anchor": np.stack([np.asarray(x.get("anchor")) for x in samples])} if "anchor" in samples[0] else {}
         stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *map(to_observation, samples))
         needed = int(stacked.prompt_mask.sum(axis=1).max())
         length = length or next(n for n in prompt_lengths(self.config.model.prompt_length) if n >= needed)

@@ -37,10 +37,20 @@ def linear(x: Float[Array, "..."], w: Spec, dtype: jnp.dtype | None = None) -> F
     kernel, bias = w["kernel"], w["bias"]
     dtype = jnp.result_type(x, kernel, bias) if dtype is None else dtype
     if isinstance(kernel, Quantized):
-        return quantized_dot(x.astype(dtype), kernel) + bias.astype(dtype)
+        return add(quantized_dot(x.astype(dtype), kernel), bias)
     axes = kernel.ndim - bias.ndim
     contracted = tuple(range(x.ndim - axes, x.ndim)), tuple(range(axes))
-    return jax.lax.dot_general(x.astype(dtype), kernel.astype(dtype), (contracted, ((), ()))) + bias.astype(dtype)
+    return add(jax.lax.dot_general(x.astype(dtype), kernel.astype(dtype), (contracted, ((), ()))), bias)
+
+
+def add(x: Float[Array, "..."], bias: Float[Array, "..."]) -> Float[Array, "..."]:
+    """x plus a bias of its last axes, in the dtype of x."""
+    return x + per_channel(bias.astype(x.dtype), x.ndim)
+
+
+def per_channel(w: Float[Array, "..."], ndim: int) -> Float[Array, "..."]:
+    """A weight of the last axes with as many axes as what it goes to."""
+    return w.reshape((1,) * (ndim - w.ndim) + w.shape)
 
 
 def dot(name: str, x: Float[Array, "b t *d"], w: Spec, scale: float = 1.0) -> Float[Array, "b t *f"]:
@@ -74,8 +84,8 @@ def layer_norm(
     mean = jnp.mean(x32, axis=-1, keepdims=True)
     variance = jnp.maximum(0.0, jnp.mean(jnp.square(x32), axis=-1, keepdims=True) - jnp.square(mean))
     factor = jax.lax.rsqrt(variance + EPSILON)
-    y = (x32 - mean) * (factor if w is None else factor * w["scale"])
-    return (y if w is None else y + w["bias"]).astype(x.dtype)
+    y = (x32 - mean) * (factor if w is None else factor * per_channel(w["scale"], x.ndim))
+    return (y if w is None else add(y, w["bias"])).astype(x.dtype)
 
 
 def rms_norm(
@@ -98,7 +108,7 @@ def rms_norm(
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + EPSILON)
     if modulation is None:
-        return (normed if not w else normed * (1 + w["scale"])).astype(x.dtype), None
+        return (normed if not w else normed * (1 + per_channel(w["scale"], x.ndim))).astype(x.dtype), None
     modulation = per_token(modulation)
     if modulation.shape[1] > 1:
         modulation = jnp.repeat(modulation, x.shape[1] // modulation.shape[1], axis=1)
@@ -118,7 +128,7 @@ Rotation = tuple[Float[Array, "b t 1 half"], Float[Array, "b t 1 half"]]
 def rotation(positions: Int[Array, "b t"], head_dim: int, base: float = 10_000.0) -> Rotation:
     """Rotary position embedding (Su et al. 2021, arXiv 2104.09864), float32."""
     frequency = base ** (-2.0 * jnp.arange(head_dim // 2, dtype=jnp.float32) / head_dim)
-    angles = positions[..., None, None].astype(jnp.float32) * frequency
+    angles = positions[..., None, None].astype(jnp.float32) * frequency[None, None, None]
     return jnp.sin(angles), jnp.cos(angles)
 
 

@@ -279,5 +279,6 @@ def embed_time(
     """
     period = shortest * (longest / shortest) ** jnp.linspace(0.0, 1.0, width // 2, dtype=jnp.float32)
     # In openpi's order: another rounding of the frequency by one part in 1e7 moves the velocity by 1e-5.
-    angle = time.astype(jnp.float32)[..., None] * (1.0 / period * 2 * jnp.pi)
+    frequency = layers.per_channel(1.0 / period * 2 * jnp.pi, time.ndim + 1)
+    angle = time.astype(jnp.float32)[..., None] * frequency
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
