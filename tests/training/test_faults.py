@@ -1,7 +1,7 @@
 """Whatever happens to a run, taking it up again gives the losses of one to which nothing happened.
 
 What can go wrong lies around the network, so two layers stand in for it here, and a killed process costs little;
-`test_loop.py` and `test_multihost.py` do the same with a whole one. PI0_KILLS=100 kills more often than the default of 20.
+`test_loop.py` and `test_multihost.py` do the same with a whole one. PI0_KILLS=100 kills more often than the default, 20.
 """
 
 from __future__ import annotations
@@ -56,6 +56,12 @@ class TwoLayers(NamedTuple):
         seen = jnp.broadcast_to(seen.reshape(len(seen), *(1,) * (x.ndim - 2), -1), (*x.shape[:-1], seen.shape[-1]))
         time = jnp.broadcast_to(time[..., None, None], (*x.shape[:-1], 1))
         return nn.gelu(jnp.concatenate([x, seen, time], -1) @ params["in"]) @ params["out"]
+
+    def prefill(self, params, observation):
+        return observation
+
+    def velocity(self, params, prefix, x, time, span=None, features=None):
+        return self.joint(params, prefix, x, time)
 
 
 KILLER = """
