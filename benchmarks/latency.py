@@ -8,7 +8,7 @@ Each side is a process of its own that computes one chunk at a time, while the o
 to round. openpi computes every camera and pads prompts to their full length; ours leaves out what is not there and pads
 to the next of a few lengths, so prompts here have a usual length (`--prompt-tokens`; 0: the full one). A time ends when
 the actions are there. The table has medians, and openpi / ours: the ratio of the fastest calls, and the median of the
-rounds' ratios with its quartiles. JSON goes to --json. `--plain`, `--bits` and `--loops` run our other programs.
+rounds' ratios with its quartiles. JSON goes to --json. `--plain` and `--bits` run our other programs.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ import numpy as np
 import tyro
 from openpi_jax import serve
 
-from pi0_jax import pi0
 from pi0_jax.batch import Observation
-from pi0_jax.config import PI0, PI05, ExpertConfig, ModelConfig, VisionConfig
+from pi0_jax.config import PI0, PI05, ExpertConfig, ModelConfig, PolicyConfig, VisionConfig
 from pi0_jax.convert.formats import Overrides, open_checkpoint, params_of
-from pi0_jax.inference import rewrite
-from pi0_jax.inference.fast import FastNetwork
 from pi0_jax.inference.policy import prompt_lengths
-from pi0_jax.model.heads import make_network
+from pi0_jax.inference.sampler import ChunkSampler, Inputs
+from pi0_jax.model import fold
+from pi0_jax.model.head import make_head
+from pi0_jax.sampler import Euler
 
 SIZES = {
     "vision": "Ti/14",
@@ -72,9 +72,7 @@ class Args:
     prompt_tokens: int | None = None
     """Tokens of the prompt; 0: as many as the model takes."""
     plain: bool = False
-    """The network as it is trained, not on rewritten weights."""
-    loops: bool | None = None
-    """Loops over layers and steps, or a straight-line program; by default loops on CPUs and TPUs."""
+    """Parameters of training, scanned over layers, in place of folded ones."""
     bits: Literal["int8", "fp8"] | None = None
     """Eight-bit weights."""
     openpi: str | None = None
@@ -188,25 +186,20 @@ def measure(args: Args, variant: str, cameras: int, folder: Path) -> dict[str, A
 def build_ours(args: Args, want: dict[str, Any]):
     """The program that `Policy` runs, as a function without arguments."""
     model = model_of(want["variant"], want["cameras"], args.full)
-    inputs = dict(np.load(want["inputs"]))
+    inputs, network = dict(np.load(want["inputs"])), make_head(model)
     if want["weights"] is None:
-        shapes = rewrite.shapes_of(model)
+        shapes = fold.shapes_of(network)
         key = jax.random.key(0)
 
         def read(wanted):
             return {p: 0.02 * jax.random.normal(key, shapes[p].shape, x.dtype) for p, x in wanted.items()}
     else:
         overrides = Overrides(horizon=model.action_horizon, vision_heads=model.vision.num_heads)
-        read = rewrite.from_tree(params_of(open_checkpoint(want["weights"], overrides)))
-    straight = (jax.default_backend() == "gpu") if args.loops is None else not args.loops
-    if args.plain:
-        network, weights = make_network(model), rewrite.read_all(model, read)
-    else:
-        network, weights = FastNetwork(model), rewrite.rewrite(model, read, unstacked=straight)
-        if args.bits is not None:
-            weights = rewrite.quantized(weights, args.bits)
-        tables = jax.jit(network.time_tables, static_argnums=1)(weights, want["num_steps"])
-        weights = weights | {"tables": tables}
+        read = fold.from_tree(params_of(open_checkpoint(want["weights"], overrides)))
+    policy = PolicyConfig(robot="none", model=model)
+    sampler = ChunkSampler(policy, model, read, folded=not args.plain)
+    if args.bits is not None:
+        sampler.quantize(args.bits)
     needed = int(inputs["prompt_mask"].sum())
     length = next(n for n in prompt_lengths(model.prompt_length) if n >= needed)
     observation = Observation(
@@ -216,13 +209,9 @@ def build_ours(args: Args, want: dict[str, Any]):
         prompt=inputs["prompt"][:, :length],
         prompt_mask=inputs["prompt_mask"][:, :length],
     )
-    sample = jax.jit(
-        lambda weights, observation, noise: pi0.sample_actions(
-            network, weights, observation, noise, num_steps=want["num_steps"], unroll=straight
-        )
-    )
-    observation, noise = jax.tree.map(jnp.asarray, (observation, inputs["noise"]))
-    return lambda: jax.block_until_ready(sample(weights, observation, noise))
+    arguments = Inputs(observation, jax.random.key(0)[None], inputs["noise"])
+    arrays, sample = jax.tree.map(jnp.asarray, arguments), jax.jit(sampler.function(Euler(want["num_steps"])))
+    return lambda: jax.block_until_ready(sample(sampler.params, arrays))
 
 
 def line_of(row: dict[str, Any]) -> str:

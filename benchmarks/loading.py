@@ -1,4 +1,4 @@
-"""Peak memory and time of loading a policy's weights from a checkpoint, rewritten for running.
+"""Peak memory and time of loading a policy's parameters from a checkpoint, folded for inference.
 
     python benchmarks/loading.py /tmp/loading-benchmark     (7 GB of disk, 8 GB of memory; --layers 2 for a small try)
 
@@ -23,14 +23,16 @@ from pi0_jax.convert.formats import write_checkpoint
 
 LOAD = """
 import jax, sys, time
-from pi0_jax.config import PI0
-from pi0_jax.inference.rewrite import from_checkpoint, rewrite
+from pi0_jax.config import PI0, PolicyConfig
+from pi0_jax.inference.sampler import from_checkpoint
+from pi0_jax.model.fold import fold
+from pi0_jax.model.head import make_head
 import dataclasses
-model = dataclasses.replace(PI0, depth={layers})
+policy = PolicyConfig(robot="none", model=dataclasses.replace(PI0, depth={layers}))
 jax.block_until_ready(jax.numpy.ones(8) + 1)
 if {load}:
     start = time.perf_counter()
-    weights = jax.block_until_ready(rewrite(model, from_checkpoint({folder!r}, model), unstacked={unstacked}))
+    weights = jax.block_until_ready(fold(make_head(policy.model), from_checkpoint({folder!r}, policy)))
     print(sum(x.nbytes for x in jax.tree.leaves(weights)), time.perf_counter() - start, file=open({out!r}, "w"))
 """
 
@@ -40,7 +42,7 @@ def write(folder: Path, layers: int) -> None:
 
 
 def main() -> None:
-    """Writes the checkpoint, loads it in processes of their own, prints a JSON object for each program."""
+    """Writes the checkpoint, loads it in processes of their own, prints a JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, default=PI0.depth, help="Gemma layers, fewer for a small try")
@@ -54,20 +56,18 @@ def main() -> None:
     if writer.exitcode:
         raise SystemExit("writing the checkpoint failed")
     values = {"layers": arguments.layers, "folder": str(checkpoint), "out": str(out)}
-    baseline, *_ = run(["-c", LOAD.format(**values, load=False, unstacked=False)])
-    for unstacked in (False, True):
-        start = time.monotonic()
-        peak, *_ = run(["-c", LOAD.format(**values, load=True, unstacked=unstacked)])
-        weights, seconds = map(float, out.read_text().split())
-        result = {
-            "program": "straight line" if unstacked else "loops",
-            "weights_GB": round(weights / 1e9, 2),
-            "peak_above_import_GB": round((peak - baseline) / 1e9, 2),
-            "peak_of_weights": round((peak - baseline) / weights, 3),
-            "seconds": round(seconds, 1),
-            "seconds_with_start": round(time.monotonic() - start, 1),
-        }
-        print(json.dumps(result), flush=True)
+    baseline, *_ = run(["-c", LOAD.format(**values, load=False)])
+    start = time.monotonic()
+    peak, *_ = run(["-c", LOAD.format(**values, load=True)])
+    weights, seconds = map(float, out.read_text().split())
+    result = {
+        "weights_GB": round(weights / 1e9, 2),
+        "peak_above_import_GB": round((peak - baseline) / 1e9, 2),
+        "peak_of_weights": round((peak - baseline) / weights, 3),
+        "seconds": round(seconds, 1),
+        "seconds_with_start": round(time.monotonic() - start, 1),
+    }
+    print(json.dumps(result), flush=True)
     shutil.rmtree(arguments.folder)
 
 

@@ -16,10 +16,8 @@ import os
 import re
 import shlex
 import sys
-import traceback
 import typing
 from collections.abc import Iterable
-from pathlib import Path
 
 import tyro
 from tqdm import tqdm
@@ -30,40 +28,24 @@ from pi0_jax.config_file import load_config, parse
 from pi0_jax.errors import UserError, did_you_mean
 
 COMMANDS = {
-    "train": ("training.loop:run", "train a policy: pi0 train configs/tabletop.py --batch-size 64"),
-    "infer": (
-        "evaluate.commands",
-        "run a policy on an observation or in a simulator: pi0 infer runs/tabletop --env tabletop",
-    ),
-    "evaluate": (
-        "evaluate.commands",
-        "run a policy in closed loop: pi0 evaluate runs/tabletop --episodes 200 --seed 1",
-    ),
-    "report": ("evaluate.commands", "evaluate a run in closed loop and write its report: pi0 report runs/tabletop"),
-    "serve": ("serving.commands", "serve a policy to robots, as openpi does: pi0 serve runs/tabletop"),
-    "export": (
-        "inference.commands",
-        "write programs and weights for machines without this package: pi0 export RUN DIR",
-    ),
-    "plan": (
-        "plan.commands:plan",
-        "say what training takes on devices that need not be there: pi0 plan CONFIG --topology h100:8",
-    ),
-    "reflow": (
-        "training.commands",
-        "straighten a policy's flow, for fewer steps: pi0 reflow runs/tabletop runs/straight",
-    ),
-    "compare": ("compare.commands", "train and compare kinds of policies: pi0 compare configs/compare_tabletop.py"),
-    "record": ("evaluate.commands", "record demonstrations in a simulator: pi0 record data/tabletop --env tabletop"),
-    "convert": (
-        "convert.commands",
-        "turn openpi, LeRobot or big_vision weights into ours, and back: pi0 convert SRC DST",
-    ),
-    "inspect": ("convert.commands", "say what a checkpoint of any format is: pi0 inspect PATH"),
-    "diff": ("convert.commands", "compare two checkpoints leaf by leaf: pi0 diff A B"),
-    "data": ("data.commands", "look at, check, convert and prepare demonstrations: pi0 data stats configs/mine.py"),
+    "train": ("training", "train a policy: pi0 train configs/tabletop.py --batch-size 64"),
+    "infer": ("evaluate", "run a policy on an observation or in a simulator: pi0 infer runs/tabletop --env tabletop"),
+    "evaluate": ("evaluate", "run a policy in closed loop: pi0 evaluate runs/tabletop --episodes 200 --seed 1"),
+    "report": ("evaluate", "evaluate a run in closed loop and write its report: pi0 report runs/tabletop"),
+    "serve": ("serving", "serve a policy to robots, as openpi does: pi0 serve runs/tabletop"),
+    "export": ("inference", "write programs and weights for machines without this package: pi0 export RUN DIR"),
+    "plan": ("plan", "say what training takes on devices that need not be there: pi0 plan CONFIG --topology h100:8"),
+    "reflow": ("training", "straighten a policy's flow, for fewer steps: pi0 reflow runs/tabletop runs/straight"),
+    "compare": ("compare", "train and compare kinds of policies: pi0 compare configs/compare_tabletop.py"),
+    "record": ("evaluate", "record demonstrations in a simulator: pi0 record data/tabletop"),
+    "convert": ("convert", "turn openpi, LeRobot or big_vision weights into ours, and back: pi0 convert SRC DST"),
+    "inspect": ("convert", "say what a checkpoint of any format is: pi0 inspect PATH"),
+    "diff": ("convert", "compare two checkpoints leaf by leaf: pi0 diff A B"),
+    "data": ("data", "look at, check, convert and prepare demonstrations: pi0 data stats configs/mine.py"),
 }
-"""Command to its module, where its function is called like it unless said after the colon, and what it does."""
+"""Command to the subpackage whose `commands` module has its function, and what it does."""
+OF_AN_EXPERIMENT = {"train": ("training.loop", "run"), "plan": ("plan.commands", "plan")}
+"""Commands that take a config file to be changed by flags: module and function."""
 
 CONFIG_HELP = """\
 usage: pi0 {command} CONFIG [--sharding FILE] [--FIELD VALUE ...]
@@ -103,18 +85,12 @@ def main(args: list[str] | None = None) -> int:
         if "resume" in vars(error):  # the run was interrupted
             kept = [flag for flag in flags if flag not in ("--resume", "--overwrite")]
             vars(error)["resume"] = f"pi0 {command} {shlex.join([*kept, '--resume'])}"
-        for_the_user = isinstance(error, UserError | OSError) or hasattr(error, "exit_code") or _not_yet(error)
+        for_the_user = isinstance(error, UserError | OSError) or hasattr(error, "exit_code")
         if os.environ.get("PI0_TRACEBACK") or not for_the_user:
             raise
         advice = _advice(error.found) if isinstance(error, CheckpointError) else ""
         print(f"\npi0 {command}: {re.sub(r'^.Errno -?[0-9]+. ', '', str(error))}{advice}", file=sys.stderr)
         return getattr(error, "exit_code", 1)
-
-
-def _not_yet(error: Exception) -> bool:
-    """Whether it is an error for users of a module that does not raise UserError yet."""
-    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-    return isinstance(error, ValueError) and Path(__file__).parent in Path(raised_in).parents
 
 
 def _usage(prog: str, args: list[str], summaries: Iterable[tuple[str, str]]) -> int | None:
@@ -133,16 +109,16 @@ def _usage(prog: str, args: list[str], summaries: Iterable[tuple[str, str]]) -> 
 
 def _run(command: str, args: list[str]) -> int:
     """A command is a function of the experiment of a file, or of the dataclass of its flags."""
-    module, _, name = COMMANDS[command][0].partition(":")
-    if name and (not args or args[0].startswith("-")):
+    if command not in OF_AN_EXPERIMENT:
+        function = getattr(importlib.import_module(f"pi0_jax.{COMMANDS[command][0]}.commands"), command)
+        function(_flags(next(iter(typing.get_type_hints(function).values())), args, f"pi0 {command}"))
+        return 0
+    if not args or args[0].startswith("-"):
         print(CONFIG_HELP.format(command=command) + (PLAN_HELP if command == "plan" else ""))
         return 0 if args[:1] in (["-h"], ["--help"]) else 2
-    arguments = _experiment(command, args) if name else ()  # is read before anything heavy is imported
-    function = getattr(importlib.import_module(f"pi0_jax.{module}"), name or command)
-    if not name:
-        kind = next(iter(typing.get_type_hints(function).values()))
-        arguments = (_flags(kind, args, f"pi0 {command}"),)
-    function(*arguments)
+    experiment = _experiment(command, args)  # is read before anything heavy is imported
+    module, name = OF_AN_EXPERIMENT[command]
+    getattr(importlib.import_module(f"pi0_jax.{module}"), name)(*experiment)
     return 0
 
 

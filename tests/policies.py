@@ -17,7 +17,8 @@ STATS = {
     "state": NormStats(*np.array([[0.0] * 6, [0.1] * 6, [-0.2] * 6, [0.2] * 6, [-0.3] * 6, [0.3] * 6])),
     "actions": NormStats(*np.array([[0.01] * 3, [0.02] * 3, [-0.04] * 3, [0.04] * 3, [-0.04] * 3, [0.04] * 3])),
 }
-TINY = PolicyConfig(model=tiny_config(action_dim=8, vocab_size=512, prompt_length=24), robot="tabletop", sampler=Euler(3))
+MODEL = tiny_config(action_dim=8, vocab_size=512, prompt_length=24)
+TINY = PolicyConfig(model=MODEL, robot="tabletop", sampler=Euler(3))
 
 
 def tiny_params(config: PolicyConfig):

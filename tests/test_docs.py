@@ -11,16 +11,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import tyro
 
 from pi0_client.client import Client
-from pi0_jax import pi0
 from pi0_jax.config import TrainConfig
-from pi0_jax.config_file import load_config
+from pi0_jax.config_file import load_config, parse
 from pi0_jax.data.robots import get_robot
 from pi0_jax.inference.policy import Policy
 from pi0_jax.serving.robot_policy import RobotPolicy
-from pi0_jax.training import loop
+from pi0_jax.training.resolve import resolve
 from tests.serving.fake import serving
 
 ROOT = Path(__file__).parents[1]
@@ -44,9 +42,7 @@ def test_the_blocks_of_the_page_on_flow_run_one_after_another():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_flags_of_the_pages_on_flow_and_serving_make_configs_that_go_together(command):
     _, _, path, *flags = shlex.split(command.replace("\\\n", " "))
-    config = tyro.cli(TrainConfig, default=load_config(ROOT / path, TrainConfig), args=flags)
-    pi0.check_policy(config.policy)
-    loop._check_objective(config)
+    resolve(parse(load_config(ROOT / path, TrainConfig), flags, prog="pi0 train", description=""))
 
 
 def test_the_robot_loop_of_the_page_on_serving_sends_actions(checkpoint_folder, monkeypatch):

@@ -53,7 +53,7 @@ MAY_IMPORT = {
         "sampler",
     },
     "serving": {"checkpoint", "config", "data", "inference"},
-    "convert": {"atomic", "batch", "checkpoint", "config", "data", "model", "objective", "sampler"},
+    "convert": {"atomic", "batch", "checkpoint", "compat", "config", "data", "model", "objective", "sampler"},
     "evaluate": {"checkpoint", "config", "config_file", "data", "inference", "training"},
     "compare": {
         "atomic",

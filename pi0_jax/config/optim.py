@@ -10,10 +10,10 @@ from typing import Literal
 class OptimConfig:
     """Optimizer and learning-rate schedule: linear warm-up, then cosine decay."""
 
-    name: Literal["adamw", "adamw_8bit", "adafactor", "muon"] = "adamw"
-    """adamw_8bit: both moments in blocks of 8-bit codes (Dettmers et al. 2022). adafactor: the second moment as rows
-    and columns (Shazeer & Stern 2018), without scaling by the parameters' size. muon: orthogonalised momentum for
-    hidden matrices (Jordan et al. 2024), Adam for the rest."""
+    name: str = "adamw"
+    """One of `training.optimizer.OPTIMIZERS`. adamw. adamw_8bit: both moments in blocks of 8-bit codes (Dettmers et al.
+    2022). adafactor: the second moment as rows and columns (Shazeer & Stern 2018), without scaling by the parameters'
+    size. muon: orthogonalised momentum for hidden matrices (Jordan et al. 2024), Adam for the others."""
     peak_lr: float = 2.5e-5
     end_lr: float = 2.5e-6
     warmup_steps: int = 1000

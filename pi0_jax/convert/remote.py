@@ -173,6 +173,6 @@ def _open(url: str) -> tuple[Any, str]:
         return fsspec.core.url_to_fs(url)
     except ImportError as error:
         package = _PACKAGES.get(scheme, "a package of its own")
-        raise UserError(f"{url} needs {package}, which is not installed: pip install 'pi0_jax[remote]'.") from error
+        raise UserError(f"{url} needs {package}, which is not installed: pip install -e '.[remote]'.") from error
     except ValueError as error:
         raise UserError(f"{url} cannot be read: {error}. Known are gs://, s3://, hf:// and local paths.") from error

@@ -5,14 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import glob
 import hashlib
 import importlib.metadata
 import logging
 import os
 import platform
-import re
-import shutil
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from pi0_jax import checkpoint
-from pi0_jax.atomic import lives
+from pi0_jax.atomic import written
+from pi0_jax.compat import tensorstore_errno
 from pi0_jax.config import ModelConfig
 from pi0_jax.convert import change
 from pi0_jax.convert.assemble import PROMPT_LENGTH
@@ -96,23 +94,18 @@ def convert(
     if is_remote(source):
         record["source"]["url"] = str(source)
 
-    temporary = _temporary(target)
-    try:
-        with _full_disk_explained(target, result):
-            write_checkpoint(result, temporary, to, overrides.asset_id)
-            write_json(temporary / RECORD, record)
-            if verify:
-                _verify(opened, result, temporary, edited, record)
-            if verify_with is not None:
-                record["actions"] = agree.agreement(opened, open_checkpoint(temporary), verify_with, tolerance)
-                if not record["actions"]["agree"]:
-                    notes.append(disagreement(record["actions"]))
-                    _log.warning("%s", notes[-1])
-            record["seconds"] = round(time.monotonic() - started, 1)
-            write_json(temporary / RECORD, record)
-        _put_in_place(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with _full_disk_explained(target, result), written(target, replace_folder=True) as temporary:
+        write_checkpoint(result, temporary, to, overrides.asset_id)
+        write_json(temporary / RECORD, record)
+        if verify:
+            _verify(opened, result, temporary, edited, record)
+        if verify_with is not None:
+            record["actions"] = agree.agreement(opened, open_checkpoint(temporary), verify_with, tolerance)
+            if not record["actions"]["agree"]:
+                notes.append(disagreement(record["actions"]))
+                _log.warning("%s", notes[-1])
+        record["seconds"] = round(time.monotonic() - started, 1)
+        write_json(temporary / RECORD, record)
     return record
 
 
@@ -191,33 +184,13 @@ def _check_target(target: Path, overwrite: bool) -> None:
         )
 
 
-def _temporary(target: Path) -> Path:
-    """A name beside the target, for what is not whole yet; what killed conversions of this machine left is removed."""
-    start = f".{target.name}.converting-{platform.node()}-"
-    for left in target.parent.glob(f"{glob.escape(start)}*"):
-        process, _, replaced = left.name.removeprefix(start).partition("-")
-        if process.isdecimal() and not lives(int(process)) and (target.exists() or not replaced):
-            shutil.rmtree(left, ignore_errors=True)
-    return target.with_name(f"{start}{os.getpid()}")
-
-
-def _put_in_place(temporary: Path, target: Path) -> None:
-    """Renames, so that under the target's name there is the old folder or the whole new one."""
-    old = temporary.with_name(f"{temporary.name}-replaced")
-    if target.exists():
-        target.rename(old)
-    temporary.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 @contextlib.contextmanager
 def _full_disk_explained(target: Path, result: OpenCheckpoint) -> Iterator[None]:
     """Says how much is needed where there is no room, in whichever way the library that writes says so."""
     try:
         yield
     except (OSError, ValueError) as error:
-        code = re.search(r"os_error_code='(\d+)'", str(error))
-        number = int(code[1]) if code else getattr(error, "errno", None)
+        number = tensorstore_errno(error) or getattr(error, "errno", None)
         if number not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         needed = sum(tensor.nbytes for tensor in result.tensors.values())

@@ -254,8 +254,9 @@ class FrameOrder:
             return self._frames[rng.permutation(len(self._frames))]
         shard = np.searchsorted(self._shards, self._frames, side="right")
         order = rng.permutation(len(self._shards))
-        groups = [np.flatnonzero(np.isin(shard, order[i : i + self._window]))
-                  for i in range(0, len(order), self._window)]  # fmt: skip
+        groups = [
+            np.flatnonzero(np.isin(shard, order[i : i + self._window])) for i in range(0, len(order), self._window)
+        ]
         return self._frames[np.concatenate([group[rng.permutation(len(group))] for group in groups])]
 
 

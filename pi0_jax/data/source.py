@@ -177,8 +177,9 @@ class Source(abc.ABC):
     def report_skipped(self) -> None:
         """Logs what was left out."""
         if self.skipped:
-            _log.warning("%s: skipped %d of %d episodes", self.root, len(self.skipped),
-                         len(self.skipped) + self.num_episodes)  # fmt: skip
+            _log.warning(
+                "%s: skipped %d of %d episodes", self.root, len(self.skipped), len(self.skipped) + self.num_episodes
+            )
             for name, reason in self.skipped.items():
                 _log.warning("  %s: %s", name, reason)
 

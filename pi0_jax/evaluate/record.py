@@ -103,7 +103,7 @@ def _collect(number: int, source: Source) -> Demonstration:
         episode.close()
         if demonstration is not None:
             return demonstration
-    raise RuntimeError(
+    raise UserError(
         f"the expert failed {MAX_ATTEMPTS} times at episode {number} under {source.noise}: the bursts leave it no time "
         "to finish. Lower their rate or length."
     )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 
-Remat = Literal["full", "gate_up", "matmuls", "none"]
+from pi0_jax.config.model import Remat
+from pi0_jax.errors import UserError
 
 SAVED = {
     "full": (),
@@ -26,12 +27,12 @@ def saveable(policy: Remat) -> Callable[..., bool] | None:
             the backward pass uses, attention weights included.
 
     Raises:
-        ValueError: unknown policy.
+        UserError: unknown policy.
     """
     if policy == "none":
         return None
     if policy not in SAVED:
-        raise ValueError(f"unknown remat {policy!r}; choose {', '.join(SAVED)} or none.")
+        raise UserError(f"unknown remat {policy!r}; choose {', '.join(SAVED)} or none.")
     return jax.checkpoint_policies.save_only_these_names(*SAVED[policy])
 
 

@@ -111,11 +111,12 @@ def _backend(args: Serve, stack: contextlib.ExitStack) -> RobotPolicy | Fleet:
     """The policy in this process, or replicas that end with `stack`."""
     from pi0_jax.checkpoint import load_assets
     from pi0_jax.inference.policy import Policy
+    from pi0_jax.inference.sampler import with_steps
     from pi0_jax.serving.robot_policy import RobotPolicy, describe_for_roboarena
 
     load: dict[str, Any] = {"bits": args.bits, "attention": args.attention}
     if args.num_steps is not None:
-        load["sampler"] = dataclasses.replace(load_assets(args.run).policy.sampler, num_steps=args.num_steps)
+        load["sampler"] = with_steps(load_assets(args.run).policy.sampler, args.num_steps)
     options = {name: getattr(args, name) for name in ("batch_sizes", "prompt", "seed", "real_time")}
     if args.replicas:
         require_package("ray.serve", "ray", "--replicas")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ import numpy as np
 
 from pi0_jax.config import PolicyConfig
 from pi0_jax.data.robots import Robot, get_robot
-from pi0_jax.data.transform import check_observation
+from pi0_jax.data.transform import RawObservation, check_observation
 from pi0_jax.errors import UserError
 from pi0_jax.inference.policy import Policy, check_batch_sizes
 from pi0_jax.serving.backend import Session
@@ -24,7 +24,7 @@ from pi0_jax.serving.client_formats import read_executed, read_request, read_see
 class ValidatedRequest:
     """A request that was checked."""
 
-    observation: dict[str, Any]
+    observation: RawObservation
     seed: tuple[int, ...] | None
     executed: int | None
     """Executed actions of the session's last chunk, where the new chunk is to continue its remaining ones."""
@@ -49,7 +49,7 @@ def validate_request(
     if executed is not None and raw.get("previous") is None:  # so that `delay` is checked
         to_check = raw | {"previous": np.zeros((1, len(robot.actions)))}
     checked: dict[str, Any] = {**check_observation(to_check, robot)}
-    observation = raw | {key: checked[key] for key in ("images", "state", "prompt")}
+    observation = cast(RawObservation, raw | {key: checked[key] for key in ("images", "state", "prompt")})
     if not real_time and ("previous" in raw or executed is not None):
         raise UserError("`previous` and `executed` need a server with --real-time, which compiles what they take.")
     return ValidatedRequest(observation, read_seed(request), executed)
@@ -113,11 +113,11 @@ class RobotPolicy:
         return [{"actions": np.asarray(chunk, np.float32), "policy_timing": timing} for chunk in chunks]
 
 
-def _with_previous(request: ValidatedRequest, session: Session) -> dict[str, Any]:
+def _with_previous(request: ValidatedRequest, session: Session) -> RawObservation:
     """The observation, with what remains of the session's last chunk if the new one is to continue it."""
     if request.executed is None or session.memory is None:
         return request.observation
-    return request.observation | {"previous": session.memory[request.executed :]}
+    return {**request.observation, "previous": session.memory[request.executed :]}
 
 
 def noise_keys(seeds: Sequence[tuple[int, ...] | Session], base: int) -> jax.Array:

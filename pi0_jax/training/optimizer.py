@@ -19,7 +19,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers
 
 from pi0_jax.config import OptimConfig
-from pi0_jax.errors import UserError
+from pi0_jax.errors import UserError, did_you_mean
 from pi0_jax.training.low_precision import scale_by_adam_8bit
 
 _BATCH = {"layers", "stack"}
@@ -60,39 +60,56 @@ def make_optimizer(config: OptimConfig, schedule: optax.Schedule, boxed) -> opta
         config: optimizer and its numbers.
         schedule: learning rate by step.
         boxed: parameters with logical axis names, arrays or shapes.
+
+    Raises:
+        UserError: there is no such optimizer.
     """
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), _update(config, schedule, boxed))
+    if config.name not in OPTIMIZERS:
+        raise UserError(
+            f"optim.name is {config.name!r}; choose {', '.join(OPTIMIZERS)}.{did_you_mean(config.name, OPTIMIZERS)}"
+        )
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), OPTIMIZERS[config.name](config, schedule, boxed))
 
 
-def _update(config: OptimConfig, schedule: optax.Schedule, boxed) -> optax.GradientTransformation:
-    moment, decay = jnp.dtype(config.moment_dtype), config.weight_decay
-    if config.name == "adamw":
-        return optax.adamw(schedule, b1=config.b1, b2=config.b2, eps=config.eps, mu_dtype=moment, weight_decay=decay)
-    if config.name == "adamw_8bit":
-        return optax.chain(
-            scale_by_adam_8bit(config.b1, config.b2, config.eps),
-            optax.add_decayed_weights(decay),
-            optax.scale_by_learning_rate(schedule),
-        )
-    if config.name == "adafactor":
-        return optax.chain(
-            optax.scale_by_factored_rms(),
-            optax.clip_by_block_rms(1.0),
-            optax.ema(config.b1, accumulator_dtype=moment) if config.b1 else optax.identity(),
-            optax.add_decayed_weights(decay),
-            optax.scale_by_learning_rate(schedule),
-        )
+def _adamw(c: OptimConfig, schedule: optax.Schedule, boxed) -> optax.GradientTransformation:
+    moment = jnp.dtype(c.moment_dtype)
+    return optax.adamw(schedule, b1=c.b1, b2=c.b2, eps=c.eps, mu_dtype=moment, weight_decay=c.weight_decay)
+
+
+def _adamw_8bit(c: OptimConfig, schedule: optax.Schedule, boxed) -> optax.GradientTransformation:
+    return optax.chain(
+        scale_by_adam_8bit(c.b1, c.b2, c.eps),
+        optax.add_decayed_weights(c.weight_decay),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+def _adafactor(c: OptimConfig, schedule: optax.Schedule, boxed) -> optax.GradientTransformation:
+    return optax.chain(
+        optax.scale_by_factored_rms(),
+        optax.clip_by_block_rms(1.0),
+        optax.ema(c.b1, accumulator_dtype=jnp.dtype(c.moment_dtype)) if c.b1 else optax.identity(),
+        optax.add_decayed_weights(c.weight_decay),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+def _muon(c: OptimConfig, schedule: optax.Schedule, boxed) -> optax.GradientTransformation:
     return optax.contrib.muon(
         schedule,
-        eps=config.eps,
-        weight_decay=decay,
-        mu_dtype=moment,
-        adam_b1=config.b1,
-        adam_b2=config.b2,
-        adam_weight_decay=decay,
+        eps=c.eps,
+        weight_decay=c.weight_decay,
+        mu_dtype=jnp.dtype(c.moment_dtype),
+        adam_b1=c.b1,
+        adam_b2=c.b2,
+        adam_weight_decay=c.weight_decay,
         muon_weight_dimension_numbers=muon_dimensions(boxed),
         consistent_rms=0.2,
     )
+
+
+OPTIMIZERS = {"adamw": _adamw, "adamw_8bit": _adamw_8bit, "adafactor": _adafactor, "muon": _muon}
+"""Name to a function of configuration, schedule and boxed parameters; a new optimizer is a row."""
 
 
 def muon_dimensions(boxed):

@@ -38,9 +38,13 @@ class Bench:
         self.pool, self.sent, self.queried, self.now = Pool(), [], [], 0.0
         self.answer = lambda seen: seen["state"] + np.arange(horizon)[:, None]
         self.executor = Executor(
-            self.infer, lambda action: self.sent.append(float(action[0])), strategy,
-            pool=self.pool, clock=lambda: self.now, **options,
-        )  # fmt: skip
+            self.infer,
+            lambda action: self.sent.append(float(action[0])),
+            strategy,
+            pool=self.pool,
+            clock=lambda: self.now,
+            **options,
+        )
         self.steps = 0
 
     def infer(self, observation):
@@ -103,9 +107,13 @@ def test_starved_it_holds_and_recovers():
 
 @pytest.mark.parametrize(
     ("answer", "reason"),
-    [(np.full((3, 1), np.nan), "NaN"), (np.zeros(3), r"shape \(3,\)"), (np.zeros((0, 1)), r"\(0, 1\)"),
-     (np.zeros((3, 2)), r"expected \(steps, 1\)")],
-)  # fmt: skip
+    [
+        (np.full((3, 1), np.nan), "NaN"),
+        (np.zeros(3), r"shape \(3,\)"),
+        (np.zeros((0, 1)), r"\(0, 1\)"),
+        (np.zeros((3, 2)), r"expected \(steps, 1\)"),
+    ],
+)
 def test_bad_chunks_are_never_executed_and_consecutive_ones_stop_it(answer, reason):
     bench = Bench(receding_horizon(2, waits=False), max_failures=2)
     for _ in range(3):

@@ -104,7 +104,7 @@ def test_an_ensemble_averages_covering_chunks_the_oldest_weighing_most():
 def test_a_strategy_that_never_executes_is_refused():
     with pytest.raises(ValueError, match="execute_steps is 0"):
         Strategy(0)
-    with pytest.raises(ValueError, match="decay -1.0"):
+    with pytest.raises(ValueError, match=r"decay -1\.0"):
         temporal_ensemble(-1.0)
 
 

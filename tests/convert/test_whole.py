@@ -44,11 +44,11 @@ def names(folder):
 def test_a_killed_conversion_leaves_no_target_and_the_next_one_clears_what_it_left(tmp_path, source):
     killed = subprocess.run([sys.executable, "-c", KILLED, source, tmp_path / "out"], timeout=100)
     assert killed.returncode == -signal.SIGKILL
-    (left,) = tmp_path.glob(".out.converting-*")
+    (left,) = tmp_path.glob(".out.*.partial")
     assert not (tmp_path / "out").exists()
     convert(source, tmp_path / "out", "openpi")
     assert names(tmp_path) == ["out", "source"]
-    left.with_name(left.name + "-replaced").mkdir()  # as a kill after the new folder got its name leaves the old one
+    left.with_suffix(".replaced").mkdir()  # as a kill after the new folder got its name leaves the old one
     convert(source, tmp_path / "out", "openpi", overwrite=True)
     assert names(tmp_path) == ["out", "source"]
 

@@ -116,9 +116,9 @@ def test_a_mixture_of_formats_reads_both_under_one_robot(config, folders):
     config = mixed(config, folders)
     parts = with_transforms(config)
     batches = take(make_loader(parts, config), 12)
-    members = np.concatenate([
-        make_loader(parts, config)._prepare._stream(np.arange(6 * n, 6 * n + 6))[0] for n in range(12)
-    ])  # fmt: skip
+    members = np.concatenate(
+        [make_loader(parts, config)._prepare._stream(np.arange(6 * n, 6 * n + 6))[0] for n in range(12)]
+    )
     assert set(members) == {0, 1}
     # Both hold the same episodes, so that whichever a sample came from, its state is one of LeRobot's.
     known = LeRobotDataset(folders[0]).columns("observation.state")
@@ -184,10 +184,15 @@ def test_held_out_episodes_are_held_out_of_every_copy(config, folders):
     assert not sides[0][0] & sides[0][1]
     readied = with_transforms(config)
     states = [
-        np.concatenate([p.source.columns("observation.state")[slice(*p.source.episode_range(e))]
-                        for p in parts for e in getattr(p, side)])
+        np.concatenate(
+            [
+                p.source.columns("observation.state")[slice(*p.source.episode_range(e))]
+                for p in parts
+                for e in getattr(p, side)
+            ]
+        )
         for side in ("training", "held_out")
-    ]  # fmt: skip
+    ]
     stats = compute_normalizations(parts, 4)["tabletop"].stats["state"]
     for batches, own in (
         (take(make_loader(readied, config), 20), states[0]),

@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from pi0_jax.batch import Batch
-from pi0_jax.config import Compact, Expert, ObjectiveConfig
+from pi0_jax.config import Expert, ObjectiveConfig
 from pi0_jax.pi0 import SampleOptions, loss, make_objective, sample_actions, sample_path
 from pi0_jax.sampler import Euler
 from tests.batches import random_batch
 from tests.conftest import tiny_config
-from tests.objective.cases import weights
+from tests.objective.cases import COMPACT, weights
 
-HEADS = {"expert": Expert(), "compact": Compact()}
+HEADS = {"expert": Expert(), "compact": COMPACT}
 SMALL = {"cameras": ("top",), "action_horizon": 3, "action_dim": 4, "prompt_length": 5}
 
 

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from pi0_jax.batch import Batch
-from pi0_jax.config import Compact, Cosine, Gaussian, RealTimeConfig, Shortcut
+from pi0_jax.config import Cosine, Gaussian, RealTimeConfig, Shortcut
 from pi0_jax.flow.loss import flow_loss, loss_mask
 from pi0_jax.flow.path import Straight, interpolate
 from pi0_jax.flow.realtime import Previous
 from pi0_jax.flow.time import Beta
+from pi0_jax.model.head.expert import ExpertNetwork
 from pi0_jax.objective import gaussian
 from pi0_jax.pi0 import loss, make_objective
 from pi0_jax.sampler import Euler
@@ -21,6 +22,7 @@ from pi0_jax.sampler.dpm_solver import DPMSolver2M
 from pi0_jax.sampler.runge_kutta import Heun
 from tests.batches import random_batch
 from tests.conftest import tiny_config
+from tests.objective.cases import COMPACT
 from tests.objective.setting import Setting
 
 MODEL = {"action_horizon": 6, "action_dim": 5}
@@ -104,15 +106,15 @@ def test_diffusion_on_the_cosine_path_may_go_on_from_a_chunk_too(predicts, metho
             np.testing.assert_array_equal(chunk[2, :4], diffusion.batch.actions[2, :4])
 
 
-class Recorder:
+class Recorder(ExpertNetwork):
     """A network whose outputs are its parameters, and which keeps what it was asked."""
 
-    def __init__(self, config):
-        self.config, self.seen = config, []
-
     def joint(self, params, observation, x, time, span=None):
-        jax.debug.callback(lambda x, time: self.seen.append((np.array(x), np.array(time))), x, time)
+        jax.debug.callback(lambda x, time: seen.append((np.array(x), np.array(time))), x, time)
         return params
+
+
+seen: list = []
 
 
 def test_in_training_a_prefix_is_clean_and_only_the_others_count():
@@ -125,14 +127,14 @@ def test_in_training_a_prefix_is_clean_and_only_the_others_count():
 
     @functools.partial(jax.grad, argnums=0)
     def gradient(outputs, config):
-        objective = gaussian.make(config, network)  # pyright: ignore[reportArgumentType]
+        objective = gaussian.make(config, network)
         return loss(objective, outputs, batch, jax.random.key(0))[0]
 
     outputs = jnp.asarray(rng.normal(size=(64, 2, 6, 5)), jnp.float32)
     for masked in (True, False):
         config = Gaussian(max_delay=4, draws=2, mask_padded_steps=masked)
         moved = np.abs(gradient(outputs, config)) > 0
-        x, time = network.seen[-1]
+        x, time = seen[-1]
         prefix = time == 0
         np.testing.assert_array_equal(moved.all(-1), ~prefix & (np.asarray(mask)[:, None] | (not masked)))
         np.testing.assert_array_equal(moved.any(-1), moved.all(-1))
@@ -176,7 +178,7 @@ def test_without_delays_the_loss_is_the_plain_formula_bit_for_bit(setting):
 
 @pytest.mark.parametrize("config", [Gaussian(), Shortcut()], ids=["gaussian", "shortcut"])
 def test_the_compact_head_can_be_guided(config):
-    setting = Setting(config, head=Compact(), **MODEL)
+    setting = Setting(config, head=COMPACT, **MODEL)
     before = previous(setting, [1] * 3, [4] * 3)
     for method in ("guidance", "identity"):
         guided = setting.sample(previous=before, real_time=RealTimeConfig(method))

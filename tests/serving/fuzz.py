@@ -15,9 +15,28 @@ from websockets.asyncio.client import ClientConnection, connect
 from pi0_client.msgpack_numpy import pack, unpack
 
 ODD: list[Any] = [
-    None, True, -1, 0, 2**31, 2**63 - 1, -(2**63), 1e308, float("nan"), float("inf"), "", "\0", "é" * 3000, "1",
-    b"", b"\xff" * 9, [], {}, [[]], {"a": {"b": {}}}, [1, "x", None],
-]  # fmt: skip
+    None,
+    True,
+    -1,
+    0,
+    2**31,
+    2**63 - 1,
+    -(2**63),
+    1e308,
+    float("nan"),
+    float("inf"),
+    "",
+    "\0",
+    "é" * 3000,
+    "1",
+    b"",
+    b"\xff" * 9,
+    [],
+    {},
+    [[]],
+    {"a": {"b": {}}},
+    [1, "x", None],
+]
 DTYPES = ("|u1", "|i1", "<f2", "<f4", ">f8", "<i8", "|b1", "<U3", ">u2")
 HEADS = (b"\xc6", b"\xc9", b"\xdb", b"\xdd", b"\xdf")
 """First bytes of the values of msgpack whose size has 32 bits."""

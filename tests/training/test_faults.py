@@ -1,7 +1,7 @@
 """Whatever happens to a run, taking it up again gives the losses of one to which nothing happened.
 
 What can go wrong lies around the network, so two layers stand in for it here, and a killed process costs little;
-`test_loop.py` and `test_multihost.py` do the same with a whole one. PI0_KILLS=100 kills more often than the default, 20.
+`test_loop.py` and `test_multihost.py` do the same with a whole one. PI0_KILLS=100: more kills than 20.
 """
 
 from __future__ import annotations

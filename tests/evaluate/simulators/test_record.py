@@ -7,6 +7,7 @@ import pytest
 
 import pi0_jax.data.lerobot as lerobot
 from pi0_jax.data.robots import get_robot
+from pi0_jax.errors import UserError
 from pi0_jax.evaluate.record import Noise, Source, demonstrations, features, record
 from pi0_jax.evaluate.simulators.tabletop.expert import expert_action
 from pi0_jax.evaluate.simulators.tabletop.scene import MAX_ACTION
@@ -91,7 +92,7 @@ def test_evaluation_layouts_are_never_recorded():
 
 
 def test_noise_that_leaves_no_time_to_finish_is_reported():
-    with pytest.raises(RuntimeError, match="Lower their rate"):
+    with pytest.raises(UserError, match="Lower their rate"):
         next(demonstrations(source(noise=Noise(rate=1.0, max_steps=40)), 1, workers=1))
 
 

@@ -13,6 +13,7 @@ import ssl
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from websockets.exceptions import ConnectionClosed, InvalidMessage, InvalidStatus, InvalidURI
 from websockets.sync.client import ClientConnection, connect
 
@@ -62,7 +63,9 @@ class Client:
         self.metadata: dict[str, Any] = {}
         self._connect()
 
-    def infer(self, observation: dict[str, Any], seed: int | Sequence[int] | None = None) -> dict[str, Any]:
+    def infer(
+        self, observation: dict[str, Any], seed: int | Sequence[int] | np.ndarray | None = None
+    ) -> dict[str, Any]:
         """Requests a chunk of actions.
 
         Args:
