@@ -19,7 +19,7 @@ if jax.__version_info__ < (0, 11):
 
 jax.config.update("jax_numpy_rank_promotion", "raise")  # shapes are what the annotations say, never promoted silently
 
-from pi0_jax.config import ExpertConfig, ModelConfig, VisionConfig
+from pi0_jax.config import ExpertConfig, ModelConfig, VisionConfig  # noqa: E402  (after the flags)
 
 
 def tiny_config(variant: str = "pi0", **changes) -> ModelConfig:
