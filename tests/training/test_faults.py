@@ -57,6 +57,12 @@ class TwoLayers(NamedTuple):
         time = jnp.broadcast_to(time[..., None, None], (*x.shape[:-1], 1))
         return nn.gelu(jnp.concatenate([x, seen, time], -1) @ params["in"]) @ params["out"]
 
+    def prefill(self, params, observation):
+        return observation
+
+    def velocity(self, params, prefix, x, time, span=None, features=None):
+        return self.joint(params, prefix, x, time)
+
 
 KILLER = """
 import dataclasses, json, os, pathlib, pickle, random, signal, sys, threading, time, traceback

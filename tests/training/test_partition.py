@@ -213,7 +213,7 @@ def test_random_weights_are_not_frozen(config, tmp_path):
 def test_bytes_a_parameter_at_full_size(tune, optim, bytes_each):
     measured = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "memory.py"))
     config = TrainConfig(
-        policy=PolicyConfig(robot="tabletop", model=PI0),
+        policy=PolicyConfig(robot="aloha", model=PI0),
         tune=measured["TUNES"][tune],
         optim=measured["OPTIMIZERS"][optim],
     )
