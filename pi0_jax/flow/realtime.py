@@ -46,7 +46,7 @@ def prefix_weights(
         schedule: "exp" c (e^c - 1) / (e - 1), the paper's; "linear" c; "ones" 1; "zeros" 0.
 
     """
-    step = jnp.arange(horizon)
+    step = jnp.broadcast_to(jnp.arange(horizon), (*jnp.shape(delay), horizon))
     end = jnp.asarray(end)[..., None]
     start = jnp.minimum(jnp.asarray(delay)[..., None], end)
     c = (end - step) / (end - start + 1)
@@ -142,4 +142,4 @@ def continue_prefix(velocity: Velocity, previous: Previous) -> tuple[Velocity, C
 
 def is_prefix(delay: Int[Array, "*b"], horizon: int) -> Bool[Array, "*b ah"]:
     """True for the first `delay` steps of a chunk."""
-    return jnp.arange(horizon) < jnp.asarray(delay)[..., None]
+    return jnp.broadcast_to(jnp.arange(horizon), (*jnp.shape(delay), horizon)) < jnp.asarray(delay)[..., None]
