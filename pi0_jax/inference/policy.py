@@ -349,7 +349,7 @@ class Policy:
     def _prepare(self, observations: Sequence[RawObservation], length: int | None = None) -> _Prepared:
         """Prompts are cut to the length, or to what they need."""
         samples = [self._transform.forward(check_observation(raw, self.robot)) for raw in observations]
-        anchors = {key: np.stack([sample[key] for sample in samples]) for key in ("anchor",) if key in samples[0]}
+        anchors = {"anchor": np.stack([np.asarray(x.get("anchor")) for x in samples])} if "anchor" in samples[0] else {}
         stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *map(to_observation, samples))
         needed = int(stacked.prompt_mask.sum(axis=1).max())
         length = length or next(n for n in prompt_lengths(self.config.model.prompt_length) if n >= needed)
@@ -379,7 +379,8 @@ class Policy:
         return Previous(*map(jnp.asarray, (actions, delay, end)))
 
     def _raw(self, actions: np.ndarray, anchors: dict[str, np.ndarray]) -> np.ndarray:
-        return self._transform.inverse({"actions": actions} | anchors)["actions"].astype(np.float32)
+        sample = self._transform.inverse(cast(Sample, {"actions": actions, **anchors}))
+        return np.asarray(sample.get("actions"), np.float32)
 
 
 def check_batch_sizes(sizes: Sequence[int]) -> tuple[int, ...]:

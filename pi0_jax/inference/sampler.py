@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Key
@@ -78,7 +79,7 @@ class ChunkSampler:
             sampler: from noise to actions.
             path: give all points from noise to actions, along the first axis.
         """
-        avals = jax.tree.map(lambda x: jax.core.ShapedArray(x.shape, x.dtype), inputs)
+        avals = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)
         leaves, tree = jax.tree.flatten(avals)
         key = ProgramKey(sampler, path, (tuple(leaves), tree))
         if key not in self.programs:
@@ -90,14 +91,14 @@ class ChunkSampler:
         objective, config = self.objective, self.config
 
         def sample(params: Params, inputs: Inputs):
-            noise = inputs.noise
+            shape = (self.model.action_horizon, self.model.action_dim)
+            noise: Any = inputs.noise
             if noise is None:
-                shape = (self.model.action_horizon, self.model.action_dim)
                 noise = jax.vmap(lambda key: jax.random.normal(key, shape))(inputs.keys)
             trained = inputs.previous is not None and config.real_time.method == "trained"
             options = SampleOptions(
                 sampler,
-                inputs.guidance_scale,
+                None if inputs.guidance_scale is None else jnp.asarray(inputs.guidance_scale),
                 config.guidance.without if config.guidance else "prompt",
                 inputs.previous,
                 config.real_time,
@@ -107,7 +108,7 @@ class ChunkSampler:
             )
             if not path:
                 return objective.sample(params, inputs.observation, noise, options)
-            if objective.flow is None:
+            if objective.flow is None or isinstance(sampler, Greedy):
                 raise UserError("action tokens are decoded, so there is no way from noise to actions to look at.")
             flow, project = objective.flow(params, inputs.observation, options)
             how = {"features": options.features, "keys": options.keys, "project": project}

@@ -17,6 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.linen.spmd import with_logical_constraint
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
@@ -59,7 +60,7 @@ class Segment(NamedTuple):
     """Whether outputs are asked for."""
 
 
-KeysValuesOfLayers = list[KeysValues] | tuple[Float[Array, "l b s k h"], Float[Array, "l b s k h"]]
+KeysValuesOfLayers = list[KeysValues] | tuple[Float[Array, "l b _ k h"], Float[Array, "l b _ k h"]]
 """Of each layer in a list, or stacked along a leading axis."""
 
 
@@ -155,7 +156,7 @@ def forward(
     remat: Remat = "none",
     record: Record | None = None,
     layout: Layout | None = None,
-) -> tuple[list[Float[Array, "b t d"] | None], KeysValuesOfLayers]:
+) -> tuple[list[Float[Array, "b _ _"] | None], KeysValuesOfLayers]:
     """Runs segments through all layers and the final norms.
 
     Args:
@@ -247,12 +248,12 @@ def _layout(segments: Sequence[Segment], lengths: Sequence[int], prefix: Prefix 
 def _layer(
     c: ModelConfig,
     placed: Sequence[_Placed],
-    tokens: Sequence[Float[Array, "b t d"]],
+    tokens: Sequence[Float[Array, "b _ _"]],
     w: Spec,
     cached: KeysValues | None,
     modulated: Sequence[Any],
     needed: Sequence[bool] | None = None,
-) -> tuple[tuple[Float[Array, "b t d"] | None, ...], KeysValues]:
+) -> tuple[tuple[Float[Array, "b _ _"] | None, ...], KeysValues]:
     """One layer of all segments.
 
     Returns:
@@ -280,7 +281,7 @@ def _layer(
         x += _gated(layers.dot("attn/o", attended, attn, lora_scale), gate)
         normed, gate = layers.rms_norm(x, expert.get("mlp_norm"), modulation[1])
         x += _gated(layers.gated_mlp(normed, expert["mlp"]), gate)
-        outputs.append(nn.with_logical_constraint(x, ("batch", None, None)))
+        outputs.append(with_logical_constraint(x, ("batch", None, None)))
     keys, values = (_joined(y) for y in zip(*seen[cached is not None :], strict=True))
     return tuple(outputs), (keys, values)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax.linen import with_logical_constraint
+from flax.linen.spmd import with_logical_constraint
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
@@ -37,10 +37,20 @@ def linear(x: Float[Array, "..."], w: Spec, dtype: jnp.dtype | None = None) -> F
     kernel, bias = w["kernel"], w["bias"]
     dtype = jnp.result_type(x, kernel, bias) if dtype is None else dtype
     if isinstance(kernel, Quantized):
-        return quantized_dot(x.astype(dtype), kernel) + bias.astype(dtype)
+        return add(quantized_dot(x.astype(dtype), kernel), bias)
     axes = kernel.ndim - bias.ndim
     contracted = tuple(range(x.ndim - axes, x.ndim)), tuple(range(axes))
-    return jax.lax.dot_general(x.astype(dtype), kernel.astype(dtype), (contracted, ((), ()))) + bias.astype(dtype)
+    return add(jax.lax.dot_general(x.astype(dtype), kernel.astype(dtype), (contracted, ((), ()))), bias)
+
+
+def add(x: Float[Array, "..."], bias: Float[Array, "..."]) -> Float[Array, "..."]:
+    """x plus a bias of its last axes, in the dtype of x."""
+    return x + per_channel(bias.astype(x.dtype), x.ndim)
+
+
+def per_channel(w: Float[Array, "..."], ndim: int) -> Float[Array, "..."]:
+    """A weight of the last axes with as many axes as what it goes to."""
+    return w.reshape((1,) * (ndim - w.ndim) + w.shape)
 
 
 def dot(name: str, x: Float[Array, "b t *d"], w: Spec, scale: float = 1.0) -> Float[Array, "b t *f"]:
@@ -74,8 +84,8 @@ def layer_norm(
     mean = jnp.mean(x32, axis=-1, keepdims=True)
     variance = jnp.maximum(0.0, jnp.mean(jnp.square(x32), axis=-1, keepdims=True) - jnp.square(mean))
     factor = jax.lax.rsqrt(variance + EPSILON)
-    y = (x32 - mean) * (factor if w is None else factor * w["scale"])
-    return (y if w is None else y + w["bias"]).astype(x.dtype)
+    y = (x32 - mean) * (factor if w is None else factor * per_channel(w["scale"], x.ndim))
+    return (y if w is None else add(y, w["bias"])).astype(x.dtype)
 
 
 def rms_norm(
@@ -98,7 +108,7 @@ def rms_norm(
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + EPSILON)
     if modulation is None:
-        return (normed if not w else normed * (1 + w["scale"])).astype(x.dtype), None
+        return (normed if not w else normed * (1 + per_channel(w["scale"], x.ndim))).astype(x.dtype), None
     modulation = per_token(modulation)
     if modulation.shape[1] > 1:
         modulation = jnp.repeat(modulation, x.shape[1] // modulation.shape[1], axis=1)
@@ -118,7 +128,7 @@ Rotation = tuple[Float[Array, "b t 1 half"], Float[Array, "b t 1 half"]]
 def rotation(positions: Int[Array, "b t"], head_dim: int, base: float = 10_000.0) -> Rotation:
     """Rotary position embedding (Su et al. 2021, arXiv 2104.09864), float32."""
     frequency = base ** (-2.0 * jnp.arange(head_dim // 2, dtype=jnp.float32) / head_dim)
-    angles = positions[..., None, None].astype(jnp.float32) * frequency
+    angles = positions[..., None, None].astype(jnp.float32) * frequency[None, None, None]
     return jnp.sin(angles), jnp.cos(angles)
 
 
@@ -129,7 +139,7 @@ def rotate(x: Float[Array, "b t n h"], by: Rotation) -> Float[Array, "b t n h"]:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-KeysValues = tuple[Float[Array, "b s k h"], Float[Array, "b s k h"]]
+KeysValues = tuple[Float[Array, "b _ k h"], Float[Array, "b _ k h"]]
 """Rotated keys, and values, of one layer."""
 
 
@@ -184,7 +194,8 @@ def encoder_block(x: Float[Array, "b s d"], w: Spec, num_heads: int, kernel: Ker
         qkv = project(y, "qkv").reshape(b, s, 3, *heads)
         y = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], scale=1, kernel=kernel).reshape(x.shape)
     else:
-        y = attend(*(_by_heads(project(y, name), "heads") for name in ("query", "key", "value")), kernel=kernel)
+        query, key, value = (_by_heads(project(y, name), "heads") for name in ("query", "key", "value"))
+        y = attend(query, key, value, kernel=kernel)
     x += project(checkpoint_name(y, "vision"), "out")
     y = project(layer_norm(x, w.get("mlp_norm")), "mlp_in")
     y = with_logical_constraint(y, ("batch", None, "mlp"))

@@ -45,7 +45,7 @@ def attention_mask(
     cached: Bool[Array, "b s"] | None = None,
 ) -> Bool[Array, "b t _"]:
     """True where a token (row) may see a key: the valid cached ones, which come first, then the tokens themselves."""
-    own = may_attend(mask_ar, group) & valid[:, None]
+    own = jnp.asarray(may_attend(mask_ar, group))[None] & valid[:, None]
     if cached is None:
         return own
     b, t, _ = own.shape
@@ -61,10 +61,10 @@ def positions(
     """
     index = np.arange(len(group))
     first = np.array([np.argmax(group == g) for g in group])
-    shared = jnp.cumsum(valid & (group == 0), axis=1, dtype=jnp.int32)
+    shared = jnp.cumsum(valid & (group == 0)[None], axis=1, dtype=jnp.int32)
     position = shared - 1
     if (group > 0).any():
         counted = jnp.pad(jnp.cumsum(valid, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
         own = counted[:, index + 1] - counted[:, first]
-        position += jnp.where(group > 0, own, 0)
+        position += jnp.where((group > 0)[None], own, 0)
     return position + jnp.reshape(jnp.asarray(start, jnp.int32), (-1, 1))

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.spmd import with_logical_constraint
 from jaxtyping import Array, Bool, Float, Key
 
 from pi0_jax.batch import Observation
@@ -49,7 +50,7 @@ class PrefixNetwork:
 
     def init(self, key: Key[Array, ""]) -> dict[str, Any]:
         """Random parameters in linen's boxes, which carry the logical axis names (`flax.linen.meta.unbox`)."""
-        return Declare(MappingProxyType(self.spec)).init(key, method="declare")["params"]
+        return dict(Declare(MappingProxyType(self.spec)).init(key, method="declare")["params"])
 
     def module(self) -> NetworkModule:
         """The network as a linen module, for its tools: `module().apply({"params": params}, observation, ...)`."""
@@ -89,7 +90,7 @@ class PrefixNetwork:
         prompt = params["embedding"][observation.prompt]
         tokens.append((prompt * jnp.sqrt(c.language.width).astype(prompt.dtype)).astype(self.dtype))
         masks.append(observation.prompt_mask)
-        embedded = nn.with_logical_constraint(jnp.concatenate(tokens, axis=1), ("batch", None, None))
+        embedded = with_logical_constraint(jnp.concatenate(tokens, axis=1), ("batch", None, None))
         return embedded, jnp.concatenate(masks, axis=1)
 
     def embed_state(self, params: Spec, observation: Observation) -> Float[Array, "b 1 d"] | None:
@@ -97,10 +98,6 @@ class PrefixNetwork:
         if self.config.variant == "pi05":
             return None
         return layers.linear(observation.state, params["state_in"])[:, None].astype(self.dtype)
-
-    def apply(self, variables: dict[str, Any], *args: Any, method: str = "joint") -> Any:
-        """Calls a method on `variables["params"]`, as a linen module's `apply` does."""
-        return getattr(self, method)(variables["params"], *args)
 
 
 class NetworkModule(Declare):

@@ -34,11 +34,11 @@ def quantize_matrix(w: Float[Array, "d f"], bits: Bits) -> Quantized:
 def quantized_dot(x: Float[Array, "b t d"], w: Quantized) -> Float[Array, "b t f"]:
     """Tokens times a matrix in eight bits. With fp8 the tokens are rounded, too."""
     if w.values.dtype == jnp.int8:
-        return ((x @ w.values.astype(x.dtype)) * w.scale).astype(x.dtype)
+        return ((x @ w.values.astype(x.dtype)) * w.scale[None, None]).astype(x.dtype)
     # A scale for each token: what else is in the batch changes nothing.
     scale = jnp.maximum(jnp.max(jnp.abs(x), axis=-1, keepdims=True).astype(jnp.float32), 1e-30) / 448.0
     rounded = (x / scale).astype(w.values.dtype).astype(x.dtype)
-    return ((rounded @ w.values.astype(x.dtype)) * (scale * w.scale)).astype(x.dtype)
+    return ((rounded @ w.values.astype(x.dtype)) * (scale * w.scale[None, None])).astype(x.dtype)
 
 
 def quantize(params: dict[str, Any], bits: Bits) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def encode(
     x = patches(x, patch, w["patch_embedding"])
     b, rows, columns, d = x.shape
     learned = config.position == "learned"
-    x = x.reshape(b, rows * columns, d) + (w["position_embedding"] if learned else sincos2d(rows, columns, d))
+    x = x.reshape(b, rows * columns, d) + (w["position_embedding"] if learned else sincos2d(rows, columns, d)[None])
     block = rematerialised(functools.partial(layers.encoder_block, num_heads=config.num_heads, kernel=kernel), remat)
     x, residuals = layers.through(lambda x, w: (y := block(x, w), y if record else None), x.astype(dtype), w["layers"])
     if record:
@@ -91,7 +91,7 @@ def patches(x: Float[Array, "b y x c"], size: int, w: Spec) -> Float[Array, "b r
     if w["kernel"].ndim == 4:
         numbers = ("NHWC", "HWIO", "NHWC")
         y = jax.lax.conv_general_dilated(x, w["kernel"], (size, size), "VALID", dimension_numbers=numbers)
-        return y + w["bias"]
+        return layers.add(y, w["bias"])
     b, rows, columns, channels = x.shape[0], x.shape[1] // size, x.shape[2] // size, x.shape[3]
     x = x[:, : rows * size, : columns * size].reshape(b, rows, size, columns, size, channels)
     return layers.linear(x.transpose(0, 1, 3, 2, 4, 5).reshape(b, rows, columns, -1), w)
@@ -101,4 +101,4 @@ def sincos2d(rows: int, columns: int, width: int, longest: float = 10_000.0) -> 
     """Fixed position embedding: sine and cosine of row and column, a quarter of the width each (arXiv 2205.01580)."""
     y, x = jnp.mgrid[:rows, :columns].astype(jnp.float32).reshape(2, -1, 1)
     frequency = longest ** -jnp.linspace(0.0, 1.0, width // 4)
-    return jnp.concatenate([f(p * frequency) for p in (x, y) for f in (jnp.sin, jnp.cos)], axis=-1)
+    return jnp.concatenate([f(p * frequency[None]) for p in (x, y) for f in (jnp.sin, jnp.cos)], axis=-1)

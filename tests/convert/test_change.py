@@ -24,7 +24,7 @@ def observation(model, seed=0) -> Observation:
         image_masks={c: jnp.array([True, c == "top"]) for c in ("top", "tool")},
         state=jnp.asarray(rng.normal(size=(2, 5)), jnp.float32),
         prompt=jnp.asarray(rng.integers(3, 40, (2, 7)), jnp.int32),
-        prompt_mask=jnp.arange(7) < jnp.array([[7], [4]]),
+        prompt_mask=jnp.arange(7)[None] < jnp.array([[7], [4]]),
     )
 
 

@@ -84,7 +84,7 @@ def test_a_lost_parameter_of_another_head_is_named(tmp_path, capsys):
         ({"notes.txt": "x"}, r"folder with notes\.txt, and no checkpoint"),
         ({"model.safetensors.index.json": "{}"}, "weights in several files"),
         ({"adapter_model.safetensors": "x"}, "PEFT adapters without their model"),
-        ({"pytorch_model.bin": "x"}, "pickled weights"),
+        ({"pytorch_model.bin": "x"}, "pickled PyTorch weights"),
         ({"params/d/x": "x", "assets/arm/norm_stats.json": "{}"}, r"params has no _METADATA"),
         ({"model.safetensors": "x", "config.json": "{bad"}, r"config\.json is damaged or cut short"),
         ({"model.safetensors": "x"}, r"no safetensors file, or is cut short"),

@@ -29,5 +29,5 @@ def random_observation(config: ModelConfig, batch: int, rng: np.random.Generator
         image_masks={name: jnp.ones(batch, bool) for name in config.cameras},
         state=jnp.asarray(rng.normal(size=(batch, config.action_dim)), jnp.float32),
         prompt=jnp.asarray(rng.integers(1, config.vocab_size, (batch, config.prompt_length)), jnp.int32),
-        prompt_mask=jnp.arange(config.prompt_length) < jnp.arange(3, 3 + batch)[:, None],
+        prompt_mask=jnp.arange(config.prompt_length)[None] < jnp.arange(3, 3 + batch)[:, None],
     )

@@ -42,7 +42,8 @@ class Case:
 
     def __init__(self, folder: Path, file: str = ""):
         spec = read_spec(folder)
-        self.io = dict(np.load(folder / "io.npz"))
+        arrays = np.load(folder / "io.npz")
+        self.io = {name: jnp.asarray(a) if a.dtype.kind in "biuf" else a for name, a in arrays.items()}
         cameras = tuple(name.removeprefix("images/") for name in self.io if name.startswith("images/")) or (
             "base_0_rgb",
         )

@@ -123,7 +123,6 @@ def writable() -> tuple[str, ...]:
 _UNREAD = {
     "model.safetensors.index.json": "has its weights in several files; save them as one model.safetensors",
     "adapter_model.safetensors": "holds PEFT adapters without their model; merge them in LeRobot, then convert that",
-    "pytorch_model.bin": "holds pickled weights, which are not read: they can run code; save them as safetensors",
 }
 
 

@@ -272,7 +272,8 @@ def _first_step(network: ExpertNetwork, params: Any, prefix: Prefix, noise, time
     Values are not rotated, so they are the same in every implementation.
     """
     actions = network.embed_actions(params, noise, network.time_features(params, time))
-    _, (_, own) = network.run_against(params, prefix, *actions)
-    values = jnp.concatenate([prefix.keys_values[1], own], axis=2)
+    keys_values: Any = prefix.keys_values, network.run_against(params, prefix, *actions)[1]
+    (_, cached), (_, own) = keys_values  # stacked by layers, as these weights are
+    values = jnp.concatenate([cached, own], axis=2)
     mask = jnp.concatenate([prefix.mask, jnp.ones(own.shape[1:3], bool)], axis=1)
     return values.reshape(*values.shape[:3], -1), mask

@@ -240,6 +240,7 @@ class ExpertNetwork(ActionTokenNetwork):
         """Action tokens, draws one after another; π0 mixes the time into them."""
         actions = layers.linear(x.astype(jnp.float32), params["action_in"])
         if self.config.variant == "pi0":
+            assert token is not None
             if "bias" in params["time_mlp_in"]:
                 mixed = jnp.concatenate([actions, jnp.broadcast_to(token, actions.shape)], axis=-1)
                 actions = layers.linear(mixed, params["time_mlp_in"])
@@ -278,5 +279,6 @@ def embed_time(
     """
     period = shortest * (longest / shortest) ** jnp.linspace(0.0, 1.0, width // 2, dtype=jnp.float32)
     # In openpi's order: another rounding of the frequency by one part in 1e7 moves the velocity by 1e-5.
-    angle = time.astype(jnp.float32)[..., None] * (1.0 / period * 2 * jnp.pi)
+    frequency = layers.per_channel(1.0 / period * 2 * jnp.pi, time.ndim + 1)
+    angle = time.astype(jnp.float32)[..., None] * frequency
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)

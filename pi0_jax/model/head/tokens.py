@@ -119,7 +119,8 @@ class BinNetwork(ActionTokenNetwork):
         return self._embed(params, previous, jnp.arange(bins.shape[1]) % self.dims)
 
     def _embed(self, params: Spec, previous: Int[Array, "b *t"], dim: Int[Array, "*t"]) -> Float[Array, "b *t e"]:
-        return (params["bin_embedding"][previous] + params["dim_embedding"][dim]).astype(self.dtype)
+        embedded = params["bin_embedding"][previous]
+        return layers.add(embedded, params["dim_embedding"][dim]).astype(self.dtype)
 
     def _condition(self, b: int) -> Float[Array, "b 1 e"] | None:
         """π0.5's norms take a condition; there is no time here, so it is zero."""
