@@ -142,7 +142,8 @@ def _choices(config: Any, prefix: str = "") -> Iterator[tuple[str, dict[str, typ
         value, flag = getattr(config, field.name), prefix + field.name.replace("_", "-")
         union = typing.get_origin(hints[field.name]) in (typing.Union, types.UnionType)
         kinds = typing.get_args(hints[field.name]) if union else ()
-        members: dict[str, type | None] = {k.__name__: k for k in kinds if dataclasses.is_dataclass(k)}
+        classes = [k for k in kinds if isinstance(k, type) and dataclasses.is_dataclass(k)]
+        members: dict[str, type | None] = {k.__name__: k for k in classes}
         if members and type(None) in kinds:
             members["None"] = None
         if members:

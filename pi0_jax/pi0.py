@@ -25,6 +25,7 @@ from pi0_jax.config import PolicyConfig
 from pi0_jax.errors import UserError
 from pi0_jax.objective import Metrics, Objective, Params, SampleOptions
 from pi0_jax.objective import make_objective as make_objective
+from pi0_jax.objective.sampling import solver_of
 from pi0_jax.sampler import trajectory
 
 
@@ -101,7 +102,7 @@ def sample_path(
         raise UserError("action tokens are decoded, so there is no way from noise to actions to look at.")
     flow, project = objective.flow(params, observation, options)
     how: dict[str, Any] = {"features": options.features, "keys": options.keys, "project": project}
-    return trajectory(flow, noise, options.sampler, **how)
+    return trajectory(flow, noise, solver_of(options.sampler), **how)
 
 
 def sampling_options(policy: PolicyConfig) -> SampleOptions:

@@ -165,7 +165,7 @@ class Policy:
         guidance_scale: float | None = None,
         *,
         sampler: Sampler | None = None,
-        noise: Float[np.ndarray, "b ah ad"] | None = None,
+        noise: Float[np.ndarray, "n ah ad"] | None = None,
     ) -> Float[np.ndarray, "b ah d"]:
         """Chunks of actions for many observations in one call of the network.
 

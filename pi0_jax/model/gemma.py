@@ -276,7 +276,7 @@ def _layer(
         earlier = seen if segment.reads_with_gradient else jax.lax.stop_gradient(seen)
         keys, values = (_joined(y, x.dtype) for y in zip(*earlier, own, strict=True))
         seen.append(own)
-        attended = attend(query, keys, values, allowed, 1 if "qkv" in attn else None, c.attention)
+        attended = attend(query, keys, values, allowed, 1.0 if "qkv" in attn else None, c.attention)
         attended = checkpoint_name(attended, "attn/attended")
         x += _gated(layers.dot("attn/o", attended, attn, lora_scale), gate)
         normed, gate = layers.rms_norm(x, expert.get("mlp_norm"), modulation[1])

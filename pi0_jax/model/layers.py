@@ -192,7 +192,7 @@ def encoder_block(x: Float[Array, "b s d"], w: Spec, num_heads: int, kernel: Ker
     y = layer_norm(x, w.get("attn_norm"))
     if "qkv" in w:  # queries carry 1 / sqrt(head dim)
         qkv = project(y, "qkv").reshape(b, s, 3, *heads)
-        y = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], scale=1, kernel=kernel).reshape(x.shape)
+        y = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], scale=1.0, kernel=kernel).reshape(x.shape)
     else:
         query, key, value = (_by_heads(project(y, name), "heads") for name in ("query", "key", "value"))
         y = attend(query, key, value, kernel=kernel)

@@ -18,7 +18,7 @@ CONDITIONS: Sequence[Condition] = ("prompt", "images", "both")
 
 def without(observation: Observation, condition: Condition, where: Bool[Array, "b"] | bool = True) -> Observation:
     """The observation with the prompt, the images, or both masked, in the examples where `where` is True."""
-    keep = jnp.logical_not(jnp.asarray(where))
+    keep = jnp.broadcast_to(jnp.logical_not(jnp.asarray(where)), observation.prompt_mask.shape[:-1])
     if condition in ("images", "both"):
         masks = {name: mask & keep for name, mask in observation.image_masks.items()}
         observation = observation._replace(image_masks=masks)

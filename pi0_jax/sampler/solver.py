@@ -134,4 +134,4 @@ def _scan(flow, noise, solver, grid, features, keys, project, *, path: bool):
 
     inputs = (jnp.arange(len(grid.dt)), times[:-1], times[1:], jnp.asarray(grid.dt), features)
     (x, _), points = jax.lax.scan(step, (start, solver.init(start)), inputs)
-    return jnp.concatenate([start[None], points]) if path else x
+    return x if points is None else jnp.concatenate([start[None], jnp.asarray(points)])

@@ -105,7 +105,7 @@ class CompactNetwork(PrefixNetwork):
         x: Float[Array, "b *s ah ad"],
         time: Float[Array, "*time"],
         span: Float[Array, "*time"] | None = None,
-        features: Float[Array, "*time e"] | None = None,
+        features: Float[Array, "*or_one e"] | None = None,
     ) -> Float[Array, "b *s ah ad"]:
         """The velocity of one solver step, against the vector from `prefill`; one time for all, or one per chunk."""
         features = self.time_features(params, time, span) if features is None else features
