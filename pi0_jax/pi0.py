@@ -96,7 +96,7 @@ def sample_path(
     """The points that noise passes on its way to actions, from t = 1 to t = 0; arguments of `sample_actions`.
 
     Raises:
-        UserError: what was learned is no flow.
+        UserError: what was learned is no flow, or the sampler no solver.
     """
     if objective.flow is None:
         raise UserError("action tokens are decoded, so there is no way from noise to actions to look at.")

@@ -30,16 +30,12 @@ def test_require_package_returns_an_installed_module():
 
 
 def test_require_package_names_the_extra_of_an_absent_package():
-    with pytest.raises(
-        UserError, match=r"exporting needs no_such_package, which is not installed: .*\[export\]"
-    ):
+    with pytest.raises(UserError, match=r"exporting needs no_such_package, which is not installed: .*\[export\]"):
         require_package("no_such_package.inner", "export", "exporting")
 
 
 def test_require_package_says_why_an_installed_package_fails(tmp_path, monkeypatch):
     (tmp_path / "broken_package_of_a_test.py").write_text("import no_such_dependency")
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    with pytest.raises(
-        UserError, match=r"broken_package_of_a_test, which cannot be imported \(No module"
-    ):
+    with pytest.raises(UserError, match=r"broken_package_of_a_test, which cannot be imported \(No module"):
         require_package("broken_package_of_a_test", "viz")

@@ -37,7 +37,7 @@ def setting():
     """A tiny flow, and a batch with padding."""
     setting = Setting(Gaussian(), head=COMPACT, action_horizon=6)
     setting.batch = setting.batch._replace(
-        step_mask=jnp.arange(6) < jnp.array([[6], [2], [4]]), dim_mask=jnp.tile(jnp.arange(4) < 3, (3, 1))
+        step_mask=jnp.arange(6)[None] < jnp.array([[6], [2], [4]]), dim_mask=jnp.tile(jnp.arange(4) < 3, (3, 1))
     )
     return setting
 
@@ -150,6 +150,11 @@ def test_the_path_ends_at_the_actions_of_its_own_grid(flow):
     np.testing.assert_allclose(points[-1], actions, atol=1e-6)
     np.testing.assert_array_equal(points[0], flow.noise)
     assert points.shape == (4, 3, 3, 4)
+
+
+def test_a_path_takes_a_solver(setting):
+    with pytest.raises(ValueError, match="Greedy, which decodes tokens"):
+        setting.sample(sampler=Greedy(), path=True)
 
 
 def test_the_straightness_of_a_sampled_path_is_measured(flow):

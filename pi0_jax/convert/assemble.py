@@ -94,7 +94,7 @@ def recorded_policy(folder: Path, variant: str) -> PolicyConfig | None:
     return policy if policy is not None and policy.model.variant == variant else None
 
 
-def assemble_policy(
+def make_policy(
     folder: Path,
     overrides: Overrides,
     guess: ModelConfig,

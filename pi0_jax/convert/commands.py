@@ -103,7 +103,7 @@ class Convert:
 
 @dataclasses.dataclass(frozen=True)
 class Inspect:
-    """Says what a checkpoint is: family, sizes, parameters by part, dtypes, statistics, adapters.
+    """Says what a checkpoint is: family, sizes, parameters by component, dtypes, statistics, adapters.
 
     Examples:
 
@@ -123,7 +123,7 @@ class Inspect:
 
 @dataclasses.dataclass(frozen=True)
 class Diff:
-    """Compares two checkpoints of any formats: policy, statistics, tokenizer, and every leaf by its largest difference.
+    """Compares two checkpoints of any formats: policy, statistics, tokenizer, and each parameter's largest difference.
 
     Example:
 
@@ -145,21 +145,9 @@ class Differ(UserError):
 
 def convert(arguments: Convert) -> None:
     """Runs `pi0 convert`."""
-    record = run(
-        arguments.source,
-        arguments.target,
-        arguments.to,
-        overrides=arguments.overrides,
-        dtype=arguments.dtype,
-        merge_lora=arguments.merge_lora,
-        model=ModelConfig(action=ExpertConfig(arguments.action_width, arguments.action_mlp)),
-        verify=arguments.verify,
-        edited=arguments.edited,
-        verify_with=arguments.verify_with,
-        tolerance=arguments.tolerance,
-        overwrite=arguments.overwrite,
-        offline=arguments.offline,
-    )
+    options = dict(vars(arguments))
+    width, mlp_dim = options.pop("action_width"), options.pop("action_mlp")
+    record = run(**options, model=ModelConfig(action=ExpertConfig(width, mlp_dim)))
     checked = "compared bit for bit" if record["verified"] else "not compared"
     what = f"{record['parameters']:,} parameters as {record['format']} ({', '.join(record['dtypes'])})"
     print(f"{arguments.target}: {what}, {checked}, {record['seconds']} s")

@@ -8,12 +8,11 @@ the format fails there.
 
 from __future__ import annotations
 
-import functools
 import io
 import math
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -57,10 +56,9 @@ def open_orbax(folder: Path) -> LazyArrays:
     paths = [path for path in paths if path[0] == "params"]
     end = -1 if all(path[-1] == "value" for path in paths) else None
     driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
-    reopen = {"/".join(p[1:end]): functools.partial(_open_zarr, folder, ".".join(p), driver) for p in paths}
-    opening = {name: start() for name, start in reopen.items()}  # all at once
-    cached = _Cached()
-    return {name: _array(folder, name, opening[name], reopen[name], cached) for name in reopen}
+    opening = {"/".join(p[1:end]): _open_zarr(folder, ".".join(p), driver) for p in paths}  # all at once
+    decoded: dict[str, Any] = {}
+    return {name: _array(folder, name, store, decoded) for name, store in opening.items()}
 
 
 def write_orbax(folder: Path, arrays: Mapping[str, LazyArray], whole: bool = False) -> None:
@@ -116,50 +114,29 @@ def write_orbax(folder: Path, arrays: Mapping[str, LazyArray], whole: bool = Fal
 
 
 def _write_metadata(folder: Path, tree: dict[str, Any]) -> None:
-    content = {
-        "tree_metadata": tree,
-        "use_ocdbt": True,
-        "use_zarr3": False,
-        "store_array_data_equal_to_fill_value": True,
-        "custom_metadata": None,
-    }
-    write_json(folder / "_METADATA", content)
-    now = time.time_ns()
-    content = {
-        "item_handlers": _HANDLER,
-        "metrics": {},
-        "performance_metrics": {},
-        "init_timestamp_nsecs": now,
-        "commit_timestamp_nsecs": now,
-        "custom_metadata": {},
-    }
-    write_json(folder / "_CHECKPOINT_METADATA", content)
+    stored = {"use_ocdbt": True, "use_zarr3": False, "store_array_data_equal_to_fill_value": True}
+    write_json(folder / "_METADATA", {"tree_metadata": tree, **stored, "custom_metadata": None})
+    times = dict.fromkeys(("init_timestamp_nsecs", "commit_timestamp_nsecs"), time.time_ns())
+    empty = {"metrics": {}, "performance_metrics": {}, "custom_metadata": {}}
+    write_json(folder / "_CHECKPOINT_METADATA", {"item_handlers": _HANDLER, **times, **empty})
 
 
-class _Cached:
-    """The one array whose decoded chunks are cached while its rows are read one by one."""
-
-    def __init__(self) -> None:
-        self.name: str | None = None
-        self.store: Any = None
-
-
-def _open_zarr(folder: Path, key: str, driver: str, cache_bytes: int = 0) -> Any:
+def _open_zarr(folder: Path, key: str, driver: str) -> Any:
     """Starts to open one array, in the folder's database or in a folder of its own; returns a future."""
     if (folder / "manifest.ocdbt").is_file():
         place = {"driver": "ocdbt", "base": f"file://{folder}/", "path": f"{key}/"}
     else:
         place = {"driver": "file", "path": f"{folder}/{key}/"}
     spec = {"driver": driver, "kvstore": place, "fill_missing_data_reads": False}
-    return ts.open(spec, read=True, context=ts.Context({"cache_pool": {"total_bytes_limit": cache_bytes}}))
+    return ts.open(spec, read=True, context=ts.Context({"cache_pool": {"total_bytes_limit": 0}}))
 
 
-def _array(folder: Path, name: str, opening: Any, reopen: Callable[[int], Any], cached: _Cached) -> LazyArray:
+def _array(folder: Path, name: str, opening: Any, decoded: dict[str, Any]) -> LazyArray:
     """One stored array, read by rows.
 
     Where all rows are one zstd chunk, as Orbax on one host writes them, they are decompressed in order as they are
-    asked for, and neither form of the chunk is ever in memory as a whole. Other chunks that span rows are decoded once
-    and stay in a cache while their rows are read one at a time.
+    asked for, and neither form of the chunk is ever in memory as a whole. Of other chunks that span rows, the last one
+    stays in `decoded`, which all arrays share, while its rows are read one at a time.
     """
     try:
         store = opening.result()
@@ -173,12 +150,13 @@ def _array(folder: Path, name: str, opening: Any, reopen: Callable[[int], Any], 
         if stream is not None:
             return stream.read(i)
         if together == 1 or not isinstance(i, int):
-            cached.name = cached.store = None
+            decoded.clear()
             return (store if i is None else store[i]).read().result()
-        if cached.name != name:
-            cached.store = reopen(2 * together * math.prod(shape[1:]) * dtype.itemsize).result()
-            cached.name = name
-        return cached.store[i].read().result()
+        start = i // together * together
+        if decoded.get("of") != (name, start):
+            decoded.clear()
+            decoded.update({"of": (name, start), "rows": store[start : start + together].read().result()})
+        return decoded["rows"][i - start]
 
     def read(i: Index) -> np.ndarray:
         try:

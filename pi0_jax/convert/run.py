@@ -25,7 +25,7 @@ from pi0_jax.convert import change
 from pi0_jax.convert.assemble import PROMPT_LENGTH
 from pi0_jax.convert.files import RECORD, read_json, write_json
 from pi0_jax.convert.formats import OpenCheckpoint, Overrides, detect, formats, open_checkpoint, write_checkpoint
-from pi0_jax.convert.lazy import LazyArray, pieces, pieces_of_both
+from pi0_jax.convert.lazy import LazyArray, pieces
 from pi0_jax.convert.remote import is_remote
 from pi0_jax.convert.verify import agree
 from pi0_jax.errors import UserError
@@ -59,8 +59,8 @@ def convert(
         dtype: of all tensors; None keeps each one's.
         merge_lora: add adapters to their weights.
         model: action expert, action dimension, horizon and prompt length for a backbone without action expert.
-        verify: read the target back through the inverse table and compare every tensor, bit for bit; and compare a
-            source that a conversion of ours wrote with the hashes in its `conversion.json`.
+        verify: read the target back through the rules in the other direction and compare every tensor, bit for bit;
+            and compare a source that a conversion of ours wrote with the hashes in its `conversion.json`.
         edited: the source's weights were changed on purpose since the conversion that wrote them: do not compare them
             with those hashes.
         verify_with: also run source and result on the same random observation and noise, and compare the actions
@@ -118,20 +118,20 @@ def disagreement(actions: dict[str, Any]) -> str:
 
 
 def digest(path: str, tensor: LazyArray) -> str:
-    """SHA-256 of one of our leaves: its path, dtype, shape and numbers."""
-    found = hashlib.sha256(_head(path, tensor))
+    """SHA-256 of one of our parameters: its path, dtype, shape and numbers."""
+    found = hashlib.sha256(f"{path} {tensor.dtype} {tensor.shape}\n".encode())
     for _, piece in pieces(tensor):
-        found.update(_bytes(piece).data)
+        found.update(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
     return found.hexdigest()
 
 
-def digest_of_all(leaves: Mapping[str, str]) -> str:
+def digest_of_all(digests: Mapping[str, str]) -> str:
     """SHA-256 of weights in our layout: the same for the same weights, whatever the format they are stored in.
 
     Args:
-        leaves: path to `digest`.
+        digests: path to `digest`.
     """
-    return hashlib.sha256("".join(f"{path} {leaves[path]}\n" for path in sorted(leaves)).encode()).hexdigest()
+    return hashlib.sha256("".join(f"{path} {digests[path]}\n" for path in sorted(digests)).encode()).hexdigest()
 
 
 def _changed(
@@ -217,17 +217,13 @@ def _verify(opened: OpenCheckpoint, result: OpenCheckpoint, folder: Path, edited
     for tensor in opened.dropped.values():
         for _ in pieces(tensor):
             pass  # reading finds numbers that are not finite
-    record["verified"] = {
-        "tensors": len(found),
-        "parameters": _count(result),
-        "largest_difference": 0.0,
-    }
+    record["verified"] = {"tensors": len(found), "parameters": _count(result), "largest_difference": 0.0}
     record["source"]["sha256"], record["weights_sha256"] = digest_of_all(before), digest_of_all(found)
     record["leaves_sha256"] = found
 
 
 def _read_back(result: OpenCheckpoint, folder: Path) -> dict[str, str]:
-    """Reads the written checkpoint back and compares it with what was to be written; returns the leaves' hashes.
+    """Reads the written checkpoint back and compares it with what was to be written; returns the hashes.
 
     Raises:
         UserError: a tensor, the statistics or the configuration differ: our bug, or the disk's.
@@ -240,22 +236,18 @@ def _read_back(result: OpenCheckpoint, folder: Path) -> dict[str, str]:
     digests = {}
     for path, ours in result.tensors.items():
         theirs = written.tensors[path]
-        if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
-            raise UserError(f"verification failed at {path}: {ours.dtype}{ours.shape}, {theirs.dtype}{theirs.shape}")
-        found = hashlib.sha256(_head(path, ours))
-        for x, y in pieces_of_both(ours, theirs):
-            if not np.array_equal(_bits(x), _bits(y)):
-                raise UserError(f"verification failed at {path}: it was read back with other bits.")
-            found.update(_bytes(x).data)
-        digests[path] = found.hexdigest()
+        digests[path] = digest(path, ours)
+        if digests[path] != digest(path, theirs):
+            kinds = f"{ours.dtype}{ours.shape}, {theirs.dtype}{theirs.shape}"
+            raise UserError(f"verification failed at {path}: it was read back with other bits ({kinds}).")
     return digests
 
 
 def _check_recorded(opened: OpenCheckpoint, found: Mapping[str, str]) -> None:
-    """Compares the hashes of leaves with those that a conversion of ours wrote beside the weights, if one did.
+    """Compares the hashes of parameters with those that a conversion of ours wrote beside the weights, if one did.
 
     Raises:
-        UserError: leaves that were changed since; all of them are named.
+        UserError: parameters that were changed since; all of them are named.
     """
     path = opened.path / RECORD
     recorded = read_json(path).get("leaves_sha256") if path.is_file() else None
@@ -302,15 +294,3 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _head(path: str, tensor: LazyArray) -> bytes:
-    return f"{path} {tensor.dtype} {tensor.shape}\n".encode()
-
-
-def _bytes(array: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-
-
-def _bits(array: np.ndarray) -> np.ndarray:
-    return array.view(f"u{array.dtype.itemsize}")

@@ -113,5 +113,5 @@ def sinkhorn(
 
 
 def _squared_distances(a: Float[Array, "b e"], b: Float[Array, "b e"]) -> Float[Array, "b b"]:
-    squares = jnp.sum(jnp.square(a), -1)[:, None] + jnp.sum(jnp.square(b), -1)
+    squares = jnp.sum(jnp.square(a), -1)[:, None] + jnp.sum(jnp.square(b), -1)[None]
     return jnp.maximum(squares - 2 * jnp.matmul(a, b.T, precision="highest"), 0.0)

@@ -142,4 +142,5 @@ def continue_prefix(velocity: Velocity, previous: Previous) -> tuple[Velocity, C
 
 def is_prefix(delay: Int[Array, "*b"], horizon: int) -> Bool[Array, "*b ah"]:
     """True for the first `delay` steps of a chunk."""
-    return jnp.arange(horizon) < jnp.asarray(delay)[..., None]
+    steps = jnp.expand_dims(jnp.arange(horizon), range(jnp.ndim(delay)))
+    return steps < jnp.asarray(delay)[..., None]

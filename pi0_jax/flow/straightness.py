@@ -15,4 +15,4 @@ def straightness(points: Float[Array, "n *b ah ad"]) -> Float[Array, ""]:
         points: at equally spaced times from one end to the other, as `integrate(..., path=True)` returns them.
     """
     steps = jnp.diff(points, axis=0) * (len(points) - 1)
-    return jnp.mean(jnp.square(steps - (points[-1] - points[0])))
+    return jnp.mean(jnp.square(steps - (points[-1:] - points[:1])))

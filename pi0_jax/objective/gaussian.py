@@ -78,8 +78,8 @@ def make(config: Gaussian, network: Network) -> Objective:
             # At t = 1 and x = 0 the target is minus the conditional mean action: regression, without any noise.
             first = (jnp.arange(noise.shape[1]) == 0) & config.regression_draw
             regress = first | (jnp.asarray(step) < config.regression_warmup_steps)
-            noise = jnp.where(regress[:, None, None], 0.0, noise)
-            time = jnp.where(regress, 1.0, time)
+            noise = jnp.where(regress[None, :, None, None], 0.0, noise)
+            time = jnp.where(regress[None], 1.0, time)
         draws = draws._replace(noise=noise, time=time, delay=delay)
         return draws, jnp.sum(mask(draws, is_prefix(delay, horizon)))
 

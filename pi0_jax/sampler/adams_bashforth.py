@@ -15,10 +15,10 @@ class AdamsBashforth2(Solver):
     """The two-step Adams-Bashforth method, of order 2 with one evaluation per step; the first step is Euler's."""
 
     def init(self, x: Chunk) -> State:
-        return jnp.zeros_like(x), jnp.float32(jnp.inf)
+        return jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), jnp.float32(jnp.inf)
 
     def step(self, flow: Flow, x: Chunk, step: Step, state: State) -> tuple[Chunk, State]:
         before, dt_before = state
-        slope = flow.velocity(x, step.time, *step.features)
+        slope = flow.velocity(x, step.time, *step.features).astype(before.dtype)
         half_ratio = step.dt / (2 * dt_before)  # 0 in the first step, which has no slope before it
         return x + step.dt * ((1 + half_ratio) * slope - half_ratio * before), (slope, step.dt)

@@ -19,12 +19,12 @@ class DPMSolver2M(Solver):
     """
 
     def init(self, x: Chunk) -> State:
-        return jnp.zeros_like(x), jnp.float32(0.0)
+        return jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), jnp.float32(0.0)
 
     def step(self, flow: Flow, x: Chunk, step: Step, state: State) -> tuple[Chunk, State]:
         before, h_before = state
         now, then = flow.path.at(step.time), flow.path.at(step.next)
-        data = flow.estimate(x, step.time, *step.features).data
+        data = flow.estimate(x, step.time, *step.features).data.astype(before.dtype)
         decay = now.alpha * then.sigma / (then.alpha * now.sigma)  # exp(-h)
         h = -jnp.log(decay)
         inside = jnp.isfinite(h) & jnp.isfinite(h_before) & (h_before > 0)

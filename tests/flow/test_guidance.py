@@ -9,8 +9,8 @@ from pi0_jax.sampler import Euler, Flow, integrate
 from tests.flow.toy import exact_prediction, gaussian_velocity
 from tests.sampler.solvers import SOLVERS, make
 
-CONDITION = jnp.array([[2.0, 0.0]]), jnp.array([[0.5, 1.0]])
-NO_CONDITION = jnp.zeros((1, 2)), jnp.array([[2.0, 1.0]])
+CONDITION = jnp.array([[[2.0, 0.0]]]), jnp.array([[[0.5, 1.0]]])
+NO_CONDITION = jnp.zeros((1, 1, 2)), jnp.array([[[2.0, 1.0]]])
 conditional, unconditional = gaussian_velocity(*CONDITION), gaussian_velocity(*NO_CONDITION)
 
 

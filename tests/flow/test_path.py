@@ -119,7 +119,7 @@ def test_every_prediction_gives_every_other_one_at_any_time(path, time, seed):
 def test_conversion_is_exact_for_means_over_data_too(path, predicts):
     # Every prediction is linear in data and noise, so that of posterior means is converted like that of one pair.
     x = jax.random.normal(jax.random.key(2), (3, 1, 2))
-    data, noise = posterior(path, jnp.array([[0.8, -0.5]]), jnp.array([[0.3, 1.2]]))(x, 0.4)
+    data, noise = posterior(path, jnp.array([[[0.8, -0.5]]]), jnp.array([[[0.3, 1.2]]]))(x, 0.4)
     c = path.at(0.4)
     predicted = interpolate(path, data, noise, 0.4, predicts)[1]
     expected = c.d_alpha * data + c.d_sigma * noise

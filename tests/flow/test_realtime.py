@@ -45,7 +45,7 @@ def walk(x, time):
     covariance = jnp.minimum(i[:, None], i[None, :]).astype(jnp.float32)
     t = jnp.asarray(time)
     total = t**2 * jnp.eye(HORIZON) + (1 - t) ** 2 * covariance
-    return jnp.einsum("IJ,BJD->BID", t * jnp.eye(HORIZON) - (1 - t) * covariance, jnp.linalg.solve(total, x))
+    return jnp.einsum("IJ,BJD->BID", t * jnp.eye(HORIZON) - (1 - t) * covariance, jnp.linalg.solve(total[None], x))
 
 
 def test_weights_are_the_papers_at_a_known_place():
@@ -128,7 +128,7 @@ def test_guided_samples_approach_the_previous_chunk_and_keep_to_the_data(noise, 
     assert seam < 1.3 * float(jnp.abs(plain[:, 5] - plain[:, 4]).mean())
     assert miss(guided, free) < miss(plain, free)
     # Independent actions have nothing to follow by: theirs are free.
-    independent = gaussian_velocity(jnp.zeros((HORIZON, 2)), jnp.ones((HORIZON, 2)))
+    independent = gaussian_velocity(jnp.zeros((1, HORIZON, 2)), jnp.ones((1, HORIZON, 2)))
     loose = integrate(real_time_chunking(independent, previous), noise, Euler(20))
     np.testing.assert_allclose(loose[:, free], integrate(independent, noise, Euler(20))[:, free], atol=1e-5)
 
@@ -180,7 +180,7 @@ def test_classifier_free_guidance_may_be_continued_too(noise, previous):
 @pytest.mark.parametrize("predicts", ["velocity", "noise", "data", "v"])
 def test_any_prediction_may_go_on_from_a_previous_chunk(noise, previous, predicts, path, power):
     """A prediction that is exact gives the guided flow of the velocity, whatever it is called."""
-    mean, deviation = jnp.zeros((HORIZON, 2)), jnp.linspace(0.5, 1.5, HORIZON)[:, None]
+    mean, deviation = jnp.zeros((1, HORIZON, 2)), jnp.linspace(0.5, 1.5, HORIZON)[None, :, None]
 
     def guided(predicts, through_network):
         flow = Flow(exact_prediction(path, predicts, mean, deviation), path, predicts)

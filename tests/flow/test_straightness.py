@@ -15,7 +15,7 @@ from tests.flow.toy import Field, fit
 
 
 def test_a_straight_path_run_at_constant_speed_has_straightness_0():
-    start, end = jax.random.normal(jax.random.key(0), (2, 3, 4, 5))
+    start, end = jax.random.normal(jax.random.key(0), (2, 1, 3, 4, 5))
     times = jnp.linspace(0, 1, 9)[:, None, None, None]
     assert float(straightness(start + times * (end - start))) < 1e-10
     assert float(straightness(start + times**2 * (end - start))) > 0.1

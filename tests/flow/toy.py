@@ -63,7 +63,7 @@ class Field(nn.Module):
     @nn.compact
     def __call__(self, x, time, *more):
         time = jnp.broadcast_to(time, x.shape[:-2])[..., None]
-        angles = jnp.pi * time * jnp.array([0.5, 1.0, 2.0])
+        angles = jnp.pi * time * jnp.array([[0.5, 1.0, 2.0]])
         h = jnp.concatenate([x.reshape(*x.shape[:-2], -1), time, jnp.sin(angles), jnp.cos(angles), *more], axis=-1)
         for _ in range(2):
             h = nn.silu(nn.Dense(self.width)(h))

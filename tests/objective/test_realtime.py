@@ -58,7 +58,7 @@ def test_the_correction_is_the_transposed_jacobian_of_the_whole_network(setting)
     def by_hand(noise):
         prefix = network.prefill(setting.params, setting.observation)
         denoised = lambda x: x - network.velocity(setting.params, prefix, x, jnp.ones(3))  # noqa: E731
-        error = (actions - denoised(noise)) * (jnp.arange(6) < 3)[:, None]
+        error = (actions - denoised(noise)) * (jnp.arange(6) < 3)[None, :, None]
         jacobian = jax.jacfwd(denoised)(noise)
         # One step from t = 1, where the factor is the bound.
         return denoised(noise) + 0.5 * jnp.einsum("BID,BIDCJE->CJE", error, jacobian)
@@ -81,7 +81,7 @@ def test_a_trained_network_keeps_the_prefix_and_looks_at_nothing_else(setting, s
     for i, delay in enumerate(delays):
         np.testing.assert_array_equal(chunk[i, :delay], actions[i, :delay])
     np.testing.assert_allclose(chunk[0], setting.sample(sampler=sampler)[0], atol=1e-5)
-    prefix = jnp.arange(6) < jnp.array(delays)[:, None]
+    prefix = jnp.arange(6)[None] < jnp.array(delays)[:, None]
     other = previous(setting, delays, [4] * 3)._replace(actions=jnp.where(prefix[..., None], actions, 7.0))
     np.testing.assert_array_equal(sample(other), chunk)
     changed = sample(previous(setting, delays, [6] * 3)._replace(actions=actions + 1))
@@ -122,7 +122,7 @@ def test_in_training_a_prefix_is_clean_and_only_the_others_count():
     network, rng = Recorder(model), np.random.default_rng(0)
     actions = jnp.asarray(rng.normal(size=(64, 6, 5)), jnp.float32)
     observation = random_batch(model, 64).observation
-    mask = jnp.arange(6) < jnp.asarray(rng.integers(3, 7, 64))[:, None]
+    mask = jnp.arange(6)[None] < jnp.asarray(rng.integers(3, 7, 64))[:, None]
     batch = Batch(jax.tree.map(jnp.asarray, observation), actions, mask, jnp.ones((64, 5), bool))
 
     @functools.partial(jax.grad, argnums=0)

@@ -137,9 +137,11 @@ def _decoding_logits(case, chosen):
         tokens, mask = case.network.embed_prefix(params, observation)
         prefix = mask[:, :-count]
         number, at = jnp.sum(prefix, axis=1), jnp.arange(prefix.shape[1])
-        end = jnp.max(prefix * at, axis=1) + 1
-        positions = jnp.concatenate([jnp.cumsum(prefix, axis=1) - 1, number[:, None] + 1 + jnp.arange(count)], axis=1)
-        seen = (at >= (end - number)[:, None]) & (at < end[:, None])
+        end = jnp.max(prefix * at[None], axis=1) + 1
+        positions = jnp.concatenate(
+            [jnp.cumsum(prefix, axis=1) - 1, number[:, None] + 1 + jnp.arange(count)[None]], axis=1
+        )
+        seen = (at[None] >= (end - number)[:, None]) & (at[None] < end[:, None])
         own = jnp.broadcast_to(jnp.tril(jnp.ones((count, count), bool)), (len(tokens), count, count))
         later = jnp.concatenate([jnp.repeat(seen[:, None], count, axis=1), own], axis=2)
         first = jnp.pad(prefix[:, None] & prefix[:, :, None], ((0, 0), (0, 0), (0, count)))

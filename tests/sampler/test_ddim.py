@@ -12,7 +12,7 @@ from pi0_jax.sampler import Euler, Flow, integrate, trajectory
 from pi0_jax.sampler.ddim import DDIM
 from tests.flow.toy import exact_prediction
 
-MEAN, DEVIATION = jnp.array([[0.8, -0.5]]), jnp.array([[0.3, 1.2]])
+MEAN, DEVIATION = jnp.array([[[0.8, -0.5]]]), jnp.array([[[0.3, 1.2]]])
 PATH = Cosine()
 PREDICTIONS = ("noise", "v")
 
@@ -37,8 +37,8 @@ def sample(noise, predicts, num_steps, keys=None):
 def test_exact_predictions_give_the_mean_and_covariance_of_the_data(noise, predicts, ancestral):
     keys = jax.random.split(jax.random.key(1), len(noise)) if ancestral else None
     samples = np.asarray(sample(noise, predicts, 100, keys))[:, 0]
-    np.testing.assert_allclose(samples.mean(0), MEAN[0], atol=0.05)
-    np.testing.assert_allclose(np.cov(samples.T), np.diag(DEVIATION[0] ** 2), atol=0.1)
+    np.testing.assert_allclose(samples.mean(0), MEAN[0, 0], atol=0.05)
+    np.testing.assert_allclose(np.cov(samples.T), np.diag(DEVIATION[0, 0] ** 2), atol=0.1)
 
 
 def test_without_keys_nothing_is_random_and_it_is_ddims_map_to_the_data(noise):
@@ -65,7 +65,7 @@ def test_less_fresh_noise_than_all_of_it_still_gives_the_data(noise):
     keys = jax.random.split(jax.random.key(1), len(noise))
     run = jax.jit(lambda x: integrate(exact("v"), x, DDIM(100, eta=0.5, clip=None), keys=keys))
     samples = np.asarray(run(noise))[:, 0]
-    np.testing.assert_allclose(np.cov(samples.T), np.diag(DEVIATION[0] ** 2), atol=0.1)
+    np.testing.assert_allclose(np.cov(samples.T), np.diag(DEVIATION[0, 0] ** 2), atol=0.1)
 
 
 def test_the_path_starts_at_noise_and_ends_at_the_result(noise):

@@ -6,7 +6,7 @@ import pytest
 from pi0_jax.sampler.exact import integrate_exactly
 from tests.flow.toy import gaussian_velocity
 
-MEAN, DEVIATION = jnp.array([[1.0, -0.5]]), jnp.array([[0.3, 1.5]])
+MEAN, DEVIATION = jnp.array([[[1.0, -0.5]]]), jnp.array([[[0.3, 1.5]]])
 velocity = gaussian_velocity(MEAN, DEVIATION)
 
 

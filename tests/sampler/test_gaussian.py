@@ -18,7 +18,7 @@ from tests.flow.toy import Field, exact_end, exact_prediction, fit, gaussian_vel
 from tests.sampler.solvers import SOLVERS, make
 from tests.sampler.test_solver import ORDERS
 
-MEAN, DEVIATION = jnp.array([[1.0, -0.5]]), jnp.array([[0.3, 1.5]])
+MEAN, DEVIATION = jnp.array([[[1.0, -0.5]]]), jnp.array([[[0.3, 1.5]]])
 velocity = gaussian_velocity(MEAN, DEVIATION)
 PATHS = {"straight": Straight(), "cosine": Cosine(), "cosine without offset": Cosine(offset=0.0)}
 
@@ -47,8 +47,8 @@ def learnt():
 def matches(samples, tolerance: float):
     """Asserts mean and covariance of samples `[n, 1, 2]`."""
     samples = np.asarray(samples)[:, 0]
-    np.testing.assert_allclose(samples.mean(0), MEAN[0], atol=tolerance)
-    np.testing.assert_allclose(np.cov(samples.T), np.diag(DEVIATION[0] ** 2), atol=tolerance * 2)
+    np.testing.assert_allclose(samples.mean(0), MEAN[0, 0], atol=tolerance)
+    np.testing.assert_allclose(np.cov(samples.T), np.diag(DEVIATION[0, 0] ** 2), atol=tolerance * 2)
 
 
 def test_the_closed_form_carries_each_noise_to_mean_plus_deviation_times_it(noise):

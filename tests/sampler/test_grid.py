@@ -7,7 +7,7 @@ from pi0_jax.sampler import Euler, integrate
 from pi0_jax.sampler.grid import euler_grid, grid_of, power_grid
 from tests.flow.toy import gaussian_velocity
 
-velocity = gaussian_velocity(jnp.array([[1.0, -0.5]]), jnp.array([[0.3, 1.5]]))
+velocity = gaussian_velocity(jnp.array([[[1.0, -0.5]]]), jnp.array([[[0.3, 1.5]]]))
 
 
 def test_a_grid_that_is_written_down_may_be_traced_and_equals_the_uniform_one():

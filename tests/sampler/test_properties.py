@@ -57,6 +57,13 @@ def test_samplers_keep_shape_and_type_stay_finite_and_compile_once(shape, dtype,
         assert bool(jnp.isfinite(result.astype(jnp.float32)).all())
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_every_solver_takes_every_type(solver, dtype):
+    x = jnp.ones((1, 2, 1), dtype)
+    assert integrate(velocity, x, make(solver, 2)).dtype == x.dtype
+
+
 @functools.cache
 def masked_loss():
     return jax.jit(jax.value_and_grad(flow_loss))

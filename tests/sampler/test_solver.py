@@ -11,7 +11,7 @@ from pi0_jax.sampler.grid import Grid, grid_of, power_grid
 from tests.flow.toy import exact_end, exact_prediction
 from tests.sampler.solvers import SOLVERS, make
 
-MEAN, DEVIATION = np.array([[1.0, -0.5]]), np.array([[0.3, 1.5]])
+MEAN, DEVIATION = np.array([[[1.0, -0.5]]]), np.array([[[0.3, 1.5]]])
 ORDERS = {"Euler": 1, "Midpoint": 2, "Heun": 2, "RK4": 4, "AdamsBashforth2": 2, "DDIM": 1, "DPMSolver2M": 2}
 """The error falls as the length of the steps to this power."""
 EVALUATIONS = ORDERS | {"AdamsBashforth2": 1, "DPMSolver2M": 1}

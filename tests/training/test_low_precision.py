@@ -14,17 +14,18 @@ import pytest
 from flax.linen import meta
 
 from pi0_jax.config import MeshConfig, OptimConfig
-from pi0_jax.training import sharding
+from pi0_jax.training import low_precision, sharding
 from pi0_jax.training.low_precision import BLOCK, Coded, average, decode, encode, round_at_random, scale_by_adam_8bit
 from pi0_jax.training.optimizer import make_optimizer
+from tests.batches import random_batch
 from tests.conftest import tiny_config
-from tests.training.common import OPTIM, harness, random_batch
+from tests.training.common import OPTIM, harness
 
 
-def spread(shape: tuple[int, ...], seed=0) -> np.ndarray:
+def spread(shape: tuple[int, ...], seed=0) -> jax.Array:
     """Numbers over many orders of magnitude."""
     random = np.random.default_rng(seed)
-    return (random.standard_normal(shape) * 10.0 ** random.uniform(-4, 0, shape)).astype(np.float32)
+    return jnp.asarray(random.standard_normal(shape) * 10.0 ** random.uniform(-4, 0, shape), jnp.float32)
 
 
 @pytest.mark.parametrize("signed", [True, False])
@@ -32,7 +33,7 @@ def spread(shape: tuple[int, ...], seed=0) -> np.ndarray:
     ("shape", "scales"), [((3, 8, 600), (3, 8, 3)), ((5, 1100, 16), (5, 5, 16)), ((64, 72), (64, 1))]
 )
 def test_codes_are_within_their_spacing_and_scales_are_the_blocks_largest(shape, scales, signed):
-    x = spread(shape) if signed else np.abs(spread(shape))
+    x = spread(shape) if signed else jnp.abs(spread(shape))
     coded = encode(x, jax.random.key(0), signed=signed)
     assert isinstance(coded, Coded)
     assert coded.codes.shape == shape
@@ -113,7 +114,7 @@ def test_a_bfloat16_average_gets_where_rounding_to_nearest_would_not():
 def test_random_rounding_is_right_on_average_and_keeps_what_is_exact():
     x = jnp.asarray(spread((4096,)))
     drawn = jax.vmap(lambda key: round_at_random(x, key).astype(jnp.float32))(jax.random.split(jax.random.key(0), 256))
-    assert np.all(np.abs(drawn - x) <= 2.0**-7 * np.abs(x))
+    assert np.all(np.abs(np.asarray(drawn) - np.asarray(x)) <= 2.0**-7 * np.abs(np.asarray(x)))
     np.testing.assert_allclose(np.mean(drawn, 0), x, rtol=2.0**-7 * 5 / 16 / 2)
     exact = x.astype(jnp.bfloat16)
     assert np.array_equal(round_at_random(exact.astype(jnp.float32), jax.random.key(1)), exact)

@@ -7,6 +7,7 @@ import json
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.linen import meta
@@ -33,9 +34,10 @@ COMPACT = {"head": Compact(width=32, depth=2, time_width=16)}
 )
 def test_microbatches_add_up_to_the_loss_and_gradient_of_the_batch(learned, changes):
     config = tiny_config("pi0", cameras=(), **changes)
-    objective, batch, random = pi0.make_objective(learned, config), random_batch(config, 16), np.random.default_rng(0)
+    objective, random = pi0.make_objective(learned, config), np.random.default_rng(0)
+    batch = jax.tree.map(jnp.asarray, random_batch(config, 16))
     shapes = meta.unbox(jax.eval_shape(objective.network.init, jax.random.key(0)))
-    params = jax.tree.map(lambda x: 0.2 * random.standard_normal(x.shape, np.float32), shapes)
+    params = jax.tree.map(lambda x: jnp.asarray(0.2 * random.standard_normal(x.shape, np.float32)), shapes)
 
     @functools.partial(jax.jit, static_argnums=0)
     def computed_in(count: int):

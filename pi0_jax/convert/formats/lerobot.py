@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pi0_jax.config import PolicyConfig
-from pi0_jax.convert.assemble import CAMERAS, all_finite, assemble_policy, finished, lost_settings
+from pi0_jax.convert.assemble import CAMERAS, all_finite, finished, lost_settings, make_policy
 from pi0_jax.convert.files import read_json, write_json
 from pi0_jax.convert.formats import Format, OpenCheckpoint, Overrides
 from pi0_jax.convert.formats.openpi_torch import (
@@ -249,7 +249,7 @@ def _open(folder: Path, overrides: Overrides) -> OpenCheckpoint:
             f"{path} says {settings.variant!r} and most tensors are of a {guess.variant!r}. LeRobot would load it and "
             "be wrong; set the right `type`."
         )
-    policy = assemble_policy(folder, overrides, guess, settings.stated, settings.defaults)
+    policy = make_policy(folder, overrides, guess, settings.stated, settings.defaults)
     claimed = claim_tensors(folder, overrides, tensors, policy.model, settings.raw)
     if settings.image_size != claimed.model.vision.image_size:
         raise UserError(

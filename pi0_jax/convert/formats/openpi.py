@@ -7,16 +7,7 @@ from typing import Any
 
 from pi0_jax import checkpoint
 from pi0_jax.config import ModelConfig
-from pi0_jax.convert.assemble import (
-    all_finite,
-    assemble_policy,
-    claim,
-    finished,
-    foreign_tensors,
-    lost_settings,
-    recorded_policy,
-    variant_of,
-)
+from pi0_jax.convert import assemble
 from pi0_jax.convert.files import read_json, write_json
 from pi0_jax.convert.formats import Format, OpenCheckpoint, Overrides
 from pi0_jax.convert.lazy import LazyArrays
@@ -93,7 +84,7 @@ def _expert(name: str, suffix: str) -> list[Rule]:
 def guess_model(tensors: LazyArrays) -> ModelConfig:
     """What the names alone say: the variant, and which adapters there are (of rank 1 until the shapes are read)."""
     names = list(tensors)
-    guess = variant_of(names, pi0=r"norm_1/scale|^state_proj|^action_time_mlp", pi05=r"_1/Dense_0/|^time_mlp")
+    guess = assemble.variant_of(names, pi0=r"norm_1/scale|^state_proj|^action_time_mlp", pi05=r"_1/Dense_0/|^time_mlp")
     ranks = {}
     for expert, suffix in (("language", ""), ("action", "_1")):
         ranks[f"{expert}.lora_attn_rank"] = int(any(f"einsum{suffix}/lora" in name for name in names))
@@ -142,12 +133,12 @@ def _detect(path: Path) -> Path | None:
 
 
 def _open(folder: Path, overrides: Overrides) -> OpenCheckpoint:
-    tensors = all_finite(open_orbax(folder / "params" if (folder / "params").is_dir() else folder))
+    tensors = assemble.all_finite(open_orbax(folder / "params" if (folder / "params").is_dir() else folder))
     guess = guess_model(tensors)
-    policy = assemble_policy(folder, overrides, guess)
-    claimed = claim(rules(guess.variant), tensors, policy.model)
+    policy = assemble.make_policy(folder, overrides, guess)
+    claimed = assemble.claim(rules(guess.variant), tensors, policy.model)
     adapted = [e for e in ("language", "action") if getattr(claimed.model, e).lora_attn_rank]
-    if adapted and recorded_policy(folder, guess.variant) is None:
+    if adapted and assemble.recorded_policy(folder, guess.variant) is None:
         if overrides.lora_scale is None:
             raise UserError(
                 f"{folder} has LoRA adapters, and their scale alpha / rank is not in the weights; give --lora-scale (1 "
@@ -157,11 +148,11 @@ def _open(folder: Path, overrides: Overrides) -> OpenCheckpoint:
         claimed = claimed._replace(model=replaced(claimed.model, scales))
     stats, name = read_stats(folder, overrides.asset_id)
     step = int(folder.name) if folder.name.isdecimal() else None
-    return finished("openpi", folder, policy, claimed, name, norm_stats=stats, step=step)
+    return assemble.finished("openpi", folder, policy, claimed, name, norm_stats=stats, step=step)
 
 
 def _write(opened: OpenCheckpoint, folder: Path, asset_id: str) -> None:
-    write_orbax(folder / "params", foreign_tensors(opened, "openpi", rules(opened.policy.model.variant)))
+    write_orbax(folder / "params", assemble.foreign_tensors(opened, "openpi", rules(opened.policy.model.variant)))
     write_beside(opened, folder, asset_id)
 
 
@@ -172,5 +163,5 @@ FORMAT = Format(
     _open,
     _write,
     rules,
-    lambda opened: lost_settings(opened, "openpi"),
+    lambda opened: assemble.lost_settings(opened, "openpi"),
 )

@@ -13,17 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from pi0_jax.config import ModelConfig
-from pi0_jax.convert.assemble import (
-    Claimed,
-    all_finite,
-    assemble_policy,
-    claim,
-    finished,
-    foreign_tensors,
-    lost_settings,
-    recorded_policy,
-    variant_of,
-)
+from pi0_jax.convert import assemble
 from pi0_jax.convert.files import read_json, write_json
 from pi0_jax.convert.formats import Format, OpenCheckpoint, Overrides, openpi
 from pi0_jax.convert.lazy import LazyArrays, computed, open_safetensors, write_safetensors
@@ -124,12 +114,12 @@ def _expert(name: str, theirs: str) -> list[Rule]:
 def guess_model(tensors: LazyArrays) -> ModelConfig:
     """The variant, by the names (without LeRobot's prefix) alone."""
     pi0 = r"gemma_expert\..*norm\.weight|^state_proj|^action_time_mlp"
-    return variant_of(list(tensors), pi0=pi0, pi05=r"norm\.dense\.|^time_mlp")
+    return assemble.variant_of(list(tensors), pi0=pi0, pi05=r"norm\.dense\.|^time_mlp")
 
 
 def claim_tensors(
     folder: Path, overrides: Overrides, tensors: LazyArrays, guess: ModelConfig, config: Mapping[str, Any]
-) -> Claimed:
+) -> assemble.Claimed:
     """The model that the tensors make, with numbers of heads, which their flat projections do not show.
 
     Args:
@@ -137,7 +127,7 @@ def claim_tensors(
         guess: as of `infer_model`.
         config: the folder's config.json.
     """
-    recorded = recorded_policy(folder, guess.variant)
+    recorded = assemble.recorded_policy(folder, guess.variant)
     model = recorded.model if recorded else None
     named = _HEADS.get(str(config.get("paligemma_variant", "")).removesuffix("_lora"), (None, None))
     released = any(name.endswith("post_layernorm.bias") and t.shape == (1152,) for name, t in tensors.items())
@@ -147,7 +137,7 @@ def claim_tensors(
         "vision.num_heads": overrides.vision_heads or (model.vision.num_heads if model else 16 if released else None),
     }
     known = {field: value for field, value in heads.items() if value is not None}
-    return claim(rules(guess.variant), tensors, guess, known, _spare)
+    return assemble.claim(rules(guess.variant), tensors, guess, known, _spare)
 
 
 def _spare(model: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -160,7 +150,7 @@ def _spare(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 def torch_tensors(opened: OpenCheckpoint, format: str) -> LazyArrays:
     """The tensors of a π0 in PyTorch, the unused layer too, on which LeRobot's strict loading insists."""
     model = opened.policy.model
-    found = foreign_tensors(opened, format, rules(model.variant))
+    found = assemble.foreign_tensors(opened, format, rules(model.variant))
     if model.variant != "pi0_fast":
         shape, dtype = (model.vocab_size, model.action.width), opened.tensors["embedding"].dtype
         found[_EXPERT_HEAD] = computed(shape, dtype, lambda: np.zeros(shape, dtype))  # no memory until it is looked at
@@ -191,7 +181,7 @@ def _detect(path: Path) -> Path | None:
 
 
 def _open(folder: Path, overrides: Overrides) -> OpenCheckpoint:
-    tensors = all_finite(open_safetensors(folder / WEIGHTS))
+    tensors = assemble.all_finite(open_safetensors(folder / WEIGHTS))
     if any(name.startswith("model.") for name in tensors):
         raise UserError(
             f"the tensors of {folder} have LeRobot's names, and its config.json, which says horizon, cameras and "
@@ -200,10 +190,10 @@ def _open(folder: Path, overrides: Overrides) -> OpenCheckpoint:
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     horizon = config.get("action_horizon")
     stated = {} if horizon is None else {"model.action_horizon": horizon}
-    policy = assemble_policy(folder, overrides, guess_model(tensors), stated)
+    policy = assemble.make_policy(folder, overrides, guess_model(tensors), stated)
     claimed = claim_tensors(folder, overrides, tensors, policy.model, config)
     stats, name = openpi.read_stats(folder, overrides.asset_id)
-    return finished("openpi-torch", folder, policy, claimed, name, norm_stats=stats)
+    return assemble.finished("openpi-torch", folder, policy, claimed, name, norm_stats=stats)
 
 
 def _write(opened: OpenCheckpoint, folder: Path, asset_id: str) -> None:
@@ -222,6 +212,6 @@ FORMAT = Format(
     _open,
     _write,
     rules,
-    lambda opened: lost_settings(opened, "openpi-torch"),
+    lambda opened: assemble.lost_settings(opened, "openpi-torch"),
     verify.RUNNER,
 )
