@@ -133,6 +133,7 @@ def test_eight_bits_change_little_and_rows_stay_on_their_own(bits, most):
 def test_an_eight_bit_matrix_is_within_half_a_step_of_its_own(bits):
     w = jnp.asarray(np.random.default_rng(0).normal(size=(40, 7)) * [1, 1e-3, 100, 0, 1, 1, 1], jnp.float32)
     values, scale = quantize_matrix(w, bits)
+    scale = scale[None]
     back = values.astype(jnp.float32) * scale
     # Whole numbers up to 127, or three bits of mantissa above the smallest normal number.
     step = scale if bits == "int8" else jnp.maximum(jnp.abs(w) / 8, scale * 2**-6)
