@@ -76,4 +76,4 @@ def compile_update(program: Program, inputs: Sequence[Any]) -> Compiled:
     memory = compiled.memory_analysis()
     arguments = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     peak = arguments + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
-    return Compiled(peak, traffic(compiled.as_text()))
+    return Compiled(float(peak), traffic(compiled.as_text()))

@@ -59,7 +59,7 @@ def traffic(text: str) -> dict[str, float]:
                 raise ValueError(f"the program sends data in a loop whose rounds are not known: {line[:200]}")
             key = found.channel or f"{name} {number}"
             most[key] = max(most.get(key, (found.kind, 0.0)), (found.kind, times * found.sent), key=lambda x: x[1])
-    return {kind: sum(sent for k, sent in most.values() if k == kind) for kind in KINDS}
+    return {kind: sum((sent for k, sent in most.values() if k == kind), 0.0) for kind in KINDS}
 
 
 def _computations(text: str) -> tuple[str, dict[str, list[str]]]:

@@ -27,7 +27,7 @@ def describe(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _size(size: float) -> str:
+def _size(size: int | float) -> str:
     return f"{size / 1e9:.3f} GB" if size >= 1e8 else f"{size / 1e6:.3f} MB"
 
 

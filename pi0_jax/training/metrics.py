@@ -82,7 +82,9 @@ class Reporter:
         """Seconds and gauges of the updates since the last line on the terminal."""
         self._first_line = True
         # TensorBoard drops the points from `purge_step` on, of a run that was killed.
-        self._events = SummaryWriter(str(run_dir), purge_step=start + 1 if start else None, write_to_disk=write)
+        self._events = SummaryWriter(
+            str(run_dir), purge_step=start + 1 if start else None, flush_secs=10, write_to_disk=write
+        )
         hidden = None if write else True  # None: where there is no terminal
         self._bar = tqdm(total=num_steps, initial=start, unit="step", dynamic_ncols=True, disable=hidden)
         self._batch_size, self._log_every, self._ideal = batch_size, log_every, ideal_seconds

@@ -20,6 +20,10 @@ from pi0_jax.training.state import TrainState, create
 from pi0_jax.training.step import Augment, Metrics, make_update
 
 
+AFTER_WARMUP = 2**30
+"""Step at which held-out data are measured: objectives that begin otherwise than they go on have begun."""
+
+
 class Program(NamedTuple):
     """What a run computes; each function is compiled when it is called first, or by its `lower`."""
 
@@ -60,7 +64,7 @@ def build(run: Run, augment: Augment) -> Program:
     )
 
     def evaluate(weights, batch: Batch, key) -> Array:
-        return pi0.loss(run.validation, weights, batch, key)[0]
+        return pi0.loss(run.validation, weights, batch, key, AFTER_WARMUP)[0]
 
     def measure_straightness(weights, batch: Batch, key) -> Array:
         noise = jax.random.normal(key, batch.actions.shape)

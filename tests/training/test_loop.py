@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -203,3 +204,19 @@ def test_symmetries_that_the_prompt_would_not_follow_are_refused(fresh):
     policy = dataclasses.replace(fresh.policy, model=model)
     with pytest.raises(ValueError, match="reads it from the prompt"):
         run(dataclasses.replace(fresh, policy=policy, augment=AugmentConfig(square_symmetries=True)))
+
+
+def test_a_run_of_version_1_resumes_to_the_losses_that_version_1_gave(tmp_path, monkeypatch):
+    goldens = Path(__file__).parents[1] / "goldens"
+    with tarfile.open(goldens / "version1_run.tar.gz") as archive:
+        archive.extractall(tmp_path / "run", filter="data")
+    monkeypatch.chdir(tmp_path)  # its folders are relative
+    write(Path("data"), (0, 1, 2))
+    train = checkpoint.load_assets("run").train
+    assert train is not None
+    run(dataclasses.replace(train, num_steps=8, resume=True))
+    found, expected = rows("run"), json.loads((goldens / "version1_rows.json").read_text())
+    expected = [row for row in expected if row["step"] > 4]
+    assert [row["step"] for row in found] == [row["step"] for row in expected]
+    for row, then in zip(found, expected, strict=True):
+        assert row == pytest.approx(then, rel=1e-5)

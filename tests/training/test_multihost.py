@@ -28,7 +28,7 @@ HEARTBEAT = 10
 CONFIG = """
 from pi0_jax.config import *
 from tests.conftest import tiny_config
-model = tiny_config("pi0", cameras=(), depth=1, action_dim=8, vocab_size=512, prompt_length=16, num_kv_heads=2)
+model = tiny_config("pi0", cameras=("top",), depth=1, action_dim=8, vocab_size=512, prompt_length=16, num_kv_heads=2)
 config = TrainConfig(
     policy=PolicyConfig(robot="tabletop", model=model, objective=Gaussian(draws=2)),
     optim=OptimConfig(name="adamw", peak_lr=1e-3, warmup_steps=2, decay_steps={steps}, ema_decay=0.9),

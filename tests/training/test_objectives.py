@@ -142,7 +142,8 @@ def test_a_run_takes_named_parts_of_other_weights_and_random_ones_for_the_rest(c
     ],
 )
 def test_objectives_whose_settings_do_not_go_together_are_refused(config, policy, message):
-    policy = dataclasses.replace(config.policy, **policy)
+    head = Expert() if isinstance(policy.get("objective"), Tokens) else config.policy.model.head
+    policy = dataclasses.replace(config.policy, model=dataclasses.replace(config.policy.model, head=head), **policy)
     with pytest.raises(UserError, match=message):
         resolve(dataclasses.replace(config, policy=policy))
 

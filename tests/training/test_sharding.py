@@ -101,15 +101,14 @@ def test_a_process_places_the_rows_that_its_devices_need_where_they_belong(name)
     np.testing.assert_array_equal(sharding.local_rows(placement, 16), np.arange(16))
     some = np.array([2, 3, 4, 5, 10, 11])
 
-    class Part:
-        """The placement as a process with some of the devices sees it."""
+    class OfOneProcess(jax.sharding.NamedSharding):
+        """The placement as a process with two of the devices sees it."""
 
-        is_fully_addressable = False
+        def addressable_devices_indices_map(self, global_shape):
+            first, second, *_ = self.mesh.devices.flat
+            return {first: (slice(2, 6),), second: (slice(10, 12),)}
 
-        def addressable_devices_indices_map(self, shape):
-            return {None: (slice(2, 6),), 1: (slice(10, 12),)}
-
-    np.testing.assert_array_equal(sharding.local_rows(Part(), 16), some)  # pyright: ignore[reportArgumentType]
+    np.testing.assert_array_equal(sharding.local_rows(OfOneProcess(mesh, placement.spec), 16), some)
     placed = sharding.place({"x": values}, placement, 16, np.arange(16))["x"]
     np.testing.assert_array_equal(placed, values)
     assert placed.sharding == placement
