@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import types
 from collections.abc import Iterable
+from typing import Any
 
 
 class UserError(ValueError):
@@ -36,7 +36,7 @@ def did_you_mean(name: object, names: Iterable[object], cutoff: float = 0.6) -> 
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
-def require_package(name: str, extra: str, purpose: str = "this") -> types.ModuleType:
+def require_package(name: str, extra: str, purpose: str = "this") -> Any:
     """Imports a module of an optional dependency.
 
     Args:

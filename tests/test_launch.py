@@ -11,11 +11,10 @@ from pathlib import Path
 
 import jax
 import pytest
-import tyro
 import yaml
 
-from pi0_jax.config import MeshConfig, TrainConfig
-from pi0_jax.config_file import load_config
+from pi0_jax.config import MeshConfig, PolicyConfig, TrainConfig
+from pi0_jax.config_file import load_config, parse
 from pi0_jax.training import sharding
 
 ROOT = Path(__file__).parents[1]
@@ -75,7 +74,8 @@ def test_flags_in_scripts_exist(path):
     words = shlex.split(path.read_text().replace("\\\n", " "), comments=True)
     flags = {flag for word in words for flag in word.split() if flag.startswith(("--mesh", "--hosts", "--run-dir"))}
     assert flags
-    tyro.cli(TrainConfig, args=[part for flag in sorted(flags) for part in (flag, values[flag])])
+    config = TrainConfig(policy=PolicyConfig(robot="aloha"))
+    parse(config, [part for flag in sorted(flags) for part in (flag, values[flag])], prog="pi0 train", description="")
 
 
 FAKE = """#!/bin/sh

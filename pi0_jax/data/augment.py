@@ -131,11 +131,11 @@ def _warp(key: PRNGKeyArray, images: Images, config: AugmentConfig) -> Images:
     count, height, width, _ = images.shape
     angle_key, offset_key = jax.random.split(key)
     angle = jnp.deg2rad(config.rotate_degrees) * jax.random.uniform(angle_key, (count, 1), minval=-1.0)
-    centre = jnp.array([height - 1, width - 1]) / 2
+    centre = jnp.array([[height - 1, width - 1]]) / 2
     room = (1 - config.crop) * centre
     offset = centre + room * jax.random.uniform(offset_key, (count, 2), minval=-1.0)
     rows, columns = jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij")
-    rows, columns = config.crop * (rows.ravel() - centre[0]), config.crop * (columns.ravel() - centre[1])
+    rows, columns = (config.crop * (x.reshape(1, -1) - centre[:, i : i + 1]) for i, x in enumerate((rows, columns)))
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     row = offset[:, :1] + cos * rows + sin * columns
     column = offset[:, 1:] - sin * rows + cos * columns
@@ -171,10 +171,11 @@ def _jitter(key: PRNGKeyArray, images: Images, config: AugmentConfig) -> Images:
     count, height, width, _ = images.shape
     draws = jax.random.uniform(key, (3, count, 1, 1), minval=-1.0)
     brightness, contrast, saturation = 1 + jnp.array(strengths)[:, None, None, None] * draws
-    grey = jnp.ones((3, 1)) * jnp.array(LUMA)
-    matrix = brightness * contrast * (saturation * jnp.eye(3) + (1 - saturation) * grey)
+    luma = jnp.array(LUMA).reshape(1, 1, 3)
+    grey = jnp.ones((1, 3, 1)) * luma
+    matrix = brightness * contrast * (saturation * jnp.eye(3)[None] + (1 - saturation) * grey)
     flat = images.reshape(count, height * width, 3)
-    shift = (1 - contrast) * brightness * (flat.mean(1, keepdims=True) * jnp.array(LUMA)).sum(-1, keepdims=True)
+    shift = (1 - contrast) * brightness * (flat.mean(1, keepdims=True) * luma).sum(-1, keepdims=True)
     mixed = sum(flat[..., c : c + 1] * matrix[:, None, :, c] for c in range(3))
     return jnp.clip(mixed + shift, 0.0, 1.0).reshape(images.shape)
 

@@ -46,7 +46,7 @@ def prefix_weights(
         schedule: "exp" c (e^c - 1) / (e - 1), the paper's; "linear" c; "ones" 1; "zeros" 0.
 
     """
-    step = jnp.arange(horizon)
+    step = jnp.expand_dims(jnp.arange(horizon), range(jnp.ndim(end)))
     end = jnp.asarray(end)[..., None]
     start = jnp.minimum(jnp.asarray(delay)[..., None], end)
     c = (end - step) / (end - start + 1)

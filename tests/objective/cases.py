@@ -1,6 +1,7 @@
 """The objectives and heads whose numbers, as version 1 of this package gave them, `tests/goldens` holds."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from pi0_jax.config import (
@@ -58,4 +59,4 @@ def weights(objective):
     """Small random parameters; a random initialisation would take long to compile."""
     random = np.random.default_rng(0)
     shapes = jax.eval_shape(lambda key: init_params(objective, key), jax.random.key(0))
-    return jax.tree.map(lambda x: 0.2 * random.standard_normal(x.shape, np.float32), shapes)
+    return jax.tree.map(lambda x: jnp.asarray(0.2 * random.standard_normal(x.shape, np.float32)), shapes)

@@ -29,7 +29,7 @@ class Setting:
         batch = random_batch(self.model, 3, 1)
         lengths = np.arange(3, 6)[:, None]
         prompt_mask = np.arange(self.model.prompt_length) < lengths
-        images = {name: image / np.float32(127.5) - 1 for name, image in batch.observation.images.items()}
+        images = {name: image / jnp.float32(127.5) - 1 for name, image in batch.observation.images.items()}
         self.observation = batch.observation._replace(prompt_mask=prompt_mask, images=images)
         self.batch: Batch = jax.tree.map(jnp.asarray, batch._replace(observation=self.observation))
         self.observation = self.batch.observation
