@@ -97,7 +97,7 @@ class PrefixNetwork:
         """π0's state token; None for π0.5, which has the state in its prompt."""
         if self.config.variant == "pi05":
             return None
-        return layers.linear(observation.state, params["state_in"])[:, None].astype(self.dtype)
+        return layers.linear(jnp.asarray(observation.state), params["state_in"])[:, None].astype(self.dtype)
 
 
 class NetworkModule(Declare):
