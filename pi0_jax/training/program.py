@@ -19,7 +19,6 @@ from pi0_jax.training.resolve import Run
 from pi0_jax.training.state import TrainState, create
 from pi0_jax.training.step import Augment, Metrics, make_update
 
-
 AFTER_WARMUP = 2**30
 """Step at which held-out data are measured: objectives that begin otherwise than they go on have begun."""
 
