@@ -3,6 +3,9 @@
 import concurrent.futures
 import dataclasses
 import itertools
+import os
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -139,6 +142,16 @@ def test_the_stream_is_the_same_for_any_number_of_hosts(config, folders, shards)
         assert_equal(batch, jax.tree.map(lambda *x: np.concatenate(x), *(one[number] for one in split)))
 
 
+@pytest.mark.skipif("PI0_UNCHECKED" in os.environ, reason="this is the process that the test starts")
+def test_worker_processes_give_the_same_batches_without_checked_annotations():
+    # Functions whose annotations are checked cannot be sent to worker processes.
+    name = "test_worker_processes_give_the_same_batches_and_resume_with_another_number"
+    command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", f"{__file__}::{name}"]
+    done = subprocess.run(command, env=os.environ | {"PI0_UNCHECKED": "1"}, capture_output=True, text=True)
+    assert "1 passed" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.skipif("PI0_UNCHECKED" not in os.environ, reason="run by the test above, in a process of its own")
 def test_worker_processes_give_the_same_batches_and_resume_with_another_number(config, folders):
     config = mixed(config, folders)
     parts = with_transforms(config)

@@ -63,6 +63,9 @@ class TwoLayers(NamedTuple):
     def velocity(self, params, prefix, x, time, span=None, features=None):
         return self.joint(params, prefix, x, time)
 
+    def time_features(self, params, time, span=None):
+        return None
+
 
 KILLER = """
 import dataclasses, json, os, pathlib, pickle, random, signal, sys, threading, time, traceback
