@@ -7,6 +7,7 @@ time, whatever the size of the model.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import struct
@@ -52,43 +53,43 @@ LazyArrays = dict[str, LazyArray]
 
 def in_memory(array: np.ndarray) -> LazyArray:
     """An array that is in memory already."""
-    return LazyArray(array.shape, array.dtype, lambda i: array if i is None else array[i], stacked=array.ndim > 0)
+    return LazyArray(array.shape, array.dtype, lambda i: array if i is None else array[i, ...], stacked=array.ndim > 0)
 
 
 def computed(shape: tuple[int, ...], dtype: np.dtype, whole: Callable[[], np.ndarray]) -> LazyArray:
     """An array that is made as a whole whenever any of it is read."""
-    return LazyArray(shape, dtype, lambda i: whole() if i is None else whole()[i])
+    return LazyArray(shape, dtype, lambda i: whole() if i is None else whole()[i, ...])
 
 
 def entry_by_entry(shape: tuple[int, ...], dtype: np.dtype, entry: Callable[[int], np.ndarray]) -> LazyArray:
     """An array of which each entry of the first axis is read by itself."""
+    return LazyArray(shape, dtype, functools.partial(_read_entries, shape, dtype, entry), stacked=True)
 
-    def read(i: Index) -> np.ndarray:
-        if isinstance(i, int):
-            return entry(i)
-        numbers = range(shape[0]) if i is None else range(i.start, i.stop)
-        out = np.empty((len(numbers), *shape[1:]), dtype)
-        for place, number in enumerate(numbers):
-            out[place] = entry(number)
-        return out
 
-    return LazyArray(shape, dtype, read, stacked=True)
+def _read_entries(shape: tuple[int, ...], dtype: np.dtype, entry: Callable[[int], np.ndarray], i: Index) -> np.ndarray:
+    if isinstance(i, int):
+        return entry(i)
+    numbers = range(shape[0]) if i is None else range(i.start, i.stop)
+    out = np.empty((len(numbers), *shape[1:]), dtype)
+    for place, number in enumerate(numbers):
+        out[place] = entry(number)
+    return out
 
 
 def finite(name: str, array: LazyArray) -> LazyArray:
     """The array, whose reading raises UserError with its name where numbers are not finite."""
     if array.dtype.kind not in "fV":
         raise UserError(f"tensor {name} has dtype {array.dtype}; weights are floating-point numbers.")
+    return array._replace(read=functools.partial(_read_finite, name, array))
 
-    def read(i: Index) -> np.ndarray:
-        found = array.read(i)
-        flat = np.asarray(found).reshape(-1)
-        for start in range(0, flat.size, 2**22):
-            if not np.isfinite(flat[start : start + 2**22].astype(np.float32)).all():
-                raise UserError(f"tensor {name} holds numbers that are not finite; the checkpoint is damaged.")
-        return found
 
-    return array._replace(read=read)
+def _read_finite(name: str, array: LazyArray, i: Index) -> np.ndarray:
+    found = array.read(i)
+    flat = np.asarray(found).reshape(-1)
+    for start in range(0, flat.size, 2**22):
+        if not np.isfinite(flat[start : start + 2**22].astype(np.float32)).all():
+            raise UserError(f"tensor {name} holds numbers that are not finite; the checkpoint is damaged.")
+    return found
 
 
 def pieces(array: LazyArray, rows: int | None = None) -> Iterator[tuple[int | None, np.ndarray]]:

@@ -156,7 +156,7 @@ def _array(folder: Path, name: str, opening: Any, decoded: dict[str, Any]) -> La
         if decoded.get("of") != (name, start):
             decoded.clear()
             decoded.update({"of": (name, start), "rows": store[start : start + together].read().result()})
-        return decoded["rows"][i - start]
+        return decoded["rows"][i - start, ...]
 
     def read(i: Index) -> np.ndarray:
         try:
@@ -202,7 +202,7 @@ class _Stream:
             self._rows(min(step, first - self._next))
         found = self._rows(count)
         if isinstance(i, int):
-            found = self._last = found[0]
+            found = self._last = found[0, ...]  # an array, of no axes where there was one
         return found
 
     def _rows(self, count: int) -> np.ndarray:

@@ -61,7 +61,8 @@ class Rule(NamedTuple):
 
     def shape(self, parameter: Parameter) -> tuple[int, ...]:
         """Shape of one of their tensors."""
-        return tuple(math.prod(parameter.sizes[axis] for axis in group) for group in self.groups(parameter))
+        sizes = parameter.sizes
+        return tuple(math.prod(sizes[axis] for axis in group) for group in self.groups(parameter))
 
     def tensors(self, parameter: Parameter) -> Iterator[tuple[str, int | None, int | None]]:
         """Name of each of their tensors, with its layer and its entry of `stack` (None where they are not split)."""
