@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 
 import jax
 import numpy as np
@@ -56,15 +57,20 @@ def test_a_seeded_chunk_over_the_network_is_the_one_in_this_process(server, poli
 
 
 def test_batched_answers_of_sessions_are_those_of_a_client_alone(server):
-    def drive(n: int) -> np.ndarray:
+    def drive(n: int, parties: threading.Barrier) -> np.ndarray:
+        chunks = []
         with Client(server.uri) as client:
-            return np.stack([client.infer(observation(10 * n + i))["actions"] for i in range(3)])
+            for i in range(3):
+                parties.wait(60.0)  # all ask at once, however slowly they connected
+                chunks.append(client.infer(observation(10 * n + i))["actions"])
+        return np.stack(chunks)
 
+    four, alone = threading.Barrier(4), threading.Barrier(1)
     with concurrent.futures.ThreadPoolExecutor(4) as threads:
-        together = list(threads.map(drive, range(4)))
+        together = list(threads.map(lambda n: drive(n, four), range(4)))
     assert server.metrics.batch_sizes[4]
     for n, chunks in enumerate(together):
-        np.testing.assert_allclose(chunks, drive(n), atol=1e-5)
+        np.testing.assert_allclose(chunks, drive(n, alone), atol=1e-5)
     assert np.abs(together[0][0] - together[1][0]).max() > 1e-3
 
 

@@ -83,8 +83,8 @@ def test_a_batch_that_does_not_divide_into_microbatches_is_refused():
 def test_an_update_that_is_not_finite_leaves_weights_optimizer_and_average_as_they_were(where):
     config = tiny_config("pi0", cameras=("top",))
     tiny, good = harness(config, **where), random_batch(config, 16)
-    bad = good._replace(actions=good.actions.copy(), step_mask=np.ones_like(good.step_mask))
-    bad.actions[3, 1, 0] = np.nan  # one number of one example, on one device
+    poisoned = good.actions.at[3, 1, 0].set(np.nan)  # one number of one example, on one device
+    bad = good._replace(actions=poisoned, step_mask=jnp.ones_like(good.step_mask))
     state, _ = tiny.run(tiny.start(), [good])
     before = jax.tree.map(np.array, state)
     state, (row,) = tiny.run(state, [bad])
