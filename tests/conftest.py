@@ -17,7 +17,7 @@ import pytest
 if jax.__version_info__ < (0, 11):
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
-jax.config.update("jax_numpy_rank_promotion", "warn")  # never silently
+jax.config.update("jax_numpy_rank_promotion", "raise")
 
 from pi0_jax.config import ExpertConfig, ModelConfig, VisionConfig  # noqa: E402  (after the flags)
 
