@@ -7,10 +7,14 @@ os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")  # what a test co
 # Tests compile far more than they compute: eight small devices, and little effort on optimising their programs.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
 
+import tempfile
 from pathlib import Path
 
 import jax
 import pytest
+
+_CACHE = tempfile.TemporaryDirectory(prefix="pi0_jax-tests-")
+os.environ["PI0_CACHE"] = _CACHE.name  # what a test derives from its data goes with it
 
 # Read when the first device is asked for. Compiling an update takes a third of the time without the fusion emitters;
 # later versions have no such flag, and XLA ends the process over one that it does not know.
@@ -48,6 +52,16 @@ def fixtures_root() -> Path:
     """Folder of the reference fixtures, whether it exists or not."""
     default = Path(__file__).parents[2] / "shared" / "fixtures"
     return Path(os.environ.get("PI0_FIXTURES", default)).resolve()
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of public datasets as people have them; skips where there is none."""
+    default = Path(__file__).parents[2] / "shared" / "real_data"
+    root = Path(os.environ.get("PI0_REAL_DATA", default)).resolve()
+    if not root.is_dir():
+        pytest.skip(f"no public datasets at {root}; set PI0_REAL_DATA to their folder")
+    return root
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ there is a choice of kinds (objective, path, time distribution, coupling, sample
 fields are those that it has. Defaults are those of the released π0 weights unless a comment says otherwise.
 """
 
-from pi0_jax.config.data import AugmentConfig, DataConfig, DatasetConfig
+from pi0_jax.config.data import OPENPI_AUGMENT, AugmentConfig, DataConfig, DatasetConfig
 from pi0_jax.config.mesh import HostsConfig, MeshConfig
 from pi0_jax.config.model import PI0, PI05, Compact, Expert, ExpertConfig, Head, ModelConfig, VisionConfig
 from pi0_jax.config.objective import (
@@ -26,6 +26,7 @@ from pi0_jax.flow.path import Cosine, Straight
 from pi0_jax.flow.time import Beta, LogitNormal, Uniform
 
 __all__ = [
+    "OPENPI_AUGMENT",
     "PI0",
     "PI05",
     "AugmentConfig",

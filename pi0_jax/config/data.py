@@ -25,6 +25,17 @@ class AugmentConfig:
     straight-down cameras and no left or right in the language; needs a robot that names its planar axes."""
 
 
+OPENPI_AUGMENT = AugmentConfig(
+    crop=0.95,
+    rotate_degrees=5.0,
+    brightness=0.3,
+    contrast=0.4,
+    saturation=0.5,
+    fixed_cameras=("left_wrist_0_rgb", "right_wrist_0_rgb"),
+)
+"""Augmentation that the released weights were trained with, and that openpi fine-tunes with."""
+
+
 @dataclasses.dataclass(frozen=True)
 class DatasetConfig:
     """One dataset of a mixture."""

@@ -60,5 +60,8 @@ class PolicyConfig:
     action_semantics: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     """Meaning of each action dimension (`data.robots.SEMANTICS`) by robot, where it is not what the robot declares. A
     checkpoint keeps the meaning that it was trained with beside its statistics."""
+    state_in_prompt: bool = True
+    """π0.5: the normalised state is part of the prompt, as integers (openpi: `discrete_state_input`). False: the policy
+    does not see it, as in openpi's `pi05_libero`. π0 has a token for it either way."""
     execute_steps: int = 4
     """Actions of each chunk that are executed before the policy is asked again."""

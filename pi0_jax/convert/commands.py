@@ -56,7 +56,7 @@ class Convert:
     Examples: openpi's to ours, ready to serve; to a policy that LeRobot loads; the newest checkpoint of a run, for
     openpi; PaliGemma with a fresh action expert; the same policy with room for another robot:
 
-        pi0 convert pi05_droid ours --horizon 15 --robot droid --tokenizer paligemma_tokenizer.model
+        pi0 convert pi05_droid ours --horizon 15 --robot droid_velocity --tokenizer paligemma_tokenizer.model
 
         pi0 convert pi05_base pi05_lerobot --to lerobot --horizon 50
 

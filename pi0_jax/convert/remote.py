@@ -8,13 +8,13 @@ which is how an offline call knows whether the copy is whole.
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from pi0_jax.data.files import user_cache
 from pi0_jax.errors import UserError, require_package
 
 LISTING = ".listing.json"
@@ -73,7 +73,7 @@ def fetch(url: str, offline: bool = False) -> Path:
 
 def cache() -> Path:
     """The folder of all copies."""
-    return Path(os.environ.get("PI0_CACHE", "~/.cache/pi0_jax")).expanduser().absolute()
+    return user_cache()
 
 
 def wanted(names: dict[str, int]) -> dict[str, int]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
@@ -18,6 +17,7 @@ from pi0_jax.data.mixture import OpenDataset, dataset_configs, open_datasets, op
 from pi0_jax.data.normalization import save_json, stats_to_json
 from pi0_jax.data.robots import get_robot
 from pi0_jax.data.tools.check import check_dataset
+from pi0_jax.data.tools.robot import describe_robot
 from pi0_jax.data.tools.show import show
 from pi0_jax.data.tools.stats import compute_normalizations
 from pi0_jax.errors import UserError
@@ -124,13 +124,15 @@ class Convert:
 
 @dataclasses.dataclass(frozen=True)
 class Robot:
-    """Writes the file of a robot that fits a LeRobot dataset, to be looked through and completed.
+    """Writes the file of a robot that fits a LeRobot or RLDS dataset, to be looked through and completed.
 
-    Example: pi0 data robot data/mine --output my_robot.py
+    Cameras, names and what actions mean are proposed, and why. Examples:
+        pi0 data robot data/mine --output my_robot.py
+        pi0 data robot hf://owner/name
     """
 
-    path: Path_
-    """Folder of the dataset."""
+    path: tyro.conf.Positional[str]
+    """Folder of the dataset, or hf://owner/name."""
     output: Path = Path("my_robot.py")
     """File to create."""
 
@@ -205,57 +207,12 @@ def convert_(args: Convert, config: TrainConfig) -> None:
 
 def robot_(args: Robot, _: None) -> None:
     """Runs `pi0 data robot`; errors as of `stats`."""
-    from pi0_jax.data.lerobot import LeRobotDataset
-
     if args.output.exists():
         raise FileExistsError(f"{args.output} exists. Choose another file with --output.")
-    dataset = LeRobotDataset(args.path, decoding="random")
-    state, action = (_names(dataset.features, key) for key in ("observation.state", "action"))
-    cameras = _model_cameras(dataset.cameras)
-    shape = dataset.features[dataset.cameras[0]]["shape"] if dataset.cameras else (224, 224, 3)
-    args.output.write_text(f'''"""{args.path.name}: say here what robot it is, and in which units."""
-
-from pi0_jax.data.robots import Robot
-
-ROBOT = Robot(
-    name={args.output.stem!r},
-    # Feature of the dataset -> camera of the model. The released weights know these names; "wrist" cameras move.
-    cameras={json.dumps(cameras, indent=8)[:-1]}    }},
-    state={state!r},
-    actions={action!r},
-    fps={dataset.fps!r},
-    image_size={tuple(shape[:2])!r},
-    # One for each action: "absolute", "gripper" (absolute too), "relative" to the state of the same index (joint
-    # targets are best learnt so), or "angle" (relative, radians that wrap).
-    semantics={tuple("gripper" if "gripper" in name.lower() else "absolute" for name in action)!r},
-)
-''')
+    text = describe_robot(args.path, args.output.stem)
+    args.output.write_text(text)
+    print(text)
     print(f"wrote {args.output}; look through it, and set policy.robot to its path")
-
-
-def _model_cameras(cameras: Sequence[str]) -> dict[str, str]:
-    """The model's name for each camera: those on a hand to the released weights' wrists, what is left where room is."""
-    free = ["base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb"]
-    found = {}
-    for camera in cameras:
-        on_hand = any(word in camera.lower() for word in ("wrist", "hand", "gripper"))
-        fitting = free[0] if not on_hand else free[2] if "right" in camera.lower() else free[1]
-        if fitting not in found.values():
-            found[camera] = fitting
-    free = [name for name in free if name not in found.values()]
-    for number, camera in enumerate(cameras):
-        if camera not in found:
-            found[camera] = free.pop(0) if free else f"camera_{number}_rgb"
-    return {camera: found[camera] for camera in cameras}
-
-
-def _names(features: dict[str, Any], key: str) -> tuple[str, ...]:
-    if key not in features:
-        raise UserError(f"the dataset has no {key!r}; it has {sorted(features)}.")
-    names = features[key].get("names")
-    names = next(iter(names.values())) if isinstance(names, dict) else names
-    width = features[key]["shape"][0]
-    return tuple(map(str, names)) if names and len(names) == width else tuple(f"{key}_{i}" for i in range(width))
 
 
 def _open(

@@ -28,15 +28,22 @@ def find_dataset(path: str, offline: bool = False) -> Path:
     return Path(hub.snapshot_download(path.removeprefix("hf://"), repo_type="dataset", local_files_only=offline))
 
 
+def user_cache() -> Path:
+    """Folder for what can be made again: PI0_CACHE, or `pi0_jax` in XDG_CACHE_HOME or ~/.cache."""
+    usual = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "pi0_jax"
+    return Path(os.environ.get("PI0_CACHE") or usual).expanduser().absolute()
+
+
 def cache_folder(root: Path, chosen: Path | None) -> Path:
-    """A writable folder for decoded video and indices: the chosen one; else in the dataset; else a temporary one.
+    """A writable folder for what is derived from a dataset: the chosen one; else in the user's cache; else a temporary
+    one. Nothing is written into a dataset.
 
     Raises:
         UserError: none of them can be written to.
     """
     owner = os.getuid() if hasattr(os, "getuid") else "user"
-    name = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]
-    candidates = [root / ".cache", Path(tempfile.gettempdir()) / f"pi0_jax-{owner}" / name]
+    name = f"{root.name}-{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]}"
+    candidates = [user_cache() / "datasets" / name, Path(tempfile.gettempdir()) / f"pi0_jax-{owner}" / name]
     for folder in candidates if chosen is None else [chosen]:
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,7 @@ from pi0_jax.config import DataConfig, DatasetConfig, PolicyConfig
 from pi0_jax.data.cache import CachedFrames
 from pi0_jax.data.files import find_dataset
 from pi0_jax.data.lerobot import LeRobotDataset
+from pi0_jax.data.names import log_recognised, recognise
 from pi0_jax.data.rlds.reader import RldsDataset
 from pi0_jax.data.robots import ROBOTS, Robot, get_robot, semantics_of
 from pi0_jax.data.source import ACTION, STATE, Renamed, Source
@@ -152,9 +153,11 @@ def open_source(dataset: DatasetConfig, data: DataConfig, robot: Robot) -> Sourc
         source = LeRobotDataset(
             root, decoding=data.frames, skip_bad_episodes=data.skip_bad_episodes, without=dataset.without_episodes
         )
-    keys = {**(preset.keys if preset else {}), **dataset.keys}
-    if keys:
-        source = Renamed(source, keys)
+    named = {**(preset.keys if preset else {}), **dataset.keys}
+    found = {ours: theirs for ours, theirs in recognise(source.features, robot).items() if ours not in named}
+    log_recognised(root, found)
+    if named or found:
+        source = Renamed(source, found | named)
     if missing := [name for name in (STATE, ACTION) if name not in source.features]:
         columns = [name for name in source.features if name not in source.cameras]
         raise UserError(

@@ -123,30 +123,45 @@ class Tokenizer:
     def encode_prompt(
         self, prompt: str, length: int, state: Float[np.ndarray, "d"] | None = None
     ) -> tuple[Int32[np.ndarray, "p"], Bool[np.ndarray, " p"]]:
-        """Token ids of a prompt, padded or cut at the right to `length`, and a mask that is False at padding.
+        """Token ids of a prompt, padded or cut to `length`, and a mask that is False at padding.
+
+        Where π0.5's is too long, the instruction loses its last words, and never the state or what comes after it.
 
         Args:
             prompt: the instruction.
             length: number of ids.
             state: None for π0's format; for π0.5's the normalised state, without padding.
+
+        Raises:
+            UserError: the state alone does not fit.
         """
-        text = _clean(prompt)
-        bos = self._processor.bos_id()
-        if state is None:
-            ids = [bos, *self._encode(text), *self._encode("\n")]
-        else:
-            bins = " ".join(map(str, discretize(state).tolist()))
-            ids = [bos, *self._encode(f"Task: {text}, State: {bins};\nAction: ")]
-        if len(ids) > length and not self._warned:
+        words, bos = _clean(prompt).split(" "), self._processor.bos_id()
+        ids = self._prompt_ids(words, bos, state)
+        if (whole := len(ids)) > length and not self._warned:
             self._warned = True
             warnings.warn(
-                f"a prompt of {len(ids)} tokens was cut to {length}: {prompt!r}. Raise `model.prompt_length`. "
+                f"a prompt of {whole} tokens was cut to {length}: {prompt!r}. Raise `model.prompt_length`. "
                 "Further cuts are not reported.",
                 stacklevel=2,
             )
+        while state is not None and len(ids) > length:
+            if not words:
+                raise UserError(
+                    f"the state alone takes {len(ids)} tokens of the prompt, which has {length}. Raise "
+                    "`model.prompt_length`; the released π0.5 has 200."
+                )
+            words.pop()
+            ids = self._prompt_ids(words, bos, state)
         ids = ids[:length]
         padding = length - len(ids)
         return np.array(ids + [0] * padding, np.int32), np.array([True] * len(ids) + [False] * padding)
+
+    def _prompt_ids(self, words: list[str], bos: int, state: np.ndarray | None) -> list[int]:
+        text = " ".join(words)
+        if state is None:
+            return [bos, *self._encode(text), *self._encode("\n")]
+        bins = " ".join(map(str, discretize(state).tolist()))
+        return [bos, *self._encode(f"Task: {text}, State: {bins};\nAction: ")]
 
 
 def discretize(state: Float[np.ndarray, "*b d"]) -> np.ndarray:

@@ -146,7 +146,7 @@ def make_transform(policy: PolicyConfig, robot: Robot, normalization: Normalizat
         adapt(robot),
         relative_actions(normalization.semantics),
         normalize(normalization.stats, policy.normalization),
-        tokenize(tokenizer, model.prompt_length, with_state=model.variant == "pi05"),
+        tokenize(tokenizer, model.prompt_length, with_state=model.variant == "pi05" and policy.state_in_prompt),
         select_images(model.cameras, model.vision.image_size),
         pad(model.action_dim, robot),
     )

@@ -131,16 +131,16 @@ def continue_prefix(velocity: Velocity, previous: Previous) -> tuple[Velocity, C
     """
 
     def project(x):
-        return jnp.where(is_prefix(previous.delay, x.shape[-2])[..., None], previous.actions, x)
+        return jnp.where(is_clean(previous.delay, x.shape[-2])[..., None], previous.actions, x)
 
     def continued(x, time):
-        frozen = is_prefix(previous.delay, x.shape[-2])
+        frozen = is_clean(previous.delay, x.shape[-2])
         return jnp.where(frozen[..., None], 0.0, velocity(x, jnp.where(frozen, 0.0, time)))
 
     return continued, project
 
 
-def is_prefix(delay: Int[Array, "*b"], horizon: int) -> Bool[Array, "*b ah"]:
-    """True for the first `delay` steps of a chunk."""
+def is_clean(delay: Int[Array, "*b"], horizon: int) -> Bool[Array, "*b ah"]:
+    """True for the first `delay` actions of a chunk, those without noise."""
     steps = jnp.expand_dims(jnp.arange(horizon), range(jnp.ndim(delay)))
     return steps < jnp.asarray(delay)[..., None]

@@ -1,10 +1,15 @@
 """The layers as functions of (weights, inputs).
 
-Weights are dictionaries of arrays as `declare.py` makes them, for training, or as `fold.py` rewrites them, for
-inference: one matrix of queries, keys and values, no scales of norms, LoRA pairs merged, matrices flattened and
+`gemma.py` puts them together: in each layer every expert norms its own tokens and makes queries, keys and values of
+them; all tokens attend to those keys that `mask.py` lets them see, of either expert and of an earlier pass; and every
+expert puts its own feed-forward on top. `siglip.py` stacks `encoder_block`.
+
+Weights are dictionaries of arrays as `declare.py` makes them, for training, or folded, as `fold.py` rewrites them for
+faster inference: one matrix of queries, keys and values, no scales of norms, LoRA pairs merged, matrices flattened and
 perhaps in eight bits. Which leaves are there says which it is; the mathematics is the same.
 
-Axis letters: see `pi0_jax.batch`.
+Axis letters: b batch · t tokens · d width · n query heads · k key/value heads · h head dim · m modulation, 3 d ·
+l layers · s patches of the image encoder. `_` is any number, such as that of all keys.
 """
 
 from __future__ import annotations
@@ -20,13 +25,14 @@ from jaxtyping import Array, Float, Int
 
 from pi0_jax.model import lora
 from pi0_jax.model.attention import Kernel, attend
-from pi0_jax.model.declare import Spec
 from pi0_jax.model.quantize import Quantized, quantized_dot
 
 EPSILON = 1e-6
+Weights = dict[str, Any]
+"""Arrays by name, of one part of a layer."""
 
 
-def linear(x: Float[Array, "..."], w: Spec, dtype: jnp.dtype | None = None) -> Float[Array, "..."]:
+def linear(x: Float[Array, "..."], w: Weights, dtype: jnp.dtype | None = None) -> Float[Array, "..."]:
     """x times a kernel, plus a bias; all of the kernel's leading axes but those of the bias are contracted.
 
     Args:
@@ -53,13 +59,15 @@ def per_channel(w: Float[Array, "..."], ndim: int) -> Float[Array, "..."]:
     return w.reshape((1,) * (ndim - w.ndim) + w.shape)
 
 
-def dot(name: str, x: Float[Array, "b t *d"], w: Spec, scale: float = 1.0) -> Float[Array, "b t *f"]:
-    """Tokens times a weight of an expert, plus the product of its LoRA pair, the two not added up.
+def dot(name: str, x: Float[Array, "b t *d"], w: Weights, scale: float = 1.0) -> Float[Array, "b t *f"]:
+    """Tokens times a weight of an expert, x·W + scale·(x·A)·B with a LoRA pair A, B.
 
     Args:
-        name: of the weight within its layer, as in `lora.EINSUMS`; the result carries it for `remat`.
+        name: of the weight within its layer, as in `lora.EINSUMS`. The result is tagged with it, so that
+            rematerialisation can choose to keep it.
         x: tokens.
-        w: weights of that part of the layer. A matrix is a weight flattened, and so is the result.
+        w: weights of that part of the layer. Of a folded weight, a matrix, the result is `[b t f]`; of others it has
+            the weight's axes.
         scale: of the pair's product.
     """
     leaf = name.split("/")[1]
@@ -71,13 +79,13 @@ def dot(name: str, x: Float[Array, "b t *d"], w: Spec, scale: float = 1.0) -> Fl
     else:
         result = jnp.einsum(lora.EINSUMS[name].whole, x, weight.astype(x.dtype))
     if f"{leaf}_lora_a" in w:
-        a, b = (w[f"{leaf}_lora_{x}"] for x in "ab")
+        a, b = (w[f"{leaf}_lora_{side}"] for side in "ab")
         result += scale * lora.product(name, x, a, b)
     return checkpoint_name(result, name)
 
 
 def layer_norm(
-    x: Float[Array, "... d"], w: Spec | None = None, dtype: jnp.dtype | None = None
+    x: Float[Array, "... d"], w: Weights | None = None, dtype: jnp.dtype | None = None
 ) -> Float[Array, "... d"]:
     """LayerNorm with statistics in float32; without weights where these are folded into the matrix that follows."""
     x32 = x.astype(jnp.float32)
@@ -89,7 +97,7 @@ def layer_norm(
 
 
 def rms_norm(
-    x: Float[Array, "b t d"], w: Spec | None = None, modulation: Float[Array, "*time m"] | None = None
+    x: Float[Array, "b t d"], w: Weights | None = None, modulation: Float[Array, "*time m"] | None = None
 ) -> tuple[Float[Array, "b t d"], Float[Array, "#b _ d"] | None]:
     """Root-mean-square norm (arXiv 1910.07467) with Gemma's zero-centred scale: x / rms(x) · (1 + scale).
 
@@ -98,17 +106,17 @@ def rms_norm(
 
     Args:
         x: tokens.
-        w: `scale`; without it, it is folded into the matrix that follows.
-        modulation: scale, shift and gate side by side, `[b g m]` for t / g successive tokens each; or as `per_token`
-            takes it.
+        w: `scale`; without it, it is folded into the matrix that follows. Not read where there is a modulation.
+        modulation: scale, shift and gate side by side: `[m]` for all tokens, `[b m]` per example, or `[b g m]` for g
+            equal runs of tokens, such as one per draw, or one per token.
 
     Returns:
-        The normalised tokens, and the gate (None unless adaptive).
+        The normalised tokens, and the gate, by which the branch's output is multiplied (None unless adaptive).
     """
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + EPSILON)
     if modulation is None:
-        return (normed if not w else normed * (1 + per_channel(w["scale"], x.ndim))).astype(x.dtype), None
+        return (normed if w is None else normed * (1 + per_channel(w["scale"], x.ndim))).astype(x.dtype), None
     modulation = per_token(modulation)
     if modulation.shape[1] > 1:
         modulation = jnp.repeat(modulation, x.shape[1] // modulation.shape[1], axis=1)
@@ -117,7 +125,7 @@ def rms_norm(
 
 
 def per_token(x: Float[Array, "*time m"]) -> Float[Array, "#b #t m"]:
-    """What there is one of for all, per example or per token, with all three axes."""
+    """`[m]`, `[b m]` or `[b t m]` with all three axes."""
     return x[None, None] if x.ndim == 1 else x[:, None] if x.ndim == 2 else x
 
 
@@ -143,16 +151,16 @@ KeysValues = tuple[Float[Array, "b _ k h"], Float[Array, "b _ k h"]]
 """Rotated keys, and values, of one layer."""
 
 
-def keys_values(x: Float[Array, "b t d"], w: Spec, by: Rotation, kv_heads: int, lora_scale: float) -> KeysValues:
-    """Keys and values alone."""
+def keys_values(x: Float[Array, "b t d"], w: Weights, by: Rotation, kv_heads: int, lora_scale: float) -> KeysValues:
+    """Keys and values of tokens that are only attended to: without queries."""
     kv = dot("attn/kv", x, w, lora_scale).reshape(*x.shape[:2], 2, kv_heads, -1)
     return _by_heads(rotate(kv[:, :, 0], by), "kv_heads"), _by_heads(kv[:, :, 1], "kv_heads")
 
 
 def queries_keys_values(
-    x: Float[Array, "b t d"], w: Spec, by: Rotation, heads: tuple[int, int], lora_scale: float
+    x: Float[Array, "b t d"], w: Weights, by: Rotation, heads: tuple[int, int], lora_scale: float
 ) -> tuple[Float[Array, "b t n h"], KeysValues]:
-    """Rotated queries, and keys and values. Queries of a fused matrix carry 1 / sqrt(head dim).
+    """Rotated queries, and keys and values. Folded queries carry 1 / sqrt(head dim); `attend` scales others.
 
     Args:
         x: normalised tokens.
@@ -170,8 +178,8 @@ def queries_keys_values(
     return rotated[:, :, :n], (rotated[:, :, n:], qkv[:, :, n + k :])
 
 
-def gated_mlp(x: Float[Array, "b t d"], w: Spec) -> Float[Array, "b t d"]:
-    """GeGLU feed-forward (arXiv 2002.05202), tanh-approximate GELU."""
+def gated_mlp(x: Float[Array, "b t d"], w: Weights) -> Float[Array, "b t d"]:
+    """GeGLU feed-forward (arXiv 2002.05202), tanh-approximate GELU. Its LoRA has no scale, as in openpi."""
     gate_up = dot("mlp/gate_up", x, w)
     if gate_up.ndim == 3:  # folded; two slices, as a reshape would make TPUs copy the matrix into another layout
         gate, up = jnp.split(gate_up, 2, axis=-1)
@@ -181,17 +189,19 @@ def gated_mlp(x: Float[Array, "b t d"], w: Spec) -> Float[Array, "b t d"]:
     return dot("mlp/down", jax.nn.gelu(gate) * up, w)
 
 
-def encoder_block(x: Float[Array, "b s d"], w: Spec, num_heads: int, kernel: Kernel = "xla") -> Float[Array, "b s d"]:
+def encoder_block(
+    x: Float[Array, "b s d"], w: Weights, num_heads: int, kernel: Kernel = "xla"
+) -> Float[Array, "b s d"]:
     """Pre-norm transformer block of the image encoder: multi-head attention, then an MLP."""
     b, s, d = x.shape
-    heads = (num_heads, d // num_heads)
+    split = (num_heads, d // num_heads)
 
     def project(y, name: str):
         return checkpoint_name(linear(y, w[name], x.dtype), "vision")
 
     y = layer_norm(x, w.get("attn_norm"))
     if "qkv" in w:  # queries carry 1 / sqrt(head dim)
-        qkv = project(y, "qkv").reshape(b, s, 3, *heads)
+        qkv = project(y, "qkv").reshape(b, s, 3, *split)
         y = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], scale=1.0, kernel=kernel).reshape(x.shape)
     else:
         query, key, value = (_by_heads(project(y, name), "heads") for name in ("query", "key", "value"))
@@ -208,7 +218,7 @@ def _by_heads(x: Float[Array, "b t n h"], axis: str) -> Float[Array, "b t n h"]:
 
 
 Record = Callable[[str, Float[Array, "l b t d"]], None]
-"""Takes the residual stream after each layer, by the path of the layers' parameters."""
+"""Called as record(path of the layers' parameters, residual stream after every layer)."""
 
 
 def through(layer: Callable[[Any, Any], tuple[Any, Any]], x: Any, weights: Any) -> tuple[Any, Any]:

@@ -44,7 +44,7 @@ class SampleOptions(NamedTuple):
     real_time: RealTimeConfig = RealTimeConfig()
     """How they go on; its `max_guidance` may be traced."""
     keys: Key[Array, "b"] | None = None
-    """One per chunk, for samplers that draw noise on the way."""
+    """Random keys, one per chunk, for samplers that draw noise on the way."""
     features: Any = None
     """What the network computed of the sampler's times beforehand (`Objective.features`)."""
 
@@ -62,10 +62,10 @@ class Objective(NamedTuple):
     sample: Callable[[Params, Observation, Float[Array, "b ah ad"], SampleOptions], Float[Array, "b ah ad"]]
     """Normalised, padded actions, float32, from observations and standard normal noise."""
     flow: Callable[[Params, Observation, SampleOptions], tuple[Flow, Callable[[Chunk], Chunk]]] | None = None
-    """What a solver integrates for given observations, guidance included, and what it does to each point; None: there
-    is nothing to integrate, guide or continue."""
+    """Computes the observation's keys and values, and gives what a solver integrates against them, guidance included;
+    and a function that puts actions that are certain into each point. None: there is nothing to integrate."""
     features: Callable[[Params, Sampler], Any] | None = None
-    """What the network computes of the sampler's times alone, one row per step."""
+    """What the network computes of the sampler's times alone, one row per step: known before any observation."""
     teacher: str | None = None
     """Checkpoint whose parameters `loss` reads besides."""
 

@@ -1,9 +1,13 @@
 """Flow matching and diffusion: the network says, at a random point between actions and noise, which way the path goes.
 
     x_t = alpha(t) · actions + sigma(t) · noise          t drawn at random, noise standard normal
-    loss = | network(observation, x_t, t) - target |²    on the straight path the target is noise - actions
+    loss = | network(observation, x_t, t) - target |²    summed over the entries that count, over their number
 
-Several draws of (noise, t) per observation share its tokens, which are most of the work.
+On the straight path of π0, alpha = 1 - t, sigma = t and the target is noise - actions. So t = 1 is noise, and t runs
+against the τ of the paper.
+
+Several draws of (noise, t) per observation share its tokens, which are most of the work: these are computed once, and
+the action tokens of each draw attend to them and to one another, never to those of another draw.
 """
 
 from __future__ import annotations
@@ -12,14 +16,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from pi0_jax.batch import Batch, scale_images
 from pi0_jax.config import Gaussian, Independent, ModelConfig
 from pi0_jax.errors import UserError
 from pi0_jax.flow.loss import flow_loss, loss_mask
 from pi0_jax.flow.path import interpolate
-from pi0_jax.flow.realtime import is_prefix
+from pi0_jax.flow.realtime import is_clean
 from pi0_jax.model.head import Network, make_head
 from pi0_jax.objective import Metrics, Objective, Params, SampleOptions
 from pi0_jax.objective.conditioning import check_dropout, coupled_noise, drop
@@ -33,9 +37,11 @@ class Draws(NamedTuple):
     dropout: Float[Array, "b"]
     """In [0, 1): decides what of the observation is dropped."""
     noise: Float[Array, "b s ah ad"]
+    """Of s draws per example, for ah actions of ad dimensions."""
     time: Float[Array, "b s"]
     delay: Int[Array, "b s"]
-    """Actions that stay clean (`Gaussian.max_delay`)."""
+    """Actions at the chunk's beginning that are given without noise and are not in the loss, so that the network learns
+    to go on from those of a chunk that is being executed (`Gaussian.max_delay`)."""
 
 
 def network(config: Gaussian, model: ModelConfig) -> Network:
@@ -66,36 +72,38 @@ def network(config: Gaussian, model: ModelConfig) -> Network:
 def make(config: Gaussian, network: Network) -> Objective:
     """The objective's functions."""
 
+    def counted(draws: Draws, clean: Bool[Array, "b s ah"]) -> Bool[Array, "b s ah ad"]:
+        """Entries of the chunks that the loss counts."""
+        return chunk_mask(config, draws.batch, draws.noise.shape) & ~clean[..., None]
+
     def draw(batch: Batch, key: Key[Array, ""], step: Int[Array, ""] | int) -> tuple[Draws, Int[Array, ""]]:
         draws = draw_points(config, batch, key)
         horizon = batch.actions.shape[1]
         delay = jax.random.randint(jax.random.fold_in(key, 5), draws.time.shape, 0, config.max_delay + 1)
         noise, time = draws.noise, draws.time
         if config.coupling != Independent():
-            observation = drop(scale_images(batch.observation), draws.dropout, config.dropout)
+            observation = drop(scale_images(batch.observation), draws.dropout, config.dropout)  # as in the loss
             noise = coupled_noise(config.coupling, noise, batch.actions, observation, jax.random.fold_in(key, 3))
         if config.regression_draw or config.regression_warmup_steps:
-            # At t = 1 and x = 0 the target is minus the conditional mean action: regression, without any noise.
+            # Without noise and at t = 1 the chunk tells nothing: what is left to learn is the mean of the actions for
+            # that observation, which is plain regression.
             first = (jnp.arange(noise.shape[1]) == 0) & config.regression_draw
             regress = first | (jnp.asarray(step) < config.regression_warmup_steps)
             noise = jnp.where(regress[None, :, None, None], 0.0, noise)
             time = jnp.where(regress[None], 1.0, time)
         draws = draws._replace(noise=noise, time=time, delay=delay)
-        return draws, jnp.sum(mask(draws, is_prefix(delay, horizon)))
-
-    def mask(draws: Draws, clean):
-        return chunk_mask(config, draws.batch, draws.noise.shape) & ~clean[..., None]
+        return draws, jnp.sum(counted(draws, is_clean(delay, horizon)))
 
     def loss(params: Params, draws: Draws, count: Int[Array, ""]) -> tuple[Float[Array, ""], Metrics]:
         observation = drop(scale_images(draws.batch.observation), draws.dropout, config.dropout)
         noise, time = draws.noise, draws.time
         actions = jnp.broadcast_to(draws.batch.actions[:, None], noise.shape)
-        clean = is_prefix(draws.delay, noise.shape[2])
-        if config.max_delay:
+        clean = is_clean(draws.delay, noise.shape[2])
+        if config.max_delay:  # a time per action, [b s ah]
             time = jnp.where(clean, 0.0, time[..., None])
         x, target = interpolate(config.path, actions, noise, time, config.predicts)
-        predicted = network.joint(params, observation, x, time)
-        return flow_loss(predicted, target, mask(draws, clean), count), {}
+        predicted = network.joint(params, observation, x, time)  # one pass over the observation and all draws
+        return flow_loss(predicted, target, counted(draws, clean), count), {}
 
     def flow(params: Params, observation, options: SampleOptions):
         return make_flow(
@@ -115,14 +123,13 @@ def make(config: Gaussian, network: Network) -> Objective:
 
 
 def draw_points(config, batch: Batch, key: Key[Array, ""]) -> Draws:
-    """Noise and times of a batch, as every objective on a path draws them.
+    """Noise and times of a batch, as every objective on a path draws them; no action is clean yet.
 
     Args:
         config: with `draws` and `time`.
         batch: normalised examples.
-        key: of this step.
+        key: of this step. Numbers that are folded into it: 2 dropout, 3 coupling, 5 delay, 6 the moving average.
     """
-    # The first two keys came first: runs of older versions draw the same noise.
     noise_key, time_key = jax.random.split(key)
     b, horizon, dim = batch.actions.shape
     noise = jax.random.normal(noise_key, (b, config.draws, horizon, dim))
@@ -141,6 +148,6 @@ def chunk_mask(config, batch: Batch, shape: tuple[int, ...]):
     """
     return loss_mask(
         shape,
-        batch.step_mask[:, None] if config.mask_padded_steps else None,
-        batch.dim_mask[:, None] if config.mask_padded_dims else None,
+        batch.step_mask[:, None] if config.mask_padded_steps else None,  # [b 1 ah]
+        batch.dim_mask[:, None] if config.mask_padded_dims else None,  # [b 1 ad]
     )

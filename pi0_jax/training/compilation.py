@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import jax
 from jax import monitoring
 
 from pi0_jax import compat
+from pi0_jax.data.files import user_cache
 
 _log = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ def keep_programs(folder: str | None) -> None:
     if folder is None:
         return
     if folder == "default":
-        folder = os.path.join(os.environ.get("PI0_CACHE", "~/.cache/pi0_jax"), "compiled")
+        folder = str(user_cache() / "compiled")
     wanted = str(Path(folder).expanduser().absolute())
     if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
         jax.config.update("jax_compilation_cache_dir", wanted)

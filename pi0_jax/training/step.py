@@ -57,16 +57,18 @@ def make_update(
 
     def update(seed: Array | int, state: TrainState, batch: Batch, *teacher: Params) -> tuple[TrainState, Metrics]:
         augment_key, loss_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
-        draws, count = objective.draw(augment(augment_key, batch), loss_key, state.step)
+        # Whatever the objective draws: a tree whose arrays count examples first, and the entries that its loss counts.
+        draws, entries = objective.draw(augment(augment_key, batch), loss_key, state.step)
 
         def microbatch_loss(params: Params, draws: Draws) -> tuple[Float[Array, ""], Metrics]:
-            return objective.loss(combine(params, state.frozen), draws, count, *teacher)
+            return objective.loss(combine(params, state.frozen), draws, entries, *teacher)
 
-        (loss, learned), gradient = value_and_gradient(microbatch_loss, state.params, draws, grad_accum_steps)
-        change, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, change)
+        (loss, objective_metrics), gradient = value_and_gradient(microbatch_loss, state.params, draws, grad_accum_steps)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
         ema = state.ema
         if ema is not None and ema_decay is not None:
+            # The key: an average in bfloat16 is rounded at random.
             ema = average(ema, params, ema_decay, jax.random.fold_in(loss_key, 6))
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -75,7 +77,7 @@ def make_update(
             {"params": params, "opt_state": opt_state, "ema": ema},
             {"params": state.params, "opt_state": state.opt_state, "ema": state.ema},
         )
-        metrics = learned | {
+        metrics = objective_metrics | {
             "loss": loss,
             "grad_norm": norm,
             "param_norm": optax.tree.norm(kept["params"]),
@@ -88,18 +90,21 @@ def make_update(
 
 
 def value_and_gradient(
-    loss: Callable[[Params, Draws], tuple[Float[Array, ""], Metrics]], params: Params, draws: Draws, count: int
+    loss: Callable[[Params, Draws], tuple[Float[Array, ""], Metrics]],
+    params: Params,
+    draws: Draws,
+    num_microbatches: int,
 ) -> tuple[tuple[Float[Array, ""], Metrics], Any]:
     """Loss and metrics of a batch, and its gradient, computed in microbatches and added up in float32.
 
     Args:
-        loss: of parameters and a microbatch, scaled so that those of all microbatches add up.
+        loss: of parameters and a microbatch, scaled so that those of all microbatches add up, and metrics likewise.
         params: to differentiate by.
         draws: a tree whose arrays count examples first.
-        count: of microbatches; divides the number of examples.
+        num_microbatches: divides the number of examples.
     """
     gradient = jax.value_and_grad(loss, has_aux=True)
-    if count == 1:
+    if num_microbatches == 1:
         return gradient(params, draws)
 
     def add(total, microbatch):
@@ -107,7 +112,7 @@ def value_and_gradient(
         return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, (value, grads)), metrics
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
-    (value, grads), metrics = jax.lax.scan(add, (jnp.float32(0.0), zeros), microbatches(draws, count))
+    (value, grads), metrics = jax.lax.scan(add, (jnp.float32(0.0), zeros), microbatches(draws, num_microbatches))
     return (value, jax.tree.map(lambda x: jnp.sum(x, axis=0), metrics)), grads
 
 

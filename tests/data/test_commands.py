@@ -12,7 +12,6 @@ import pytest
 
 from pi0_jax import cli
 from pi0_jax.data.cache import CachedFrames, build_cache
-from pi0_jax.data.commands import _model_cameras
 from pi0_jax.data.lerobot import LeRobotDataset, LeRobotWriter
 from pi0_jax.data.lerobot.merge import convert
 from pi0_jax.data.normalization import read_stats_file, semantics_from_json, stats_from_json
@@ -339,28 +338,12 @@ def test_a_robot_file_made_from_a_dataset_can_be_trained_with(dataset, tmp_path,
     monkeypatch.chdir(tmp_path)
     assert cli.main(["data", "robot", str(dataset.root)]) == 0
     robot = get_robot(str(tmp_path / "my_robot.py"))
-    assert robot.name == "my_robot"
+    assert robot.name == "tabletop"  # as the dataset says
     assert robot.cameras == {CAMERAS[0]: "base_0_rgb", CAMERAS[1]: "left_wrist_0_rgb"}
     assert robot.actions == ("dx", "dy", "dz")
     assert (robot.fps, robot.image_size) == (5, (48, 48))
     assert cli.main(["data", "robot", str(dataset.root)]) == 1
     assert "exists" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("cameras", "names"),
-    [
-        (("front", "wrist"), ("base_0_rgb", "left_wrist_0_rgb")),
-        (("top", "side", "phone"), ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")),
-        (
-            ("cam_high", "cam_low", "cam_left_wrist", "cam_right_wrist"),
-            ("base_0_rgb", "camera_1_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb"),
-        ),
-        (("right_hand", "left_hand"), ("right_wrist_0_rgb", "left_wrist_0_rgb")),
-    ],
-)
-def test_cameras_get_the_names_that_the_released_weights_know_them_by(cameras, names):
-    assert _model_cameras(cameras) == dict(zip(cameras, names, strict=True))
 
 
 def test_an_unknown_subcommand_gets_a_suggestion(capsys):

@@ -32,7 +32,7 @@ def test_tabletop_names_its_planar_axes():
 def test_unknown_robot_gets_a_suggestion_and_a_missing_one_the_list():
     with pytest.raises(UserError, match="Did you mean 'tabletop'"):
         get_robot("table_top")
-    with pytest.raises(UserError, match=r"names no robot.*aloha, bridge, droid.*pi0 data robot PATH"):
+    with pytest.raises(UserError, match=r"names no robot.*aloha, aloha_sim, bridge, droid.*pi0 data robot PATH"):
         get_robot("")
 
 

@@ -8,6 +8,7 @@ import pytest
 import sentencepiece
 
 from pi0_jax.data.tokenizer import Tokenizer, discretize
+from pi0_jax.errors import UserError
 
 TEXTS = ["reach the red block", "push the blue ball to the goal", "push the green puck to the goal"]
 
@@ -140,3 +141,18 @@ def test_training_without_text_or_room_is_refused():
         Tokenizer.train(["", " "], 512)
     with pytest.raises(ValueError, match="try 512"):
         Tokenizer.train(TEXTS, 100)
+
+
+def test_a_long_pi05_prompt_loses_words_of_the_task_and_never_the_state(processor):
+    tokenizer = Tokenizer.train(TEXTS, 512)  # one that has not warned yet
+    state = np.linspace(-1, 1, 6)
+    with pytest.warns(UserWarning, match="was cut to 48"):
+        ids, mask = tokenizer.encode_prompt("push the blue ball to the goal " * 5, 48, state)
+    text = decode(processor, ids, mask)
+    assert text.startswith("Task: push the blue")
+    assert text.endswith(f", State: {' '.join(map(str, discretize(state)))};\nAction: ")
+
+
+def test_a_state_that_does_not_fit_by_itself_is_refused():
+    with pytest.warns(UserWarning, match="was cut"), pytest.raises(UserError, match="the state alone takes"):
+        Tokenizer.train(TEXTS, 512).encode_prompt("push", 8, np.zeros(6))

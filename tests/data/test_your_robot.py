@@ -8,6 +8,7 @@ import numpy as np
 from pi0_jax import cli
 from pi0_jax.data.lerobot import LeRobotWriter
 from pi0_jax.data.robots import get_robot
+from pi0_jax.evaluate.simulators import get_simulator
 
 PAGE = (Path(__file__).parents[2] / "docs/your_robot.md").read_text()
 NAMES = ["shoulder", "elbow", "wrist", "gripper"]
@@ -18,7 +19,7 @@ def record(root):
     camera = {"dtype": "video", "shape": (48, 64, 3)}
     features = {"observation.images.front": camera, "observation.images.wrist": camera}
     random = np.random.default_rng(0)
-    with LeRobotWriter(root, 30, "mine", features | {"observation.state": vector, "action": vector}) as writer:
+    with LeRobotWriter(root, 30, "my_robot", features | {"observation.state": vector, "action": vector}) as writer:
         for _ in range(20):
             pictures = {name: random.integers(0, 255, (6, 48, 64, 3), np.uint8) for name in features}
             numbers = {name: random.normal(size=(6, 4)).astype(np.float32) for name in ("observation.state", "action")}
@@ -28,7 +29,7 @@ def record(root):
 def test_the_page_leads_from_a_dataset_to_a_policy(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     record(tmp_path / "data/mine")
-    robot, config, small, run = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    robot, config, small, run, simulator = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs/mine.py").write_text(config)
     (tmp_path / "configs/mine_small.py").write_text(small)
@@ -53,3 +54,5 @@ def test_the_page_leads_from_a_dataset_to_a_policy(tmp_path, monkeypatch, capsys
     exec(compile(run, "docs/your_robot.md", "exec"), namespace)
     assert namespace["actions"].shape == (10, 4)
     assert np.isfinite(namespace["actions"]).all()
+    (tmp_path / "fold.py").write_text(simulator)
+    assert get_simulator("fold.py").tasks == ("fold", "unfold")

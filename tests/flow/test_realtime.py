@@ -16,7 +16,7 @@ from pi0_jax.flow.realtime import (
     Schedule,
     continue_prefix,
     guidance_factor,
-    is_prefix,
+    is_clean,
     prefix_weights,
     real_time_chunking,
 )
@@ -152,7 +152,7 @@ def test_a_continued_prefix_stays_exactly_at_flow_time_0(noise, previous, solver
     delays = previous._replace(delay=jnp.arange(16) % 4)
     continued, project = continue_prefix(velocity, delays)
     sample = integrate(continued, noise, make(solver, 4), project=project)
-    prefix = np.asarray(is_prefix(delays.delay, HORIZON))
+    prefix = np.asarray(is_clean(delays.delay, HORIZON))
     np.testing.assert_array_equal(sample[prefix], previous.actions[prefix])
     assert len(seen) == 4 * EVALUATIONS[solver]
     for x, time in seen:

@@ -43,7 +43,7 @@ class RldsDataset(Source):
         split: name of the split.
         task: feature with the instruction.
         only: regular expression that an episode's `episode_metadata/file_path` has to contain.
-        cache: folder for the index; by default `.cache` in `root`, or one in the temporary folder.
+        cache: folder for the index; by default one in the user's cache (`data.files.user_cache`).
         skip_bad_episodes: leave out records that cannot be read, and log them.
         workers: processes that index a large dataset; None: one per core.
 

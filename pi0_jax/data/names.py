@@ -1,0 +1,83 @@
+"""Names of features: which one of a dataset is the robot's state, its actions, and each of its cameras.
+
+A robot's own names come first, then those that openpi's, LeRobot's and other people's datasets use. What is recognised
+is logged; a dataset's `keys` say otherwise.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from pi0_jax.data.robots import Robot
+from pi0_jax.data.source import ACTION, STATE
+
+STATES = ("state", "states", "proprio", "qpos")
+ACTIONS = ("action", "actions")
+
+_log = logging.getLogger(__name__)
+
+
+def last_word(feature: str) -> str:
+    """Name of a feature without what it is filed under: `top` of `observation.images.top` or `observation/top`."""
+    return feature.replace("/", ".").rsplit(".", 1)[-1]
+
+
+def dimension_names(feature: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """Names of a vector's dimensions, however a dataset nests them; None where it has none, or not one for each."""
+    names = _flat(feature.get("names"))
+    return tuple(names) if len(names) == feature["shape"][0] and len(set(names)) == len(names) else None
+
+
+def _flat(names: Any) -> list[str]:
+    if isinstance(names, Mapping):
+        if names and all(isinstance(value, int) for value in names.values()):  # name to index
+            return sorted(names, key=lambda name: names[name])
+        return _flat(list(names.values()))
+    if isinstance(names, list | tuple):
+        return [name for each in names for name in _flat(each)]
+    return [] if names is None else [str(names)]
+
+
+def recognise(features: Mapping[str, Mapping[str, Any]], robot: Robot) -> dict[str, str]:
+    """The features of a dataset that are meant by the names of a robot.
+
+    Args:
+        features: of the dataset, with their dtypes.
+        robot: whose dataset it is.
+
+    Returns:
+        Name that the robot uses → name in the dataset, as a dataset's `keys`, for those that are called otherwise and
+        can be only one thing; pieces of a state are joined by " + ".
+    """
+    pictures = [name for name, feature in features.items() if feature["dtype"] in ("video", "image")]
+    columns = [name for name in features if name not in pictures]
+    found = {}
+    for name, usual in ((STATE, STATES), (ACTION, ACTIONS)):
+        if name not in features and (match := _one(columns, usual)):
+            found[name] = match
+    if STATE not in features and STATE not in found:
+        pieces = [_one(columns, [last_word(piece)]) for piece in robot.clients.state]
+        if all(pieces) or (pieces := sorted(name for name in columns if name.startswith(f"{STATE}."))):
+            found[STATE] = " + ".join(map(str, pieces))
+    for name, camera in robot.cameras.items():
+        aliases = [alias for alias, other in robot.clients.cameras.items() if other == camera]
+        if name not in features and (match := _one(pictures, [last_word(name), *aliases])):
+            found[name] = match
+    return found
+
+
+def _one(features: Collection[str], words: Collection[str]) -> str | None:
+    """The feature whose last word is the first of `words` that some feature has; None if it is not the only one."""
+    for word in words:
+        if matches := [name for name in features if last_word(name) == word]:
+            return matches[0] if len(matches) == 1 else None
+    return None
+
+
+def log_recognised(root: object, found: Mapping[str, str]) -> None:
+    """Says which names stand for which, once per dataset."""
+    if found:
+        pairs = ", ".join(f"{theirs} is read as {ours}" for ours, theirs in found.items())
+        _log.info("%s: %s; its `keys` can say otherwise", root, pairs)

@@ -1,0 +1,170 @@
+"""The file of a robot that fits a dataset, to be looked through and completed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from pi0_jax.config import DataConfig, DatasetConfig
+from pi0_jax.data.files import find_dataset
+from pi0_jax.data.lerobot.layout import read_info
+from pi0_jax.data.mixture import open_source
+from pi0_jax.data.names import dimension_names, last_word
+from pi0_jax.data.robots import Robot
+from pi0_jax.data.source import ACTION, STATE, Source
+from pi0_jax.errors import UserError
+
+SCENE = ("front", "top", "high", "head", "exterior", "overhead", "third", "base", "ego", "image", "scene", "side")
+HAND = ("wrist", "hand", "gripper", "tool")
+ENOUGH, TRIED = 32, 500
+"""Episodes that are read, and looked for."""
+FOLLOWS, TOGETHER = 0.3, 0.8
+"""An action is a position if its median difference to the state is below this share of the state's deviation, and their
+correlation above."""
+HARDLY = 1e-6
+"""Deviation of a dimension that does not move."""
+
+
+class Proposal(NamedTuple):
+    """A value, and why."""
+
+    value: str
+    reason: str
+
+
+def describe_robot(path: str, name: str) -> str:
+    """Python source that sets `ROBOT` for a LeRobot or RLDS dataset.
+
+    Args:
+        path: folder of the dataset, or hf://owner/name.
+        name: of the robot, where the dataset says none.
+
+    Raises:
+        FileNotFoundError, UserError: no dataset, or one without states or actions that can be recognised.
+    """
+    root = find_dataset(path)
+    info = read_info(root) if (root / "meta/info.json").is_file() else {}
+    unknown = Robot(name, {}, (), (), info.get("fps", 1), (224, 224))
+    source = open_source(DatasetConfig(str(root)), DataConfig(frames="random"), unknown)
+    state, actions = read_some(source)
+    state_names = dimension_names(source.features[STATE]) or _numbered("state", state.shape[1])
+    action_names = dimension_names(source.features[ACTION]) or _numbered("action", actions.shape[1])
+    semantics = propose_semantics(state, actions, state_names, action_names)
+    cameras = propose_cameras(source.cameras)
+    shape = source.features[source.cameras[0]]["shape"] if source.cameras else (224, 224, 3)
+    size = tuple(shape[:2]) if None not in shape else (224, 224)
+    kind = info.get("robot_type")
+    lines = [
+        f'"""{Path(path).name}: say here what robot it is, and in which units."""',
+        "",
+        "from pi0_jax.data.robots import Robot",
+        "",
+        "ROBOT = Robot(",
+        f"    name={json.dumps(name if kind in (None, '', 'unknown') else kind)},",
+        "    # Feature of the dataset -> camera of the model. Released weights know base_0_rgb, left_wrist_0_rgb and",
+        "    # right_wrist_0_rgb, and were trained with the scene in the first and cameras on a hand in the others.",
+        "    cameras={",
+        *(f"        {json.dumps(camera)}: {json.dumps(p.value)},{p.reason}" for camera, p in cameras.items()),
+        "    },",
+        *_vector("state", state_names),
+        *_vector("actions", action_names),
+        f"    fps={info.get('fps')!r},",
+        f"    image_size={size!r},",
+        '    # One per action: "absolute", "gripper" (absolute too), "relative" to the state of the same index (joint',
+        '    # targets are best learnt so), or "angle" (relative, radians that wrap). Proposed from the data:',
+        "    semantics=(",
+        *(f"        {json.dumps(p.value)},  # {n}: {p.reason}" for n, p in zip(action_names, semantics, strict=True)),
+        "    ),",
+        ")",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _numbered(what: str, width: int) -> tuple[str, ...]:
+    return tuple(f"{what}_{i}" for i in range(width))
+
+
+def _vector(field: str, names: Sequence[str]) -> list[str]:
+    line = f"    {field}=({', '.join(map(json.dumps, names))},),"
+    return [line] if len(line) <= 110 else [f"    {field}=(", *(f"        {json.dumps(n)}," for n in names), "    ),"]
+
+
+def propose_cameras(cameras: Sequence[str]) -> dict[str, Proposal]:
+    """The model's name for each camera of a dataset. Only a camera on a hand gets the slot of a wrist."""
+    words = {camera: last_word(camera).lower() for camera in cameras}
+    on_hand = [camera for camera in cameras if any(word in words[camera] for word in HAND)]
+    scene = [camera for camera in cameras if camera not in on_hand]
+    known = [camera for camera in scene if any(word in words[camera] for word in SCENE)]
+    found: dict[str, Proposal] = {}
+    for camera in on_hand:
+        slot = "right_wrist_0_rgb" if "right" in words[camera] else "left_wrist_0_rgb"
+        if slot in [p.value for p in found.values()]:
+            slot = _own(words[camera])
+        found[camera] = Proposal(slot, "")
+    for camera in scene:
+        if camera == (known or scene)[0]:
+            guess = "" if known and len(scene) == 1 else "  # a guess: the camera that sees the whole scene"
+            found[camera] = Proposal("base_0_rgb", guess)
+        else:
+            reason = "  # no slot of the released weights: name it in model.cameras to use it"
+            found[camera] = Proposal(_own(words[camera]), reason)
+    return {camera: found[camera] for camera in cameras}
+
+
+def _own(word: str) -> str:
+    return word if word.endswith("_rgb") else f"{word}_rgb"
+
+
+def read_some(source: Source) -> tuple[Float[np.ndarray, "n d"], Float[np.ndarray, "n a"]]:
+    """States and actions of some episodes that can be read, such as those that a partial download has.
+
+    Raises:
+        UserError, FileNotFoundError: none of the first `TRIED` can.
+    """
+    found, tried = [], min(source.num_episodes, TRIED)
+    for episode in range(tried):
+        try:
+            found.append([source.read(name, episode, episode + 1) for name in (STATE, ACTION)])
+        except (UserError, FileNotFoundError):
+            if episode == tried - 1 and not found:
+                raise
+        if len(found) == ENOUGH:
+            break
+    state, actions = (np.concatenate(parts).astype(np.float64) for parts in zip(*found, strict=True))
+    return state, actions
+
+
+def propose_semantics(
+    state: Float[np.ndarray, "n d"],
+    actions: Float[np.ndarray, "n a"],
+    state_names: Sequence[str],
+    action_names: Sequence[str],
+) -> list[Proposal]:
+    """What each action means: grippers by name, and the others alike, positions if most of them follow the state.
+
+    Returns:
+        One per action: "gripper", "relative" for positions, or "absolute" for changes and the like; and why.
+    """
+    grippers = ["gripper" in name.lower() for name in action_names]
+    follows, evidence = [], []
+    for i, gripper in enumerate(grippers):
+        if gripper:
+            evidence.append("by its name")
+        elif i >= len(state_names):
+            evidence.append(f"there are only {len(state_names)} states")
+        elif min(spread := float(np.std(state[:, i])), float(np.std(actions[:, i]))) < HARDLY:
+            evidence.append("hardly moves here")
+        else:
+            share = float(np.median(np.abs(actions[:, i] - state[:, i]))) / spread
+            together = float(np.corrcoef(state[:, i], actions[:, i])[0, 1])
+            follows.append(share < FOLLOWS and together > TOGETHER)
+            evidence.append(f"{100 * share:.0f} % of a deviation from {state_names[i]}, correlation {together:.2f}")
+    positions = 2 * sum(follows) > len(follows) and len(action_names) <= len(state_names)
+    kinds = ("gripper" if gripper else "relative" if positions else "absolute" for gripper in grippers)
+    return [Proposal(kind, reason) for kind, reason in zip(kinds, evidence, strict=True)]

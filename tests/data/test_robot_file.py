@@ -1,0 +1,116 @@
+"""`pi0 data robot`: cameras, names and meanings are read off the dataset, with reasons."""
+
+import json
+import runpy
+
+import numpy as np
+import pytest
+
+from pi0_jax.data.lerobot import LeRobotWriter
+from pi0_jax.data.robots import Robot, check_robot
+from pi0_jax.data.tools.robot import describe_robot, propose_cameras, propose_semantics
+from pi0_jax.errors import UserError
+
+
+def made(path, text: str) -> Robot:
+    (path / "made.py").write_text(text)
+    return check_robot(runpy.run_path(str(path / "made.py"))["ROBOT"])
+
+
+@pytest.mark.parametrize(
+    ("cameras", "names"),
+    [
+        (("front", "wrist"), ("base_0_rgb", "left_wrist_0_rgb")),
+        (("front", "top"), ("base_0_rgb", "top_rgb")),
+        (("phone", "top", "side"), ("phone_rgb", "base_0_rgb", "side_rgb")),
+        (
+            ("cam_high", "cam_low", "cam_left_wrist", "cam_right_wrist"),
+            ("base_0_rgb", "cam_low_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb"),
+        ),
+        (("right_hand", "left_hand"), ("right_wrist_0_rgb", "left_wrist_0_rgb")),
+        (("observation/exterior_image_1_left", "observation/wrist_image_left"), ("base_0_rgb", "left_wrist_0_rgb")),
+        (("wrist", "wrist_2"), ("left_wrist_0_rgb", "wrist_2_rgb")),
+    ],
+)
+def test_only_cameras_on_a_hand_get_the_slots_of_wrists(cameras, names):
+    assert tuple(p.value for p in propose_cameras(cameras).values()) == names
+
+
+def test_guesses_are_said():
+    reasons = {camera: p.reason for camera, p in propose_cameras(("front", "top", "wrist")).items()}
+    assert "guess" in reasons["front"]
+    assert "model.cameras" in reasons["top"]
+    assert not reasons["wrist"]
+    assert not propose_cameras(("front", "wrist"))["front"].reason
+
+
+def test_positions_follow_the_state_and_changes_do_not():
+    rng = np.random.default_rng(0)
+    state = np.cumsum(rng.normal(size=(500, 3)), axis=0)
+    targets = state + rng.normal(0, 0.3, size=state.shape)
+    names = ("shoulder", "elbow", "gripper")
+    relative = propose_semantics(state, targets, names, names)
+    assert [p.value for p in relative] == ["relative", "relative", "gripper"]
+    assert "correlation 1.00" in relative[0].reason
+    changes = np.diff(state, axis=0, append=state[-1:])
+    assert [p.value for p in propose_semantics(state, changes, names, names)] == ["absolute", "absolute", "gripper"]
+
+
+def test_actions_without_a_state_of_the_same_index_are_absolute():
+    state = np.cumsum(np.random.default_rng(0).normal(size=(500, 1)), axis=0)
+    wide = np.concatenate([state, state], axis=1)
+    proposed = propose_semantics(state, wide, ("x",), ("x", "y"))
+    assert [p.value for p in proposed] == ["absolute", "absolute"]
+
+
+def test_names_of_openpis_conversion_are_understood(tmp_path):
+    features = {
+        "image": {"dtype": "video", "shape": (16, 16, 3)},
+        "wrist_image": {"dtype": "video", "shape": (16, 16, 3)},
+    }
+    features |= {"state": {"dtype": "float32", "shape": (8,)}, "actions": {"dtype": "float32", "shape": (7,)}}
+    rng = np.random.default_rng(0)
+    with LeRobotWriter(tmp_path / "libero", 10, "panda", features) as writer:
+        numbers = {
+            name: rng.normal(size=(6, *features[name]["shape"])).astype(np.float32) for name in ("state", "actions")
+        }
+        pictures = {name: np.zeros((6, 16, 16, 3), np.uint8) for name in ("image", "wrist_image")}
+        writer.add_episode(numbers | pictures, "put it down")
+    robot = made(tmp_path, describe_robot(str(tmp_path / "libero"), "mine"))
+    assert robot.name == "panda"
+    assert robot.cameras == {"image": "base_0_rgb", "wrist_image": "left_wrist_0_rgb"}
+    assert (len(robot.state), len(robot.actions), robot.fps) == (8, 7, 10)
+
+
+def test_a_humanoid_keeps_its_joints_names_from_a_partial_download(real_data, tmp_path):
+    folder = real_data / "humanoid_v21"
+    info = json.loads((folder / "meta/info.json").read_text())
+    robot = made(tmp_path, describe_robot(str(folder), "mine"))
+    assert robot.name == info["robot_type"]
+    assert list(robot.state) == info["features"]["observation.state"]["names"][0]
+    assert list(robot.cameras.values()) == ["base_0_rgb"]
+    assert set(robot.semantics) == {"relative"}
+
+
+def test_a_camera_above_is_not_a_wrist(real_data, tmp_path):
+    robot = made(tmp_path, describe_robot(str(real_data / "so101_v3_without_videos"), "mine"))
+    assert robot.cameras == {"observation.images.front": "base_0_rgb", "observation.images.top": "top_rgb"}
+    assert robot.semantics == (*["relative"] * 5, "gripper")
+
+
+def test_rlds_is_described_too_and_nothing_is_written_into_it(real_data, tmp_path):
+    pytest.importorskip("tensorflow_datasets")
+    folder = real_data / "bridge_dataset"
+    before = sorted(folder.rglob("*"))
+    robot = made(tmp_path, describe_robot(str(folder), "bridge"))
+    assert (robot.name, robot.fps, len(robot.cameras)) == ("bridge", None, 4)
+    assert robot.semantics == ("absolute",) * 7
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_what_cannot_be_recognised_is_said(tmp_path):
+    features = {"picture": {"dtype": "video", "shape": (16, 16, 3)}, "a": {"dtype": "float32", "shape": (3,)}}
+    with LeRobotWriter(tmp_path / "odd", 10, "unknown", features) as writer:
+        writer.add_episode({"picture": np.zeros((4, 16, 16, 3), np.uint8), "a": np.zeros((4, 3), np.float32)}, "go")
+    with pytest.raises(UserError, match=r"has no observation\.state and no action; it has"):
+        describe_robot(str(tmp_path / "odd"), "mine")
