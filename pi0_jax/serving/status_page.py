@@ -36,15 +36,7 @@ svg { max-width: 100%; height: auto; } svg text { font-size: 11px; }
 
 
 def render(state: str, metadata: Mapping[str, Any], metrics: Metrics, clients: int, waiting: int) -> str:
-    """The page.
-
-    Args:
-        state: ready, busy or stopping.
-        metadata: the policy's metadata for clients.
-        metrics: counters, and the last answer.
-        clients: connections now.
-        waiting: requests that wait now.
-    """
+    """The page, with the policy's metadata for clients, and the numbers of connections and of requests that wait."""
     recent = np.array(metrics.recent)
     title = f"Policy for {metadata.get('robot', 'a robot')}"
     counts = " · ".join(f"{metrics.outcomes[name]} {name}" for name in OUTCOMES if metrics.outcomes[name]) or "none yet"
