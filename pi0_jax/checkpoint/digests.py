@@ -22,10 +22,8 @@ def write_digests(step: Path) -> None:
 def verify(step: str | Path, shard: tuple[int, int] = (0, 1), only: tuple[str, ...] = ()) -> None:
     """Reads the files of a checkpoint and compares them with what was written.
 
-    Args:
-        step: a step folder.
-        shard: (i, n) reads every n-th file from the i-th on, so that n processes share the work.
-        only: folders of the step to read; empty: all of them.
+    `shard` (i, n) reads every n-th file from the i-th on, so that n processes share the work; `only` names folders of
+    the step to read, empty for all.
 
     Raises:
         CheckpointError: a file is missing or has changed; the message names it, and the checkpoint before this one.
@@ -43,11 +41,7 @@ def verify(step: str | Path, shard: tuple[int, int] = (0, 1), only: tuple[str, .
 
 
 def require_files(folder: Path) -> None:
-    """Checks, without reading them, that the files of one folder of a step are there in full.
-
-    Raises:
-        CheckpointError: one is missing or has another size.
-    """
+    """Raises CheckpointError if a file of one folder of a step is missing or has another size, without reading them."""
     for path, size, _ in _recorded(folder.parent):
         if path.is_relative_to(folder):
             _require_size(path, size, folder.parent)

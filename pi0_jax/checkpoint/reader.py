@@ -22,7 +22,7 @@ def restore_params(
     sharding: jax.sharding.Sharding | None = None,
     partial: bool = False,
 ) -> Any:
-    """Reads the weights to run.
+    """Reads the weights to run, a tree of `jax.Array`s.
 
     Args:
         path: anything that `resolve` takes.
@@ -30,9 +30,6 @@ def restore_params(
         dtype: dtype to cast to while reading; None: that of `like`, or else the stored one.
         sharding: where to put all of them; None: where the leaves of `like` say, or else on the first device.
         partial: `like` is a subtree of the weights; the others are not read.
-
-    Returns:
-        A tree of `jax.Array`s.
 
     Raises:
         FileNotFoundError: no such path.
@@ -73,11 +70,7 @@ def restore_train_state(path: str | Path, like: Any) -> Any:
 
 
 def param_names(path: str | Path) -> frozenset[str]:
-    """Paths of the weights of a checkpoint.
-
-    Args:
-        path: anything that `resolve` takes.
-    """
+    """Paths of the weights of a checkpoint, at a path that `resolve` takes."""
     return frozenset(_by_name(_stored_tree(resolve(path) / "params").get("params", {})))
 
 
