@@ -16,7 +16,7 @@ from pi0_jax.config import ModelConfig
 from pi0_jax.convert import assemble
 from pi0_jax.convert.files import read_json, write_json
 from pi0_jax.convert.formats import Format, OpenCheckpoint, Overrides, openpi
-from pi0_jax.convert.lazy import LazyArrays, computed, open_safetensors, write_safetensors
+from pi0_jax.convert.lazy import LazyArrays, all_finite, computed, open_safetensors, write_safetensors
 from pi0_jax.convert.rules import Rule
 from pi0_jax.convert.verify import openpi_torch as verify
 from pi0_jax.errors import UserError
@@ -122,10 +122,7 @@ def claim_tensors(
 ) -> assemble.Claimed:
     """The model that the tensors make, with numbers of heads, which their flat projections do not show.
 
-    Args:
-        folder, overrides, tensors: of the checkpoint.
-        guess: as of `infer_model`.
-        config: the folder's config.json.
+    `guess` is as of `infer_model`, `config` the folder's config.json.
     """
     recorded = assemble.recorded_policy(folder, guess.variant)
     model = recorded.model if recorded else None
@@ -162,26 +159,17 @@ def dtype_name(opened: OpenCheckpoint) -> Literal["bfloat16", "float32"]:
     return "bfloat16" if opened.tensors["embedding"].dtype == ml_dtypes.bfloat16 else "float32"
 
 
-def weights_folder(path: Path) -> Path | None:
-    """The folder in which a path has `model.safetensors`; None: it has none."""
-    if path.suffix == ".safetensors" and path.is_file():
-        path = path.parent
-    return path if (path / WEIGHTS).is_file() else None
-
-
-def is_lerobot(folder: Path) -> bool:
-    """Whether a folder's config.json names a LeRobot policy."""
+def detect(path: Path, lerobot: bool = False) -> Path | None:
+    """The folder in which a path has `model.safetensors`, with a config.json that names a LeRobot policy or without."""
+    folder = path.parent if path.suffix == ".safetensors" and path.is_file() else path
     config = folder / "config.json"
-    return config.is_file() and "type" in read_json(config)
-
-
-def _detect(path: Path) -> Path | None:
-    folder = weights_folder(path)
-    return folder if folder is not None and not is_lerobot(folder) else None
+    if not (folder / WEIGHTS).is_file() or lerobot != (config.is_file() and "type" in read_json(config)):
+        return None
+    return folder
 
 
 def _open(folder: Path, overrides: Overrides) -> OpenCheckpoint:
-    tensors = assemble.all_finite(open_safetensors(folder / WEIGHTS))
+    tensors = all_finite(open_safetensors(folder / WEIGHTS))
     if any(name.startswith("model.") for name in tensors):
         raise UserError(
             f"the tensors of {folder} have LeRobot's names, and its config.json, which says horizon, cameras and "
@@ -208,10 +196,9 @@ def _write(opened: OpenCheckpoint, folder: Path, asset_id: str) -> None:
 FORMAT = Format(
     "openpi-torch",
     WEIGHTS,
-    _detect,
+    detect,
     _open,
     _write,
-    rules,
     lambda opened: assemble.lost_settings(opened, "openpi-torch"),
     verify.RUNNER,
 )
