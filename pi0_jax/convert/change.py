@@ -90,9 +90,7 @@ def grow(opened: OpenCheckpoint, overrides: Overrides) -> OpenCheckpoint:
     return opened._replace(policy=grown, tensors=tensors)
 
 
-def add_action_expert(
-    opened: OpenCheckpoint, variant: Literal["pi0", "pi05"], config: ModelConfig, seed: int = 0
-) -> OpenCheckpoint:
+def add_action_expert(opened: OpenCheckpoint, variant: Literal["pi0", "pi05"], config: ModelConfig) -> OpenCheckpoint:
     """A backbone with a fresh action expert and projections, from the network's own initialisers, in float32.
 
     Of `config`, width and feed-forward of the expert, action dimension, horizon and prompt length are used; all else is
@@ -101,9 +99,9 @@ def add_action_expert(
     chosen = {name: getattr(config, name) for name in ("action", "action_dim", "action_horizon", "prompt_length")}
     model = dataclasses.replace(opened.policy.model, variant=variant, **chosen)
     missing = tuple(path for path in parameters(model) if path not in opened.tensors)
-    arrays = {path: in_memory(np.asarray(x)) for path, x in _fresh(model, missing, jax.random.key(seed)).items()}
+    fresh = {path: in_memory(np.asarray(x)) for path, x in _fresh(model, missing, jax.random.key(0)).items()}
     changes = {"model": model, "normalization": "zscore" if variant == "pi0" else "quantile"}
-    tensors = {path: opened.tensors.get(path) or arrays[path] for path in parameters(model)}
+    tensors = {path: opened.tensors.get(path) or fresh[path] for path in parameters(model)}
     return opened._replace(policy=replaced(opened.policy, changes), tensors=tensors)
 
 

@@ -61,11 +61,10 @@ def open_orbax(folder: Path) -> LazyArrays:
     return {name: _array(folder, name, store, decoded) for name, store in opening.items()}
 
 
-def write_orbax(folder: Path, arrays: Mapping[str, LazyArray], whole: bool = False) -> None:
+def write_orbax(folder: Path, arrays: Mapping[str, LazyArray]) -> None:
     """Writes an Orbax PyTree item {"params": tree}, which openpi and `pi0_jax.checkpoint` read, into a new folder.
 
-    Small arrays go to the database together, large ones piece by piece. `whole` stores each array as one chunk, as
-    Orbax does on one host; it then has to be in memory at once.
+    Small arrays go to the database together, large ones piece by piece.
     """
     folder.mkdir(parents=True)
     context = ts.Context({"cache_pool": {"total_bytes_limit": 0}, "file_io_sync": False})
@@ -74,7 +73,7 @@ def write_orbax(folder: Path, arrays: Mapping[str, LazyArray], whole: bool = Fal
     for name, array in arrays.items():
         path = ("params", *name.split("/"))
         small = array.nbytes <= lazy.PIECE_BYTES
-        rows = max(1, array.shape[0]) if whole and array.shape else rows_per_piece(array)
+        rows = rows_per_piece(array)
         spec = {
             "driver": "zarr",
             "kvstore": {"driver": "ocdbt", "base": f"file://{folder}/", "path": ".".join(path) + "/"},

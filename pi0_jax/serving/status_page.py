@@ -87,8 +87,9 @@ def bars(labels: Sequence[str], counts: Sequence[int], width: int = 420, height:
     return "".join(elements) + "</svg>"
 
 
-def chunk_plot(actions: np.ndarray, names: Sequence[str], width: int = 640, height: int = 220) -> str:
+def chunk_plot(actions: np.ndarray, names: Sequence[str]) -> str:
     """A line plot of a chunk `[ah, d]` over its steps, as SVG, with the scale at the left."""
+    width, height = 640, 220
     steps, dims = actions.shape
     low, high = float(min(actions.min(), 0)), float(max(actions.max(), 0))
     span = (high - low) or 1.0

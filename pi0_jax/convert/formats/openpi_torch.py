@@ -41,13 +41,11 @@ def rules(variant: str) -> tuple[Rule, ...]:
     """Every tensor of a π0, π0.5 or π0-FAST in PyTorch, without LeRobot's prefix."""
     time = "action_time_mlp" if variant == "pi0" else "time_mlp"
     block = f"{_VISION}.encoder.layers.{{}}"
-    attention = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
     linear = (
         ("image_encoder/patch_embedding", f"{_VISION}.embeddings.patch_embedding", "embed axis2 axis0 axis1"),
-        *(
-            (f"image_encoder/layers/{ours}", f"{block}.self_attn.{theirs}", "(heads head_dim) embed")
-            for ours, theirs in attention.items()
-        ),
+        ("image_encoder/layers/query", f"{block}.self_attn.q_proj", "(heads head_dim) embed"),
+        ("image_encoder/layers/key", f"{block}.self_attn.k_proj", "(heads head_dim) embed"),
+        ("image_encoder/layers/value", f"{block}.self_attn.v_proj", "(heads head_dim) embed"),
         ("image_encoder/layers/out", f"{block}.self_attn.out_proj", "embed (heads head_dim)"),
         ("image_encoder/layers/mlp_in", f"{block}.mlp.fc1", "mlp embed"),
         ("image_encoder/layers/mlp_out", f"{block}.mlp.fc2", "embed mlp"),
@@ -86,10 +84,6 @@ def _linear(ours: str, theirs: str, weight: str) -> list[Rule]:
 def _expert(name: str, theirs: str) -> list[Rule]:
     ours, layer = f"backbone/layers/{name}", f"{theirs}.layers.{{}}"
     attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
-    pairs = {
-        "kv": (f"{attention}.k_proj.weight", f"{attention}.v_proj.weight"),
-        "gate_up": (f"{mlp}.gate_proj.weight", f"{mlp}.up_proj.weight"),
-    }
     norms = {
         f"{ours}/attn_norm": f"{layer}.input_layernorm",
         f"{ours}/mlp_norm": f"{layer}.post_attention_layernorm",
@@ -98,9 +92,11 @@ def _expert(name: str, theirs: str) -> list[Rule]:
     modulated = {} if name == "language" else norms
     return [
         Rule(f"{ours}/attn/q", f"{attention}.q_proj.weight", "(heads head_dim) embed"),
-        Rule(f"{ours}/attn/kv", pairs["kv"], "(kv_heads head_dim) embed"),
+        Rule(
+            f"{ours}/attn/kv", (f"{attention}.k_proj.weight", f"{attention}.v_proj.weight"), "(kv_heads head_dim) embed"
+        ),
         Rule(f"{ours}/attn/o", f"{attention}.o_proj.weight", "embed (heads head_dim)"),
-        Rule(f"{ours}/mlp/gate_up", pairs["gate_up"], "mlp embed"),
+        Rule(f"{ours}/mlp/gate_up", (f"{mlp}.gate_proj.weight", f"{mlp}.up_proj.weight"), "mlp embed"),
         Rule(f"{ours}/mlp/down", f"{mlp}.down_proj.weight", "embed mlp"),
         *(Rule(f"{mine}/scale", f"{other}.weight") for mine, other in norms.items()),
         *(
