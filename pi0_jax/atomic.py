@@ -21,12 +21,8 @@ from pathlib import Path
 def written(path: Path, *, replace_folder: bool = False) -> Iterator[Path]:
     """Gives a new name to write to, which becomes `path` at the end; after an error nothing is left of it.
 
-    Args:
-        path: a file, which is replaced, or a folder.
-        replace_folder: replace a folder that is not empty, too.
-
-    Raises:
-        OSError: what came up, with the name of the file where the system did not say it.
+    A file at `path` is replaced; a folder that is not empty only with `replace_folder`. An OSError has the name of the
+    file where the system did not say it.
     """
     partial = partial_path(path)
     try:

@@ -31,10 +31,7 @@ class Assets(NamedTuple):
 
 
 def load_assets(path: str | Path) -> Assets:
-    """Reads the policy's configuration, statistics and tokenizer.
-
-    Args:
-        path: anything that `resolve` takes.
+    """Reads the policy's configuration, statistics and tokenizer from a path that `resolve` takes.
 
     Raises:
         FileNotFoundError: no such path.
@@ -75,11 +72,7 @@ def policy_to_json(policy: PolicyConfig) -> dict[str, Any]:
 
 
 def policy_from_json(content: dict[str, Any]) -> PolicyConfig:
-    """The inverse of `policy_to_json`.
-
-    Raises:
-        CheckpointError: the object is of another version.
-    """
+    """The inverse of `policy_to_json`; CheckpointError if the object is of another version."""
     version = content.get("format_version", 1)
     policy = {name: value for name, value in content.items() if name != "format_version"}
     content = {"format_version": version, "files": [], "policy": policy, "train": None}
@@ -87,12 +80,7 @@ def policy_from_json(content: dict[str, Any]) -> PolicyConfig:
 
 
 def load_data_state(path: str | Path) -> dict[str, Any]:
-    """Reads the state of the data iterator.
-
-    Raises:
-        FileNotFoundError: no such path.
-        CheckpointError: the checkpoint has none, or a damaged one.
-    """
+    """Reads the state of the data iterator; FileNotFoundError or CheckpointError if there is none, or a damaged one."""
     return read(resolve(path), "data_state/iterator.json")
 
 

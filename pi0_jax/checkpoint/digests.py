@@ -22,10 +22,8 @@ def write_digests(step: Path) -> None:
 def verify(step: str | Path, shard: tuple[int, int] = (0, 1), only: tuple[str, ...] = ()) -> None:
     """Reads the files of a checkpoint and compares them with what was written.
 
-    Args:
-        step: a step folder.
-        shard: (i, n) reads every n-th file from the i-th on, so that n processes share the work.
-        only: folders of the step to read; empty: all of them.
+    `shard` (i, n) reads every n-th file from the i-th on, so that n processes share the work; `only` names folders of
+    the step to read, empty for all.
 
     Raises:
         CheckpointError: a file is missing or has changed; the message names it, and the checkpoint before this one.
@@ -37,20 +35,14 @@ def verify(step: str | Path, shard: tuple[int, int] = (0, 1), only: tuple[str, .
     index, count = shard
     for path, size, crc in list(_recorded(step))[index::count]:
         if not only or path.relative_to(step).parts[0] in only:
-            _require_size(path, size, step)
-            if _digest(path)[1] != crc:
-                raise CheckpointError(f"{step} is damaged: {path} is not what was written. {previous_step(step)}")
+            _require(path, size, step, crc)
 
 
 def require_files(folder: Path) -> None:
-    """Checks, without reading them, that the files of one folder of a step are there in full.
-
-    Raises:
-        CheckpointError: one is missing or has another size.
-    """
+    """Raises CheckpointError if a file of one folder of a step is missing or has another size, without reading them."""
     for path, size, _ in _recorded(folder.parent):
         if path.is_relative_to(folder):
-            _require_size(path, size, folder.parent)
+            _require(path, size, folder.parent)
 
 
 def _recorded(step: Path) -> Iterator[tuple[Path, int, int]]:
@@ -59,11 +51,12 @@ def _recorded(step: Path) -> Iterator[tuple[Path, int, int]]:
     return ((step / name, size, crc) for name, (size, crc) in content.items())
 
 
-def _require_size(path: Path, size: int, step: Path) -> None:
-    if not path.is_file():
-        raise CheckpointError(f"{step} is damaged: {path} is missing. {previous_step(step)}")
-    if path.stat().st_size != size:
-        raise CheckpointError(f"{step} is damaged: {path} is not what was written. {previous_step(step)}")
+def _require(path: Path, size: int, step: Path, crc: int | None = None) -> None:
+    """Raises CheckpointError where a file is missing or has another size, or CRC-32 if one is given."""
+    there = path.is_file()
+    if not there or path.stat().st_size != size or (crc is not None and _digest(path)[1] != crc):
+        problem = "not what was written" if there else "missing"
+        raise CheckpointError(f"{step} is damaged: {path} is {problem}. {previous_step(step)}")
 
 
 def _digest(path: Path) -> tuple[int, int]:

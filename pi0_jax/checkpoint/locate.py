@@ -66,11 +66,8 @@ class Found(NamedTuple):
 def identify(path: str | Path) -> Found:
     """Looks at the names of files to say what a path is; reads nothing.
 
-    Args:
-        path: a step folder, a folder of steps or a run (its newest step counts), or anything else.
-
-    Raises:
-        FileNotFoundError: no such path; the message lists what is there instead.
+    Of a run or a folder of steps, its newest step counts. FileNotFoundError, with what is there instead, if there is no
+    such path.
     """
     path = Path(path).expanduser().absolute()
     if not path.exists():
@@ -104,10 +101,7 @@ def identify(path: str | Path) -> Found:
 
 
 def resolve(path: str | Path) -> Path:
-    """The step folder that `path` means.
-
-    Args:
-        path: a run folder or its `checkpoints` folder (the newest step is taken), or a step folder.
+    """The step folder that `path` means: that folder, or of a run folder or its `checkpoints` folder the newest.
 
     Raises:
         FileNotFoundError: no such path.

@@ -14,25 +14,15 @@ from pi0_jax.checkpoint.digests import require_files
 from pi0_jax.checkpoint.locate import CheckpointError, previous_step, resolve
 
 
-def restore_params(
-    path: str | Path,
-    like: Any = None,
-    *,
-    dtype: Any = None,
-    sharding: jax.sharding.Sharding | None = None,
-    partial: bool = False,
-) -> Any:
-    """Reads the weights to run.
+def restore_params(path: str | Path, like: Any = None, *, dtype: Any = None, partial: bool = False) -> Any:
+    """Reads the weights to run, a tree of `jax.Array`s.
 
     Args:
         path: anything that `resolve` takes.
         like: tree of arrays or `jax.ShapeDtypeStruct`s that the weights have to match; its dtypes are used.
+            Leaves without a sharding go to the first device.
         dtype: dtype to cast to while reading; None: that of `like`, or else the stored one.
-        sharding: where to put all of them; None: where the leaves of `like` say, or else on the first device.
         partial: `like` is a subtree of the weights; the others are not read.
-
-    Returns:
-        A tree of `jax.Array`s.
 
     Raises:
         FileNotFoundError: no such path.
@@ -46,7 +36,7 @@ def restore_params(
 
     def target(x: Any) -> jax.ShapeDtypeStruct:
         own = None if like is None else getattr(x, "sharding", None)
-        return jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=sharding or own or first)
+        return jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=own or first)
 
     tree = jax.tree.map(target, stored["params"] if like is None else like)
     return _restore(folder, stored, {"params": tree}, partial=partial)["params"]
@@ -73,11 +63,7 @@ def restore_train_state(path: str | Path, like: Any) -> Any:
 
 
 def param_names(path: str | Path) -> frozenset[str]:
-    """Paths of the weights of a checkpoint.
-
-    Args:
-        path: anything that `resolve` takes.
-    """
+    """Paths of the weights of a checkpoint, at a path that `resolve` takes."""
     return frozenset(_by_name(_stored_tree(resolve(path) / "params").get("params", {})))
 
 
@@ -118,7 +104,7 @@ def _require_alike(folder: Path, stored: Any, like: Any, partial: bool) -> None:
         "of another shape": [f"{n} {have[n]} for {want[n]}" for n in want if n in have and have[n] != want[n]],
     }
     if any(problems.values()):
-        lines = [f"  {kind} ({len(names)}): {_shortened(names)}" for kind, names in problems.items() if names]
+        lines = [f"  {kind} ({len(names)}): {_first(names)}" for kind, names in problems.items() if names]
         raise CheckpointError(f"{folder} does not fit this model:\n" + "\n".join(lines))
 
 
@@ -127,8 +113,8 @@ def _by_name(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in jax.tree.leaves_with_path(tree)}
 
 
-def _shortened(names: list[str], most: int = 12) -> str:
-    return ", ".join(names[:most]) + (f", and {len(names) - most} more" if len(names) > most else "")
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:12]) + (f", and {len(names) - 12} more" if len(names) > 12 else "")
 
 
 @contextlib.contextmanager

@@ -59,10 +59,9 @@ class CheckpointWriter:
     """Saves checkpoints of one run in the background; errors of a save surface at the next call of any method."""
 
     def __init__(self, run_dir: str | Path, keep: int, *, keep_every: int | None = None, keep_best: int = 0):
-        """Opens `<run_dir>/checkpoints` and removes what a killed run left half-written there.
+        """Opens `<run_dir>/checkpoints`, made if missing, and removes what a killed run left half-written there.
 
         Args:
-            run_dir: the run's folder; made if missing.
             keep: number of newest checkpoints to keep; older ones go once a newer one is complete.
             keep_every: those whose step is a multiple of it stay too; None: none.
             keep_best: number of checkpoints with the lowest validation loss to keep besides.
@@ -104,16 +103,13 @@ class CheckpointWriter:
             self._manager.close()
 
     def reserve(self, state: Any, num_steps: int = 0) -> None:
-        """Checks, before training starts, that disk and memory suffice for all checkpoints of the run.
+        """Raises OSError, before training starts, unless disk and memory suffice for all checkpoints of the run.
 
         The newest is written before the oldest goes, so one more than those that are kept has to fit.
 
         Args:
             state: tree of arrays, or `jax.ShapeDtypeStruct`s with shardings, of all that is saved.
             num_steps: at the end of the run.
-
-        Raises:
-            OSError: too little free space, or memory.
         """
         kept = self._keep + self._keep_best + (num_steps // self._keep_every if self._keep_every else 0)
         require_disk(self.folder, max(1, kept + 1 - len(steps(self.folder.parent))) * tree_bytes(state))

@@ -11,7 +11,7 @@ from pi0_jax import checkpoint
 from pi0_jax.config import ModelConfig, PolicyConfig
 from pi0_jax.convert.files import RECORD, read_json
 from pi0_jax.convert.formats import OpenCheckpoint, Overrides
-from pi0_jax.convert.lazy import LazyArray, LazyArrays, finite
+from pi0_jax.convert.lazy import LazyArray, LazyArrays
 from pi0_jax.convert.parameters import has_velocity_expert, infer_model, parameters, replaced
 from pi0_jax.convert.rules import Rule, bind, from_ours, to_ours
 from pi0_jax.errors import UserError
@@ -36,11 +36,6 @@ class Claimed(NamedTuple):
     names: Mapping[str, str]
 
 
-def all_finite(tensors: Mapping[str, LazyArray]) -> LazyArrays:
-    """Tensors whose reading raises where numbers are not finite."""
-    return {name: finite(name, tensor) for name, tensor in tensors.items()}
-
-
 def claim(
     rules: Sequence[Rule],
     tensors: Mapping[str, LazyArray],
@@ -50,9 +45,7 @@ def claim(
 ) -> Claimed:
     """Infers the model from the tensors and says which tensor is which parameter.
 
-    Args:
-        rules, tensors, guess, heads: as of `infer_model`.
-        spare: names that may be left over, and their shapes.
+    `spare` gives names that may be left over, and their shapes; the other arguments are those of `infer_model`.
 
     Raises:
         UserError: they do not correspond, or heads have to be given.
@@ -69,12 +62,8 @@ def finished(
 ) -> OpenCheckpoint:
     """The opened checkpoint, with the tokenizer that lies beside the weights.
 
-    Args:
-        format, path: of the checkpoint.
-        policy: what is known beside the tensors.
-        claimed: the tensors, and the model that they make.
-        asset_id: name of the statistics, which are those of a robot.
-        fields: further ones of `OpenCheckpoint`.
+    `policy` is what is known beside the tensors, `asset_id` the name of the statistics, which are those of a robot;
+    `fields` are further ones of `OpenCheckpoint`.
     """
     policy = replaced(policy, {"model": claimed.model})
     if asset_id is not None and policy.robot == "none":
@@ -103,14 +92,9 @@ def make_policy(
 ) -> PolicyConfig:
     """The policy as far as it is known without the shapes.
 
-    In order of precedence: what the folder's own configuration states; the record of an earlier conversion;
-    `--horizon`; the format's defaults; openpi's settings for the variant.
-
-    Args:
-        folder: of the checkpoint.
-        overrides: `horizon` is used; the others apply once the shapes are known.
-        guess: variant and adapters, as the names of the tensors show them.
-        stated, defaults: fields of the policy, such as `model.cameras`, to their values.
+    In order of precedence: `stated`, fields such as `model.cameras` in the folder's own configuration; the record of an
+    earlier conversion; `--horizon`, the only override used here; the format's `defaults`; openpi's settings for the
+    variant. `guess` has variant and adapters, as the names of the tensors show them.
 
     Raises:
         UserError: nothing says the horizon.
@@ -143,9 +127,7 @@ def make_policy(
 def variant_of(names: Sequence[str], pi0: str, pi05: str) -> ModelConfig:
     """The variant that the tensors' names show, as a model with default sizes.
 
-    Args:
-        names: of the tensors.
-        pi0, pi05: patterns of names that only that variant has; without any it is a backbone alone.
+    `pi0` and `pi05` are patterns of names that only that variant has; without any it is a backbone alone.
     """
     counts = {variant: sum(bool(re.search(p, name)) for name in names) for variant, p in (("pi0", pi0), ("pi05", pi05))}
     variant = "pi05" if counts["pi05"] > counts["pi0"] else "pi0"

@@ -56,13 +56,12 @@ def grow(opened: OpenCheckpoint, overrides: Overrides) -> OpenCheckpoint:
     """A model with more action dimensions, or another horizon, cameras or prompt length.
 
     New rows and columns of the action dimension are zero. So the old dimensions of the velocity do not depend on what
-    is in the new ones, and inputs of before (with anything in the new dimensions, new cameras masked, a longer prompt
-    padded) give the outputs of before; gradients reach the new rows and columns all the same. Horizon, cameras and
-    prompt length have no parameters in π0's action expert.
+    is in the new ones, and old inputs (new cameras masked, a longer prompt padded) give the old outputs; gradients
+    reach the new rows and columns all the same.
 
     Raises:
-        UserError: fewer action dimensions, which would throw trained rows away; or a head whose parameters would not
-            only gain rows of that kind.
+        UserError: fewer action dimensions, which would throw trained rows away; or a head with other parameters of
+            these sizes than π0's action expert has.
     """
     policy = opened.policy
     wanted = {
@@ -91,24 +90,18 @@ def grow(opened: OpenCheckpoint, overrides: Overrides) -> OpenCheckpoint:
     return opened._replace(policy=grown, tensors=tensors)
 
 
-def add_action_expert(
-    opened: OpenCheckpoint, variant: Literal["pi0", "pi05"], config: ModelConfig, seed: int = 0
-) -> OpenCheckpoint:
+def add_action_expert(opened: OpenCheckpoint, variant: Literal["pi0", "pi05"], config: ModelConfig) -> OpenCheckpoint:
     """A backbone with a fresh action expert and projections, from the network's own initialisers, in float32.
 
-    Args:
-        opened: image encoder and language expert.
-        variant: of the result.
-        config: width and feed-forward of the expert, action dimension, horizon and prompt length; all else is the
-            backbone's.
-        seed: of the random weights.
+    Of `config`, width and feed-forward of the expert, action dimension, horizon and prompt length are used; all else is
+    the backbone's.
     """
     chosen = {name: getattr(config, name) for name in ("action", "action_dim", "action_horizon", "prompt_length")}
     model = dataclasses.replace(opened.policy.model, variant=variant, **chosen)
     missing = tuple(path for path in parameters(model) if path not in opened.tensors)
-    arrays = {path: in_memory(np.asarray(x)) for path, x in _fresh(model, missing, jax.random.key(seed)).items()}
+    fresh = {path: in_memory(np.asarray(x)) for path, x in _fresh(model, missing, jax.random.key(0)).items()}
     changes = {"model": model, "normalization": "zscore" if variant == "pi0" else "quantile"}
-    tensors = {path: opened.tensors.get(path) or arrays[path] for path in parameters(model)}
+    tensors = {path: opened.tensors.get(path) or fresh[path] for path in parameters(model)}
     return opened._replace(policy=replaced(opened.policy, changes), tensors=tensors)
 
 

@@ -12,7 +12,7 @@ import tyro
 from pi0_jax.config import ExpertConfig, ModelConfig
 from pi0_jax.convert.change import Dtype
 from pi0_jax.convert.describe import describe, differences, text
-from pi0_jax.convert.formats import Overrides, formats, open_checkpoint, writable
+from pi0_jax.convert.formats import Hints, Overrides, formats, open_checkpoint, writable
 from pi0_jax.convert.run import convert as run
 from pi0_jax.convert.run import disagreement
 from pi0_jax.convert.verify.agree import OURS
@@ -24,29 +24,7 @@ else:
     To = tyro.extras.literal_type_from_choices(writable())
     Framework = tyro.extras.literal_type_from_choices((OURS, *(f.name for f in formats().values() if f.runner)))
 
-OVERRIDES = Overrides()
 Offline = Annotated[bool, tyro.conf.arg(help="Open no connection: gs://, s3:// and hf:// have to be in the cache.")]
-
-
-def _path(metavar: str, text: str):
-    return tyro.conf.arg(metavar=metavar, help=text)
-
-
-@dataclasses.dataclass(frozen=True)
-class Hints:
-    """Architecture hints for checkpoints whose tensors are ambiguous; the error asks for them."""
-
-    num_heads: int | None = None
-    """Query heads of the experts (PyTorch, of other sizes than the released ones)."""
-    num_kv_heads: int | None = None
-    """Key/value heads of the experts (likewise)."""
-    vision_heads: int | None = None
-    """Attention heads of the image encoder (likewise)."""
-    asset_id: str | None = None
-    """Which of several norm_stats.json under openpi's assets/."""
-
-
-HINTS = Hints()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,16 +48,13 @@ class Convert:
     it was checked. `pi0 inspect SOURCE` shows what a checkpoint is; docs/checkpoints.md has formats and differences.
     """
 
-    source: Annotated[
-        tyro.conf.Positional[str],
-        _path(
-            "SOURCE", "Folder of any format, a run, a .safetensors, big_vision's .npz; or a gs://, s3://, hf:// URL."
-        ),
-    ]
-    target: Annotated[tyro.conf.Positional[str], _path("TARGET", "Folder to write.")]
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
+    """Folder of any format, a run, a .safetensors, big_vision's .npz; or a gs://, s3://, hf:// URL."""
+    target: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TARGET")]
+    """Folder to write."""
     to: To = "pi0"
     """Format to write; pi0 is ours."""
-    overrides: Annotated[Overrides, tyro.conf.arg(name="")] = OVERRIDES
+    overrides: Annotated[Overrides, tyro.conf.arg(name="")] = Overrides()
     dtype: Dtype | None = None
     """Round or widen all tensors; otherwise each keeps its dtype."""
     merge_lora: bool = False
@@ -114,8 +89,9 @@ class Inspect:
     Numbers are not read, so it takes as long for a large one as for a small one.
     """
 
-    path: Annotated[tyro.conf.Positional[str], _path("PATH", "Checkpoint of any format, or a URL of one.")]
-    hints: Annotated[Hints, tyro.conf.arg(name="")] = HINTS
+    path: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PATH")]
+    """Checkpoint of any format, or a URL of one."""
+    hints: Annotated[Hints, tyro.conf.arg(name="")] = Hints()
     json: bool = False
     """Print a JSON object."""
     offline: Offline = False
@@ -133,9 +109,11 @@ class Diff:
     difference.
     """
 
-    first: Annotated[tyro.conf.Positional[str], _path("FIRST", "Checkpoint of any format, or a URL of one.")]
-    second: Annotated[tyro.conf.Positional[str], _path("SECOND", "Another one.")]
-    hints: Annotated[Hints, tyro.conf.arg(name="")] = HINTS
+    first: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FIRST")]
+    """Checkpoint of any format, or a URL of one."""
+    second: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SECOND")]
+    """Another one."""
+    hints: Annotated[Hints, tyro.conf.arg(name="")] = Hints()
     offline: Offline = False
 
 

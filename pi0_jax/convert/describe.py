@@ -107,12 +107,10 @@ def text(content: dict[str, Any]) -> str:
 
 def differences(a: OpenCheckpoint, b: OpenCheckpoint) -> list[str]:
     """How two checkpoints differ, one line per parameter or field; empty where they are the same."""
-    lines = []
-    for name in ("policy", "norm_stats", "tokenizer"):
+    lines = _fields(checkpoint.policy_to_json(a.policy), checkpoint.policy_to_json(b.policy))
+    for name in ("norm_stats", "tokenizer"):
         x, y = getattr(a, name), getattr(b, name)
-        if name == "policy":
-            lines += _fields(checkpoint.policy_to_json(x), checkpoint.policy_to_json(y))
-        elif x != y:
+        if x != y:
             lines.append(f"{name}: " + ("only one has it" if x is None or y is None else "they differ"))
     for path in sorted({*a.tensors, *b.tensors}):
         if path not in b.tensors or path not in a.tensors:

@@ -13,11 +13,7 @@ RECORD = "conversion.json"
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file.
-
-    Raises:
-        UserError: it is not JSON; the message names the file.
-    """
+    """The content of a JSON file; UserError with its name if it is not JSON."""
     try:
         return json.loads(path.read_bytes())
     except ValueError as error:

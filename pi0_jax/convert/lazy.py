@@ -76,11 +76,12 @@ def _read_entries(shape: tuple[int, ...], dtype: np.dtype, entry: Callable[[int]
     return out
 
 
-def finite(name: str, array: LazyArray) -> LazyArray:
-    """The array, whose reading raises UserError with its name where numbers are not finite."""
-    if array.dtype.kind not in "fV":
-        raise UserError(f"tensor {name} has dtype {array.dtype}; weights are floating-point numbers.")
-    return array._replace(read=functools.partial(_read_finite, name, array))
+def all_finite(tensors: Mapping[str, LazyArray]) -> LazyArrays:
+    """The weights, whose reading raises UserError with a tensor's name where numbers are not finite."""
+    for name, tensor in tensors.items():
+        if tensor.dtype.kind not in "fV":
+            raise UserError(f"tensor {name} has dtype {tensor.dtype}; weights are floating-point numbers.")
+    return {n: tensor._replace(read=functools.partial(_read_finite, n, tensor)) for n, tensor in tensors.items()}
 
 
 def _read_finite(name: str, array: LazyArray, i: Index) -> np.ndarray:
@@ -127,26 +128,16 @@ def read_all(arrays: Mapping[str, LazyArray]) -> dict[str, np.ndarray]:
 
 # --------------------------------------------------------------------------------------------------------- safetensors
 
-_DTYPES: dict[str, np.dtype] = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "I64": np.dtype(np.int64),
-    "I32": np.dtype(np.int32),
-    "I16": np.dtype(np.int16),
-    "I8": np.dtype(np.int8),
-    "U8": np.dtype(np.uint8),
-    "BOOL": np.dtype(np.bool_),
-}
+_FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+_INTEGERS = {"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_}
+_DTYPES = {name: np.dtype(kind) for name, kind in (_FLOATS | _INTEGERS).items()}
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 def open_safetensors(path: Path) -> LazyArrays:
     """Opens a `.safetensors` file: a JSON header with dtype, shape and offsets, then the bytes.
 
-    Raises:
-        UserError: the file is damaged or cut short, or a tensor has a dtype that numpy lacks.
+    A file that is damaged or cut short, or a dtype that numpy lacks, is a UserError.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -212,11 +203,8 @@ def _uncompressed(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dty
 
 
 def open_npz(path: Path) -> LazyArrays:
-    """Opens an `.npz`. Arrays of numpy's two-byte void type are bfloat16, which numpy forgets when it saves.
-
-    Raises:
-        UserError: not an npz, or an array of Python objects in it.
-    """
+    """Opens an `.npz`; UserError if it is none, or has Python objects in it. Arrays of numpy's two-byte void type are
+    bfloat16, which numpy forgets when it saves."""
     try:
         archive = zipfile.ZipFile(path)
     except zipfile.BadZipFile as error:

@@ -34,9 +34,9 @@ _RANGE_BYTES = 2**24
 
 
 def open_orbax(folder: Path) -> LazyArrays:
-    """Opens the arrays of an Orbax PyTree item, each by its path without `params/` at the front and `value` at the end.
+    """Opens the arrays of an Orbax PyTree item by their paths, without `params/` at the front.
 
-    `value` ends every path of what openpi's training saves (from `nnx.State`).
+    The `value` at the end of every path of what openpi's training saves (from `nnx.State`) is left out, too.
 
     Raises:
         FileNotFoundError: no Orbax item there.
@@ -61,15 +61,10 @@ def open_orbax(folder: Path) -> LazyArrays:
     return {name: _array(folder, name, store, decoded) for name, store in opening.items()}
 
 
-def write_orbax(folder: Path, arrays: Mapping[str, LazyArray], whole: bool = False) -> None:
-    """Writes an Orbax PyTree item {"params": tree}, which openpi and `pi0_jax.checkpoint` read.
+def write_orbax(folder: Path, arrays: Mapping[str, LazyArray]) -> None:
+    """Writes an Orbax PyTree item {"params": tree}, which openpi and `pi0_jax.checkpoint` read, into a new folder.
 
     Small arrays go to the database together, large ones piece by piece.
-
-    Args:
-        folder: of the item, not there yet.
-        arrays: path without `params` to array.
-        whole: store each array as one chunk, as Orbax does on one host; it then has to be in memory at once.
     """
     folder.mkdir(parents=True)
     context = ts.Context({"cache_pool": {"total_bytes_limit": 0}, "file_io_sync": False})
@@ -78,7 +73,7 @@ def write_orbax(folder: Path, arrays: Mapping[str, LazyArray], whole: bool = Fal
     for name, array in arrays.items():
         path = ("params", *name.split("/"))
         small = array.nbytes <= lazy.PIECE_BYTES
-        rows = max(1, array.shape[0]) if whole and array.shape else rows_per_piece(array)
+        rows = rows_per_piece(array)
         spec = {
             "driver": "zarr",
             "kvstore": {"driver": "ocdbt", "base": f"file://{folder}/", "path": ".".join(path) + "/"},
@@ -103,11 +98,7 @@ def write_orbax(folder: Path, arrays: Mapping[str, LazyArray], whole: bool = Fal
             batch, pending = ts.Transaction(), 0
         tree[str(path)] = {
             "key_metadata": [{"key": key, "key_type": _DICT_KEY} for key in path],
-            "value_metadata": {
-                "value_type": "jax.Array",
-                "skip_deserialize": False,
-                "write_shape": list(array.shape),
-            },
+            "value_metadata": {"value_type": "jax.Array", "skip_deserialize": False, "write_shape": list(array.shape)},
         }
     batch.commit_async().result()
     _write_metadata(folder, tree)
@@ -134,9 +125,9 @@ def _open_zarr(folder: Path, key: str, driver: str) -> Any:
 def _array(folder: Path, name: str, opening: Any, decoded: dict[str, Any]) -> LazyArray:
     """One stored array, read by rows.
 
-    Where all rows are one zstd chunk, as Orbax on one host writes them, they are decompressed in order as they are
-    asked for, and neither form of the chunk is ever in memory as a whole. Of other chunks that span rows, the last one
-    stays in `decoded`, which all arrays share, while its rows are read one at a time.
+    Where all rows are one zstd chunk, as Orbax on one host writes them, they are decompressed as they are asked for, so
+    that the chunk is never in memory as a whole. Of other chunks that span rows, the last one stays in `decoded`, which
+    all arrays share, while its rows are read one at a time.
     """
     try:
         store = opening.result()

@@ -117,13 +117,9 @@ def replaced(config: Config, changes: Mapping[str, Any]) -> Config:
 def infer_model(
     rules: Sequence[Rule], tensors: Mapping[str, LazyArray], guess: ModelConfig, heads: Mapping[str, int]
 ) -> ModelConfig:
-    """The model that foreign tensors make.
-
-    Where tensors disagree, most of them decide; `rules.bind` then names those that do not fit.
+    """The model that foreign tensors make. Where they disagree, most decide; `rules.bind` names those that do not fit.
 
     Args:
-        rules: of the format.
-        tensors: the checkpoint's.
         guess: the variant, which adapters there are, and all that tensors cannot show (cameras, horizon, …).
         heads: fields of `HEAD_FLAGS` that are known from elsewhere.
 
@@ -173,11 +169,7 @@ def _probe_of(guess: ModelConfig) -> dict[str, int]:
 
 
 def _solved(products: list[tuple[list[str | None], int]], sizes: dict[str, int]) -> dict[str, int]:
-    """The sizes, and those that follow from products of which all factors but one are known.
-
-    Raises:
-        UserError: numbers of heads stay open.
-    """
+    """The sizes, and those that follow from products of which all other factors are known; raises as `infer_model`."""
     while True:
         votes: defaultdict[str, Counter[int]] = defaultdict(Counter)
         unsolved: set[str] = set()

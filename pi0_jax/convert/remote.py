@@ -41,22 +41,20 @@ def is_remote(path: str | Path) -> bool:
 
 
 def fetch(url: str, offline: bool = False) -> Path:
-    """Copies a checkpoint into the cache, as far as it is not there yet.
+    """Copies a checkpoint into the cache, as far as it is not there yet, and returns its path there.
 
     Args:
         url: of a checkpoint's folder or file (`.npz` with `:subtree` if wanted). Of a run, the newest step is taken; a
             `.safetensors` comes with the folder that it is in, which says what it is.
         offline: open no connection; only what is in the cache is used.
 
-    Returns:
-        The path in the cache.
-
     Raises:
         FileNotFoundError: there is nothing at the URL, or, offline, a file is not in the cache; the message names it.
         UserError: fsspec, or its part for this kind of URL, is not installed.
         OSError: the connection failed; the next call goes on where it did.
     """
-    url, subtree = _split_subtree(url.rstrip("/"))
+    file, mark, subtree = url.rstrip("/").partition(".npz:")
+    url, ending = (f"{file}.npz", f":{subtree}") if mark else (file, "")
     root = url.rpartition("/")[0] if url.endswith(".safetensors") else url
     folder = cache() / re.sub("[^A-Za-z0-9._/@=+-]", "_", root.replace("://", "/"))
     sizes = _known_listing(root, folder) if offline else _copy(root, folder)
@@ -68,7 +66,7 @@ def fetch(url: str, offline: bool = False) -> Path:
             f"{' …' if len(missing) > 5 else ''}. Run once without --offline; the copy goes on where it stopped."
         )
     name = root.rpartition("/")[2]
-    return Path(str(folder / name if list(sizes) == [name] and url == root else folder) + subtree)
+    return Path(str(folder / name if list(sizes) == [name] and url == root else folder) + ending)
 
 
 def cache() -> Path:
@@ -77,23 +75,13 @@ def cache() -> Path:
 
 
 def wanted(names: dict[str, int]) -> dict[str, int]:
-    """Of all files of a folder, those of a checkpoint's weights and what goes with them, of the newest step.
-
-    Args:
-        names: path from the folder to size.
-    """
+    """Of all files of a folder (path to size), those of a checkpoint's weights and assets, of the newest step."""
     kept = {name: size for name, size in names.items() if not _LEFT_OUT & set(name.split("/")[:-1])}
     steps = {match[1] for name in kept if (match := re.match(r"((?:checkpoints/)?\d+)/params/", name))}
     if steps:
         newest = max(steps, key=lambda step: int(step.rpartition("/")[2]))
         kept = {name: size for name, size in kept.items() if name.startswith(f"{newest}/")}
     return kept
-
-
-def _split_subtree(url: str) -> tuple[str, str]:
-    """`x.npz:params` to `x.npz` and `:params`."""
-    file, mark, subtree = url.partition(".npz:")
-    return (file + ".npz", ":" + subtree) if mark else (url, "")
 
 
 def _copy(root: str, folder: Path) -> dict[str, int]:
@@ -121,11 +109,7 @@ def _copy(root: str, folder: Path) -> dict[str, int]:
 
 
 def _copy_file(system, source: str, target: Path, size: int, bar: tqdm) -> None:
-    """Copies one file from where a partial copy ends, under a name of its own until it is whole.
-
-    Raises:
-        OSError: the source ends before its listed size.
-    """
+    """Copies one file from where a partial copy ends, under a name of its own until it is whole."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(target.name + PARTIAL)
     if partial.exists() and partial.stat().st_size > size:

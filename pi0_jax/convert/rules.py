@@ -79,11 +79,8 @@ def bind(
 ) -> tuple[dict[str, Rule], list[str]]:
     """Decides which rule fills each parameter, and checks that everything corresponds.
 
-    Args:
-        rules: of the format; of several for a parameter the first one with a tensor in the checkpoint applies.
-        wanted: our parameters by path: all that has to be filled.
-        tensors: the checkpoint's.
-        spare: names that may be left over, and their shapes.
+    Of several rules for a parameter the first one with a tensor in the checkpoint applies. `wanted` are our parameters,
+    all of which have to be filled; `spare` gives names that may be left over, and their shapes.
 
     Returns:
         The rule of each parameter, and the names that are left over.
@@ -132,11 +129,7 @@ def to_ours(rules: Mapping[str, Rule], wanted: Mapping[str, Parameter], tensors:
 
 
 def from_ours(rules: Sequence[Rule], wanted: Mapping[str, Parameter], ours: Mapping[str, LazyArray]) -> LazyArrays:
-    """Their tensors, read from our parameters. Where there are several rules for a parameter, all are written.
-
-    Raises:
-        UserError: the format has no place for a parameter; all such parameters are listed.
-    """
+    """Their tensors, read from our parameters. Where there are several rules for a parameter, all are written."""
     homeless = [path for path in wanted if not any(rule.ours == path for rule in rules)]
     if homeless:
         raise UserError(

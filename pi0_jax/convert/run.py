@@ -49,29 +49,18 @@ def convert(
     overwrite: bool = False,
     offline: bool = False,
 ) -> dict[str, Any]:
-    """Converts a checkpoint and checks the result.
+    """Converts a checkpoint and checks the result. Returns the record that lies in the target as `conversion.json`.
+
+    The arguments are those of `pi0 convert`, which `commands.Convert` documents. The target appears when everything is
+    written and checked, never half.
 
     Args:
         source: a checkpoint of any format (`formats.open_checkpoint`).
-        target: folder to write. It appears when everything is written and checked, never half.
-        to: format of the target.
-        overrides: what the source does not say, or what shall change.
-        dtype: of all tensors; None keeps each one's.
-        merge_lora: add adapters to their weights.
         model: action expert, action dimension, horizon and prompt length for a backbone without action expert.
-        verify: read the target back through the rules in the other direction and compare every tensor, bit for bit;
-            and compare a source that a conversion of ours wrote with the hashes in its `conversion.json`.
-        edited: the source's weights were changed on purpose since the conversion that wrote them: do not compare them
-            with those hashes.
-        verify_with: also run source and result on the same random observation and noise, and compare the actions
-            (`agree.agreement`): in our network, or the folders of another framework in that framework.
-        tolerance: largest difference of actions that counts as agreement. More than that is recorded with the first
+        verify: read the target back and compare every tensor, bit for bit; and compare a source that a conversion of
+            ours wrote with the hashes in its `conversion.json`, unless it was `edited` on purpose since.
+        verify_with: also compare actions (`agree.agreement`). Beyond `tolerance`, it is recorded with the first
             layer that differs, and a warning; the target is written all the same.
-        overwrite: replace the target if it is there.
-        offline: open no connection; a source that is a URL has to be in the cache.
-
-    Returns:
-        The record that lies in the target as `conversion.json`.
 
     Raises:
         FileNotFoundError: no source.
@@ -126,11 +115,7 @@ def digest(path: str, tensor: LazyArray) -> str:
 
 
 def digest_of_all(digests: Mapping[str, str]) -> str:
-    """SHA-256 of weights in our layout: the same for the same weights, whatever the format they are stored in.
-
-    Args:
-        digests: path to `digest`.
-    """
+    """SHA-256 of weights in our layout, from `digest` by path: the same whatever the format they are stored in."""
     return hashlib.sha256("".join(f"{path} {digests[path]}\n" for path in sorted(digests)).encode()).hexdigest()
 
 
@@ -202,11 +187,7 @@ def _full_disk_explained(target: Path, result: OpenCheckpoint) -> Iterator[None]
 
 
 def _verify(opened: OpenCheckpoint, result: OpenCheckpoint, folder: Path, edited: bool, record: dict[str, Any]) -> None:
-    """Checks the source and what was written, all of both, and puts what was found into the record.
-
-    Raises:
-        UserError: the source is damaged, or the target was read back differently.
-    """
+    """Checks all of the source and of what was written, puts what was found into the record, or raises UserError."""
     if opened.format == "pi0" and not edited:
         checkpoint.verify(opened.path, only=("params", "assets"))
     found = _read_back(result, folder)
@@ -223,11 +204,7 @@ def _verify(opened: OpenCheckpoint, result: OpenCheckpoint, folder: Path, edited
 
 
 def _read_back(result: OpenCheckpoint, folder: Path) -> dict[str, str]:
-    """Reads the written checkpoint back and compares it with what was to be written; returns the hashes.
-
-    Raises:
-        UserError: a tensor, the statistics or the configuration differ: our bug, or the disk's.
-    """
+    """Reads the written checkpoint back and returns the hashes; a difference, our bug or the disk's, is a UserError."""
     written = open_checkpoint(folder, Overrides(asset_id=None))
     if written.policy.model != result.policy.model:
         raise UserError(f"verification failed: wrote {result.policy.model}, read back {written.policy.model}")
@@ -244,11 +221,7 @@ def _read_back(result: OpenCheckpoint, folder: Path) -> dict[str, str]:
 
 
 def _check_recorded(opened: OpenCheckpoint, found: Mapping[str, str]) -> None:
-    """Compares the hashes of parameters with those that a conversion of ours wrote beside the weights, if one did.
-
-    Raises:
-        UserError: parameters that were changed since; all of them are named.
-    """
+    """Raises UserError that names parameters which changed since a conversion of ours wrote their hashes."""
     path = opened.path / RECORD
     recorded = read_json(path).get("leaves_sha256") if path.is_file() else None
     if not recorded:

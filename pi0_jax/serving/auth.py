@@ -50,11 +50,7 @@ def read_token(path: Path | None) -> str | None:
 
 
 def check_address(host: str, token: str | None, insecure: bool) -> None:
-    """Refuses to serve a network without a token.
-
-    Raises:
-        UserError: others can reach `host`, there is no token, and `insecure` was not asked for.
-    """
+    """Raises UserError where others can reach `host`, there is no token, and `insecure` was not asked for."""
     if not is_loopback(host) and token is None and not insecure:
         raise UserError(
             f"on {host} everybody in the network could drive this policy and see its cameras. Set a token "

@@ -39,11 +39,7 @@ class PolicyBackend(Protocol):
         ...
 
     def validate(self, request: Any) -> Any:
-        """Checks a decoded request and converts it to what `infer_batch` takes.
-
-        Raises:
-            ValueError: the request is at fault; the client receives the message.
-        """
+        """Converts a decoded request to what `infer_batch` takes; the client gets the message of a ValueError."""
         ...
 
     def infer_batch(self, observations: Sequence[Any], sessions: Sequence[Session]) -> list[dict[str, Any]]:

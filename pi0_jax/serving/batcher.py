@@ -22,37 +22,11 @@ log = logging.getLogger(__name__)
 
 
 class Refused(Exception):
-    """A request without an answer, through no fault of the policy; the client receives the message.
+    """A request without an answer, for a reason that the client is told; `outcome` is one of `metrics.OUTCOMES`."""
 
-    Attributes:
-        outcome: its name in metrics and logs.
-    """
-
-    outcome = "invalid"
-
-
-class Busy(Refused):
-    """Too many requests wait already."""
-
-    outcome = "busy"
-
-
-class Late(Refused):
-    """There was no answer before the deadline."""
-
-    outcome = "late"
-
-
-class Stopping(Refused):
-    """The server is going down."""
-
-    outcome = "stopping"
-
-
-class NotFinite(Refused):
-    """The policy's actions were not finite."""
-
-    outcome = "not_finite"
+    def __init__(self, outcome: str, message: str):
+        super().__init__(message)
+        self.outcome = outcome
 
 
 @dataclasses.dataclass(eq=False)
@@ -66,17 +40,10 @@ class _Pending:
 class Batcher:
     """Gathers requests into batches and computes them off the event loop.
 
-    A batch starts when its oldest request has waited for the window, or earlier: when the largest compiled batch is
-    full, or every client waits already, so that nobody else could join. While the policy is busy, the next batch
-    gathers.
-
-    Args:
-        policy: a `PolicyBackend`.
-        window: seconds a request may wait for others to join it.
-        max_waiting: requests that may wait; one more is refused.
-        deadline: seconds from a request's arrival within which it is answered or refused.
-        clients: how many clients there are.
-        metrics: receives times and sizes.
+    A batch starts when its oldest request has waited for `window` seconds, or earlier: when the largest compiled batch
+    is full, or all of `clients` wait already, so that nobody else could join. While the policy is busy, the next batch
+    gathers. Beyond `max_waiting` requests another is refused; one that is not answered within `deadline` seconds of its
+    arrival, too.
     """
 
     def __init__(
@@ -104,19 +71,13 @@ class Batcher:
         return len(self._waiting)
 
     async def infer(self, observation: Any, session: Session, since: float) -> dict[str, Any]:
-        """The answer to one validated request.
+        """The answer to a request that `validate` accepted and that arrived at `since` by `time.perf_counter`.
 
-        Args:
-            observation: what the policy's `validate` returned.
-            session: its client's session.
-            since: when the request arrived, by `time.perf_counter`.
-
-        Raises:
-            Busy, Late, NotFinite: see these classes.
-            Exception: raised by the policy.
+        It raises `Refused` (busy, late or not_finite), and what the policy raises.
         """
         if len(self._waiting) >= self._max_waiting:
-            raise Busy(f"{len(self._waiting)} requests wait already, and that is the limit. Ask again in a moment.")
+            message = f"{len(self._waiting)} requests wait already, and that is the limit. Ask again in a moment."
+            raise Refused("busy", message)
         item = _Pending(observation, session, asyncio.get_running_loop().create_future(), since)
         self._waiting.append(item)
         self._metrics.waiting.set(len(self._waiting))
@@ -125,7 +86,8 @@ class Batcher:
             async with asyncio.timeout(self._deadline - (time.perf_counter() - since)):
                 return await item.answer
         except TimeoutError:
-            raise Late(f"no answer within the deadline of {self._deadline:g} s. Ask again with a new one.") from None
+            message = f"no answer within the deadline of {self._deadline:g} s. Ask again with a new one."
+            raise Refused("late", message) from None
         finally:
             item.answer.cancel()
             with contextlib.suppress(ValueError):  # it is in a batch already
@@ -195,7 +157,7 @@ class Batcher:
             timing = {"infer_ms": 1000 * seconds, "wait_ms": 1000 * (start - item.since)}
             _settle(item.answer, answer if isinstance(answer, Exception) else answer | {"server_timing": timing})
 
-    def _call(self, batch: list[_Pending]) -> list[dict[str, Any] | NotFinite]:
+    def _call(self, batch: list[_Pending]) -> list[dict[str, Any] | Refused]:
         """In a thread: the policy's answers, with those that are not finite replaced by an error."""
         self._count(len(batch))
         try:
@@ -220,6 +182,7 @@ def _settle(answer: asyncio.Future, value: Any) -> None:
         answer.set_result(value)
 
 
-def _not_finite(answer: dict[str, Any]) -> NotFinite:
+def _not_finite(answer: dict[str, Any]) -> Refused:
     bad = int((~np.isfinite(answer["actions"])).sum())
-    return NotFinite(f"the policy's actions had {bad} values that are not finite. They are not sent; hold still.")
+    message = f"the policy's actions had {bad} values that are not finite. They are not sent; hold still."
+    return Refused("not_finite", message)

@@ -22,15 +22,9 @@ MAX_PROMPT = 10_000
 
 
 def read_request(request: Any, robot: Robot, prompt: str | None = None) -> dict[str, Any]:
-    """The raw observation in a request, for `data.transform.check_observation` to check.
+    """The raw observation in a decoded frame, for `data.transform.check_observation` to check.
 
-    Args:
-        request: a decoded frame.
-        robot: the robot that it should come from.
-        prompt: instruction for requests without one.
-
-    Raises:
-        UserError: not a map, or it has no images or no state.
+    A frame that is no map, or has no images or no state, is a UserError. `prompt` is for requests without one.
     """
     if not isinstance(request, dict):
         raise UserError(f"a request came as {type(request).__name__}; expected a map with images, state and prompt.")
@@ -45,11 +39,7 @@ def read_request(request: Any, robot: Robot, prompt: str | None = None) -> dict[
 
 
 def read_seed(request: dict[str, Any]) -> tuple[int, ...] | None:
-    """The noise of a request: a seed, or the two words of a JAX key's data.
-
-    Raises:
-        UserError: it is something else.
-    """
+    """The noise of a request: a seed, or the two words of a JAX key's data; UserError if it is something else."""
     seed = request.get("seed")
     if seed is None:
         return None
@@ -61,11 +51,7 @@ def read_seed(request: dict[str, Any]) -> tuple[int, ...] | None:
 
 
 def read_executed(request: dict[str, Any]) -> int | None:
-    """Executed actions of the session's last chunk, for a chunk that is to continue its remaining ones.
-
-    Raises:
-        UserError: it is no such number.
-    """
+    """Executed actions of the session's last chunk, whose rest is to be continued; UserError if it is no number."""
     executed = request.get("executed")
     if executed is None:
         return None

@@ -80,11 +80,7 @@ class Serve:
 
 
 def serve(args: Serve) -> None:
-    """Runs `pi0 serve`.
-
-    Raises:
-        UserError, FileNotFoundError, OSError: the user's input cannot be used; the message says how to go on.
-    """
+    """Runs `pi0 serve`; errors say how to go on."""
     for package in ("prometheus_client", "websockets"):
         require_package(package, "serve", "pi0 serve")
     from pi0_jax.serving.server import PolicyServer

@@ -21,12 +21,8 @@ class JsonLines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03}Z"
-        entry = {
-            "time": stamp,
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
+        entry = {"time": stamp, "level": record.levelname.lower(), "logger": record.name}
+        entry["message"] = record.getMessage()
         entry |= {name: getattr(record, name) for name in FIELDS if hasattr(record, name)}
         if record.exc_info:
             entry["traceback"] = self.formatException(record.exc_info)
@@ -82,7 +78,5 @@ class BackgroundHandler(logging.handlers.QueueHandler):
 def set_up(form: str) -> None:
     """Sends this package's log to stderr, as `text` or `json`."""
     logger = logging.getLogger("pi0_jax")
-    logger.handlers, logger.propagate = (
-        [BackgroundHandler(JsonLines() if form == "json" else Text(), sys.stderr)],
-        False,
-    )
+    logger.handlers = [BackgroundHandler(JsonLines() if form == "json" else Text(), sys.stderr)]
+    logger.propagate = False

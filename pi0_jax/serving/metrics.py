@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,19 +19,12 @@ class Metrics:
 
     def __init__(self):
         self.registry = registry = CollectorRegistry()
+        histogram = functools.partial(Histogram, buckets=SECONDS, registry=registry)
         self.requests = Counter("pi0_requests", "Requests by outcome.", ["outcome"], registry=registry)
-        self.latency = Histogram(
-            "pi0_request_seconds", "From a request's arrival to its answer sent.", buckets=SECONDS, registry=registry
-        )
-        self.inference = Histogram(
-            "pi0_inference_seconds", "One call of the policy for a batch.", buckets=SECONDS, registry=registry
-        )
-        self.wait = Histogram(
-            "pi0_wait_seconds", "From a request's arrival to its batch's start.", buckets=SECONDS, registry=registry
-        )
-        self.batch = Histogram(
-            "pi0_batch_size", "Requests computed together.", buckets=(1, 2, 4, 8, 16, 32, 64), registry=registry
-        )
+        self.latency = histogram("pi0_request_seconds", "From a request's arrival to its answer sent.")
+        self.inference = histogram("pi0_inference_seconds", "One call of the policy for a batch.")
+        self.wait = histogram("pi0_wait_seconds", "From a request's arrival to its batch's start.")
+        self.batch = histogram("pi0_batch_size", "Requests computed together.", buckets=(1, 2, 4, 8, 16, 32, 64))
         self.waiting = Gauge("pi0_waiting", "Requests waiting to be computed.", registry=registry)
         self.connections = Gauge("pi0_connections", "Clients connected.", registry=registry)
         self.connected = Counter("pi0_connections_opened", "Connections since the start.", registry=registry)

@@ -26,13 +26,7 @@ log = logging.getLogger(__name__)
 
 
 class Replica:
-    """One copy of the policy, on its own devices; it compiles before it accepts requests.
-
-    Args:
-        run: as in `Fleet`.
-        load: options of `Policy.load`.
-        options: options of `RobotPolicy`.
-    """
+    """One copy of the policy, on its own devices, with `Fleet`'s options; it compiles before it accepts requests."""
 
     def __init__(self, run: Path, load: dict[str, Any], options: dict[str, Any]):
         self._served = RobotPolicy(Policy.load(run, **load), **options)
@@ -53,8 +47,7 @@ class Fleet:
         run: run folder or checkpoint, readable by all machines of the cluster.
         replicas: number of replicas.
         gpus: GPUs per replica.
-        load: options of `Policy.load`.
-        options: options of `RobotPolicy`.
+        load, options: of `Policy.load` and `RobotPolicy`.
 
     Raises:
         FileNotFoundError, ValueError: the checkpoint cannot be used.

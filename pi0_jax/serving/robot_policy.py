@@ -33,16 +33,10 @@ class ValidatedRequest:
 def validate_request(
     request: Any, robot: Robot, prompt: str | None = None, real_time: bool = False
 ) -> ValidatedRequest:
-    """Checks a decoded request.
+    """Checks a decoded frame that should come from `robot`; UserError says how the request is at fault.
 
-    Args:
-        request: a decoded frame.
-        robot: the robot that it should come from.
-        prompt: instruction for requests without one.
-        real_time: whether requests may include what remains of the chunk in execution.
-
-    Raises:
-        UserError: the request is at fault; the message says how.
+    `prompt` is the instruction for requests without one; `real_time` says whether they may include what remains of the
+    chunk in execution.
     """
     raw, executed = read_request(request, robot, prompt), read_executed(request)
     to_check = raw
@@ -62,12 +56,10 @@ class RobotPolicy:
     get alone.
 
     Args:
-        policy: the policy.
         batch_sizes: numbers of requests to compile a program for.
         prompt: instruction for clients that send none.
         seed: noise seed of sessions that do not send their own.
-        real_time: compile programs for chunks that continue the one in execution too; without, such requests are
-            refused.
+        real_time: compile programs for chunks that continue the one in execution, and accept such requests.
     """
 
     parallel = 1
@@ -153,11 +145,7 @@ def describe(config: PolicyConfig, real_time: bool = False) -> dict[str, Any]:
 
 
 def describe_for_roboarena(config: PolicyConfig) -> dict[str, Any]:
-    """The metadata in RoboArena's words; its clients allow no others.
-
-    Raises:
-        UserError: it is not a policy for DROID, the robot of RoboArena.
-    """
+    """The metadata in RoboArena's words; its clients allow no others. UserError if the robot is not RoboArena's."""
     space = get_robot(config.robot).clients.action_space
     if space is None:
         raise UserError(f"RoboArena's robots are DROID's; this policy is for {config.robot!r}.")

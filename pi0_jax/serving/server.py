@@ -31,7 +31,7 @@ from pi0_client.msgpack_numpy import WireError, pack, unpack
 from pi0_jax.serving import status_page
 from pi0_jax.serving.auth import check_address, is_authorized, is_loopback
 from pi0_jax.serving.backend import PolicyBackend, Session
-from pi0_jax.serving.batcher import Batcher, Refused, Stopping
+from pi0_jax.serving.batcher import Batcher, Refused
 from pi0_jax.serving.metrics import Metrics
 from pi0_jax.serving.settings import Settings
 
@@ -85,11 +85,7 @@ class PolicyServer:
         self._tasks: set[asyncio.Task] = set()
 
     async def start(self) -> None:
-        """Compiles the policy's programs, and then listens.
-
-        Raises:
-            OSError: the address is taken, or not this machine's.
-        """
+        """Compiles the policy's programs, and then listens; OSError if the address is taken, or not this machine's."""
         await asyncio.to_thread(self.policy.warm_up)
         self._spawn(self._batcher.run())
         settings = self.settings
@@ -123,11 +119,7 @@ class PolicyServer:
         return self._batcher.computing
 
     async def stop(self, drain: bool = True) -> None:
-        """Accepts no more requests, answers those in progress, and closes. After this nothing is sent.
-
-        Args:
-            drain: False: does not answer those in progress either.
-        """
+        """Accepts no more requests, answers those in progress (if `drain`), and closes. After this nothing is sent."""
         self._stopping = True
         if self._listener is None:
             return
@@ -210,7 +202,7 @@ class PolicyServer:
     async def _answer(self, frame: str | bytes, session: Session, start: float, previous: float | None) -> str | bytes:
         """The frame to send in answer to `frame`."""
         if self._stopping:
-            raise Stopping("the server is stopping.")
+            raise Refused("stopping", "the server is stopping.")
         if isinstance(frame, str):
             raise WireError("a text frame came; requests are binary frames of msgpack.")
         observation = await asyncio.to_thread(self._validate, frame)
@@ -234,7 +226,7 @@ class PolicyServer:
         try:
             return self.policy.validate(request)
         except (ValueError, TypeError) as error:
-            raise Refused(str(error)) from error
+            raise Refused("invalid", str(error)) from error
 
     async def _send(self, connection: ServerConnection, frame: str | bytes) -> None:
         """Sends a frame, unless the server is closed; cuts the connection of a client that does not read.

@@ -36,15 +36,7 @@ svg { max-width: 100%; height: auto; } svg text { font-size: 11px; }
 
 
 def render(state: str, metadata: Mapping[str, Any], metrics: Metrics, clients: int, waiting: int) -> str:
-    """The page.
-
-    Args:
-        state: ready, busy or stopping.
-        metadata: the policy's metadata for clients.
-        metrics: counters, and the last answer.
-        clients: connections now.
-        waiting: requests that wait now.
-    """
+    """The page, with the policy's metadata for clients, and the numbers of connections and of requests that wait."""
     recent = np.array(metrics.recent)
     title = f"Policy for {metadata.get('robot', 'a robot')}"
     counts = " · ".join(f"{metrics.outcomes[name]} {name}" for name in OUTCOMES if metrics.outcomes[name]) or "none yet"
@@ -95,8 +87,9 @@ def bars(labels: Sequence[str], counts: Sequence[int], width: int = 420, height:
     return "".join(elements) + "</svg>"
 
 
-def chunk_plot(actions: np.ndarray, names: Sequence[str], width: int = 640, height: int = 220) -> str:
+def chunk_plot(actions: np.ndarray, names: Sequence[str]) -> str:
     """A line plot of a chunk `[ah, d]` over its steps, as SVG, with the scale at the left."""
+    width, height = 640, 220
     steps, dims = actions.shape
     low, high = float(min(actions.min(), 0)), float(max(actions.max(), 0))
     span = (high - low) or 1.0

@@ -1,7 +1,4 @@
-"""The policy as a model server of vla-eval, the harness of many simulated benchmarks (extra `vla-eval`).
-
-Its protocol is not openpi's, and its own server implements it; this is the model behind that server.
-"""
+"""The policy as a model for the server of vla-eval, the harness of many simulated benchmarks (extra `vla-eval`)."""
 
 from __future__ import annotations
 
@@ -21,10 +18,7 @@ from pi0_jax.serving.robot_policy import RobotPolicy
 class Pi0ModelServer(PredictModelServer):
     """One action per observation of an episode, from chunks that are computed when they run out.
 
-    Args:
-        backend: the policy; it is compiled here.
-        chunk_size: executed actions per chunk; None: the checkpoint's own number.
-        options: options of the base class.
+    `chunk_size` of a chunk are executed, by default the checkpoint's own number; `options` are those of the base class.
     """
 
     def __init__(self, backend: RobotPolicy, chunk_size: int | None = None, **options: Any):
@@ -53,20 +47,12 @@ class Pi0ModelServer(PredictModelServer):
         return {"send_wrist_image": len(self._backend.policy.robot.cameras) > 1, "send_state": True}
 
     async def on_observation(self, obs: dict[str, Any], ctx: SessionContext) -> None:
-        """Checks an observation before it joins a batch, which isolates failures.
-
-        Raises:
-            ValueError: it is not this robot's; the harness sends its client the message.
-        """
+        """Checks an observation before it joins a batch, which isolates failures; its client gets the error."""
         validated = await run_sync(self._backend.validate, self._request(obs))
         await super().on_observation({"validated": validated}, ctx)
 
     def predict_batch(self, obs_batch: list[dict[str, Any]], ctx_batch: list[SessionContext]) -> list[dict[str, Any]]:
-        """Chunks for validated observations of several sessions.
-
-        Raises:
-            RuntimeError: actions were not finite; none of them is sent.
-        """
+        """Chunks for validated observations; RuntimeError, and no answers, if any actions are not finite."""
         most = self._backend.batch_sizes[-1]  # the harness's settings page lets anybody ask for more
         if len(obs_batch) > most:
             later = self.predict_batch(obs_batch[most:], ctx_batch[most:])

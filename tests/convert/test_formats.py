@@ -14,10 +14,10 @@ MADE_UP = """
 import numpy as np
 
 from pi0_jax.checkpoint import policy_from_json, policy_to_json
-from pi0_jax.convert.assemble import all_finite, claim, finished, foreign_tensors
+from pi0_jax.convert.assemble import claim, finished, foreign_tensors
 from pi0_jax.convert.files import read_json, write_json
 from pi0_jax.convert.formats import Format
-from pi0_jax.convert.lazy import open_npz, read_all
+from pi0_jax.convert.lazy import all_finite, open_npz, read_all
 from pi0_jax.convert.parameters import parameters
 from pi0_jax.convert.rules import Rule
 
@@ -49,7 +49,7 @@ def write(opened, folder, asset_id):
     (folder / "tokenizer.model").write_bytes(opened.tokenizer)
 
 
-FORMAT = Format("made-up", "made_up.json and weights.npz", detect, open_, write, rules)
+FORMAT = Format("made-up", "made_up.json and weights.npz", detect, open_, write)
 """
 
 

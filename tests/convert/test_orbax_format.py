@@ -44,7 +44,7 @@ def test_we_read_what_orbax_writes(tmp_path, ocdbt, zarr3, compressed):
 
 def test_rows_of_one_chunk_are_unpacked_in_any_order(tmp_path):
     array = np.random.default_rng(0).normal(size=(5, 3, 40)).astype(np.float32)
-    write_orbax(tmp_path / "x", as_tensors({"a": array, "b": 2 * array}), whole=True)
+    write_orbax(tmp_path / "x", as_tensors({"a": array, "b": 2 * array}))
     found = open_orbax(tmp_path / "x")
     for i in (0, 0, 1, 2, 4, 4, 3, 0):
         assert np.array_equal(found["a"].read(i), array[i])
@@ -55,7 +55,7 @@ def test_rows_of_one_chunk_are_unpacked_in_any_order(tmp_path):
 
 def test_rows_of_one_chunk_do_not_take_the_memory_of_the_chunk(tmp_path):
     array = np.random.default_rng(0).integers(0, 2**16, (64, 2**18), np.uint16).view(np.float16)
-    write_orbax(tmp_path / "x", as_tensors({"a": array}), whole=True)
+    write_orbax(tmp_path / "x", as_tensors({"a": array}))
     (tensor,) = open_orbax(tmp_path / "x").values()
     tracemalloc.start()
     for i in range(len(array)):
@@ -68,7 +68,7 @@ def test_rows_of_one_chunk_do_not_take_the_memory_of_the_chunk(tmp_path):
 
 def test_a_damaged_chunk_is_named(tmp_path):
     array = np.random.default_rng(0).normal(size=(64, 4096)).astype(np.float32)
-    write_orbax(tmp_path / "x", as_tensors({"a": array}), whole=True)
+    write_orbax(tmp_path / "x", as_tensors({"a": array}))
     largest = max((p for p in (tmp_path / "x").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     content = bytearray(largest.read_bytes())
     start = content.find(b"\x28\xb5\x2f\xfd")  # of a zstd frame

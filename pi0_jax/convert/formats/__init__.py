@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
@@ -22,7 +22,6 @@ from flax.traverse_util import unflatten_dict
 from pi0_jax.config import PolicyConfig, TrainConfig
 from pi0_jax.convert import remote
 from pi0_jax.convert.lazy import LazyArray, LazyArrays, read_all
-from pi0_jax.convert.rules import Rule
 from pi0_jax.convert.verify import Runner
 from pi0_jax.data.robots import get_robot
 from pi0_jax.data.tokenizer import Tokenizer
@@ -30,7 +29,21 @@ from pi0_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class Overrides:
+class Hints:
+    """Architecture hints for checkpoints whose tensors are ambiguous; the error asks for them."""
+
+    num_heads: int | None = None
+    """Query heads of the experts (PyTorch, of other sizes than the released ones)."""
+    num_kv_heads: int | None = None
+    """Key/value heads of the experts (likewise)."""
+    vision_heads: int | None = None
+    """Attention heads of the image encoder (likewise)."""
+    asset_id: str | None = None
+    """Which of several norm_stats.json under openpi's assets/ (read), or under which name (written)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Overrides(Hints):
     """Overrides for metadata that the checkpoint lacks, or that shall change. None: as the checkpoint has it."""
 
     action_dim: int | None = None
@@ -43,16 +56,8 @@ class Overrides:
     """Tokens of the prompt."""
     variant: Literal["pi0", "pi05"] | None = None
     """Give a backbone without action expert (PaliGemma, π0-FAST) a fresh one of this variant."""
-    num_heads: int | None = None
-    """Query heads of the experts."""
-    num_kv_heads: int | None = None
-    """Key/value heads of the experts."""
-    vision_heads: int | None = None
-    """Attention heads of the image encoder."""
     lora_scale: float | None = None
     """Factor of attention's adapters, alpha / rank."""
-    asset_id: str | None = None
-    """Which of the norm_stats.json under openpi's assets/ (read), or under which name (written)."""
     robot: str | None = None
     """Name of the robot in `pi0_jax.data.robots`."""
     tokenizer: str | None = None
@@ -81,10 +86,6 @@ class OpenCheckpoint(NamedTuple):
     """Path to what the source calls its tensors, `*` for the layers, where it calls them otherwise."""
 
 
-def _nothing_lost(opened: OpenCheckpoint) -> list[str]:
-    return []
-
-
 class Format(NamedTuple):
     """A checkpoint format."""
 
@@ -99,9 +100,7 @@ class Format(NamedTuple):
     """Opens what `detect` found."""
     write: Callable[[OpenCheckpoint, Path, str], None] | None = None
     """Writes into an empty folder, statistics under an asset id; None: the format is read only."""
-    rules: Callable[[str], Sequence[Rule]] | None = None
-    """Rules between our parameters and the format's tensors, by variant of the model; None: they are the same."""
-    lost: Callable[[OpenCheckpoint], list[str]] = _nothing_lost
+    lost: Callable[[OpenCheckpoint], list[str]] = lambda opened: []
     """What the format has no place for, beside the weights: a sentence each."""
     runner: Runner | None = None
     """Runs a folder in the framework that the format is from (`--verify-with`); None: it runs here alone."""
@@ -174,11 +173,7 @@ def open_checkpoint(path: str | Path, overrides: Overrides = Overrides(), offlin
 
 
 def write_checkpoint(opened: OpenCheckpoint, folder: Path, to: str, asset_id: str | None = None) -> None:
-    """Writes a checkpoint of a format into a new folder.
-
-    Raises:
-        UserError: the format cannot hold it, or is only read.
-    """
+    """Writes a checkpoint into a new folder; UserError if the format cannot hold it, or is only read."""
     write = formats()[to].write
     if write is None:
         raise UserError(f"{to} can be read and not written; the formats to write are {', '.join(writable())}.")

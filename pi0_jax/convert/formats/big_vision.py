@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 
 from pi0_jax.config import PolicyConfig
-from pi0_jax.convert.assemble import CAMERAS, all_finite, claim, finished
+from pi0_jax.convert.assemble import CAMERAS, claim, finished
 from pi0_jax.convert.formats import Format, OpenCheckpoint, Overrides, openpi
-from pi0_jax.convert.lazy import LazyArray, LazyArrays, entry_by_entry, open_npz
+from pi0_jax.convert.lazy import LazyArray, LazyArrays, all_finite, entry_by_entry, open_npz
 from pi0_jax.errors import UserError
 
 

@@ -3,58 +3,35 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from pi0_jax.config import PolicyConfig
-from pi0_jax.convert.assemble import CAMERAS, all_finite, finished, lost_settings, make_policy
+from pi0_jax.convert.assemble import CAMERAS, finished, lost_settings, make_policy
 from pi0_jax.convert.files import read_json, write_json
-from pi0_jax.convert.formats import Format, OpenCheckpoint, Overrides
-from pi0_jax.convert.formats.openpi_torch import (
-    VARIANTS,
-    WEIGHTS,
-    claim_tensors,
-    dtype_name,
-    guess_model,
-    is_lerobot,
-    rules,
-    torch_tensors,
-    weights_folder,
-)
-from pi0_jax.convert.lazy import LazyArrays, in_memory, open_safetensors, read_all, write_safetensors
+from pi0_jax.convert.formats import Format, OpenCheckpoint, Overrides, openpi_torch
+from pi0_jax.convert.lazy import LazyArrays, all_finite, in_memory, open_safetensors, read_all, write_safetensors
 from pi0_jax.convert.verify import lerobot as verify
 from pi0_jax.errors import UserError
 from pi0_jax.sampler import Solver
 
 _STATE, _ACTION, _IMAGES = "observation.state", "action", "observation.images."
 _NORMALIZATIONS = {"MEAN_STD": "zscore", "QUANTILES": "quantile"}
+_STAT_KEYS = (("state", _STATE), ("actions", _ACTION))
+"""Keys of our statistics, and of LeRobot's."""
 _STATS = ("mean", "std", "min", "max", "q01", "q99")
+_IMAGE_RESOLUTION = (224, 224)
 _TOKENIZER = "google/paligemma-3b-pt-224"
 _EXACT_STATS = "norm_stats.json"
 """The statistics in double precision, beside LeRobot's in single precision; used while the two agree."""
 
 
-class _Settings(NamedTuple):
-    """What config.json says about the policy."""
+def _read_settings(path: Path, raw: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """What config.json states: fields of our policy to their values; and warnings.
 
-    variant: str
-    stated: dict[str, Any]
-    """Fields of our policy to their values."""
-    defaults: dict[str, Any]
-    """Likewise, where no earlier conversion is on record."""
-    image_size: int
-    warnings: tuple[str, ...]
-    raw: dict[str, Any]
-
-
-def _read_settings(path: Path) -> _Settings:
-    """Reads a policy's config.json.
-
-    Raises:
-        UserError: another policy than π0, π0.5 or π0-FAST, or settings that we lack.
+    Policies but π0, π0.5 and π0-FAST, and settings that we lack, are a UserError.
     """
-    raw = read_json(path)
     variant = raw["type"]
     if variant not in ("pi0", "pi05", "pi0_fast"):
         raise UserError(f"{path} is of a policy {variant!r}; pi0, pi05 and pi0_fast are read.")
@@ -66,7 +43,7 @@ def _read_settings(path: Path) -> _Settings:
             f"{path} normalises the state by {state} and actions by {action}; both have to be MEAN_STD, or both "
             "QUANTILES."
         )
-    height, width = raw.get("image_resolution", (224, 224))
+    height, width = raw.get("image_resolution", _IMAGE_RESOLUTION)
     if height != width:
         raise UserError(f"{path} resizes images to {height} x {width}; square images are supported.")
     for name in ("use_visual_memory", "use_proprioceptive_memory"):
@@ -97,8 +74,7 @@ def _read_settings(path: Path) -> _Settings:
         stated["sampler.num_steps"] = raw["num_inference_steps"]
     if delay := raw.get("rtc_training_max_delay"):
         stated["objective.max_delay"] = delay
-    defaults = {"model.dtype": "bfloat16" if raw.get("dtype") == "bfloat16" else "float32"}
-    return _Settings(variant, stated, defaults, height, tuple(warnings), raw)
+    return stated, tuple(warnings)
 
 
 def _read_stats(folder: Path) -> dict[str, Any] | None:
@@ -112,7 +88,7 @@ def _read_stats(folder: Path) -> dict[str, Any] | None:
         raise FileNotFoundError(f"{pipeline} names {files[0]} for the statistics, and there is no such file.")
     arrays = read_all(open_safetensors(folder / files[0]))
     stats = {}
-    for ours, theirs in (("state", _STATE), ("actions", _ACTION)):
+    for ours, theirs in _STAT_KEYS:
         found = {stat: arrays[f"{theirs}.{stat}"] for stat in _STATS if f"{theirs}.{stat}" in arrays}
         if found:
             lists = {stat: value.astype(np.float64).tolist() for stat, value in found.items()}
@@ -146,7 +122,7 @@ def _write_settings(folder: Path, policy: PolicyConfig, norm_stats: dict[str, An
         "device": "cpu",
         "use_amp": False,
         "push_to_hub": False,
-        **VARIANTS,
+        **openpi_torch.VARIANTS,
         "dtype": dtype,
         "chunk_size": model.action_horizon,
         "n_action_steps": min(policy.execute_steps, model.action_horizon),
@@ -169,11 +145,7 @@ def _write_settings(folder: Path, policy: PolicyConfig, norm_stats: dict[str, An
         "relative": _step("relative_actions_processor", enabled=False, exclude_joints=["gripper"], action_names=None),
         "normalize": _step("normalizer_processor", eps=1e-8, features=features, norm_map=norm_map),
         "new_line": _step("pi0_new_line_processor"),
-        "state_in_prompt": _step(
-            "pi05_prepare_state_tokenizer_processor_step"
-            if model.variant == "pi05"
-            else "pi0_fast_prepare_state_tokenizer_processor_step"
-        ),
+        "state_in_prompt": _step(f"{model.variant}_prepare_state_tokenizer_processor_step"),
         "tokenize": _step(
             "tokenizer_processor",
             max_length=model.prompt_length,
@@ -219,51 +191,47 @@ def _features(policy: PolicyConfig, norm_stats: dict[str, Any] | None) -> dict[s
         f"{_IMAGES}{camera}": {"type": "VISUAL", "shape": [3, model.vision.image_size, model.vision.image_size]}
         for camera in model.cameras
     }
-    return images | {
-        _STATE: {"type": "STATE", "shape": [state]},
-        _ACTION: {"type": "ACTION", "shape": [action]},
-    }
+    return images | {_STATE: {"type": "STATE", "shape": [state]}, _ACTION: {"type": "ACTION", "shape": [action]}}
 
 
 def _stat_tensors(norm_stats: dict[str, Any] | None) -> LazyArrays:
     found = {}
-    for ours, theirs in (("state", _STATE), ("actions", _ACTION)):
+    for ours, theirs in _STAT_KEYS:
         for stat, values in (norm_stats or {}).get("norm_stats", {}).get(ours, {}).items():
             if values is not None:
                 found[f"{theirs}.{stat}"] = in_memory(np.array(values, np.float32))
     return found
 
 
-def _detect(path: Path) -> Path | None:
-    folder = weights_folder(path)
-    return folder if folder is not None and is_lerobot(folder) else None
-
-
 def _open(folder: Path, overrides: Overrides) -> OpenCheckpoint:
     path = folder / "config.json"
-    tensors = {name.removeprefix("model."): t for name, t in open_safetensors(folder / WEIGHTS).items()}
-    tensors = all_finite(tensors)
-    settings, guess = _read_settings(path), guess_model(tensors)
-    if settings.variant != guess.variant:
+    tensors = all_finite(
+        {n.removeprefix("model."): t for n, t in open_safetensors(folder / openpi_torch.WEIGHTS).items()}
+    )
+    config, guess = read_json(path), openpi_torch.guess_model(tensors)
+    stated, warnings = _read_settings(path, config)
+    if config["type"] != guess.variant:
         raise UserError(
-            f"{path} says {settings.variant!r} and most tensors are of a {guess.variant!r}. LeRobot would load it and "
+            f"{path} says {config['type']!r} and most tensors are of a {guess.variant!r}. LeRobot would load it and "
             "be wrong; set the right `type`."
         )
-    policy = make_policy(folder, overrides, guess, settings.stated, settings.defaults)
-    claimed = claim_tensors(folder, overrides, tensors, policy.model, settings.raw)
-    if settings.image_size != claimed.model.vision.image_size:
+    defaults = {"model.dtype": "bfloat16" if config.get("dtype") == "bfloat16" else "float32"}
+    policy = make_policy(folder, overrides, guess, stated, defaults)
+    claimed = openpi_torch.claim_tensors(folder, overrides, tensors, policy.model, config)
+    image_size = config.get("image_resolution", _IMAGE_RESOLUTION)[0]
+    if image_size != claimed.model.vision.image_size:
         raise UserError(
-            f"{path} resizes images to {settings.image_size} px, and the position embedding is for "
+            f"{path} resizes images to {image_size} px, and the position embedding is for "
             f"{claimed.model.vision.image_size} px."
         )
     stats = _read_stats(folder)
-    return finished("lerobot", folder, policy, claimed, norm_stats=stats, warnings=settings.warnings)
+    return finished("lerobot", folder, policy, claimed, norm_stats=stats, warnings=warnings)
 
 
 def _write(opened: OpenCheckpoint, folder: Path, asset_id: str) -> None:
-    tensors = {f"model.{name}": tensor for name, tensor in torch_tensors(opened, "lerobot").items()}
-    write_safetensors(folder / WEIGHTS, tensors, {"format": "pt"})
-    _write_settings(folder, opened.policy, opened.norm_stats, dtype_name(opened))
+    tensors = {f"model.{name}": tensor for name, tensor in openpi_torch.torch_tensors(opened, "lerobot").items()}
+    write_safetensors(folder / openpi_torch.WEIGHTS, tensors, {"format": "pt"})
+    _write_settings(folder, opened.policy, opened.norm_stats, openpi_torch.dtype_name(opened))
     if opened.tokenizer is not None:
         (folder / "tokenizer.model").write_bytes(opened.tokenizer)
 
@@ -280,10 +248,9 @@ def _lost(opened: OpenCheckpoint) -> list[str]:
 FORMAT = Format(
     "lerobot",
     "model.safetensors, and a config.json with the policy's type",
-    _detect,
+    lambda path: openpi_torch.detect(path, lerobot=True),
     _open,
     _write,
-    rules,
     _lost,
     verify.RUNNER,
 )

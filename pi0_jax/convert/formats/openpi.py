@@ -10,7 +10,7 @@ from pi0_jax.config import ModelConfig
 from pi0_jax.convert import assemble
 from pi0_jax.convert.files import read_json, write_json
 from pi0_jax.convert.formats import Format, OpenCheckpoint, Overrides
-from pi0_jax.convert.lazy import LazyArrays
+from pi0_jax.convert.lazy import LazyArrays, all_finite
 from pi0_jax.convert.orbax_format import open_orbax, write_orbax
 from pi0_jax.convert.parameters import replaced
 from pi0_jax.convert.rules import Rule
@@ -93,11 +93,7 @@ def guess_model(tensors: LazyArrays) -> ModelConfig:
 
 
 def read_stats(folder: Path, asset_id: str | None) -> tuple[dict[str, Any] | None, str | None]:
-    """The statistics under `assets/`, and the name they go by.
-
-    Raises:
-        UserError: several, and none is chosen; or a name that is not there.
-    """
+    """The statistics under `assets/` and their name; UserError if there are several and no choice, or not that one."""
     found = {str(p.parent.relative_to(folder / "assets")): p for p in sorted(folder.glob("assets/**/norm_stats.json"))}
     if asset_id is not None and found and asset_id not in found:
         raise UserError(f"{folder / 'assets'} has no statistics {asset_id!r}; it has {sorted(found)}.")
@@ -108,11 +104,7 @@ def read_stats(folder: Path, asset_id: str | None) -> tuple[dict[str, Any] | Non
 
 
 def write_beside(opened: OpenCheckpoint, folder: Path, asset_id: str) -> None:
-    """Writes the statistics under `assets/`, and the tokenizer.
-
-    Raises:
-        UserError: the name leads out of the folder.
-    """
+    """Writes the statistics under `assets/`, and the tokenizer; UserError if the name leads out of the folder."""
     if opened.tokenizer is not None:
         (folder / "tokenizer.model").write_bytes(opened.tokenizer)
     if opened.norm_stats is not None:
@@ -133,7 +125,7 @@ def _detect(path: Path) -> Path | None:
 
 
 def _open(folder: Path, overrides: Overrides) -> OpenCheckpoint:
-    tensors = assemble.all_finite(open_orbax(folder / "params" if (folder / "params").is_dir() else folder))
+    tensors = all_finite(open_orbax(folder / "params" if (folder / "params").is_dir() else folder))
     guess = guess_model(tensors)
     policy = assemble.make_policy(folder, overrides, guess)
     claimed = assemble.claim(rules(guess.variant), tensors, policy.model)
@@ -162,6 +154,5 @@ FORMAT = Format(
     _detect,
     _open,
     _write,
-    rules,
     lambda opened: assemble.lost_settings(opened, "openpi"),
 )

@@ -16,7 +16,7 @@ from pi0_jax.config import ModelConfig
 from pi0_jax.convert import assemble
 from pi0_jax.convert.files import read_json, write_json
 from pi0_jax.convert.formats import Format, OpenCheckpoint, Overrides, openpi
-from pi0_jax.convert.lazy import LazyArrays, computed, open_safetensors, write_safetensors
+from pi0_jax.convert.lazy import LazyArrays, all_finite, computed, open_safetensors, write_safetensors
 from pi0_jax.convert.rules import Rule
 from pi0_jax.convert.verify import openpi_torch as verify
 from pi0_jax.errors import UserError
@@ -41,13 +41,11 @@ def rules(variant: str) -> tuple[Rule, ...]:
     """Every tensor of a π0, π0.5 or π0-FAST in PyTorch, without LeRobot's prefix."""
     time = "action_time_mlp" if variant == "pi0" else "time_mlp"
     block = f"{_VISION}.encoder.layers.{{}}"
-    attention = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
     linear = (
         ("image_encoder/patch_embedding", f"{_VISION}.embeddings.patch_embedding", "embed axis2 axis0 axis1"),
-        *(
-            (f"image_encoder/layers/{ours}", f"{block}.self_attn.{theirs}", "(heads head_dim) embed")
-            for ours, theirs in attention.items()
-        ),
+        ("image_encoder/layers/query", f"{block}.self_attn.q_proj", "(heads head_dim) embed"),
+        ("image_encoder/layers/key", f"{block}.self_attn.k_proj", "(heads head_dim) embed"),
+        ("image_encoder/layers/value", f"{block}.self_attn.v_proj", "(heads head_dim) embed"),
         ("image_encoder/layers/out", f"{block}.self_attn.out_proj", "embed (heads head_dim)"),
         ("image_encoder/layers/mlp_in", f"{block}.mlp.fc1", "mlp embed"),
         ("image_encoder/layers/mlp_out", f"{block}.mlp.fc2", "embed mlp"),
@@ -86,10 +84,6 @@ def _linear(ours: str, theirs: str, weight: str) -> list[Rule]:
 def _expert(name: str, theirs: str) -> list[Rule]:
     ours, layer = f"backbone/layers/{name}", f"{theirs}.layers.{{}}"
     attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
-    pairs = {
-        "kv": (f"{attention}.k_proj.weight", f"{attention}.v_proj.weight"),
-        "gate_up": (f"{mlp}.gate_proj.weight", f"{mlp}.up_proj.weight"),
-    }
     norms = {
         f"{ours}/attn_norm": f"{layer}.input_layernorm",
         f"{ours}/mlp_norm": f"{layer}.post_attention_layernorm",
@@ -98,9 +92,11 @@ def _expert(name: str, theirs: str) -> list[Rule]:
     modulated = {} if name == "language" else norms
     return [
         Rule(f"{ours}/attn/q", f"{attention}.q_proj.weight", "(heads head_dim) embed"),
-        Rule(f"{ours}/attn/kv", pairs["kv"], "(kv_heads head_dim) embed"),
+        Rule(
+            f"{ours}/attn/kv", (f"{attention}.k_proj.weight", f"{attention}.v_proj.weight"), "(kv_heads head_dim) embed"
+        ),
         Rule(f"{ours}/attn/o", f"{attention}.o_proj.weight", "embed (heads head_dim)"),
-        Rule(f"{ours}/mlp/gate_up", pairs["gate_up"], "mlp embed"),
+        Rule(f"{ours}/mlp/gate_up", (f"{mlp}.gate_proj.weight", f"{mlp}.up_proj.weight"), "mlp embed"),
         Rule(f"{ours}/mlp/down", f"{mlp}.down_proj.weight", "embed mlp"),
         *(Rule(f"{mine}/scale", f"{other}.weight") for mine, other in norms.items()),
         *(
@@ -122,10 +118,7 @@ def claim_tensors(
 ) -> assemble.Claimed:
     """The model that the tensors make, with numbers of heads, which their flat projections do not show.
 
-    Args:
-        folder, overrides, tensors: of the checkpoint.
-        guess: as of `infer_model`.
-        config: the folder's config.json.
+    `guess` is as of `infer_model`, `config` the folder's config.json.
     """
     recorded = assemble.recorded_policy(folder, guess.variant)
     model = recorded.model if recorded else None
@@ -162,26 +155,17 @@ def dtype_name(opened: OpenCheckpoint) -> Literal["bfloat16", "float32"]:
     return "bfloat16" if opened.tensors["embedding"].dtype == ml_dtypes.bfloat16 else "float32"
 
 
-def weights_folder(path: Path) -> Path | None:
-    """The folder in which a path has `model.safetensors`; None: it has none."""
-    if path.suffix == ".safetensors" and path.is_file():
-        path = path.parent
-    return path if (path / WEIGHTS).is_file() else None
-
-
-def is_lerobot(folder: Path) -> bool:
-    """Whether a folder's config.json names a LeRobot policy."""
+def detect(path: Path, lerobot: bool = False) -> Path | None:
+    """The folder in which a path has `model.safetensors`, with a config.json that names a LeRobot policy or without."""
+    folder = path.parent if path.suffix == ".safetensors" and path.is_file() else path
     config = folder / "config.json"
-    return config.is_file() and "type" in read_json(config)
-
-
-def _detect(path: Path) -> Path | None:
-    folder = weights_folder(path)
-    return folder if folder is not None and not is_lerobot(folder) else None
+    if not (folder / WEIGHTS).is_file() or lerobot != (config.is_file() and "type" in read_json(config)):
+        return None
+    return folder
 
 
 def _open(folder: Path, overrides: Overrides) -> OpenCheckpoint:
-    tensors = assemble.all_finite(open_safetensors(folder / WEIGHTS))
+    tensors = all_finite(open_safetensors(folder / WEIGHTS))
     if any(name.startswith("model.") for name in tensors):
         raise UserError(
             f"the tensors of {folder} have LeRobot's names, and its config.json, which says horizon, cameras and "
@@ -208,10 +192,9 @@ def _write(opened: OpenCheckpoint, folder: Path, asset_id: str) -> None:
 FORMAT = Format(
     "openpi-torch",
     WEIGHTS,
-    _detect,
+    detect,
     _open,
     _write,
-    rules,
     lambda opened: assemble.lost_settings(opened, "openpi-torch"),
     verify.RUNNER,
 )

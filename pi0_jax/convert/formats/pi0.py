@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from pi0_jax import checkpoint
-from pi0_jax.convert.assemble import all_finite
 from pi0_jax.convert.formats import Format, OpenCheckpoint, Overrides
+from pi0_jax.convert.lazy import all_finite
 from pi0_jax.convert.orbax_format import open_orbax, write_orbax
 from pi0_jax.convert.parameters import parameters
 from pi0_jax.convert.rules import Rule, bind, to_ours

@@ -71,8 +71,7 @@ def agreement(source: OpenCheckpoint, result: OpenCheckpoint, framework: str, to
         tolerance: largest difference of normalised actions that counts as agreement.
 
     Returns:
-        A JSON object: the largest difference, whether it is within the tolerance, and if not, where the
-        two diverge first.
+        A JSON object: the largest difference, whether it is tolerated, and if not, where the two diverge first.
     """
     before, after = source.policy.model, result.policy.model
     inputs = example(before)
@@ -125,12 +124,8 @@ def widened(inputs: Inputs, before: ModelConfig, after: ModelConfig) -> Inputs:
     for i in range(len(before.cameras), len(after.cameras)):
         found[f"images/{i}"] = np.zeros_like(inputs["images/0"])
         found[f"image_masks/{i}"] = np.zeros(len(inputs["state"]), bool)
-    lengths = {
-        "tokens": after.prompt_length,
-        "token_mask": after.prompt_length,
-        "state": after.action_dim,
-        "noise": after.action_dim,
-    }
+    lengths = dict.fromkeys(("tokens", "token_mask"), after.prompt_length)
+    lengths |= dict.fromkeys(("state", "noise"), after.action_dim)
     for name, length in lengths.items():
         array = inputs[name]
         found[name] = np.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, length - array.shape[-1])])
@@ -140,9 +135,8 @@ def widened(inputs: Inputs, before: ModelConfig, after: ModelConfig) -> Inputs:
 def run_ours(opened: OpenCheckpoint, inputs: Inputs, times: tuple[float, ...] | None = None) -> Trace:
     """Runs a checkpoint of any format in our network.
 
-    Args:
-        opened, inputs: what to run on what.
-        times: of the equal steps, embedded in double precision, as the PyTorch implementations do; None: as ours does.
+    `times` are those of the equal steps, embedded in double precision, as the PyTorch implementations do; None: as ours
+    does.
     """
     model = dataclasses.replace(opened.policy.model, dtype="float32", remat="none")
     params = unflatten_dict(
@@ -170,10 +164,8 @@ def run_ours(opened: OpenCheckpoint, inputs: Inputs, times: tuple[float, ...] | 
 def valid_stages(found: Stages, cameras: np.ndarray) -> dict[str, np.ndarray]:
     """Names what was computed and leaves out what is padding, which implementations fill in different ways.
 
-    Args:
-        found: any of image_layers `[L c*b s d]`, tokens and mask `[b s d]` and `[b s]`, values `[l b s d]` with
-            values_mask `[b s]`, pooled and velocity.
-        cameras: which images are there, `[c*b]`.
+    `found` has any of image_layers `[L c*b s d]`, tokens and mask `[b s d]` and `[b s]`, values `[l b s d]` with
+    values_mask `[b s]`, pooled and velocity; `cameras` says which images are there, `[c*b]`.
     """
     stages = {f"image encoder, layer {i}": x[cameras] for i, x in enumerate(found.get("image_layers", ()))}
     stages["image and prompt tokens"] = found["tokens"][found["mask"]]

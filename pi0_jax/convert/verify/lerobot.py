@@ -20,7 +20,7 @@ import numpy as np
 
 from pi0_jax.config import ModelConfig
 from pi0_jax.convert.verify import Inputs, Runner, Stages
-from pi0_jax.convert.verify.openpi_torch import resize, trace
+from pi0_jax.convert.verify.openpi_torch import resized, trace
 from pi0_jax.errors import UserError
 
 
@@ -67,11 +67,7 @@ def load(folder: Path, model: ModelConfig) -> Any:
 
 
 def check_processors(folder: Path) -> None:
-    """Loads both processors in LeRobot, and passes an action through the one that unnormalises.
-
-    Raises:
-        UserError: the result is not what the statistics say.
-    """
+    """Loads both processors in LeRobot; UserError if the one that unnormalises contradicts the statistics."""
     torch: Any = importlib.import_module("torch")
 
     for name in ("pi0", "pi05"):
@@ -107,20 +103,11 @@ def _resized(module: Any, model: ModelConfig) -> Iterator[None]:
         heads = (model.num_heads, model.num_kv_heads, model.head_dim)
         return module.GemmaConfig(expert.width, model.depth, expert.mlp_dim, *heads)
 
-    paligemma, expert = module.PaliGemmaForConditionalGenerationWithPiGemma, module.PiGemmaForCausalLM
-
-    def make_paligemma(config):
-        resize(config, model)
-        return paligemma(config=config)
-
-    def make_expert(config):
-        config.vocab_size = model.vocab_size
-        return expert(config=config)
-
+    paligemma, expert = resized(module.PaliGemmaForConditionalGenerationWithPiGemma, module.PiGemmaForCausalLM, model)
     with (
         mock.patch.object(module, "get_gemma_config", gemma),
-        mock.patch.object(module, "PaliGemmaForConditionalGenerationWithPiGemma", make_paligemma),
-        mock.patch.object(module, "PiGemmaForCausalLM", make_expert),
+        mock.patch.object(module, "PaliGemmaForConditionalGenerationWithPiGemma", paligemma),
+        mock.patch.object(module, "PiGemmaForCausalLM", expert),
     ):
         yield
 

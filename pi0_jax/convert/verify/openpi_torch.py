@@ -110,17 +110,8 @@ def _resized(model: ModelConfig) -> Iterator[Any]:
     try:
         parts: Any = importlib.import_module(names[0])
         module = importlib.import_module(names[1])
-        paligemma, expert = parts.PaliGemmaForConditionalGeneration, parts.GemmaForCausalLM
-
-        def make_paligemma(config):
-            resize(config, model)
-            return paligemma(config=config)
-
-        def make_expert(config):
-            config.vocab_size = model.vocab_size
-            return expert(config=config)
-
-        parts.PaliGemmaForConditionalGeneration, parts.GemmaForCausalLM = make_paligemma, make_expert
+        classes = parts.PaliGemmaForConditionalGeneration, parts.GemmaForCausalLM
+        parts.PaliGemmaForConditionalGeneration, parts.GemmaForCausalLM = resized(*classes, model)
         yield module
     finally:
         for name, found in before.items():
@@ -138,16 +129,10 @@ _STAGES = {
 
 
 def trace(network, sample: Callable[..., Any], model: ModelConfig, inputs: Inputs) -> tuple[np.ndarray, Stages]:
-    """Samples actions in PyTorch and keeps what is computed on the way.
+    """Samples actions `[b ah ad]` in PyTorch and keeps what is computed on the way, the stages of the first step.
 
-    Args:
-        network: with `embed_prefix` and `denoise_step`, which `sample` calls.
-        sample: takes lists of images `[b c y x]` and their masks, tokens, their mask, state and noise.
-        model: sizes.
-        inputs: what to sample from.
-
-    Returns:
-        Actions `[b ah ad]`, and the stages of the first step.
+    `network` has `embed_prefix` and `denoise_step`, which `sample` calls; that takes lists of images `[b c y x]` and
+    their masks, tokens, their mask, state and noise.
     """
     torch: Any = importlib.import_module("torch")
 
@@ -177,21 +162,27 @@ def trace(network, sample: Callable[..., Any], model: ModelConfig, inputs: Input
     return actions, seen | _by_layer(kept, seen["mask"], model)
 
 
-def resize(config, model: ModelConfig) -> None:
-    """Gives `transformers`' configuration of a PaliGemma the sizes that both frameworks have as constants."""
+def resized(paligemma: Any, expert: Any, model: ModelConfig) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Both of `transformers`' classes, called with a configuration that gets the sizes which are constants there."""
+
+    def make_paligemma(config):
+        _resize(config, model)
+        return paligemma(config=config)
+
+    def make_expert(config):
+        config.vocab_size = model.vocab_size
+        return expert(config=config)
+
+    return make_paligemma, make_expert
+
+
+def _resize(config, model: ModelConfig) -> None:
     config.text_config.vocab_size = config._vocab_size = model.vocab_size
     config.image_token_index = config.image_token_id = model.vocab_size - 1
-    names = {
-        "hidden_size": "width",
-        "num_hidden_layers": "depth",
-        "intermediate_size": "mlp_dim",
-        "num_attention_heads": "num_heads",
-        "patch_size": "patch_size",
-        "image_size": "image_size",
-    }
-    for theirs, ours in names.items():
-        setattr(config.vision_config, theirs, getattr(model.vision, ours))
-    config.vision_config.projection_dim = model.language.width
+    theirs, ours = config.vision_config, model.vision
+    theirs.hidden_size, theirs.num_hidden_layers, theirs.intermediate_size = ours.width, ours.depth, ours.mlp_dim
+    theirs.num_attention_heads, theirs.patch_size, theirs.image_size = ours.num_heads, ours.patch_size, ours.image_size
+    theirs.projection_dim = model.language.width
 
 
 def _keep_outputs(network) -> dict[str, dict[int, list]]:

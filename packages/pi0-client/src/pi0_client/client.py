@@ -23,8 +23,7 @@ from pi0_client.msgpack_numpy import pack, unpack
 class ServerError(RuntimeError):
     """The server refused a request or could not answer it; its message says why.
 
-    Attributes:
-        retry: whether the server was only too busy, so that a request may work a moment later.
+    `retry`: it was only too busy, so that a request may work a moment later.
     """
 
     def __init__(self, message: str, retry: bool = False):
@@ -135,7 +134,9 @@ class Client:
             answer = connection.recv(self._timeout)
             if isinstance(answer, bytes) or answer == expected:
                 return _bytes(answer)
-            retry = self._close_code(connection) == 1013
+            with contextlib.suppress(ConnectionClosed):
+                connection.recv(self._timeout)
+            retry = connection.protocol.close_code == 1013
         except ConnectionClosed as error:
             self.close()
             raise ConnectionError(f"{self._uri} closed the connection: {error}") from error
@@ -144,14 +145,6 @@ class Client:
             raise TimeoutError(f"{self._uri} gave no answer within {self._timeout:g} s.") from None
         self.close()
         raise ServerError(answer, retry)
-
-    def _close_code(self, connection: ClientConnection) -> int | None:
-        """The code with which the server closes after an error."""
-        try:
-            connection.recv(self._timeout)
-        except ConnectionClosed as error:
-            return error.rcvd.code if error.rcvd else None
-        return None
 
 
 def _bytes(answer: bytes | str) -> bytes:

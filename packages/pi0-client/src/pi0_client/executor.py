@@ -53,13 +53,11 @@ class ExecutorStats:
 class Executor:
     """Sends one action per control step, and queries the policy for chunks in a thread of its own.
 
-    `infer` gets the observation, with `previous` and `delay` added where the strategy continues chunks, and returns a
-    chunk `[n, d]`, or a dict that has it as `actions`.
-
     `step` belongs to one thread, the control loop's; `stop` may be called from any, signal handlers included.
 
     Args:
-        infer: from a raw observation to a chunk of actions in the robot's units. If it raises, the query failed.
+        infer: from a raw observation, with `previous` and `delay` added where the strategy continues chunks, to a chunk
+            `[n, d]` in the robot's units, or a dict that has it as `actions`. If it raises, the query failed.
         send: hands one action to the robot. It should return at once.
         strategy: when to query, and what to execute meanwhile.
         hold: from the last action to one that holds the robot still.
@@ -101,10 +99,8 @@ class Executor:
     def step(self, observation: dict[str, Any]) -> Step:
         """Runs one control step: accepts an answer that arrived, sends a query if one is due, and sends the action.
 
-        It does not wait for the policy. Before the first chunk no action is sent.
-
-        Args:
-            observation: the robot's newest raw observation; another thread reads it, so never change it afterwards.
+        It does not wait for the policy. Before the first chunk no action is sent. Another thread reads the observation,
+        which is the robot's newest, so never change it afterwards.
 
         Raises:
             Stopped: `stop` was called; or queries failed too often in a row, for the reason in its cause.

@@ -42,8 +42,7 @@ class Limits:
 def pack(value: Any) -> bytes:
     """Encodes numbers, strings, bytes, lists, maps, and numpy arrays and scalars as a frame.
 
-    Raises:
-        WireError: another type, or an array of objects, of complex numbers or of a type that is not numpy's own.
+    Other types, and arrays of objects, of complex numbers or of types that are not numpy's own, are a WireError.
     """
     try:
         return msgpack.Packer(default=_encode).pack(value)
@@ -54,11 +53,8 @@ def pack(value: Any) -> bytes:
 
 
 def unpack(frame: bytes, limits: Limits | None = None) -> Any:
-    """Decodes a frame. Arrays are read-only views: copy one before changing it.
-
-    Raises:
-        WireError: the frame is damaged, beyond the limits, or has values that no observation has.
-    """
+    """Decodes a frame; WireError if it is damaged, beyond the limits, or has values that no observation has. Arrays are
+    read-only views: copy one before changing it."""
     limits = limits or Limits()
     if len(frame) > limits.frame_bytes:
         raise WireError(f"the frame has {len(frame)} bytes; at most {limits.frame_bytes} are accepted.")

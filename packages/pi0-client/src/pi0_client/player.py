@@ -35,8 +35,7 @@ class Chunk(NamedTuple):
 class Strategy:
     """When the policy is queried, and what is executed meanwhile. The functions below make the usual ones.
 
-    Raises:
-        ValueError: fewer than one step, or a negative decay.
+    Fewer than one step, or a negative decay, is a ValueError.
     """
 
     execute_steps: int
@@ -89,10 +88,7 @@ def ensemble(chunks: Sequence[Chunk], step: int, decay: float) -> np.ndarray:
 class Delays:
     """Measured delays, and the one to expect.
 
-    Args:
-        memory: how many of the last measurements count.
-        quantile: which of them is expected; 1 is the longest, as in the paper.
-        initial: expected before the first measurement.
+    Of the last `memory` measurements a quantile is expected (1: the longest, as in the paper); before any, `initial`.
     """
 
     def __init__(self, memory: int = 10, quantile: float = 1.0, initial: int = 0):
@@ -174,12 +170,9 @@ class Player:
         return self._pending
 
     def receive(self, actions: np.ndarray) -> int:
-        """Accepts the answer `[n, d]` to the pending query; it is played from this step on.
+        """Accepts the answer `[n, d]` to the pending query; returns the measured delay, control steps.
 
-        Steps in which the robot held still consume no action of it.
-
-        Returns:
-            The measured delay, control steps.
+        It is played from this step on. Steps in which the robot held still consume no action of it.
         """
         assert self._pending is not None
         delay = self.step - self._pending.step
