@@ -38,7 +38,7 @@ def find_bad(rows: RowIndex, features: dict[str, dict], fps: int | float) -> dic
         path, reader, found = rows.root / name, FrameReader(), {}
         for episode, times in by_video[name]:
             try:
-                reader.locate(path, times, 0.5 / fps)
+                reader.locate(path, times, fps)
             except (ValueError, OSError) as error:
                 found[episode.number] = str(error)
         return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,13 +11,14 @@ from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
+from tqdm import tqdm
 
 from pi0_jax.data.files import cache_folder
 from pi0_jax.data.lerobot.damage import find_bad
 from pi0_jax.data.lerobot.layout import RowIndex, read_column, read_episodes, read_info, read_tasks
 from pi0_jax.data.lerobot.pictures import StoredPictures
 from pi0_jax.data.source import BadEpisode, Rows, Source
-from pi0_jax.data.video import Clip, FrameReader, VideoError, decode_once
+from pi0_jax.data.video import FrameReader, VideoError, decode_once
 from pi0_jax.errors import UserError
 
 Decoding = Literal["once", "random"]
@@ -102,7 +104,10 @@ class LeRobotDataset(Source):
             return self._stored_pictures(camera, np.asarray(rows))
         if self.decoding == "once":
             return self.frames(camera)[rows]
-        return self._decode(camera, np.asarray(rows))
+        rows = np.asarray(rows)
+        out = np.empty((rows.size, *self.features[camera]["shape"]), np.uint8)
+        self._decode(self.opened().setdefault("reader", FrameReader()), camera, rows.ravel(), out)
+        return out.reshape(*rows.shape, *out.shape[1:])
 
     def frames(self, camera: str) -> UInt8[np.ndarray, "n h w 3"]:
         """All frames of a camera in order, RGB: a memory-mapped array that is decoded at the first call.
@@ -114,14 +119,20 @@ class LeRobotDataset(Source):
         """
         self.check_camera(camera)
         if camera not in self._frames:
-            shape = (self.num_frames, *self.features[camera]["shape"])
+            rows = np.arange(self.num_frames)
             if self.features[camera]["dtype"] == "image":
-                return self._stored_pictures(camera, np.arange(self.num_frames))
-            folder = cache_folder(self.root, self._cache)
-            try:
-                self._frames[camera] = decode_once(camera, self._clips(camera), self.fps, shape, folder)
-            except VideoError as error:
-                raise self._explained(error) from error
+                return self._stored_pictures(camera, rows)
+            files, folder = self.picture_files(camera), cache_folder(self.root, self._cache)
+            key = repr(self.fps).encode() + self.seconds(camera, rows).tobytes()
+            shape = (self.num_frames, *self.features[camera]["shape"])
+            self._frames[camera] = decode_once(
+                camera,
+                files,
+                key,
+                shape,
+                folder,
+                functools.partial(self._decode, FrameReader(1, threaded=True), camera, rows),
+            )
         return self._frames[camera]
 
     def picture_files(self, camera: str) -> list[Path]:
@@ -149,33 +160,18 @@ class LeRobotDataset(Source):
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
             return np.concatenate(list(pool.map(read_file, files)))
 
-    def _clips(self, camera: str) -> list[Clip]:
-        """Where the frames of a camera are."""
-        numbers = np.rint(self.seconds(camera, np.arange(self.num_frames)) * self.fps).astype(np.int64)
-        files: dict[str, list[np.ndarray]] = {}
-        for i, episode in enumerate(self._table):
-            files.setdefault(episode.videos[camera][0], []).append(np.arange(*self.episode_range(i)))
-        missing = [name for name in files if not (self.root / name).is_file()]
-        if missing:
-            raise FileNotFoundError(f"{self.root} lacks {missing[:5]}, {len(missing)} files. Copy the dataset again.")
-        rows = {name: np.concatenate(ranges) for name, ranges in files.items()}
-        return [Clip(self.root / name, at, numbers[at]) for name, at in sorted(rows.items())]
-
-    def _decode(self, camera: str, rows: np.ndarray) -> np.ndarray:
-        reader = self.opened().setdefault("reader", FrameReader())
-        flat = rows.ravel()
-        episodes = self.episode_of(flat)
-        times = self.seconds(camera, flat)
-        out = np.empty((len(flat), *self.features[camera]["shape"]), np.uint8)
-        files: dict[str, list[int]] = {}
-        for i, episode in enumerate(episodes.tolist()):
+    def _decode(
+        self, reader: FrameReader, camera: str, rows: np.ndarray, out: np.ndarray, progress: tqdm | None = None
+    ) -> None:
+        times, files = self.seconds(camera, rows), {}
+        for i, episode in enumerate(self.episode_of(rows).tolist()):
             files.setdefault(self._table[episode].videos[camera][0], []).append(i)
-        for name, at in files.items():
+        for name, places in files.items():
+            at = np.array(places)
             try:
-                reader.read(self.root / name, times[at], 0.5 / self.fps, out, np.array(at))
+                reader.read(self.root / name, times[at], self.fps, out, at, progress)
             except VideoError as error:
-                raise self._explained(VideoError(str(error), flat[at][error.rows])) from error
-        return out.reshape(*rows.shape, *out.shape[1:])
+                raise self._explained(error, rows[at][error.rows]) from error
 
     def seconds(self, camera: str, rows: Rows) -> Float[np.ndarray, "n"]:
         """Time of frames in their camera's video, seconds."""
@@ -208,9 +204,9 @@ class LeRobotDataset(Source):
             out[i] = picture
         return out.reshape(*rows.shape, *shape)
 
-    def _explained(self, error: VideoError) -> BadEpisode:
-        """The error with the episodes that it concerns."""
-        names = [self.episodes[e] for e in np.unique(self.episode_of(np.asarray(error.rows))).tolist()]
+    def _explained(self, error: VideoError, rows: np.ndarray) -> BadEpisode:
+        """The error with the episodes of the rows that it concerns."""
+        names = [self.episodes[e] for e in np.unique(self.episode_of(rows)).tolist()]
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         return BadEpisode(
             f"{error} This concerns {', '.join(names[:5])}{more} of {self.root}; `without_episodes` of a DatasetConfig "
