@@ -29,9 +29,7 @@ STATE_BINS = np.linspace(-1, 1, 256 + 1)[:-1]
 class Tokenizer:
     """Turns prompts into token ids with a SentencePiece model.
 
-    Args:
-        model: content of a SentencePiece model file.
-        source: what to call it in errors.
+    `source` is what errors call it.
 
     Raises:
         UserError: `model` is no SentencePiece model, or has no token for the beginning of a sequence.
@@ -79,11 +77,8 @@ class Tokenizer:
         """Trains a small model on instructions; the same texts give the same model.
 
         Bytes stand in for characters that the texts lack, so that any text can be encoded. Special ids are Gemma's:
-        padding 0, EOS 1, BOS 2, unknown 3. Each digit is a token.
-
-        Args:
-            texts: the instructions.
-            vocab_size: largest number of tokens; few texts give fewer.
+        padding 0, EOS 1, BOS 2, unknown 3. Each digit is a token. `vocab_size` is the largest number of tokens; few
+        texts give fewer.
 
         Raises:
             UserError: there is no text, or `vocab_size` has no room for bytes and characters.
@@ -125,10 +120,7 @@ class Tokenizer:
     ) -> tuple[Int32[np.ndarray, "p"], Bool[np.ndarray, " p"]]:
         """Token ids of a prompt, padded or cut at the right to `length`, and a mask that is False at padding.
 
-        Args:
-            prompt: the instruction.
-            length: number of ids.
-            state: None for π0's format; for π0.5's the normalised state, without padding.
+        `state` is None for π0's format; for π0.5's the normalised state, without padding.
         """
         text = _clean(prompt)
         bos = self._processor.bos_id()

@@ -38,12 +38,7 @@ PIXELS_FOR_THREADS = 256 * 256
 class VideoWriter:
     """Writes one H.264 file without B-frames, a key frame at every second frame.
 
-    Args:
-        path: file to create, `.mp4`.
-        size: height and width, pixels.
-        fps: frames per second.
-        pix_fmt: pixel format, "yuv444p" or "yuv420p".
-        crf: quality, 0 (best) to 51.
+    `size` is height and width; `pix_fmt` "yuv444p" or "yuv420p"; `crf` the quality, 0 (best) to 51.
     """
 
     def __init__(self, path: Path, size: tuple[int, int], fps: int, pix_fmt: str, crf: int):
@@ -101,16 +96,10 @@ def decode_once(
 ) -> UInt8[np.ndarray, "n h w 3"]:
     """All frames of one camera as a read-only memory-mapped array, decoded at the first call.
 
-    The array is an ordinary `.npy` file. Its name tells `key`, the shape and the files' sizes and times of change, so that
-    changed video is decoded again; what it replaces is removed. A file of that name is always complete.
-
-    Args:
-        name: the camera.
-        files: its video files.
-        key: what else the frames depend on.
-        shape: frames, height, width, 3.
-        folder: where decoded arrays are kept.
-        fill: decodes into an array of that shape, and moves the bar on.
+    The array is an ordinary `.npy` file. Its name tells `key`, the shape and the files' sizes and times of change, so
+    that changed video is decoded again; what it replaces is removed. A file of that name is always complete. `key` is
+    what the frames depend on besides the files; `shape` is frames, height, width, 3; `fill` decodes into an array of
+    that shape, and moves the bar on.
 
     Raises:
         FileNotFoundError: a video is missing.
@@ -162,11 +151,8 @@ class FrameReader:
     """Decodes single frames of video files, and keeps the files open that it used last.
 
     A file's frames are listed once, without decoding, so that a time always gives the frame shown then and no other.
-    Frames are decoded from the key frame before them; a few that follow one another cost one such start.
-
-    Args:
-        max_open: files kept open.
-        threaded: decode large frames with several threads, for files that are read from beginning to end.
+    Frames are decoded from the key frame before them; a few that follow one another cost one such start. `threaded`
+    decodes large frames with several threads, for files that are read from beginning to end.
     """
 
     def __init__(self, max_open: int = 32, *, threaded: bool = False):

@@ -40,13 +40,8 @@ def convert(
 ) -> None:
     """Writes `source` as a LeRobot 3.0 dataset, with all features that the format can hold.
 
-    Args:
-        source: the dataset.
-        output: folder to create.
-        robot_type: as stored in `meta/info.json`.
-        crf: quality of the video, 0 (best) to 51.
-        workers: processes; None: one per core.
-        episodes_per_piece: episodes between two points from which a stopped conversion goes on.
+    `crf` is the quality of the video, 0 (best) to 51; `workers` are processes, None: one per core. A stopped conversion
+    goes on after the last `episodes_per_piece` episodes that were complete.
 
     Raises:
         FileExistsError: `output` exists.

@@ -18,11 +18,7 @@ ROW_GROUPS_KEPT = 8
 
 
 class StoredPictures:
-    """Reads pictures of one dataset. Not for several threads: each has its own.
-
-    Args:
-        root: folder of the dataset.
-    """
+    """Reads pictures of one dataset. Not for several threads: each has its own."""
 
     def __init__(self, root: Path):
         self._root = root

@@ -26,20 +26,11 @@ class LeRobotWriter:
     Everything is written beside `root` and renamed into place at the end: an error leaves nothing behind.
 
     Video is H.264 with a key frame at every second frame and at the start of each episode. Colour is kept at full
-    resolution (4:4:4), because 4:2:0 halves it: at 48 px small objects came out 20 dB worse.
-    For large images "yuv420p" takes less space and plays everywhere.
-
-    Args:
-        root: folder to create.
-        fps: frames per second.
-        robot_type: name of the robot, as stored in `meta/info.json`.
-        features: for each feature its dtype, shape and names, as in LeRobot: dtype "video" with shape
-            (height, width, 3) for a camera, a numeric dtype or "bool" with shape (d,) for anything else.
-        overwrite: replace an existing folder.
-        pix_fmt: pixel format of the video.
-        crf: quality of the video, 0 (best) to 51.
-        data_file_mb: size at which the next parquet file is begun, MB.
-        video_file_mb: size at which the next video file is begun, MB.
+    resolution (4:4:4), because 4:2:0 halves it: at 48 px small objects came out 20 dB worse. For large images "yuv420p"
+    takes less space and plays everywhere. `features` are as in LeRobot, for each its dtype, shape and names: dtype
+    "video" with shape (height, width, 3) for a camera, a numeric dtype or "bool" with shape (d,) for anything else.
+    `crf` is the quality of the video, 0 (best) to 51; `data_file_mb` and `video_file_mb` are the sizes, MB, at which
+    the next file is begun.
 
     Raises:
         FileExistsError: `root` exists and `overwrite` is not set.
@@ -121,9 +112,8 @@ class LeRobotWriter:
     def add_episode(self, frames: dict[str, np.ndarray], task: str | Sequence[str]) -> None:
         """Appends one episode.
 
-        Args:
-            frames: for each feature its values, `[n, *shape]`; images uint8 RGB.
-            task: the instruction, or one for each frame.
+        `frames` are the values of each feature, `[n, *shape]`, images uint8 RGB; `task` is the instruction, or one for
+        each frame.
 
         Raises:
             UserError: a feature is missing, unknown, or of the wrong shape or dtype; not finite; no frames.

@@ -33,13 +33,8 @@ def build_index(
 ) -> list[dict[str, np.ndarray]]:
     """The index of each shard; those that are missing or older than their shard are made.
 
-    Args:
-        name: of the dataset, for the progress bar.
-        paths: the shards.
-        form: their file format, one of `FORMATS`.
-        content: of `features.json`.
-        folder: of the index files.
-        workers: processes for a large dataset; None: one per core.
+    `form` is the shards' file format, one of `FORMATS`, and `content` that of `features.json`. A large dataset is
+    indexed by `workers` processes; None: one per core.
     """
     features = json.dumps(content)
     targets, tasks = [], []

@@ -20,11 +20,8 @@ SHOWN = 5
 def check_dataset(dataset: OpenDataset, stats: Stats, *, outside: float = 0.05, decode: bool = False) -> list[str]:
     """Problems of a dataset, each a sentence; empty if there is none.
 
-    Args:
-        dataset: opened without the episodes that cannot be read, which are among the problems.
-        stats: the statistics that normalise it.
-        outside: largest share of values beyond `BEYOND` times the range of the quantiles.
-        decode: decode every frame.
+    The dataset is opened without the episodes that cannot be read, which are among the problems. `outside` is the
+    largest share of values beyond `BEYOND` times the range of the quantiles; `decode` decodes every frame.
 
     Raises:
         UserError, FileNotFoundError: a column cannot be read at all, or holds what is not finite.
