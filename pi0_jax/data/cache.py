@@ -64,7 +64,8 @@ def build_cache(
         target.mkdir(parents=True, exist_ok=True)
         for path, entry in content["files"].items():
             entry += [] if len(entry) == 3 else [_hash(Path(path))]
-        _write(target / "manifest.json", json.dumps(content).encode())
+        with written(target / "manifest.json") as partial:
+            partial.write_text(json.dumps(content))
         targets.append(target)
         for number, start in enumerate(range(0, source.num_frames, FRAMES_PER_SHARD)):
             if not _shard(target, number).exists():
@@ -199,8 +200,3 @@ def _read_manifest(target: Path) -> dict[str, Any] | None:
         return read_json(target / "manifest.json", "the manifest of a cache")
     except (FileNotFoundError, ValueError):
         return None
-
-
-def _write(path: Path, content: bytes) -> None:
-    with written(path) as partial:
-        partial.write_bytes(content)

@@ -75,17 +75,6 @@ def compute_normalizations(
     return {name: Normalization(finish(total), first[name].semantics) for name, total in totals.items()}
 
 
-def compute_stats(
-    source: Source,
-    robot: Robot | None = None,
-    semantics: tuple[str, ...] = (),
-    horizon: int = 1,
-    episodes: Iterable[int] | None = None,
-) -> Stats:
-    """Statistics of one dataset, in this process; see `summarise_source`."""
-    return finish(summarise_source(source, robot, semantics, horizon, episodes))
-
-
 def summarise_source(
     source: Source,
     robot: Robot | None = None,
