@@ -39,14 +39,9 @@ def make_augment(
     """A function that changes a batch at random as `config` says, and makes its images float in [-1, 1].
 
     The same key gives the same changes. The function expects uint8 images, and state and actions normalised and padded;
-    it may be jitted. With the default config images are converted and nothing else happens.
-
-    Args:
-        config: what to change and how much.
-        robot: names the planar axes that symmetries act on.
-        stats: the statistics that state and actions were normalised with.
-        mode: how they were normalised.
-        cameras: of the model, which `fixed_cameras` has to be among; a batch may lack some.
+    it may be jitted. With the default config images are converted and nothing else happens. `stats` and `mode` are
+    those that state and actions were normalised with. `fixed_cameras` has to be among `cameras`, the model's; a batch
+    may lack some.
 
     Raises:
         UserError: a setting is out of range, or symmetries are asked for where they make no sense.

@@ -41,13 +41,8 @@ def build_cache(
 ) -> int:
     """Decodes and resizes all frames that are not in the cache yet. A build that was stopped goes on where it was.
 
-    Args:
-        source: the dataset.
-        folder: of the cache.
-        cameras: to decode.
-        size: side of the square images, pixels, resized as `resize_with_pad` does.
-        quality: of JPEG, 1 to 100; None keeps the pixels as they are.
-        workers: processes; None: one per core.
+    Images are square, of `size` pixels, resized as `resize_with_pad` does. `quality` is that of JPEG, 1 to 100; None
+    keeps the pixels as they are. `workers` are processes; None: one per core.
 
     Returns:
         Bytes that the cache of these cameras has.
@@ -69,7 +64,8 @@ def build_cache(
         target.mkdir(parents=True, exist_ok=True)
         for path, entry in content["files"].items():
             entry += [] if len(entry) == 3 else [_hash(Path(path))]
-        _write(target / "manifest.json", json.dumps(content).encode())
+        with written(target / "manifest.json") as partial:
+            partial.write_text(json.dumps(content))
         targets.append(target)
         for number, start in enumerate(range(0, source.num_frames, FRAMES_PER_SHARD)):
             if not _shard(target, number).exists():
@@ -91,11 +87,7 @@ def build_cache(
 class CachedFrames(Wrapped):
     """A dataset whose pictures come from a cache.
 
-    Args:
-        source: the dataset.
-        folder: of the cache.
-        cameras: that have to be in it; others come from the dataset.
-        size: side of the images, pixels.
+    `cameras` have to be in it, at `size` pixels; others come from the dataset.
 
     Raises:
         UserError: the cache lacks them, or was made of other files.
@@ -208,8 +200,3 @@ def _read_manifest(target: Path) -> dict[str, Any] | None:
         return read_json(target / "manifest.json", "the manifest of a cache")
     except (FileNotFoundError, ValueError):
         return None
-
-
-def _write(path: Path, content: bytes) -> None:
-    with written(path) as partial:
-        partial.write_bytes(content)

@@ -15,9 +15,7 @@ from pi0_jax.errors import UserError, require_package
 def find_dataset(path: str, offline: bool = False) -> Path:
     """Folder of a dataset that is on this machine, or is fetched from the Hugging Face hub.
 
-    Args:
-        path: a folder, or "hf://owner/name".
-        offline: take the hub's datasets from its cache on this machine, without the network.
+    `path` is a folder, or "hf://owner/name"; `offline` takes the hub's datasets from its cache on this machine.
 
     Raises:
         UserError: a dataset of the hub is named and `huggingface_hub` is not installed.
@@ -57,10 +55,7 @@ def cache_folder(root: Path, chosen: Path | None) -> Path:
 def read_json(path: Path, expected: str, advice: str = "Copy the dataset again.") -> Any:
     """Content of a JSON file.
 
-    Args:
-        path: the file.
-        expected: for errors, what should be there.
-        advice: for errors, what to do about a damaged file.
+    Errors say that `expected` should be there, and give `advice` about a damaged file.
 
     Raises:
         FileNotFoundError: there is no such file.

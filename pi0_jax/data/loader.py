@@ -39,11 +39,8 @@ STAGES = ("columns", "pictures", "transform")
 class Loader:
     """An endless iterator over training batches that knows where it is and how long it made its caller wait.
 
-    Args:
-        prepare: from the number of a batch to it, and the seconds of each stage.
-        num_workers: processes; 0: threads alone.
-        num_threads: reader threads, of each process.
-        prefetch: batches prepared ahead, by each process.
+    `prepare` gives the batch of a number, and the seconds of each stage. Each of the `num_workers` processes (0: this
+    one) has `num_threads` reader threads, and prepares `prefetch` batches ahead.
     """
 
     def __init__(self, prepare: _Prepare, num_workers: int, num_threads: int, prefetch: int):
@@ -111,12 +108,9 @@ def make_loader(
     Each epoch of a dataset has its own order, which depends on `config.seed` alone. Processes that share a batch ask
     for rows of the batch that one process would read. Frames without a single step to learn are left out.
 
-    The iterator's `get_state()` is a small dict; `set_state()` continues exactly there.
-
-    Args:
-        datasets: from `open_datasets`, each with the transform of its robot and statistics.
-        config: batch size, seed, horizon, workers.
-        rows: of each batch, the examples that this process needs; None: all.
+    The iterator's `get_state()` is a small dict; `set_state()` continues exactly there. Each of the `datasets` comes
+    with the transform of its robot and statistics. `rows` are the examples of each batch that this process needs; None:
+    all.
 
     Raises:
         UserError: a dataset is not its robot's, or there is nothing to learn; prompt buckets that are none.

@@ -189,13 +189,8 @@ class Stream:
     """The endless order of samples.
 
     In every `BLOCK` samples each dataset has exactly its share, at places drawn for that block, and every dataset goes
-    through its own frames in its own order, epoch after epoch.
-
-    Args:
-        orders: for each dataset the frames of an epoch.
-        sizes: how many those are.
-        weights: shares, of any sum; None: by `sizes`.
-        seed: of the places.
+    through its own frames in its own order, epoch after epoch. `orders` give the frames of an epoch of each dataset,
+    `sizes` how many those are. `weights` are shares of any sum; None: by `sizes`.
     """
 
     def __init__(self, orders: Sequence[Order], sizes: Sequence[int], weights: Weights | None, seed: int):
@@ -203,14 +198,10 @@ class Stream:
         self.quota = apportion(self._sizes if weights is None else weights, BLOCK)
         """Samples of each dataset in a block."""
         self._block = functools.lru_cache(maxsize=2)(self._make_block)
-        self._epoch = functools.lru_cache(maxsize=2 * len(self._orders))(self._make_epoch)
+        self._epoch = functools.lru_cache(maxsize=2 * len(self._orders))(lambda member, n: self._orders[member](n))
 
     def __reduce__(self):
-        return Stream._restore, (self._orders, self._sizes, self.quota, self._seed)
-
-    @classmethod
-    def _restore(cls, orders, sizes, quota, seed) -> Stream:
-        return cls(orders, sizes, quota, seed)
+        return Stream, (self._orders, self._sizes.tolist(), self.quota, self._seed)
 
     def __call__(self, samples: Int[np.ndarray, "b"]) -> tuple[Int[np.ndarray, "b"], Int[np.ndarray, "b"]]:
         """The dataset and the frame of each sample, by the samples' numbers."""
@@ -232,20 +223,13 @@ class Stream:
             ranks[members == member] = np.arange(count)
         return members, ranks
 
-    def _make_epoch(self, member: int, epoch: int) -> np.ndarray:
-        return self._orders[member](epoch)
-
 
 class FrameOrder:
     """The order in which epochs visit the frames of one dataset.
 
-    Args:
-        frames: the frames.
-        seed: of the order.
-        number: of the dataset in its mixture.
-        shards: for each file the frame after its last: visit files in random order, and the frames of `window` files
-            at a time in random order; None: all frames in random order.
-        window: number of files.
+    `number` is that of the dataset in its mixture. `shards` has for each file the frame after its last: files are
+    visited in random order, and the frames of `window` files at a time in random order; None: all frames in random
+    order.
     """
 
     def __init__(self, frames: np.ndarray, seed: int, number: int, shards: np.ndarray | None, window: int):

@@ -92,10 +92,6 @@ def unnormalize_values(y: Values, stats: NormStats, mode: Mode) -> Values:
 def check_stats(stats: Stats, names: dict[str, tuple[str, ...]]) -> None:
     """Refuses statistics that are not of a robot's dimensions.
 
-    Args:
-        stats: the statistics.
-        names: names of the robot's dimensions, for `state` and for `actions`.
-
     Raises:
         UserError: statistics are missing, or have another number of dimensions.
     """
@@ -116,10 +112,8 @@ def stats_to_json(
 ) -> dict[str, Any]:
     """The JSON object of openpi's `norm_stats.json`; `min` and `max` are added where known.
 
-    Args:
-        stats: of the policy's own robot.
-        groups: statistics by name, of a mixture; kept beside them.
-        semantics: for each robot the meaning of its action dimensions, without which the numbers mean nothing.
+    `stats` are of the policy's own robot, `groups` those of a mixture by name, kept beside them, and `semantics` the
+    meaning of each robot's action dimensions, without which the numbers mean nothing.
     """
     content: dict[str, Any] = {"norm_stats": _to_json(stats)}
     if semantics is not None:
@@ -144,9 +138,7 @@ def _to_json(stats: Stats) -> dict[str, Any]:
 def stats_from_json(content: dict[str, Any], group: str | None = None) -> Stats:
     """Statistics from the JSON object of a `norm_stats.json`, ours or openpi's.
 
-    Args:
-        content: the object.
-        group: name of the statistics that are wanted of a mixture's; where the file has no groups, its only ones are.
+    `group` names those that are wanted of a mixture's; where the file has no groups, its only ones are.
 
     Raises:
         UserError: something is missing, not finite, or of unequal length; or there is no such group.
@@ -178,11 +170,8 @@ def normalization_from_json(
 ) -> Normalization:
     """Statistics and semantics for one robot from the JSON object of a `norm_stats.json`.
 
-    Args:
-        content: the object.
-        robot: the robot.
-        override: `PolicyConfig.action_semantics`, where the file does not say what the actions mean.
-        group: name of the statistics in a mixture's; None: the robot's.
+    `override` says what the actions mean where the file does not; `group` names the statistics of a mixture, None: the
+    robot's.
 
     Raises:
         UserError: as of `stats_from_json` and `data.robots.semantics_of`.

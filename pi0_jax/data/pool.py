@@ -20,13 +20,9 @@ def run_tasks(
 ) -> Iterator[Result]:
     """Results of `function(*task)` as they come; an error of a task is raised here and ends the others.
 
-    With more than one worker, a script that calls this needs the usual `if __name__ == "__main__":`.
-
-    Args:
-        function: importable by name in another process, or a `functools.partial` of such a function.
-        tasks: its arguments.
-        workers: processes; None: one per core. One, or a single task, runs in this process.
-        ordered: give the results in the order of the tasks.
+    With more than one worker, a script that calls this needs the usual `if __name__ == "__main__":`. `function` is
+    importable by name in another process, or a `functools.partial` of such a function; `workers` are processes, None:
+    one per core; one, or a single task, runs in this process. `ordered` gives the results in the order of the tasks.
     """
     workers = min(workers or os.cpu_count() or 1, len(tasks))
     if workers <= 1:

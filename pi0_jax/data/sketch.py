@@ -38,10 +38,7 @@ class Sketch(NamedTuple):
 def summarise(values: Float[np.ndarray, "n d"], identity: UInt64[np.ndarray, "n"], size: int = SAMPLE) -> Sketch:
     """Summary of some rows, at least one.
 
-    Args:
-        values: the rows.
-        identity: a number for each row, different in all parts that will be merged.
-        size: rows of the sample.
+    `identity` is a number for each row, different in all parts that will be merged.
     """
     x = values.astype(np.float64)
     numbers = scramble(identity)

@@ -213,10 +213,8 @@ class Wrapped(Source):
 class Renamed(Wrapped):
     """A dataset under the names that a robot uses.
 
-    Args:
-        source: the dataset.
-        keys: name that the robot uses → name in the dataset, or several of them joined by " + ", whose values are put
-            side by side. Features without an entry keep their names.
+    `keys` maps the name that the robot uses to the name in the dataset, or to several of them joined by " + ", whose
+    values are put side by side. Features without an entry keep their names.
 
     Raises:
         UserError: the dataset lacks a named feature, or pictures are to be joined.

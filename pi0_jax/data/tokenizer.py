@@ -29,9 +29,7 @@ STATE_BINS = np.linspace(-1, 1, 256 + 1)[:-1]
 class Tokenizer:
     """Turns prompts into token ids with a SentencePiece model.
 
-    Args:
-        model: content of a SentencePiece model file.
-        source: what to call it in errors.
+    `source` is what errors call it.
 
     Raises:
         UserError: `model` is no SentencePiece model, or has no token for the beginning of a sequence.
@@ -79,11 +77,8 @@ class Tokenizer:
         """Trains a small model on instructions; the same texts give the same model.
 
         Bytes stand in for characters that the texts lack, so that any text can be encoded. Special ids are Gemma's:
-        padding 0, EOS 1, BOS 2, unknown 3. Each digit is a token.
-
-        Args:
-            texts: the instructions.
-            vocab_size: largest number of tokens; few texts give fewer.
+        padding 0, EOS 1, BOS 2, unknown 3. Each digit is a token. `vocab_size` is the largest number of tokens; few
+        texts give fewer.
 
         Raises:
             UserError: there is no text, or `vocab_size` has no room for bytes and characters.
@@ -127,13 +122,8 @@ class Tokenizer:
 
         Where π0.5's is too long, the instruction loses its last words, and never the state or what comes after it.
 
-        Args:
-            prompt: the instruction.
-            length: number of ids.
-            state: None for π0's format; for π0.5's the normalised state, without padding.
-
-        Raises:
-            UserError: the state alone does not fit.
+        `state` is None for π0's format; for π0.5's the normalised state, without padding, which has to fit by itself
+        (`UserError`).
         """
         words, bos = _clean(prompt).split(" "), self._processor.bos_id()
         ids = self._prompt_ids(words, bos, state)

@@ -115,11 +115,7 @@ def _state_and_actions(state: Function, actions: Function) -> dict[str, Function
 def make_transform(policy: PolicyConfig, robot: Robot, normalization: Normalization, tokenizer: Tokenizer) -> Transform:
     """The transform from a raw observation to the model's arrays, and from its actions to the robot's.
 
-    Args:
-        policy: the model's sizes, its variant and how it normalises.
-        robot: whose observations come and whose actions go.
-        normalization: statistics of its demonstrations, and the meaning of its actions.
-        tokenizer: the one that the weights were trained with.
+    The tokenizer is the one that the weights were trained with.
 
     Raises:
         UserError: the statistics are not the robot's, its dimensions do not fit into the model, none of the model's
@@ -166,10 +162,8 @@ def relative_actions(semantics: tuple[str, ...]) -> Transform:
     """Actions of the dimensions that are relative to the state, as differences to it, and back.
 
     The whole chunk is relative to the state at its beginning. Angles differ by no more than half a turn; on the way
-    back they are the state plus that difference, so that a robot that counts turns goes the short way.
-
-    Args:
-        semantics: one of `data.robots.SEMANTICS` per dimension.
+    back they are the state plus that difference, so that a robot that counts turns goes the short way. `semantics` has
+    one of `data.robots.SEMANTICS` per dimension.
 
     Raises:
         UserError: `inverse` gets a sample that did not come from `forward`, so that it has no anchor.
@@ -290,10 +284,6 @@ def to_observation(sample: Sample) -> Observation:
 
 def check_observation(raw: Mapping[str, Any], robot: Robot) -> Sample:
     """Checks a raw observation that a user or a robot sent, and brings it into form.
-
-    Args:
-        raw: what should be a `RawObservation`.
-        robot: whose it should be.
 
     Returns:
         The same with uint8 images (floats as openpi converts them, 255 times and cut), a float32 state, and `previous`

@@ -10,7 +10,7 @@ import hashlib
 import io
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,12 +38,7 @@ PIXELS_FOR_THREADS = 256 * 256
 class VideoWriter:
     """Writes one H.264 file without B-frames, a key frame at every second frame.
 
-    Args:
-        path: file to create, `.mp4`.
-        size: height and width, pixels.
-        fps: frames per second.
-        pix_fmt: pixel format, "yuv444p" or "yuv420p".
-        crf: quality, 0 (best) to 51.
+    `size` is height and width; `pix_fmt` "yuv444p" or "yuv420p"; `crf` the quality, 0 (best) to 51.
     """
 
     def __init__(self, path: Path, size: tuple[int, int], fps: int, pix_fmt: str, crf: int):
@@ -85,46 +80,37 @@ class VideoWriter:
 class VideoError(UserError):
     """A video that cannot be decoded, or lacks frames."""
 
-    def __init__(self, message: str, rows: np.ndarray):
+    def __init__(self, message: str, rows: np.ndarray | slice = slice(None)):
         super().__init__(message)
         self.rows = rows
-        """Which of the frames that were asked for it concerns."""
-
-
-class Clip(NamedTuple):
-    """Where some rows of a dataset are in one video file."""
-
-    path: Path
-    rows: Int[np.ndarray, "n"]
-    numbers: Int[np.ndarray, "n"]
-    """Number of the video's frame for each row, counted from 0."""
+        """Which of the frames that were asked for it concerns; by default all."""
 
 
 def decode_once(
-    name: str, clips: list[Clip], fps: int | float, shape: tuple[int, int, int, int], folder: Path
+    name: str,
+    files: Sequence[Path],
+    key: bytes,
+    shape: tuple[int, ...],
+    folder: Path,
+    fill: Callable[[np.ndarray, tqdm], None],
 ) -> UInt8[np.ndarray, "n h w 3"]:
     """All frames of one camera as a read-only memory-mapped array, decoded at the first call.
 
-    The array is an ordinary `.npy` file. Its name tells the clips' sizes and times of change, so that changed video is
-    decoded again; what it replaces is removed. A file of that name is always complete.
-
-    Args:
-        name: the camera.
-        clips: its video files; together they fill all rows.
-        fps: frames per second.
-        shape: frames, height, width, 3.
-        folder: where decoded arrays are kept.
+    The array is an ordinary `.npy` file. Its name tells `key`, the shape and the files' sizes and times of change, so
+    that changed video is decoded again; what it replaces is removed. A file of that name is always complete. `key` is
+    what the frames depend on besides the files; `shape` is frames, height, width, 3; `fill` decodes into an array of
+    that shape, and moves the bar on.
 
     Raises:
-        UserError: a video is damaged, cut short or of another size, or the array does not fit on the disk.
+        FileNotFoundError: a video is missing.
+        UserError: the array does not fit on the disk; or as of `fill`.
     """
-    key = hashlib.sha256(repr((shape, fps)).encode())
-    for clip in clips:
-        status = clip.path.stat()
-        key.update(repr((str(clip.path), status.st_size, status.st_mtime_ns)).encode())
-        key.update(clip.rows.tobytes() + clip.numbers.tobytes())
+    if missing := [path for path in files if not path.is_file()]:
+        raise FileNotFoundError(f"{len(missing)} videos are missing, such as {missing[0]}. Copy the dataset again.")
+    status = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    digest = hashlib.sha256(key + repr((shape, status)).encode()).hexdigest()[:16]
     prefix = name.replace("/", "_")
-    target = folder / f"{prefix}-{key.hexdigest()[:16]}.npy"
+    target = folder / f"{prefix}-{digest}.npy"
     if not target.exists():
         needed, free = math.prod(shape), shutil.disk_usage(folder).free
         if needed > free:
@@ -135,8 +121,7 @@ def decode_once(
         with written(target) as partial:
             array = np.lib.format.open_memmap(partial, "w+", np.uint8, shape)
             with tqdm(total=shape[0], desc=f"decoding {name}", unit="frame") as progress:
-                for clip in clips:
-                    _decode(clip, fps, array, progress)
+                fill(array, progress)
             array.flush()
         for stale in folder.glob(f"{prefix}-*.npy"):
             if stale != target:
@@ -147,43 +132,6 @@ def decode_once(
 def _threads(height: int, width: int) -> int:
     """1, or 0 to let FFmpeg choose."""
     return 1 if height * width < PIXELS_FOR_THREADS else 0
-
-
-def _decode(clip: Clip, fps: int | float, out: np.ndarray, progress: tqdm) -> None:
-    wanted: dict[int, list[int]] = {}
-    for row, number in zip(clip.rows.tolist(), clip.numbers.tolist(), strict=True):
-        wanted.setdefault(number, []).append(row)
-    total, last = len(wanted), -1
-    reformatter = VideoReformatter()  # one for all frames: a new one for each halves the speed
-    try:
-        with av.open(str(clip.path)) as container:
-            stream = container.streams.video[0]
-            threads = _threads(stream.height, stream.width)
-            stream.thread_type, stream.thread_count = "AUTO", threads
-            for frame in container.decode(stream):
-                last = round(frame.time * fps)
-                if rows := wanted.pop(last, None):
-                    _check_whole(frame)
-                    image = reformatter.reformat(frame, format="rgb24", threads=threads).to_ndarray()
-                    if image.shape != out.shape[1:]:
-                        raise VideoError(
-                            f"{clip.path} holds images of shape {image.shape}; meta/info.json says {out.shape[1:]}.",
-                            clip.rows,
-                        )
-                    out[rows] = image
-                    progress.update(len(rows))
-    except _DECODING_ERRORS as error:
-        raise VideoError(
-            f"{clip.path} cannot be decoded ({_said(error)}); {total - len(wanted)} of {total} frames came out before. "
-            "Copy the dataset again.",
-            np.array([row for rows in wanted.values() for row in rows]),
-        ) from error
-    if wanted:
-        raise VideoError(
-            f"{clip.path} is cut short: {len(wanted)} of {total} frames are missing, the first of them number "
-            f"{min(wanted)}; the last that it holds is number {last}. Copy the dataset again.",
-            np.array([row for rows in wanted.values() for row in rows]),
-        )
 
 
 class _Index(NamedTuple):
@@ -203,22 +151,20 @@ class FrameReader:
     """Decodes single frames of video files, and keeps the files open that it used last.
 
     A file's frames are listed once, without decoding, so that a time always gives the frame shown then and no other.
-    Frames are decoded from the key frame before them; a few that follow one another cost one such start.
-
-    Args:
-        max_open: files kept open.
+    Frames are decoded from the key frame before them; a few that follow one another cost one such start. `threaded`
+    decodes large frames with several threads, for files that are read from beginning to end.
     """
 
-    def __init__(self, max_open: int = 32):
-        self._max_open = max_open
+    def __init__(self, max_open: int = 32, *, threaded: bool = False):
+        self._max_open, self._threaded = max_open, threaded
         self._indices: dict[Path, _Index] = {}
         self._opened: dict[Path, _OpenVideo] = {}
 
-    def locate(self, path: Path, seconds: Float[np.ndarray, "n"], tolerance: int | float) -> Int[np.ndarray, "n"]:
+    def locate(self, path: Path, seconds: Float[np.ndarray, "n"], fps: int | float) -> Int[np.ndarray, "n"]:
         """Number of the frame that is shown at each time.
 
         Raises:
-            VideoError: there is none within `tolerance` seconds, or the file cannot be read.
+            VideoError: there is none within half a frame of the dataset's `fps`, or the file cannot be read.
             FileNotFoundError: there is no file.
         """
         index = self._index(path)
@@ -227,12 +173,13 @@ class FrameReader:
         before = after - 1
         after = np.minimum(after, len(index.times) - 1)
         nearest = np.where(units - index.times[before] <= index.times[after] - units, before, after)
-        missing = np.flatnonzero(np.abs(index.times[nearest] - units) * index.unit > tolerance)
+        missing = np.flatnonzero(np.abs(index.times[nearest] - units) * index.unit > 0.5 / fps)
         if missing.size:
+            first, last = seconds[missing].min(), index.times[-1] * index.unit
             raise VideoError(
-                f"{path} is cut short: {missing.size} of {len(seconds)} frames are missing, the first of them at "
-                f"{seconds[missing[0]]:.3f} s; it holds {len(index.times)} frames up to "
-                f"{index.times[-1] * index.unit:.3f} s. Copy the dataset again.",
+                f"{path} is cut short: {missing.size} of {len(seconds)} frames are missing, the first of them number "
+                f"{round(first * fps)} at {first:.3f} s; the last that it holds is number {round(last * fps)} at "
+                f"{last:.3f} s. Copy the dataset again.",
                 missing,
             )
         return nearest
@@ -241,18 +188,19 @@ class FrameReader:
         self,
         path: Path,
         seconds: Float[np.ndarray, "k"],
-        tolerance: int | float,
+        fps: int | float,
         out: UInt8[np.ndarray, "n h w 3"],
         at: Int[np.ndarray, "k"],
+        progress: tqdm | None = None,
     ) -> None:
-        """Writes the frames that are shown at `seconds` to `out[at]`, RGB.
+        """Writes the frames that are shown at `seconds` to `out[at]`, RGB; moves `progress` on.
 
         Raises:
             VideoError: a frame is missing, cannot be decoded, or is of another size than `out`.
             FileNotFoundError: there is no file.
         """
         index = self._index(path)
-        numbers = self.locate(path, seconds, tolerance)
+        numbers = self.locate(path, seconds, fps)
         video = self._open(path)
         order = np.argsort(numbers, kind="stable")
         for i in order.tolist():
@@ -269,6 +217,8 @@ class FrameReader:
                     f"{path} holds images of shape {image.shape}; meta/info.json says {out.shape[1:]}.", np.array([i])
                 )
             out[at[i]] = image
+            if progress is not None:
+                progress.update()
 
     def _index(self, path: Path) -> _Index:
         if path not in self._indices:
@@ -277,9 +227,7 @@ class FrameReader:
             try:
                 self._indices[path] = _list_frames(path)
             except _DECODING_ERRORS as error:
-                raise VideoError(
-                    f"{path} cannot be decoded ({_said(error)}). Copy the dataset again.", np.array([0])
-                ) from error
+                raise VideoError(f"{path} cannot be decoded ({_said(error)}). Copy the dataset again.") from error
         return self._indices[path]
 
     def _open(self, path: Path) -> _OpenVideo:
@@ -288,9 +236,9 @@ class FrameReader:
             while len(self._opened) >= self._max_open:
                 self._opened.pop(next(iter(self._opened))).close()
             try:
-                video = _OpenVideo(path)
+                video = _OpenVideo(path, self._threaded)
             except _DECODING_ERRORS as error:
-                raise VideoError(f"{path} cannot be opened ({_said(error)}).", np.array([0])) from error
+                raise VideoError(f"{path} cannot be opened ({_said(error)}).") from error
         self._opened[path] = video  # the last one used is the last one to go
         return video
 
@@ -302,10 +250,11 @@ class _OpenVideo:
     bytes for ever.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, threaded: bool):
         self._container = av.open(str(path))
         self._stream = self._container.streams.video[0]
-        self._stream.thread_count = 1
+        self._threads = _threads(self._stream.height, self._stream.width) if threaded else 1
+        self._stream.thread_type, self._stream.thread_count = "AUTO", self._threads
         self._packets = self._container.demux(self._stream)
         self._reformatter = VideoReformatter()
         self._frames = iter(())
@@ -330,7 +279,7 @@ class _OpenVideo:
                 self._next = number + 1
                 if frame.pts == wanted:
                     _check_whole(frame)
-                    return _pixels(self._reformatter.reformat(frame, format="rgb24", threads=1))
+                    return _pixels(self._reformatter.reformat(frame, format="rgb24", threads=self._threads))
                 break
             self._next = -1  # the seek went too far: once more from the beginning
         raise IndexError(f"frame {number} does not come out of the decoder")

@@ -17,7 +17,7 @@ from pi0_jax.config import RealTimeConfig
 from pi0_jax.data.robots import RawObservation, Robot
 from pi0_jax.errors import UserError
 from pi0_jax.evaluate.rollout import BatchPolicy, Driver, closed_loop, success_rate
-from pi0_jax.evaluate.simulators.gym import Episode, Simulator
+from pi0_jax.evaluate.simulators.gym import Simulator
 
 STRATEGIES: dict[str, tuple[Callable[[int], Strategy], RealTimeConfig | None]] = {
     "synchronous": (receding_horizon, None),
@@ -101,28 +101,20 @@ def simulate(
     """
 
     def begin(index: int) -> _Run:
-        rng = np.random.default_rng([seed, index])
-        return _Run(index, simulator.start(index, seed), strategy, latency, policy.robot, 1000 / simulator.fps, rng)
+        return _Run(index, seed, policy.robot, simulator, strategy, latency)
 
     runs, _ = closed_loop(policy, simulator, begin, num_episodes, seed, batch_size=batch_size, progress=progress)
     return [run.trace() for run in runs]
 
 
 class _Run(Driver):
-    """One episode, its player, and the answer that is on its way. `period` is the milliseconds between actions."""
+    """One episode, its player, and the answer that is on its way."""
 
-    def __init__(
-        self,
-        index: int,
-        episode: Episode,
-        strategy: Strategy,
-        latency: Latency,
-        robot: Robot,
-        period: float,
-        rng: np.random.Generator,
-    ):
-        super().__init__(index, episode)
-        self._player, self._latency, self._period, self._rng = Player(strategy, robot.still), latency, period, rng
+    def __init__(self, index: int, seed: int, robot: Robot, simulator: Simulator, strategy: Strategy, latency: Latency):
+        super().__init__(index, simulator.start(index, seed))
+        self._player, self._latency = Player(strategy, robot.still), latency
+        self._rng = np.random.default_rng([seed, index])
+        self._period = 1000 / simulator.fps  # milliseconds between actions
         self._still = np.zeros(len(robot.actions), np.float32)
         self._query: Query | None = None
         self._chunk: np.ndarray | None = None

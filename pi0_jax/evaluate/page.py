@@ -32,18 +32,17 @@ footer {{ margin-top: 3rem; font-size: .85rem; color: {GREY} }}"""
 
 def page(title: str, lead: str, sections: Iterable[tuple[str, bytes | None, str]], footer: str) -> str:
     """A page; its sections are (title, SVG or None, HTML)."""
-    body = "\n".join(
-        f"<section><h2>{head}</h2>{'' if picture is None else picture_tag(picture, head)}<div>{text}</div></section>"
-        for head, picture, text in sections
-    )
+    body = ""
+    for head, picture, text in sections:
+        plot = picture and f'<img src="{_data(picture, "image/svg+xml")}" alt="{html.escape(head)}">'
+        body += f"<section><h2>{head}</h2>{plot or ''}<div>{text}</div></section>\n"
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{html.escape(title)}</title><style>{STYLE}
 </style>
 <h1>{html.escape(title)}</h1>
 <p class="lead">{lead}</p>
-{body}
-<footer>{footer}</footer></html>
+{body}<footer>{footer}</footer></html>
 """
 
 
@@ -54,11 +53,6 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}" for cell in cells)
 
     return f"<table>{row(head, 'th') if head else ''}{''.join(row(cells, 'td') for cells in rows)}</table>"
-
-
-def picture_tag(picture: bytes, text: str) -> str:
-    """An SVG inside the page."""
-    return f'<img src="{_data(picture, "image/svg+xml")}" alt="{html.escape(text)}">'
 
 
 def video_tag(pictures: Sequence[UInt8[np.ndarray, "h w 3"]], fps: int, caption: str) -> str:

@@ -112,12 +112,8 @@ def _collect(number: int, source: Source) -> Demonstration:
 def demonstrations(source: Source, num_episodes: int, workers: int | None = None) -> Iterator[Demonstration]:
     """The first demonstrations of a source, the simulator's tasks in turn.
 
-    With more than one worker a script that calls this needs the usual `if __name__ == "__main__":`.
-
-    Args:
-        source: see there.
-        num_episodes: at most `MAX_DEMONSTRATIONS`.
-        workers: processes; None means one per core. They change nothing in the result.
+    With more than one worker a script that calls this needs the usual `if __name__ == "__main__":`. `num_episodes` is
+    at most `MAX_DEMONSTRATIONS`. `workers` are processes, None: one per core; they change nothing in the result.
 
     Raises:
         UserError: no such simulator, or it has no expert, or `num_episodes` is out of range.

@@ -54,14 +54,9 @@ def write_report(
 ) -> dict[str, Any]:
     """Evaluates a policy and writes the report, and the figures in it as `report.json` beside it.
 
-    Args:
-        policy: the policy of `run`.
-        run: run folder, for the loss curves and the held-out demonstrations.
-        simulator: the simulator.
-        counterfactual: the same with instructions that ask for something else than what is scored; None: there is none.
-        num_episodes: episodes for each number of solver steps.
-        seed: seed of the evaluation episodes.
-        path: HTML file to write.
+    `run` has the loss curves and the held-out demonstrations. `counterfactual` is the simulator with instructions that
+    ask for something else than what is scored; None: there is none. `num_episodes` are run for each number of solver
+    steps.
 
     Returns:
         The figures, as in `report.json`.

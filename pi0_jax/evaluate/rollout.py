@@ -194,17 +194,9 @@ def roll_out(
 ) -> Rollout:
     """Runs episodes in closed loop; each chunk's first `execute_steps` actions are executed, then the policy is asked.
 
-    Layouts and noise depend on the seed and the episode alone, whatever the batch size.
-
-    Args:
-        policy: a policy for the simulator's robot.
-        simulator: the simulator.
-        num_episodes: number of episodes; episode i is of task i modulo the number of tasks.
-        seed: other seeds give other layouts and other noise.
-        num_steps: solver steps; None: the policy's.
-        batch_size: episodes that run side by side.
-        film: indices of episodes to keep pictures of.
-        progress: title of a progress bar; None shows none.
+    Layouts and noise depend on the seed and the episode alone, whatever the batch size. Episode i is of task i modulo
+    the number of tasks. `num_steps` are solver steps, None: the policy's; `batch_size` episodes run side by side; those
+    of the indices `film` keep pictures. `progress` is the title of a progress bar; None shows none.
 
     Raises:
         UserError: the simulator is another robot's, or there is nothing to run.

@@ -20,9 +20,10 @@ from pi0_jax.data.sketch import summarise
 from pi0_jax.data.source import BadEpisode, Renamed
 from pi0_jax.data.tools.check import _check_outside, _check_ranges
 from pi0_jax.data.tools.show import _log_to_rerun
-from pi0_jax.data.tools.stats import compute_stats, stats_of
+from pi0_jax.data.tools.stats import stats_of
 from tests.data.conftest import FEATURES, episode, write
 from tests.data.formats import CAMERAS, RLDS_KEYS, write_rlds, write_v2
+from tests.data.stats import compute_stats
 from tests.data.test_loader import opened
 
 CONFIG = """
@@ -57,7 +58,7 @@ def copy(dataset, tmp_path):
 
 
 def test_stats_never_open_a_video_and_equal_those_of_training(dataset, run, monkeypatch, tmp_path):
-    for name in ("_OpenVideo.__init__", "_list_frames", "_decode"):
+    for name in ("_OpenVideo.__init__", "_list_frames"):
         monkeypatch.setattr(f"pi0_jax.data.video.{name}", lambda *_: pytest.fail("opened a video"))
     code, printed, _ = run("stats", dataset.root, "--workers", "1")
     assert code == 0

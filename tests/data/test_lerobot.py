@@ -164,7 +164,7 @@ def test_the_documentation_writes_a_dataset_from_other_formats(tmp_path, monkeyp
 
 def test_video_is_decoded_once(copy, monkeypatch):
     first = LeRobotDataset(copy).frames("observation.images.top")
-    monkeypatch.setattr("pi0_jax.data.video._decode", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr("pi0_jax.data.video.FrameReader.read", lambda *_: pytest.fail("decoded again"))
     second = LeRobotDataset(copy).frames("observation.images.top")
     assert isinstance(second, np.memmap)
     np.testing.assert_array_equal(first, second)

@@ -65,10 +65,10 @@ def test_every_frame_is_its_own_in_any_order_and_codec(tmp_path, codec):
     reader, order = FrameReader(), np.random.default_rng(0).permutation(len(truth))
     out = np.zeros_like(truth)
     for part in np.split(order, 8):
-        reader.read(tmp_path / "a.mp4", part / 20, 0.025, out, part)
+        reader.read(tmp_path / "a.mp4", part / 20, 20, out, part)
     assert own_frame_is_nearest(out, truth)
     once = np.zeros_like(truth)
-    reader.read(tmp_path / "a.mp4", np.arange(40) / 20, 0.025, once, np.arange(40))
+    reader.read(tmp_path / "a.mp4", np.arange(40) / 20, 20, once, np.arange(40))
     np.testing.assert_array_equal(out, once)
 
 
@@ -90,7 +90,7 @@ def test_frames_at_random_come_from_one_generator_of_packets(tmp_path):
     video._container = Counted(video._container)
     out = np.zeros_like(truth)
     for number in range(0, 30, 3):
-        reader.read(tmp_path / "a.mp4", np.array([number]) / 20, 0.025, out, np.array([number]))
+        reader.read(tmp_path / "a.mp4", np.array([number]) / 20, 20, out, np.array([number]))
     assert made == []
 
 

@@ -13,9 +13,9 @@ from pi0_jax.data.mixture import OpenDataset
 from pi0_jax.data.normalization import Normalization, unnormalize_values
 from pi0_jax.data.robots import get_robot
 from pi0_jax.data.tokenizer import Tokenizer
-from pi0_jax.data.tools.stats import compute_stats
 from pi0_jax.data.transform import make_transform
 from tests.data.conftest import FEATURES, episode
+from tests.data.stats import compute_stats
 
 ABSOLUTE = ("absolute",) * 3
 

@@ -18,11 +18,12 @@ from pi0_jax.data.loader import eval_batches, make_loader
 from pi0_jax.data.mixture import BLOCK, FrameOrder, Stream, apportion, open_datasets
 from pi0_jax.data.rlds.reader import RldsDataset
 from pi0_jax.data.tokenizer import Tokenizer
-from pi0_jax.data.tools.stats import compute_normalizations, compute_stats
+from pi0_jax.data.tools.stats import compute_normalizations
 from pi0_jax.data.transform import make_transform
 from pi0_jax.errors import UserError
 from tests.data.conftest import LENGTHS, write
 from tests.data.formats import RLDS_KEYS, write_rlds, write_v2
+from tests.data.stats import compute_stats
 
 
 def stream(sizes, weights, seed=0):
@@ -284,7 +285,7 @@ def test_several_threads_get_the_frames_that_one_gets(tmp_path, monkeypatch):
     for name in (
         "rlds.reader.SHARDS_OPEN",
         "rlds.reader.EPISODES_KEPT",
-        "lerobot.pictures.ROW_GROUPS_KEPT",
+        "lerobot.reader.ROW_GROUPS_KEPT",
         "cache.SHARDS_OPEN",
     ):
         monkeypatch.setattr(f"pi0_jax.data.{name}", 1)

@@ -18,7 +18,7 @@ from pi0_jax.data.normalization import (
     unnormalize_values,
 )
 from pi0_jax.data.source import Source
-from pi0_jax.data.tools.stats import compute_stats
+from tests.data.stats import compute_stats
 
 MODES = ("zscore", "quantile")
 

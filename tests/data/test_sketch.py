@@ -8,8 +8,9 @@ import pytest
 
 from pi0_jax.data.robots import get_robot
 from pi0_jax.data.sketch import SAMPLE, merge, scramble, summarise
-from pi0_jax.data.tools.stats import compute_normalizations, compute_stats, finish, merge_summaries, summarise_source
+from pi0_jax.data.tools.stats import compute_normalizations, finish, merge_summaries, summarise_source
 from pi0_jax.errors import UserError
+from tests.data.stats import compute_stats
 from tests.data.test_loader import opened
 from tests.data.test_normalization import in_memory
 

@@ -10,7 +10,6 @@ from pi0_jax.batch import Observation
 from pi0_jax.data.normalization import Normalization, normalize_values
 from pi0_jax.data.robots import get_robot
 from pi0_jax.data.tokenizer import Tokenizer, discretize
-from pi0_jax.data.tools.stats import compute_stats
 from pi0_jax.data.transform import (
     chain,
     check_observation,
@@ -20,6 +19,7 @@ from pi0_jax.data.transform import (
     resize_with_pad,
     to_observation,
 )
+from tests.data.stats import compute_stats
 
 ROBOT = get_robot("tabletop")
 ABSOLUTE = ("absolute",) * 3

@@ -162,12 +162,7 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 class RowIndex:
-    """The episode of each row of the data files, checked against the episodes of the metadata.
-
-    Args:
-        root: folder of the dataset.
-        episodes: all episodes.
-    """
+    """The episode of each row of the data files, checked against the episodes of the metadata."""
 
     def __init__(self, root: Path, episodes: list[Episode]):
         self.root = root

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from pi0_jax.atomic import written
 from pi0_jax.data.lerobot.layout import BOOKKEEPING, DATA_PATH, FILES_PER_CHUNK, VIDEO_PATH
 from pi0_jax.data.lerobot.stats import merge_stats
-from pi0_jax.data.lerobot.writer import LeRobotWriter, write_tasks
+from pi0_jax.data.lerobot.writer import LeRobotWriter, write_meta
 from pi0_jax.data.pool import run_tasks
 from pi0_jax.data.source import Source
 from pi0_jax.errors import UserError
@@ -40,13 +40,8 @@ def convert(
 ) -> None:
     """Writes `source` as a LeRobot 3.0 dataset, with all features that the format can hold.
 
-    Args:
-        source: the dataset.
-        output: folder to create.
-        robot_type: as stored in `meta/info.json`.
-        crf: quality of the video, 0 (best) to 51.
-        workers: processes; None: one per core.
-        episodes_per_piece: episodes between two points from which a stopped conversion goes on.
+    `crf` is the quality of the video, 0 (best) to 51; `workers` are processes, None: one per core. A stopped conversion
+    goes on after the last `episodes_per_piece` episodes that were complete.
 
     Raises:
         FileExistsError: `output` exists.
@@ -147,16 +142,10 @@ def _merge(folders: list[Path], output: Path) -> None:
                 row["dataset_to_index"] += frames
             merged += rows
             frames = merged[-1]["dataset_to_index"]
-        (partial / "meta/episodes/chunk-000").mkdir(parents=True)
-        pq.write_table(pa.Table.from_pylist(merged), partial / "meta/episodes/chunk-000/file-000.parquet")
-        write_tasks(list(tasks), partial / "meta/tasks.parquet")
         columns = sorted(partial.glob("data/*/*.parquet"))
         pieces = [json.loads((folder / "meta/stats.json").read_text()) for folder in folders]
         stats = merge_stats(columns, infos[0]["features"], cameras, pieces)
-        (partial / "meta/stats.json").write_text(json.dumps(stats, indent=4))
-        totals = {"total_episodes": len(merged), "total_frames": frames, "total_tasks": len(tasks)}
-        info = infos[0] | totals | {"splits": {"train": f"0:{len(merged)}"}}
-        (partial / "meta/info.json").write_text(json.dumps(info, indent=4, ensure_ascii=False))
+        write_meta(partial, infos[0], merged, list(tasks), stats)
 
 
 def _put_files(

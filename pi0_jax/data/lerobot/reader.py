@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from jaxtyping import Float, Int, UInt8
+from tqdm import tqdm
 
 from pi0_jax.data.files import cache_folder
-from pi0_jax.data.lerobot.damage import find_bad
-from pi0_jax.data.lerobot.layout import RowIndex, read_column, read_episodes, read_info, read_tasks
-from pi0_jax.data.lerobot.pictures import StoredPictures
+from pi0_jax.data.lerobot import layout
 from pi0_jax.data.source import BadEpisode, Rows, Source
-from pi0_jax.data.video import Clip, FrameReader, VideoError, decode_once
+from pi0_jax.data.video import FrameReader, VideoError, decode_once, decode_picture
 from pi0_jax.errors import UserError
 
 Decoding = Literal["once", "random"]
+ROW_GROUPS_KEPT = 8
+"""Row groups of encoded pictures kept in memory by each thread."""
 
 
 class LeRobotDataset(Source):
@@ -53,16 +57,16 @@ class LeRobotDataset(Source):
         self.root = Path(root)
         self.decoding: Decoding = decoding
         self._cache = None if cache is None else Path(cache)
-        info = read_info(self.root)
+        info = layout.read_info(self.root)
         self.version: str = info["codebase_version"]
         """Version of the format: "v2.0", "v2.1" or "v3.0"."""
         self.features, self.fps = info["features"], info["fps"]
-        self.tasks = read_tasks(self.root, self.version)
-        everything = read_episodes(self.root, info)
+        self.tasks = layout.read_tasks(self.root, self.version)
+        everything = layout.read_episodes(self.root, info)
         if unknown := sorted(set(without) - {episode.number for episode in everything}):
             raise UserError(f"{self.root} has no episodes {unknown} to leave out; it has {len(everything)} in all.")
-        self._rows = RowIndex(self.root, everything)
-        bad = find_bad(self._rows, self.features, self.fps) if skip_bad_episodes else {}
+        self._rows = layout.RowIndex(self.root, everything)
+        bad = _find_bad(self._rows, self.features, self.fps) if skip_bad_episodes else {}
         self.skipped = {f"episode {number}": reason for number, reason in sorted(bad.items()) if number not in without}
         left_out = {*bad, *without}
         self._table = [episode for episode in everything if episode.number not in left_out]
@@ -102,7 +106,10 @@ class LeRobotDataset(Source):
             return self._stored_pictures(camera, np.asarray(rows))
         if self.decoding == "once":
             return self.frames(camera)[rows]
-        return self._decode(camera, np.asarray(rows))
+        rows = np.asarray(rows)
+        out = np.empty((rows.size, *self.features[camera]["shape"]), np.uint8)
+        self._decode(self.opened().setdefault("reader", FrameReader()), camera, rows.ravel(), out)
+        return out.reshape(*rows.shape, *out.shape[1:])
 
     def frames(self, camera: str) -> UInt8[np.ndarray, "n h w 3"]:
         """All frames of a camera in order, RGB: a memory-mapped array that is decoded at the first call.
@@ -114,14 +121,20 @@ class LeRobotDataset(Source):
         """
         self.check_camera(camera)
         if camera not in self._frames:
-            shape = (self.num_frames, *self.features[camera]["shape"])
+            rows = np.arange(self.num_frames)
             if self.features[camera]["dtype"] == "image":
-                return self._stored_pictures(camera, np.arange(self.num_frames))
-            folder = cache_folder(self.root, self._cache)
-            try:
-                self._frames[camera] = decode_once(camera, self._clips(camera), self.fps, shape, folder)
-            except VideoError as error:
-                raise self._explained(error) from error
+                return self._stored_pictures(camera, rows)
+            files, folder = self.picture_files(camera), cache_folder(self.root, self._cache)
+            key = repr(self.fps).encode() + self.seconds(camera, rows).tobytes()
+            shape = (self.num_frames, *self.features[camera]["shape"])
+            self._frames[camera] = decode_once(
+                camera,
+                files,
+                key,
+                shape,
+                folder,
+                functools.partial(self._decode, FrameReader(1, threaded=True), camera, rows),
+            )
         return self._frames[camera]
 
     def picture_files(self, camera: str) -> list[Path]:
@@ -144,38 +157,23 @@ class LeRobotDataset(Source):
 
         def read_file(file: str) -> np.ndarray:
             index, _ = self._rows.locate(file)
-            return read_column(self.root / file, name, width, np.isin(index, numbers[file]))
+            return layout.read_column(self.root / file, name, width, np.isin(index, numbers[file]))
 
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
             return np.concatenate(list(pool.map(read_file, files)))
 
-    def _clips(self, camera: str) -> list[Clip]:
-        """Where the frames of a camera are."""
-        numbers = np.rint(self.seconds(camera, np.arange(self.num_frames)) * self.fps).astype(np.int64)
-        files: dict[str, list[np.ndarray]] = {}
-        for i, episode in enumerate(self._table):
-            files.setdefault(episode.videos[camera][0], []).append(np.arange(*self.episode_range(i)))
-        missing = [name for name in files if not (self.root / name).is_file()]
-        if missing:
-            raise FileNotFoundError(f"{self.root} lacks {missing[:5]}, {len(missing)} files. Copy the dataset again.")
-        rows = {name: np.concatenate(ranges) for name, ranges in files.items()}
-        return [Clip(self.root / name, at, numbers[at]) for name, at in sorted(rows.items())]
-
-    def _decode(self, camera: str, rows: np.ndarray) -> np.ndarray:
-        reader = self.opened().setdefault("reader", FrameReader())
-        flat = rows.ravel()
-        episodes = self.episode_of(flat)
-        times = self.seconds(camera, flat)
-        out = np.empty((len(flat), *self.features[camera]["shape"]), np.uint8)
-        files: dict[str, list[int]] = {}
-        for i, episode in enumerate(episodes.tolist()):
+    def _decode(
+        self, reader: FrameReader, camera: str, rows: np.ndarray, out: np.ndarray, progress: tqdm | None = None
+    ) -> None:
+        times, files = self.seconds(camera, rows), {}
+        for i, episode in enumerate(self.episode_of(rows).tolist()):
             files.setdefault(self._table[episode].videos[camera][0], []).append(i)
-        for name, at in files.items():
+        for name, places in files.items():
+            at = np.array(places)
             try:
-                reader.read(self.root / name, times[at], 0.5 / self.fps, out, np.array(at))
+                reader.read(self.root / name, times[at], self.fps, out, at, progress)
             except VideoError as error:
-                raise self._explained(VideoError(str(error), flat[at][error.rows])) from error
-        return out.reshape(*rows.shape, *out.shape[1:])
+                raise self._explained(error, rows[at][error.rows]) from error
 
     def seconds(self, camera: str, rows: Rows) -> Float[np.ndarray, "n"]:
         """Time of frames in their camera's video, seconds."""
@@ -184,7 +182,7 @@ class LeRobotDataset(Source):
 
     def _stored_pictures(self, camera: str, rows: np.ndarray) -> np.ndarray:
         """Pictures that are kept in parquet."""
-        reader = self.opened().setdefault("pictures", StoredPictures(self.root))
+        reader = self.opened().setdefault("pictures", _StoredPictures(self.root))
         shape = self.features[camera]["shape"]
         out = np.empty((rows.size, *shape), np.uint8)
         order = np.argsort(rows.ravel(), kind="stable")
@@ -195,24 +193,106 @@ class LeRobotDataset(Source):
             within = first + row - self.episode_range(int(episodes[i]))[0]
             try:
                 picture = reader.read(episode.data, camera, within)
+                if picture.shape != shape:
+                    raise UserError(f"its shape is {picture.shape}; meta/info.json says {shape}")
             except (ValueError, OSError) as error:
                 raise BadEpisode(
                     f"{self.root / episode.data}: picture of {camera!r} in row {within}, episode {episode.number}, "
                     f"cannot be decoded ({error})."
                 ) from error
-            if picture.shape != shape:
-                raise BadEpisode(
-                    f"{self.root / episode.data}: picture of {camera!r} in episode {episode.number} has shape "
-                    f"{picture.shape}; meta/info.json says {shape}."
-                )
             out[i] = picture
         return out.reshape(*rows.shape, *shape)
 
-    def _explained(self, error: VideoError) -> BadEpisode:
-        """The error with the episodes that it concerns."""
-        names = [self.episodes[e] for e in np.unique(self.episode_of(np.asarray(error.rows))).tolist()]
+    def _explained(self, error: VideoError, rows: np.ndarray) -> BadEpisode:
+        """The error with the episodes of the rows that it concerns."""
+        names = [self.episodes[e] for e in np.unique(self.episode_of(rows)).tolist()]
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         return BadEpisode(
             f"{error} This concerns {', '.join(names[:5])}{more} of {self.root}; `without_episodes` of a DatasetConfig "
             "leaves episodes out."
         )
+
+
+class _StoredPictures:
+    """Reads pictures of one dataset. Not for several threads: each has its own."""
+
+    def __init__(self, root: Path):
+        self._root = root
+        self._files: dict[str, tuple[pq.ParquetFile, np.ndarray]] = {}
+        self._groups: dict[tuple[str, str, int], pa.Array] = {}
+
+    def read(self, file: str, camera: str, row: int) -> UInt8[np.ndarray, "h w 3"]:
+        """One picture, RGB.
+
+        Raises:
+            OSError, UserError: it cannot be read or decoded.
+        """
+        if file not in self._files:
+            opened = pq.ParquetFile(self._root / file, memory_map=True)
+            sizes = [opened.metadata.row_group(i).num_rows for i in range(opened.num_row_groups)]
+            self._files[file] = opened, np.cumsum(sizes)
+        opened, ends = self._files[file]
+        group = int(np.searchsorted(ends, row, side="right"))
+        if (file, camera, group) not in self._groups:
+            for old in list(self._groups)[: len(self._groups) - ROW_GROUPS_KEPT + 1]:
+                del self._groups[old]
+            try:
+                column = opened.read_row_group(group, columns=[camera])[camera]
+            except (pa.ArrowInvalid, OSError) as error:
+                raise UserError(f"row group {group} cannot be read: {error}") from error
+            self._groups[file, camera, group] = column.combine_chunks()
+        value: Any = self._groups[file, camera, group][row - (int(ends[group - 1]) if group else 0)].as_py()
+        if isinstance(value, dict):
+            value = value["bytes"] if value.get("bytes") is not None else (self._root / value["path"]).read_bytes()
+        return decode_picture(value)
+
+
+def _find_bad(rows: layout.RowIndex, features: dict[str, dict], fps: int | float) -> dict[int, str]:
+    """Episodes that cannot be read, by number, and why: those of files with rows or values that are missing, and those
+    with frames that their videos do not hold."""
+    bad: dict[int, str] = {}
+    usable: dict[str, np.ndarray] = {}
+    pictures = [name for name, feature in features.items() if feature["dtype"] in ("video", "image")]
+    numeric = [name for name in features if name not in pictures and name not in layout.BOOKKEEPING]
+    for file, episodes in rows.episodes.items():
+        try:
+            rows.locate(file)
+            usable[file] = layout.read_column(rows.root / file, "timestamp", (1,))[:, 0]
+            for name in numeric:
+                bad |= _find_uneven(rows, file, name, features[name]["shape"])
+        except (ValueError, OSError) as error:
+            bad |= {episode.number: str(error) for episode in episodes}
+            usable.pop(file, None)
+    by_video: dict[str, list[tuple[layout.Episode, np.ndarray]]] = {}
+    for file, timestamps in usable.items():
+        _, starts = rows.locate(file)
+        for episode in rows.episodes[file]:
+            within = timestamps[starts[episode.number] : starts[episode.number] + episode.length]
+            for name, start in episode.videos.values():
+                by_video.setdefault(name, []).append((episode, start + within.astype(np.float64)))
+
+    def look(name: str) -> dict[int, str]:
+        path, reader, found = rows.root / name, FrameReader(), {}
+        for episode, times in by_video[name]:
+            try:
+                reader.locate(path, times, fps)
+            except (ValueError, OSError) as error:
+                found[episode.number] = str(error)
+        return found
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        for found in pool.map(look, by_video):
+            bad |= found
+    return bad
+
+
+def _find_uneven(rows: layout.RowIndex, file: str, name: str, shape: tuple[int, ...]) -> dict[int, str]:
+    """Episodes of a file with rows of another length than the column's."""
+    bad: dict[int, str] = {}
+    index, _ = rows.locate(file)
+    while True:
+        try:
+            layout.read_column(rows.root / file, name, shape, ~np.isin(index, list(bad)))
+            return bad
+        except layout.Uneven as error:
+            bad[error.episode] = str(error)

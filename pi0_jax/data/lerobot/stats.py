@@ -63,12 +63,7 @@ def merge_stats(
 
     Columns are read again, so that theirs are exact. Pictures are not: mean and range follow from the pieces', the
     deviation too, and quantiles are the pieces' mean, weighted, which is what lerobot stores for every feature.
-
-    Args:
-        files: the data files.
-        features: of the dataset.
-        cameras: those that are video.
-        pieces: `meta/stats.json` of each dataset.
+    `pieces` are the `meta/stats.json` of each dataset.
     """
     stats = {}
     for name, feature in features.items():

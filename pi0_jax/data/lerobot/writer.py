@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -26,20 +26,11 @@ class LeRobotWriter:
     Everything is written beside `root` and renamed into place at the end: an error leaves nothing behind.
 
     Video is H.264 with a key frame at every second frame and at the start of each episode. Colour is kept at full
-    resolution (4:4:4), because 4:2:0 halves it: at 48 px small objects came out 20 dB worse.
-    For large images "yuv420p" takes less space and plays everywhere.
-
-    Args:
-        root: folder to create.
-        fps: frames per second.
-        robot_type: name of the robot, as stored in `meta/info.json`.
-        features: for each feature its dtype, shape and names, as in LeRobot: dtype "video" with shape
-            (height, width, 3) for a camera, a numeric dtype or "bool" with shape (d,) for anything else.
-        overwrite: replace an existing folder.
-        pix_fmt: pixel format of the video.
-        crf: quality of the video, 0 (best) to 51.
-        data_file_mb: size at which the next parquet file is begun, MB.
-        video_file_mb: size at which the next video file is begun, MB.
+    resolution (4:4:4), because 4:2:0 halves it: at 48 px small objects came out 20 dB worse. For large images "yuv420p"
+    takes less space and plays everywhere. `features` are as in LeRobot, for each its dtype, shape and names: dtype
+    "video" with shape (height, width, 3) for a camera, a numeric dtype or "bool" with shape (d,) for anything else.
+    `crf` is the quality of the video, 0 (best) to 51; `data_file_mb` and `video_file_mb` are the sizes, MB, at which
+    the next file is begun.
 
     Raises:
         FileExistsError: `root` exists and `overwrite` is not set.
@@ -73,16 +64,12 @@ class LeRobotWriter:
             "codebase_version": VERSION,
             "fps": int(fps),
             "features": self._features,
-            "total_episodes": 0,
-            "total_frames": 0,
-            "total_tasks": 0,
             "chunks_size": FILES_PER_CHUNK,
             "data_files_size_in_mb": data_file_mb,
             "video_files_size_in_mb": video_file_mb,
             "data_path": DATA_PATH,
             "video_path": VIDEO_PATH if self._cameras else None,
             "robot_type": robot_type,
-            "splits": {},
         }
         for camera in self._cameras:
             height, width, _ = self._features[camera]["shape"]
@@ -121,9 +108,8 @@ class LeRobotWriter:
     def add_episode(self, frames: dict[str, np.ndarray], task: str | Sequence[str]) -> None:
         """Appends one episode.
 
-        Args:
-            frames: for each feature its values, `[n, *shape]`; images uint8 RGB.
-            task: the instruction, or one for each frame.
+        `frames` are the values of each feature, `[n, *shape]`, images uint8 RGB; `task` is the instruction, or one for
+        each frame.
 
         Raises:
             UserError: a feature is missing, unknown, or of the wrong shape or dtype; not finite; no frames.
@@ -236,15 +222,12 @@ class LeRobotWriter:
                 raise UserError(
                     f"feature {name!r} came as {values.dtype}{list(values.shape)}; expected {dtype}{['n', *shape]}."
                 )
-            if values.dtype.kind == "f" and not np.isfinite(values).all():
-                raise UserError(f"feature {name!r} holds NaN or infinity in frames {_rows_not_finite(values)}.")
+            if values.dtype.kind == "f" and not (finite := np.isfinite(values)).all():
+                bad = np.flatnonzero(~finite.all(1))[:5].tolist()
+                raise UserError(f"feature {name!r} holds NaN or infinity in frames {bad}.")
         return len(frames[expected[0]])
 
     def _write_meta(self) -> None:
-        meta = self._partial / "meta"
-        (meta / "episodes/chunk-000").mkdir(parents=True)
-        pq.write_table(pa.Table.from_pylist(self._episodes), meta / "episodes/chunk-000/file-000.parquet")
-        write_tasks(list(self._tasks), meta / "tasks.parquet")
         files = sorted(self._partial.glob("data/*/*.parquet"))
         stats = {}
         for name, feature in self._features.items():
@@ -253,20 +236,23 @@ class LeRobotWriter:
                 stats[name] = image_stats(self._histograms[name], count)
             else:
                 stats[name] = stored_column_stats(files, name, tuple(feature["shape"]))
-        self._info |= {
-            "total_episodes": self.num_episodes,
-            "total_frames": self.num_frames,
-            "total_tasks": len(self._tasks),
-            "splits": {"train": f"0:{self.num_episodes}"},
-        }
-        (meta / "stats.json").write_text(json.dumps(stats, indent=4))
-        (meta / "info.json").write_text(json.dumps(self._info, indent=4, ensure_ascii=False))
+        write_meta(self._partial, self._info, self._episodes, list(self._tasks), stats)
 
 
-def write_tasks(tasks: list[str], path: Path) -> None:
-    """Writes `meta/tasks.parquet`, the instructions by task index."""
+def write_meta(
+    root: Path, info: dict[str, Any], episodes: list[dict[str, Any]], tasks: list[str], stats: dict[str, Any]
+) -> None:
+    """Writes the folder `meta`; `tasks` are the instructions by task index, and `info` gets its totals here."""
+    meta = root / "meta"
+    (meta / "episodes/chunk-000").mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(episodes), meta / "episodes/chunk-000/file-000.parquet")
     table = pa.table({"task_index": pa.array(range(len(tasks)), pa.int64()), "task": tasks})
-    pq.write_table(table.replace_schema_metadata({"pandas": json.dumps(_PANDAS_INDEX)}), path)
+    pq.write_table(table.replace_schema_metadata({"pandas": json.dumps(_PANDAS_INDEX)}), meta / "tasks.parquet")
+    (meta / "stats.json").write_text(json.dumps(stats, indent=4))
+    count, frames = len(episodes), episodes[-1]["dataset_to_index"]
+    totals = {"total_episodes": count, "total_frames": frames, "total_tasks": len(tasks)}
+    content = info | totals | {"splits": {"train": f"0:{count}"}}
+    (meta / "info.json").write_text(json.dumps(content, indent=4, ensure_ascii=False))
 
 
 def _pandas_column(field: str | None, name: str | None, pandas: str, numpy: str, metadata: Any = None) -> dict:
@@ -288,15 +274,33 @@ _PANDAS_INDEX = {
 """What pandas stores in a parquet file whose index is the column `task`, which is how lerobot reads it."""
 
 
-@runtime_checkable
-class _File(Protocol):
+class _ParquetFile:
+    """A parquet file with one row group per episode."""
+
+    def __init__(self, path: Path, schema: pa.Schema):
+        self._schema = schema
+        self._file = path.open("wb")
+        self._writer = pq.ParquetWriter(self._file, schema)
+
     @property
-    def num_bytes(self) -> int: ...
+    def num_bytes(self) -> int:
+        return self._file.tell()
 
-    def close(self) -> None: ...
+    def write(self, columns: dict[str, np.ndarray]) -> None:
+        arrays = [
+            pa.array(column[:, 0])
+            if column.shape[1] == 1
+            else pa.FixedSizeListArray.from_arrays(pa.array(column.ravel()), type=self._schema.field(name).type)
+            for name, column in columns.items()
+        ]
+        self._writer.write_table(pa.Table.from_arrays(arrays, schema=self._schema))
+
+    def close(self) -> None:
+        self._writer.close()
+        self._file.close()
 
 
-File = TypeVar("File", bound=_File)
+File = TypeVar("File", VideoWriter, _ParquetFile)
 
 
 class _Files(Generic[File]):
@@ -335,32 +339,6 @@ class _Files(Generic[File]):
         if self._current is not None:
             current, self._current = self._current, None
             current.close()
-
-
-class _ParquetFile:
-    """A parquet file with one row group per episode."""
-
-    def __init__(self, path: Path, schema: pa.Schema):
-        self._schema = schema
-        self._file = path.open("wb")
-        self._writer = pq.ParquetWriter(self._file, schema)
-
-    @property
-    def num_bytes(self) -> int:
-        return self._file.tell()
-
-    def write(self, columns: dict[str, np.ndarray]) -> None:
-        arrays = [
-            pa.array(column[:, 0])
-            if column.shape[1] == 1
-            else pa.FixedSizeListArray.from_arrays(pa.array(column.ravel()), type=self._schema.field(name).type)
-            for name, column in columns.items()
-        ]
-        self._writer.write_table(pa.Table.from_arrays(arrays, schema=self._schema))
-
-    def close(self) -> None:
-        self._writer.close()
-        self._file.close()
 
 
 def _storable(features: dict[str, dict[str, Any]], cameras: list[str]) -> dict[str, dict[str, Any]]:
@@ -402,7 +380,3 @@ def _schema(features: dict[str, dict[str, Any]]) -> pa.Schema:
             fields.append(pa.field(name, pa.list_(pa.field("element", element), size)))
             described[name] = {"feature": value, "length": size, "_type": "List"}
     return pa.schema(fields, metadata={"huggingface": json.dumps({"info": {"features": described}})})
-
-
-def _rows_not_finite(values: np.ndarray) -> list[int]:
-    return np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(1))[:5].tolist()

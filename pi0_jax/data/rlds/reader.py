@@ -2,7 +2,7 @@
 
 Such a dataset is a folder `<name>/<version>/` with `features.json`, `dataset_info.json` and shards; a record of a shard
 is a whole episode, its pictures as JPEG or PNG. tensorflow-datasets decodes the features (the extra `rlds`); it cannot
-open `tfrecord` files without tensorflow, so `records.py` takes them apart.
+open `tfrecord` files without tensorflow, so `index.py` takes them apart.
 
 The first use reads every shard once and keeps an index beside it (`index.py`). After that any frame of a `tfrecord`
 shard is one read of its own bytes, and a frame of an `array_record` shard one read of its episode, which such files
@@ -12,6 +12,7 @@ not jump about a disk take `shuffle="shards"`.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -19,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from jaxtyping import Int, UInt8
 
 from pi0_jax.data.files import cache_folder, open_array_record, read_json
-from pi0_jax.data.rlds.index import build_index, dtype_of, flatten, make_parser, step_features
-from pi0_jax.data.rlds.records import FORMATS
+from pi0_jax.data.rlds.index import FORMATS, build_index, dtype_of, flatten, make_parser, step_features
 from pi0_jax.data.source import BadEpisode, Rows, Source
 from pi0_jax.errors import UserError
 
@@ -89,8 +90,8 @@ class RldsDataset(Source):
                 self.skipped[f"episode {number} of {path.name}"] = message
         self._choose(only)
         texts = np.concatenate([shard[f"column/{task}"] for shard in self._index])[self._rows]
-        found, self._task_index = _unique(texts)
-        self.tasks = found.tolist()
+        encoded = pa.array(texts).dictionary_encode()
+        self.tasks, self._task_index = encoded.dictionary.to_pylist(), encoded.indices.to_numpy().astype(np.int64)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in super().__getstate__().items() if name != "_steps"}
@@ -158,7 +159,8 @@ class RldsDataset(Source):
         return kept[path, number]
 
     def _open(self, path: Path) -> Any:
-        return self.open_file(path, _open_binary if self.format == "tfrecord" else open_array_record, SHARDS_OPEN)
+        open_it = functools.partial(open, mode="rb", buffering=0) if self.format == "tfrecord" else open_array_record
+        return self.open_file(path, open_it, SHARDS_OPEN)
 
     def _shard_of(self, rows: np.ndarray) -> np.ndarray:
         return np.searchsorted(self._starts, rows, side="right") - 1
@@ -184,19 +186,6 @@ class RldsDataset(Source):
         self._rows = np.flatnonzero(np.repeat(keep, every))
         self.ends = np.cumsum(every[keep])
         self.episodes = [name for name, kept in zip(names, keep, strict=True) if kept]
-
-
-def _open_binary(path: Path) -> Any:
-    return path.open("rb", buffering=0)
-
-
-def _unique(texts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Different texts in the order of their first use, and the number of each among them."""
-    found, first, inverse = np.unique(texts, return_index=True, return_inverse=True)
-    order = np.argsort(first)
-    rank = np.empty(len(order), np.int64)
-    rank[order] = np.arange(len(order))
-    return found[order], rank[inverse]
 
 
 def _version_folder(root: Path) -> Path:

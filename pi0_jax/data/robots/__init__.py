@@ -137,9 +137,6 @@ class Robot:
 def get_robot(name: str) -> Robot:
     """The robot called `name`, or the one that a Python file defines.
 
-    Args:
-        name: one of `ROBOTS`, or the path of a file ending in .py that sets `ROBOT`.
-
     Raises:
         UserError: no name, there is no such robot, or the file defines none, or one that contradicts itself.
         FileNotFoundError: there is no such file.

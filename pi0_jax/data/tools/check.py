@@ -20,11 +20,8 @@ SHOWN = 5
 def check_dataset(dataset: OpenDataset, stats: Stats, *, outside: float = 0.05, decode: bool = False) -> list[str]:
     """Problems of a dataset, each a sentence; empty if there is none.
 
-    Args:
-        dataset: opened without the episodes that cannot be read, which are among the problems.
-        stats: the statistics that normalise it.
-        outside: largest share of values beyond `BEYOND` times the range of the quantiles.
-        decode: decode every frame.
+    The dataset is opened without the episodes that cannot be read, which are among the problems. `outside` is the
+    largest share of values beyond `BEYOND` times the range of the quantiles; `decode` decodes every frame.
 
     Raises:
         UserError, FileNotFoundError: a column cannot be read at all, or holds what is not finite.
@@ -36,11 +33,11 @@ def check_dataset(dataset: OpenDataset, stats: Stats, *, outside: float = 0.05, 
         if values.shape[1:] != (len(names),):
             found.append(f"{feature} has shape {values.shape[1:]}; {robot.name} has {len(names)}: {', '.join(names)}")
             continue
-        found += [f"{key} {problem}" for problem in _check_values(values, source, names)]
         found += [f"{key} {problem}" for problem in _check_ranges(stats[key], names)]
         found += _check_outside(values, stats[key], names, key, outside) if robot.adapt is None else []
     found += _check_tasks(source)
-    found += _check_rate(dataset)
+    if robot.fps not in (None, source.fps):
+        found.append(f"{source.fps} frames per second; {robot.name} acts at {robot.fps}")
     inner = source
     while isinstance(inner, Renamed):
         inner = inner.source
@@ -51,14 +48,6 @@ def check_dataset(dataset: OpenDataset, stats: Stats, *, outside: float = 0.05, 
     if decode:
         found += _decode_all(source, [key for key in dataset.cameras if key not in missing])
     return found
-
-
-def _check_values(values: np.ndarray, source: Source, names: tuple[str, ...]) -> list[str]:
-    bad = ~np.isfinite(values)
-    if not bad.any():
-        return []
-    episodes = [source.episodes[e] for e in np.unique(source.episode_of(np.flatnonzero(bad.any(1))))[:SHOWN]]
-    return [f"{names[i]} is not finite in {n} frames of {', '.join(episodes)}" for i, n in enumerate(bad.sum(0)) if n]
 
 
 def _bounds(entry: NormStats) -> tuple[np.ndarray, ...]:
@@ -107,13 +96,6 @@ def _check_tasks(source: Source) -> list[str]:
     episodes = [source.episodes[e] for e in np.unique(source.episode_of(rows))]
     more = "" if len(episodes) <= SHOWN else f" and {len(episodes) - SHOWN} more"
     return [f"tasks {empty} have no text; they are those of {', '.join(episodes[:SHOWN])}{more}"]
-
-
-def _check_rate(dataset: OpenDataset) -> list[str]:
-    source, robot = dataset.source, dataset.robot
-    return (
-        [] if robot.fps in (None, source.fps) else [f"{source.fps} frames per second; {robot.name} acts at {robot.fps}"]
-    )
 
 
 def _check_timestamps(dataset: LeRobotDataset) -> list[str]:

@@ -36,11 +36,7 @@ HISTOGRAM_FRAMES = 100_000
 def show(datasets: Sequence[OpenDataset], output: Path, episodes: int, rerun: Path | None = None) -> None:
     """Writes the page.
 
-    Args:
-        datasets: the datasets.
-        output: HTML file.
-        episodes: how many to draw, evenly over the dataset.
-        rerun: Rerun recording to write the same episodes to; None: none.
+    `episodes` are drawn, evenly over the dataset, and written to the Rerun recording `rerun` too, if there is one.
 
     Raises:
         UserError: a frame cannot be read; matplotlib, or Rerun if requested, is not installed.

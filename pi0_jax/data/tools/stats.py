@@ -42,11 +42,8 @@ def compute_normalizations(
 ) -> dict[str, Normalization]:
     """Statistics of each group of datasets, over their training episodes, by the group's name.
 
-    Args:
-        datasets: the datasets.
-        horizon: actions in a chunk.
-        workers: processes; 1: this one. The result is the same for any number, up to rounding of means.
-        ray: hand the work to a Ray cluster instead, which the `ray` extra brings.
+    The result is the same for any number of `workers`, processes, up to rounding of means. `ray` hands the work to a
+    Ray cluster instead.
 
     Raises:
         UserError: as of `summarise_source`; datasets of one group have different dimensions, or actions of different
@@ -78,17 +75,6 @@ def compute_normalizations(
     return {name: Normalization(finish(total), first[name].semantics) for name, total in totals.items()}
 
 
-def compute_stats(
-    source: Source,
-    robot: Robot | None = None,
-    semantics: tuple[str, ...] = (),
-    horizon: int = 1,
-    episodes: Iterable[int] | None = None,
-) -> Stats:
-    """Statistics of one dataset, in this process; see `summarise_source`."""
-    return finish(summarise_source(source, robot, semantics, horizon, episodes))
-
-
 def summarise_source(
     source: Source,
     robot: Robot | None = None,
@@ -102,15 +88,8 @@ def summarise_source(
 
     Actions are those of every frame; dimensions that are relative to the state are taken over whole chunks from every
     frame, as training sees them, up to the episode's end. Frames marked invalid (column `valid` 0) give no action, and
-    end a chunk.
-
-    Args:
-        source: the demonstrations.
-        robot: whose units are converted by its `adapt`; None: as they are.
-        semantics: of the actions; empty: all absolute.
-        horizon: actions in a chunk.
-        episodes: those to look at; None: all.
-        identity: of the dataset among those whose summaries are merged.
+    end a chunk. The robot's `adapt` converts the units (None: as they are); empty `semantics` are all absolute;
+    `episodes` None are all. `identity` is a number of the dataset among those whose summaries are merged.
 
     Raises:
         UserError: a value is not finite, or no action is valid.

@@ -68,11 +68,8 @@ class Simulator:
     def start(self, index: int, seed: int, split: str = "evaluation", attempt: int = 0) -> Episode:
         """Begins an episode with a layout of its own.
 
-        Args:
-            index: number of the episode.
-            seed: other seeds give other layouts.
-            split: "train", "validation" or "evaluation", which share no layout.
-            attempt: another layout for the same task.
+        Another `seed` gives other layouts, another `attempt` another one for the same task. `split` is "train",
+        "validation" or "evaluation", which share no layout.
         """
         start = (self.layout or self._layout)(index, seed, split, attempt)
         idle = self._idle.setdefault(start.task, [])

@@ -27,10 +27,8 @@ ROBOT = "tabletop"
 def make(*, tasks: str = "objects", counterfactual: bool = False, image_size: int = 48) -> Simulator:
     """The tabletop as a simulator.
 
-    Args:
-        tasks: one of `TASK_SETS`.
-        counterfactual: the instruction names another object than the one that is scored.
-        image_size: side of the observed images, pixels.
+    `tasks` is one of `TASK_SETS`. With `counterfactual` the instruction names another object than the one that is
+    scored. `image_size` is the side of the observed images, pixels.
     """
     for package in ("gymnasium", "mujoco"):
         require_package(package, "sim", "the tabletop")

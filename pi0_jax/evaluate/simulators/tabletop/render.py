@@ -18,6 +18,8 @@ AMBIENT = 0.35
 """Share of the light that reaches every surface; the rest falls with the cosine of the angle to the lamp."""
 BACKGROUND = (0.82, 0.85, 0.90)
 OVERHEAD = (0.0, 0.0, 1.0)
+DRAWN = (0, 1)
+"""Geom groups."""
 
 
 @functools.lru_cache(maxsize=32)
@@ -39,21 +41,12 @@ def draw(
     size: int,
     *,
     lamp: tuple[float, float, float] = OVERHEAD,
-    groups: tuple[int, ...] = (0, 1),
     oversample: int = 1,
 ) -> np.ndarray:
     """What `camera` sees, uint8[size, size, 3]. Row 0 is the camera's up (+y for the straight-down ones).
 
-    `data` must have been through `mj_forward`, or at least its kinematics and cameras.
-
-    Args:
-        model: the scene.
-        data: its state.
-        camera: name of a camera of the model.
-        size: side of the square image, pixels.
-        lamp: direction towards the lamp, in the world.
-        groups: geom groups to draw.
-        oversample: rays per pixel along each side, averaged.
+    `data` must have been through `mj_forward`, or at least its kinematics and cameras. `lamp` is the direction towards
+    the lamp, in the world; `oversample` the rays per pixel along each side, averaged.
     """
     cam = model.camera(camera).id
     num = size * oversample
@@ -62,7 +55,7 @@ def draw(
     distances = np.empty(len(rays))
     normals = np.empty((len(rays), 3))
     shown = np.zeros(6, np.uint8)
-    shown[list(groups)] = 1
+    shown[list(DRAWN)] = 1
     # The arguments after `shown`: static geoms too, no body left out, the results, and a cut-off no ray reaches.
     eye, flat = data.cam_xpos[cam], normals.reshape(-1)
     mujoco.mj_multiRay(model, data, eye, rays.reshape(-1), shown, True, -1, geoms, distances, flat, len(rays), 1e3)

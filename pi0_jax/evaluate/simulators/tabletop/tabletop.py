@@ -92,10 +92,9 @@ class TabletopEnv(gymnasium.Env):
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Starts an episode; the layout depends on `seed` alone.
 
-        Args:
-            seed: see `tasks.episode_seed` for the ranges that demonstrations and evaluation use.
-            options: may hold `task`, a `Task` or a task's name (else it is drawn), and `prompt`, the sentence to
-                instruct with (else one of the task's phrasings is drawn).
+        See `tasks.episode_seed` for the seeds that demonstrations and evaluation use. `options` may hold `task`, a
+        `Task` or a task's name (else it is drawn), and `prompt`, the sentence to instruct with (else one of the task's
+        phrasings is drawn).
 
         Raises:
             UserError: for an unknown option or task, or a prompt that is no printable text of at most 256 characters.

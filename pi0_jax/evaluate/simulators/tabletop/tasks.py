@@ -38,13 +38,7 @@ PHRASINGS = {
         "bring the {} to the yellow circle",
         "slide the {} to the yellow circle",
     ),
-    "centre": (
-        "push the {} to the centre",
-        "move the {} to the centre",
-        "drag the {} to the centre",
-        "bring the {} to the centre",
-        "slide the {} to the centre",
-    ),
+    "centre": tuple(f"{verb} the {{}} to the centre" for verb in ("push", "move", "drag", "bring", "slide")),
 }
 
 
@@ -115,10 +109,8 @@ EPISODES_PER_SEED = 1_000_000
 def episode_seed(split: str, index: int, seed: int = 0) -> int:
     """Seed of one episode's layout, different for every (split, seed, index).
 
-    Args:
-        split: one of `SPLITS`; each owns a range of its own, so no evaluation layout is ever trained on.
-        index: number of the episode, in 0..999999.
-        seed: the user's seed, in 0..999999; another seed gives other episodes of the same split.
+    Each of the `SPLITS` owns a range of its own, so no evaluation layout is ever trained on. `index` and the user's
+    `seed` are 0 to 999999.
 
     Raises:
         UserError: if an argument is out of range.
