@@ -107,7 +107,7 @@ def random_weights(model) -> OpenCheckpoint:
         return computed(shape, dtype, lambda: read(0, shape))
 
     found = {path: tensor(i, parameter.shape) for i, (path, parameter) in enumerate(parameters(model).items())}
-    return OpenCheckpoint("pi0", Path("random"), PolicyConfig(model), found)
+    return OpenCheckpoint("pi0", Path("random"), PolicyConfig(robot="none", model=model), found)
 
 
 def write_source(folder: Path, model, whole: bool) -> None:

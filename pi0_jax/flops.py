@@ -16,9 +16,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from pi0_jax import pi0
 from pi0_jax.batch import example_batch
-from pi0_jax.config import Gaussian, ModelConfig, ObjectiveConfig
+from pi0_jax.config import ModelConfig, ObjectiveConfig
 from pi0_jax.objective import Objective, make_objective
-from pi0_jax.sampler import Euler
 
 GIB = 2**30
 
@@ -128,17 +127,6 @@ def training(
     trainable = {name: x for name, x in params.items() if name not in frozen}
     others = {name: x for name, x in params.items() if name in frozen}
     return count(jax.grad(loss) if backward else loss, trainable, others, *teacher)
-
-
-def sampling(model: ModelConfig, num_steps: int = 10) -> int:
-    """FLOPs of one observation's chunk, in Euler steps."""
-    objective, batch = make_objective(Gaussian(), model), example_batch(model, 1)
-    options = pi0.SampleOptions(sampler=Euler(num_steps=num_steps))
-
-    def sample(params, noise):
-        return pi0.sample_actions(objective, params, batch.observation, noise, options)
-
-    return count(sample, _params(objective), jax.ShapeDtypeStruct(batch.actions.shape, "float32"))
 
 
 def _params(objective: Objective):

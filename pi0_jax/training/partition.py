@@ -12,14 +12,11 @@ import fnmatch
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from pi0_jax.config import ModelConfig, TrainConfig, TuneConfig
 from pi0_jax.errors import UserError
-
-FROZEN_DTYPE = jnp.bfloat16
 
 _LANGUAGE = ("embedding", "backbone/layers/language/*", "backbone/language_norm/*")
 _ACTION = ("backbone/layers/action/*", "backbone/action_norm/*")
@@ -127,11 +124,6 @@ def combine(trainable: Mapping[str, Any], frozen: Mapping[str, Any] | None) -> A
     if frozen is None:
         return trainable
     return unflatten_dict(flat(trainable) | flat(frozen), sep="/")
-
-
-def cast_frozen(tree: Any) -> Any:
-    """A tree in the dtype that frozen parameters are stored in."""
-    return jax.tree.map(lambda x: x.astype(FROZEN_DTYPE), tree)
 
 
 def modules(names: Iterable[str]) -> list[str]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from pi0_jax.training.partition import cast_frozen, combine, flat, partition
+from pi0_jax.training.partition import combine, flat, partition
 
 
 class TrainState(NamedTuple):
@@ -45,7 +45,8 @@ def create(
     """
     params, others = partition(weights, frozen)
     average = None if ema is None else jax.tree.map(lambda x: jnp.array(x, ema), params)
-    return TrainState(jnp.int32(0), params, optimizer.init(params), average, others and cast_frozen(others))
+    stored = jax.tree.map(lambda x: x.astype(jnp.bfloat16), others)
+    return TrainState(jnp.int32(0), params, optimizer.init(params), average, stored)
 
 
 def split(state: TrainState) -> tuple[Any, dict[str, Any]]:

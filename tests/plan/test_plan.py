@@ -14,12 +14,12 @@ import tyro
 from pi0_jax import cli, flops
 from pi0_jax.config import MeshConfig, OptimConfig, PolicyConfig, TrainConfig
 from pi0_jax.plan import devices
+from pi0_jax.plan.commands import describe
 from pi0_jax.plan.compile import build_program, update_shapes
 from pi0_jax.plan.cost import Plan, kept_for_backward, make_plan, with_model
 from pi0_jax.plan.devices import Device, find_devices
 from pi0_jax.plan.fit import REMATS, alternatives, find_fitting
 from pi0_jax.plan.hlo_collectives import traffic
-from pi0_jax.plan.report import describe
 from pi0_jax.training import sharding
 from tests.batches import random_batch
 from tests.conftest import tiny_config
