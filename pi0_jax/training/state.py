@@ -38,10 +38,9 @@ def create(
     """The state before the first update; the moving average starts at the parameters, as in openpi.
 
     Args:
-        weights: all parameters.
+        weights, frozen: all parameters, and the paths of those that are not trained.
         optimizer: of the trainable ones.
         ema: dtype of the moving average; None: there is none.
-        frozen: paths of the frozen ones.
     """
     params, others = partition(weights, frozen)
     average = None if ema is None else jax.tree.map(lambda x: jnp.array(x, ema), params)
