@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import ml_dtypes
@@ -42,13 +43,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True)
     model = dataclasses.replace(PI0, depth=arguments.layers)
-    # In a process of its own: a child's high-water mark starts at that of the process which started it.
-    source = (arguments.folder / "openpi", model, arguments.chunk == "array")
-    writer = multiprocessing.get_context("spawn").Process(target=write_source, args=source)
-    writer.start()
-    writer.join()
-    if writer.exitcode:
-        raise SystemExit("writing the source failed")
+    apart(write_source, arguments.folder / "openpi", model, arguments.chunk == "array")
     largest = max(tensor.nbytes for tensor in random_weights(model).tensors.values())
     baseline, *_ = run(["-c", "import pi0_jax.convert.commands, tensorstore"])
     for source, target, to in (
@@ -72,6 +67,15 @@ def main() -> None:
         }
         print(json.dumps(result), flush=True)
     shutil.rmtree(arguments.folder)
+
+
+def apart(function: Callable, *args) -> None:
+    """Calls a function in a process of its own: a child's high-water mark starts at that of its parent."""
+    process = multiprocessing.get_context("spawn").Process(target=function, args=args)
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise SystemExit(f"{function.__name__} failed")
 
 
 def run(command: list[str]) -> tuple[int, float, float]:
@@ -103,7 +107,7 @@ def random_weights(model) -> OpenCheckpoint:
         return computed(shape, dtype, lambda: read(0, shape))
 
     found = {path: tensor(i, parameter.shape) for i, (path, parameter) in enumerate(parameters(model).items())}
-    return OpenCheckpoint("pi0", Path("random"), PolicyConfig(model), found)
+    return OpenCheckpoint("pi0", Path("random"), PolicyConfig(robot="none", model=model), found)
 
 
 def write_source(folder: Path, model, whole: bool) -> None:

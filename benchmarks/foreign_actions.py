@@ -74,7 +74,9 @@ def random_weights(variant, deviation: float, seed: int) -> OpenCheckpoint:
         path: in_memory((deviation * rng.normal(size=parameter.shape)).astype(np.float32))
         for path, parameter in parameters(model).items()
     }
-    return OpenCheckpoint("pi0", Path("random"), PolicyConfig(model, normalization="quantile"), tensors)
+    return OpenCheckpoint(
+        "pi0", Path("random"), PolicyConfig(robot="none", model=model, normalization="quantile"), tensors
+    )
 
 
 if __name__ == "__main__":

@@ -14,14 +14,13 @@ rounds' ratios with its quartiles. JSON goes to --json. `--plain` and `--bits` r
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import os
 import platform
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,9 +30,10 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from openpi_jax import serve
+from sides import Side, our_model
 
 from pi0_jax.batch import Observation
-from pi0_jax.config import PI0, PI05, ExpertConfig, ModelConfig, PolicyConfig, VisionConfig
+from pi0_jax.config import PI0, PI05, ModelConfig, PolicyConfig
 from pi0_jax.convert.formats import Overrides, open_checkpoint, params_of
 from pi0_jax.inference.policy import prompt_lengths
 from pi0_jax.inference.sampler import ChunkSampler, Inputs
@@ -41,14 +41,14 @@ from pi0_jax.model import fold
 from pi0_jax.model.head import make_head
 from pi0_jax.sampler import Euler
 
-SIZES = {
-    "vision": "Ti/14",
-    "width": 256,
-    "mlp_dim": 2048,
-    "action_width": 128,
-    "action_mlp_dim": 512,
-    "both": {"depth": 4, "num_heads": 8, "num_kv_heads": 1, "head_dim": 32},
-    "vocab_size": 1024,
+SIZE = {
+    "vision": {"width": 192, "depth": 12, "mlp_dim": 768, "num_heads": 3},
+    "language": {"width": 256, "mlp_dim": 2048},
+    "action": {"width": 128, "mlp_dim": 512},
+    "stack": {"depth": 4, "num_heads": 8, "num_kv_heads": 1, "head_dim": 32},
+    "vocab": 1024,
+    "patch": 14,
+    "prompt": {"pi0": 48, "pi05": 200},
 }
 """Reduced, but for the number of tokens: 256 an image."""
 USUAL_PROMPT = {"pi0": 20, "pi05": 90}
@@ -85,18 +85,10 @@ class Args:
     """Used by this script itself."""
 
 
-def model_of(variant: str, cameras: int, full: bool) -> ModelConfig:
-    model = {"pi0": PI0, "pi05": PI05}[variant]
-    if full:
-        return model.__class__(**vars(model) | {"cameras": model.cameras[:cameras]})
-    small = {
-        "vision": VisionConfig(width=192, depth=12, mlp_dim=768, num_heads=3),
-        "language": ExpertConfig(SIZES["width"], SIZES["mlp_dim"]),
-        "action": ExpertConfig(SIZES["action_width"], SIZES["action_mlp_dim"]),
-        "vocab_size": SIZES["vocab_size"],
-        "dtype": "float32",
-    }
-    return model.__class__(**vars(model) | small | SIZES["both"] | {"cameras": model.cameras[:cameras]})
+def model_of(variant: Literal["pi0", "pi05"], cameras: int, full: bool) -> ModelConfig:
+    released = {"pi0": PI0, "pi05": PI05}[variant]
+    model = released if full else our_model(SIZE, variant=variant, dtype="float32")
+    return dataclasses.replace(model, cameras=model.cameras[:cameras])
 
 
 def write_inputs(path: Path, model: ModelConfig, tokens: int) -> None:
@@ -113,35 +105,6 @@ def write_inputs(path: Path, model: ModelConfig, tokens: int) -> None:
     )
 
 
-class Side:
-    """A process that computes chunks when told to."""
-
-    def __init__(self, command: list[str]):
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def __call__(self, **command: Any) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(command) + "\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit(f"{self._process.args!r} ended with {self._process.wait()}; its messages are above.")
-        return json.loads(line)
-
-    def close(self) -> None:
-        self._process.communicate()
-
-
-@contextlib.contextmanager
-def side(command: list[str]) -> Iterator[Side]:
-    it = Side(command)
-    try:
-        yield it
-    finally:
-        it.close()
-
-
 def measure(args: Args, variant: str, cameras: int, folder: Path) -> dict[str, Any]:
     """One row: both sides in turn."""
     model = model_of(variant, cameras, args.full)
@@ -155,9 +118,9 @@ def measure(args: Args, variant: str, cameras: int, folder: Path) -> dict[str, A
         sides = {}
         if args.openpi is not None:
             theirs = [args.openpi_python, str(Path(__file__).with_name("openpi_jax.py")), args.openpi]
-            sides["openpi"] = stack.enter_context(side(theirs))
-            row["openpi"] = sides["openpi"](build=build | {"sizes": None if args.full else SIZES})
-        sides["ours"] = stack.enter_context(side([sys.executable, __file__, *sys.argv[1:], "--worker"]))
+            sides["openpi"] = stack.enter_context(Side(theirs))
+            row["openpi"] = sides["openpi"](build=build | {"size": None if args.full else SIZE})
+        sides["ours"] = stack.enter_context(Side([sys.executable, __file__, *sys.argv[1:], "--worker"]))
         row["ours"] = sides["ours"](build=build | {"cameras": cameras})
         seconds: dict[str, list[float]] = {name: [] for name in sides}
         for it in sides.values():

@@ -1,18 +1,17 @@
 """LeRobot's own DataLoader for `benchmarks/loader.py`, run by the Python of an environment that has LeRobot.
 
-It answers each line of its input, a JSON object of the arguments below, by a line with the samples per second. The
-order is random and endless, so that no epoch ends; pictures are uint8, as in LeRobot's training, and its default
-decoder makes them (torchcodec where it can be loaded, else PyAV).
+It answers `{}` by the name of the video decoder, and the arguments below by the samples per second. The order is random
+and endless, so that no epoch ends; pictures are uint8, as in LeRobot's training, and its default decoder makes them
+(torchcodec where it can be loaded, else PyAV).
 """
 
 import itertools
-import json
-import sys
 import time
 
 import torch  # pyright: ignore[reportMissingImports]
 from lerobot.datasets.lerobot_dataset import LeRobotDataset  # pyright: ignore[reportMissingImports]
 from lerobot.utils.import_utils import get_safe_default_video_backend  # pyright: ignore[reportMissingImports]
+from sides import answer
 
 
 def samples_per_second(
@@ -30,6 +29,4 @@ def samples_per_second(
     return batches * batch_size / (time.perf_counter() - begin)
 
 
-print(json.dumps({"backend": get_safe_default_video_backend()}), flush=True)
-for line in sys.stdin:
-    print(json.dumps(samples_per_second(**json.loads(line))), flush=True)
+answer(lambda request: samples_per_second(**request) if request else get_safe_default_video_backend())

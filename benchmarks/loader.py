@@ -12,13 +12,13 @@ Everything is printed as one JSON object.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import json
 import multiprocessing
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,6 +29,7 @@ import av
 import numpy as np
 import tyro
 from av.video.reformatter import VideoReformatter
+from sides import Side
 
 from pi0_jax.config import DataConfig, ModelConfig, PolicyConfig, TrainConfig, VisionConfig
 from pi0_jax.data.cache import build_cache
@@ -152,36 +153,6 @@ def ours(root: Path, args: Args, cameras: int, cache: Path | None, workers: int,
         loader.close()
 
 
-class Lerobot:
-    """LeRobot's DataLoader in its own Python, kept open between measurements."""
-
-    def __init__(self, python: Path):
-        command = [str(python), str(Path(__file__).with_name("lerobot_loader.py"))]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-        self.backend: str = self._answer()["backend"]
-
-    def samples_per_second(self, root: Path, args: Args, workers: int) -> float:
-        request = {"root": str(root), "fps": FPS, "workers": workers, "batch_size": args.batch_size,
-                   "horizon": HORIZON, "warm": 4 * workers, "batches": args.batches}  # fmt: skip
-        assert self._process.stdin is not None
-        print(json.dumps(request), file=self._process.stdin, flush=True)
-        return self._answer()
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
-
-    def _answer(self):
-        assert self._process.stdout is not None
-        if not (line := self._process.stdout.readline()):
-            raise RuntimeError(f"LeRobot's process ended with {self._process.wait()}; what it said is above.")
-        return json.loads(line)
-
-
 class Memory(Source):
     """Columns in memory, for the statistics."""
 
@@ -249,9 +220,13 @@ def compare(measures: dict[str, Callable[[], float]], shares: dict[str, tuple[st
 def main(args: Args) -> None:
     cores = len(os.sched_getaffinity(0))
     figures: dict = {"cores": cores, **dataclasses.asdict(args), "lerobot_python": None}
-    lerobot = None if args.lerobot_python is None else Lerobot(args.lerobot_python)
-    figures["lerobot_backend"] = None if lerobot is None else lerobot.backend
-    with tempfile.TemporaryDirectory() as folder:
+    figures["lerobot_backend"] = None
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        lerobot = None
+        if args.lerobot_python is not None:
+            command = [str(args.lerobot_python), str(Path(__file__).with_name("lerobot_loader.py"))]
+            lerobot = stack.enter_context(Side(command, HF_HUB_OFFLINE="1"))
+            figures["lerobot_backend"] = lerobot()
         for cameras in args.cameras:
             root, cache = Path(folder) / f"{cameras}" / "data", Path(folder) / f"{cameras}" / "cache"
             write_dataset(root, args, cameras)
@@ -277,7 +252,10 @@ def main(args: Args) -> None:
                     "cache_over_video": ("cache", "video", 1.0),
                 }
                 if lerobot is not None and workers:
-                    measures["lerobot"] = functools.partial(lerobot.samples_per_second, root, args, workers)
+                    measures["lerobot"] = functools.partial(
+                        lerobot, root=str(root), fps=FPS, workers=workers, batch_size=args.batch_size, horizon=HORIZON,
+                        warm=4 * workers, batches=args.batches,
+                    )  # fmt: skip
                     shares |= {f"{kind}_over_lerobot": (kind, "lerobot", 1.0) for kind in ("video", "cache")}
                 name = f"{workers} workers" if workers else f"{threads} threads"
                 row[name] = compare(measures, shares, args.rounds)
@@ -286,8 +264,6 @@ def main(args: Args) -> None:
             if args.memory_batches and cameras == args.cameras[0]:
                 kinds = {"cache": cache, "video": None}
                 figures["resident_mb"] = {name: memory_growth(root, args, kind) for name, kind in kinds.items()}
-    if lerobot is not None:
-        lerobot.close()
     figures["statistics_frames_per_second_and_core"] = statistics(args)
     print(json.dumps(figures, indent=2))
 

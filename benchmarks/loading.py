@@ -11,12 +11,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import multiprocessing
 import shutil
 import time
 from pathlib import Path
 
-from convert import random_weights, run
+from convert import apart, random_weights, run
 
 from pi0_jax.config import PI0
 from pi0_jax.convert.formats import write_checkpoint
@@ -49,12 +48,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True)
     checkpoint, out = arguments.folder / "checkpoint", arguments.folder / "out"
-    # In a process of its own: a child's high-water mark starts at that of the process which started it.
-    writer = multiprocessing.get_context("spawn").Process(target=write, args=(checkpoint, arguments.layers))
-    writer.start()
-    writer.join()
-    if writer.exitcode:
-        raise SystemExit("writing the checkpoint failed")
+    apart(write, checkpoint, arguments.layers)
     values = {"layers": arguments.layers, "folder": str(checkpoint), "out": str(out)}
     baseline, *_ = run(["-c", LOAD.format(**values, load=False)])
     start = time.monotonic()

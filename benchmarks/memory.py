@@ -7,14 +7,11 @@ Exact: from the shapes of the state (`jax.eval_shape`), on one device. Activatio
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 
 from pi0_jax.checkpoint import tree_bytes
 from pi0_jax.config import PI0, PI05, OptimConfig, PolicyConfig, TrainConfig, TuneConfig
-from pi0_jax.training.program import build
-from pi0_jax.training.resolve import resolve
+from pi0_jax.plan.compile import build_program
 from pi0_jax.training.state import TrainState
 
 TUNES = {
@@ -38,8 +35,7 @@ OPTIMIZERS = {
 
 def state_of(config: TrainConfig) -> TrainState:
     """Shapes of a run's state."""
-    config = dataclasses.replace(config, init_from="weights that a recipe may freeze")
-    return build(resolve(config, jax.devices()[:1]), lambda key, batch: batch).shapes
+    return build_program(config, jax.devices()[:1])[1].shapes
 
 
 def measure(config: TrainConfig) -> dict[str, int]:

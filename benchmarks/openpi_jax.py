@@ -6,17 +6,17 @@ CHECKOUT is a folder with openpi's sources; PYTHON needs jax, flax, orbax-checkp
 beartype in openpi's versions, nothing else: what its JAX models import but do not use is left empty. Commands and
 answers are JSON:
 
-    {"build": {"variant", "sizes", "inputs", "num_steps", "weights"}}  →  {"compile_seconds"}, with a first call
+    {"build": {"variant", "size", "inputs", "num_steps", "weights"}}  →  {"compile_seconds"}, with a first call
     {"run": 5}                                                         →  {"seconds": [of each call]}
     {"save": PATH}                                                     →  {}; the last call's actions, .npy
 
-`sizes` null means full size in bfloat16. Random weights are written to the folder `weights`, unless that is null.
+`size` null means full size in bfloat16. Random weights are written to the folder `weights`, unless that is null.
 """
 
 from __future__ import annotations
 
 import functools
-import json
+import importlib
 import sys
 import time
 import types
@@ -25,56 +25,30 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from sides import answer
 
-def import_openpi(checkout: str) -> types.SimpleNamespace:
-    """openpi's modules, without torch and safetensors where these are not installed."""
-    sys.path[:0] = [f"{checkout}/src", f"{checkout}/packages/openpi-client/src"]
-    for name in (
-        "torch",
-        "torch.nn",
-        "torch.nn.functional",
-        "safetensors",
-        "safetensors.torch",
-        "openpi.models_pytorch",
-    ):
-        try:
-            if name.startswith("openpi"):
-                raise ImportError
-            __import__(name)
-        except ImportError:
-            sys.modules[name] = mock.MagicMock(Tensor=type("Tensor", (), {}), uint8=object(), __spec__=None)
-    import openpi.models.gemma as gemma
-    import openpi.models.model as model
-    import openpi.models.pi0 as pi0
-    import openpi.models.pi0_config as pi0_config
-    import openpi.models.siglip as siglip
-    import openpi.shared.nnx_utils as nnx_utils
 
-    return types.SimpleNamespace(
-        gemma=gemma, model=model, pi0=pi0, pi0_config=pi0_config, siglip=siglip, nnx_utils=nnx_utils
+def import_openpi(checkout: Path | str, *unused: str) -> types.SimpleNamespace:
+    """openpi's modules; those it imports and does not use, and the `unused` ones, are empty."""
+    sys.path[:0] = [f"{checkout}/src", f"{checkout}/packages/openpi-client/src", f"{checkout}/scripts"]
+    torch = ("torch", "torch.nn", "torch.nn.functional", "safetensors", "safetensors.torch", "openpi.models_pytorch")
+    named_in_annotations = {"Tensor": type("Tensor", (), {})} | dict.fromkeys(
+        ("uint8", "TrainConfig", "WeightLoader"), object
     )
+    for name in (*torch, *unused):
+        sys.modules[name] = mock.MagicMock(**named_in_annotations, __spec__=None)
+    names = ("models.gemma", "models.model", "models.pi0_config", "models.siglip", "shared.nnx_utils")
+    modules = {name.partition(".")[2]: importlib.import_module(f"openpi.{name}") for name in names}
+    return types.SimpleNamespace(**modules)
 
 
-def create(openpi: types.SimpleNamespace, variant: str, sizes: dict[str, Any] | None):
-    """A model of openpi's with random weights, at full size in bfloat16, or at the given sizes in float32."""
-    import jax
-
-    config = openpi.pi0_config.Pi0Config(pi05=variant == "pi05")
-    if sizes is None:
-        return config.create(jax.random.key(0))
-    experts = {
-        "gemma_2b": openpi.gemma.Config(width=sizes["width"], mlp_dim=sizes["mlp_dim"], **sizes["both"]),
-        "gemma_300m": openpi.gemma.Config(
-            width=sizes["action_width"], mlp_dim=sizes["action_mlp_dim"], **sizes["both"]
-        ),
-    }
-    image_encoder = openpi.siglip.Module
-    # For good: the modules look the sizes up again at every call.
-    openpi.gemma.get_config = experts.get
-    openpi.gemma.PALIGEMMA_VOCAB_SIZE = sizes["vocab_size"]
-    openpi.siglip.Module = lambda **how: image_encoder(**how | {"variant": sizes["vision"]})
-    config = openpi.pi0_config.Pi0Config(pi05=variant == "pi05", dtype="float32")
-    return config.create(jax.random.key(0))
+def resize(openpi: types.SimpleNamespace, size: dict[str, Any]) -> None:
+    """Replaces the sizes of openpi's released models, for good: its modules look them up at every call."""
+    experts = {"gemma_2b": size["language"], "gemma_300m": size["action"]}
+    openpi.gemma.get_config = lambda variant: openpi.gemma.Config(**experts[variant], **size["stack"])
+    openpi.gemma.PALIGEMMA_VOCAB_SIZE = size["vocab"]
+    module, patch = openpi.siglip.Module, (size["patch"],) * 2
+    openpi.siglip.Module = lambda **how: module(**how | {"variant": None, "patch_size": patch} | size["vision"])
 
 
 def spread(params):
@@ -98,7 +72,11 @@ def build(openpi: types.SimpleNamespace, want: dict[str, Any]) -> Callable[[], A
     import numpy as np
     import orbax.checkpoint as ocp
 
-    model = create(openpi, want["variant"], want["sizes"])
+    full = want["size"] is None
+    if not full:
+        resize(openpi, want["size"])
+    config = openpi.pi0_config.Pi0Config(pi05=want["variant"] == "pi05", dtype="bfloat16" if full else "float32")
+    model = config.create(jax.random.key(0))
     if want["weights"] is not None:
         graph, state = nnx.split(model)
         state.replace_by_pure_dict(spread(state.to_pure_dict()))
@@ -124,7 +102,6 @@ def serve(build: Callable[[dict[str, Any]], Callable[[], Any]]) -> None:
     """Answers commands until there are no more; `build` makes of a command what is to be called."""
     import numpy as np
 
-    replies, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
     call: Any = None
     actions: Any = None
 
@@ -134,17 +111,17 @@ def serve(build: Callable[[dict[str, Any]], Callable[[], Any]]) -> None:
         actions = call()
         return time.perf_counter() - start
 
-    for line in sys.stdin:
-        command = json.loads(line)
+    def handle(command: dict[str, Any]) -> dict[str, Any]:
+        nonlocal call
         if "build" in command:
             call = build(command["build"])
-            answer: dict[str, Any] = {"compile_seconds": seconds()}
-        elif "save" in command:
+            return {"compile_seconds": seconds()}
+        if "save" in command:
             np.save(command["save"], np.asarray(actions))
-            answer = {}
-        else:
-            answer = {"seconds": [seconds() for _ in range(command["run"])]}
-        print(json.dumps(answer), file=replies, flush=True)
+            return {}
+        return {"seconds": [seconds() for _ in range(command["run"])]}
+
+    answer(handle)
 
 
 if __name__ == "__main__":

@@ -16,14 +16,14 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from sides import markdown
+
 from pi0_jax.config import PI0, PI05, MeshConfig, PolicyConfig, TrainConfig, TuneConfig
 
 MODELS = {"π0": PI0, "π0.5": PI05}
 PER_DEVICE = {"v5e": 4, "v5p": 16, "v6e": 8, "h100": 32}
 """Examples per device."""
 CHIPS = ("v5p:1x1x1", "v5p:2x2x1", "v5p:2x2x4", "v5p:4x4x4", "v5p:4x8x8", "v5p:8x8x16")
-
-
 FSDP = 64
 """Devices, at most, that the state is divided over; more are replicas. The image encoder's width, 1152, is 9 * 128."""
 
@@ -81,19 +81,18 @@ def measure(row: Row) -> dict:
 def table(rows: list[dict]) -> str:
     titles = ["model, trained", "devices", "batch", "state GB", "temporaries GB", "peak GB", "fits", "TFLOP", "sent GB"]
     titles += ["compute / memory / network ms", "samples/s at most"]
-    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    lines = []
     for row in rows:
         state = sum(size for name, size in row["held"].items() if name != "batch") / 1e9
         times = " / ".join(f"{1e3 * row['times'][name]:.0f}" for name in ("compute", "memory", "network"))
         mark = " (est.)" if row["estimated"] else ""
-        cells = [
+        lines.append([
             f"{row['model']}, {row['trained']}", row["topology"], row["batch"], f"{state:.2f}",
             f"{row['temporaries'] / 1e9:.2f}{mark}",
             f"{row['peak'] / 1e9:.2f}", "yes" if row["fits"] else "no", f"{row['flops'] / 1e12:.0f}",
             f"{row['sent_total'] / 1e9:.1f}", times, f"{row['samples_per_second']:.0f}",
-        ]  # fmt: skip
-        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
-    return "\n".join(lines)
+        ])  # fmt: skip
+    return markdown(titles, lines)
 
 
 def main() -> None:

@@ -19,19 +19,20 @@ openpi computes every layer again in the backward pass, and every camera; ours i
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from openpi_jax import import_openpi, resize
+from sides import Side, answer, markdown, our_model
 
 SIZES: dict[str, dict[str, Any]] = {
     "full": {
@@ -127,7 +128,7 @@ def main() -> None:
     parser.add_argument("--serve", choices=("ours", "openpi"), help="what this program calls itself with")
     options = parser.parse_args()
     if options.serve:
-        serve(options.serve, options.openpi)
+        answer(Server(options.serve, options.openpi))
         return
     rows = json.loads(options.json.read_text()) if options.json and options.json.exists() else []
     if not options.table:
@@ -136,111 +137,71 @@ def main() -> None:
         dtype = options.dtype or ("bfloat16" if options.size == "full" else "float32")
         cases = alone(options.size, dtype) if options.alone else side_by_side(options.size, dtype, options.batch)
         cases = [case for case in cases if not any(row["case"] == dataclasses.asdict(case) for row in rows)]
-        sides = None
-        for case in cases:
-            if options.only and options.only not in case.name:
-                continue
-            print(case.name, flush=True)
-            # With openpi, whose program is the same in all cases, the processes stay; alone, each case has the memory.
-            sides = sides if sides and not options.alone else start(options)
-            rows.append(measure(case, options.rounds, sides))
-            if options.alone:
-                stop(sides)
-            if options.json:
-                options.json.write_text(json.dumps(rows, indent=1))
-        if sides and not options.alone:
-            stop(sides)
+        cases = [case for case in cases if not options.only or options.only in case.name]
+        with contextlib.ExitStack() as stack:
+            for case in cases:
+                print(case.name, flush=True)
+                # With openpi, whose program is the same in all cases, the processes stay; alone, each has the memory.
+                if options.alone or case is cases[0]:
+                    stack.close()
+                    sides = {name: stack.enter_context(side) for name, side in start(options).items()}
+                rows.append(measure(case, options.rounds, sides))
+                if options.json:
+                    options.json.write_text(json.dumps(rows, indent=1))
     print(table(rows))
 
 
 def start(options) -> dict[str, Side]:
     """The processes."""
-    sides = {"ours": Side([sys.executable, __file__, "--serve", "ours"])}
+    # openpi's checks of types at run time refuse newer optax; they cost nothing in a compiled update.
+    # Two processes have to share a card.
+    environment = {"JAXTYPING_DISABLE": "1", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    commands = {"ours": [sys.executable, __file__, "--serve", "ours"]}
     if not options.alone:
-        command = [options.openpi_python, __file__, "--serve", "openpi", "--openpi", str(options.openpi)]
-        sides["openpi"] = Side(command)
-    return sides
-
-
-def stop(sides: dict[str, Side]):
-    for side in sides.values():
-        side.close()
+        commands["openpi"] = [options.openpi_python, __file__, "--serve", "openpi", "--openpi", str(options.openpi)]
+    return {name: Side(command, **environment) for name, command in commands.items()}
 
 
 def measure(case: Case, rounds: int, sides: dict[str, Side]) -> dict[str, Any]:
     """One row: the sides take turns."""
     row: dict[str, Any] = {"case": dataclasses.asdict(case), "name": case.name}
     for side in sides.values():  # both compile at once; what that costs is counted in CPU time
-        side.send({"case": dataclasses.asdict(case)})
+        side.send(case=dataclasses.asdict(case))
     row |= {name: side.receive() for name, side in sides.items()}
     if any("error" in row[name] for name in sides):
         return row
     for name, side in sides.items():
-        row[name] |= {key: value for key, value in side.ask({"step": True}).items() if key == "error"}
+        row[name] |= {key: value for key, value in side(step=True).items() if key == "error"}
     if any("error" in row[name] for name in sides):
         return row
-    steps: dict[str, list[dict]] = {name: [] for name in sides}
-    for _ in range(rounds):
-        for name, side in sides.items():
-            steps[name].append(side.ask({"step": True}))
+    steps = [{name: side(step=True) for name, side in sides.items()} for _ in range(rounds)]
     for name, side in sides.items():
-        row[name] |= {key: [step[key] for step in steps[name]] for key in ("seconds", "cpu_seconds")}
-        row[name] |= side.ask({"memory": True})
+        row[name] |= {key: [step[name][key] for step in steps] for key in ("seconds", "cpu_seconds")}
+        row[name] |= side(memory=True)
     return row
 
 
-class Side:
-    """A process that measures one side when it is told to."""
+class Server:
+    """What the process of one side answers."""
 
-    def __init__(self, command: list[str]):
-        # openpi's checks of types at run time refuse newer optax; they cost nothing in a compiled update.
-        # Two processes have to share a card.
-        environment = os.environ | {"JAXTYPING_DISABLE": "1", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
+    def __init__(self, side: str, openpi: Path | None):
+        self._side, self._openpi, self._step = side, openpi, None
 
-    def send(self, message: dict):
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(message) + "\n")
-        self.process.stdin.flush()
-
-    def ask(self, message: dict) -> dict:
-        self.send(message)
-        return self.receive()
-
-    def receive(self) -> dict:
-        assert self.process.stdout is not None
-        while line := self.process.stdout.readline():
-            if line.startswith("{"):
-                return json.loads(line)
-        raise SystemExit(f"the process of {self.process.args} ended")
-
-    def close(self):
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
-
-
-def serve(side: str, openpi: Path | None) -> None:
-    """Answers one JSON object a line."""
-    step = None
-    for line in sys.stdin:
-        asked = json.loads(line)
-        answer: dict[str, Any] = {}
+    def __call__(self, asked: dict[str, Any]) -> dict[str, Any]:
         try:
             if "case" in asked:
-                case, step = Case(**asked["case"]), None
-                step, answer = ours(case) if side == "ours" else theirs(case, openpi)
-            elif "step" in asked:
-                assert step is not None
-                then, before = time.perf_counter(), time.process_time()
-                answer["loss"] = step()
-                answer["seconds"], answer["cpu_seconds"] = time.perf_counter() - then, time.process_time() - before
-            else:
-                answer = peak()
+                self._step, case = None, Case(**asked["case"])
+                self._step, found = ours(case) if self._side == "ours" else theirs(case, self._openpi)
+                return found
+            if "memory" in asked:
+                return peak()
+            assert self._step is not None
+            then, before = time.perf_counter(), time.process_time()
+            loss = self._step()
+            seconds, cpu_seconds = time.perf_counter() - then, time.process_time() - before
+            return {"loss": loss, "seconds": seconds, "cpu_seconds": cpu_seconds}
         except Exception as error:  # such as a card that is too small
-            answer = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
-        print(json.dumps(answer), flush=True)
+            return {"error": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
 
 
 def peak() -> dict[str, float]:
@@ -286,43 +247,19 @@ def ours(case: Case) -> tuple[Any, dict[str, float]]:
 
     from pi0_jax import flops
     from pi0_jax.batch import Batch, Observation
-    from pi0_jax.config import (
-        ExpertConfig,
-        Gaussian,
-        MeshConfig,
-        ModelConfig,
-        PolicyConfig,
-        TrainConfig,
-        TuneConfig,
-        VisionConfig,
-    )
-    from pi0_jax.data.augment import make_augment
+    from pi0_jax.config import Gaussian, MeshConfig, PolicyConfig, TrainConfig, TuneConfig
+    from pi0_jax.plan.compile import build_program
     from pi0_jax.training.metrics import seconds_at_peak
-    from pi0_jax.training.program import build
-    from pi0_jax.training.resolve import resolve
 
-    size = SIZES[case.size]
-    model = ModelConfig(
-        variant=case.variant,  # pyright: ignore[reportArgumentType]
-        vision=VisionConfig(**size["vision"], patch_size=size["patch"]),
-        language=ExpertConfig(**size["language"]),
-        action=ExpertConfig(**size["action"]),
-        vocab_size=size["vocab"],
-        prompt_length=prompt_length(case),
-        dtype=case.dtype,  # pyright: ignore[reportArgumentType]
-        remat=case.remat,  # pyright: ignore[reportArgumentType]
-        **size["stack"],
-    )
+    model = our_model(SIZES[case.size], variant=case.variant, dtype=case.dtype, remat=case.remat)
     objective = Gaussian(draws=case.draws, mask_padded_steps=False)
     config = TrainConfig(
         policy=PolicyConfig(model=model, robot=ROBOTS[case.cameras], objective=objective),
         tune=TuneConfig(recipe=case.recipe),  # pyright: ignore[reportArgumentType]
         mesh=MeshConfig(data=1, fsdp=-1),
-        init_from="weights that a recipe may freeze",
         batch_size=case.batch,
     )
-    run = resolve(config)
-    program = build(run, make_augment(config.augment, run.robot, {}, config.policy.normalization, model.cameras))
+    run, program, _ = build_program(config, jax.devices())
     arrays = batch_arrays(case)
     cameras = run.cameras.present
     images = {name: np.uint8((arrays["images"][name] + 1) * 127.5) for name in cameras}
@@ -380,26 +317,23 @@ def their_batch(case: Case) -> tuple[Any, np.ndarray]:
 @functools.cache
 def their_program(openpi: Path, size: str, variant: str, dtype: str, batch: int) -> tuple[Any, list, dict[str, float]]:
     """openpi's compiled update, a list with its state, and what is known of it."""
-    stand_in()
-    sys.path[:0] = [str(openpi / "src"), str(openpi / "scripts")]
+    unused = ["wandb", "tqdm_loggable", "tqdm_loggable.auto", "openpi.models_pytorch.pi0_pytorch"]
+    unused += [f"openpi.training.{name}" for name in ("checkpoints", "config", "data_loader", "weight_loaders")]
+    modules = import_openpi(openpi, *unused)
     import jax
-    import openpi.models.gemma as gemma
-    import openpi.models.pi0_config as pi0_config
-    import openpi.models.siglip as siglip
     import openpi.training.optimizer as optimizers
     import openpi.training.utils as training_utils
     from flax import nnx
-    from openpi.models import model as models
 
     import train
 
     case = Case(size, variant, dtype, batch)
-    resize(gemma, siglip, SIZES[size])
-    plain = models.preprocess_observation
-    models.preprocess_observation = lambda key, observation, *, train=False, **rest: plain(
+    resize(modules, SIZES[size])
+    plain = modules.model.preprocess_observation
+    modules.model.preprocess_observation = lambda key, observation, *, train=False, **rest: plain(
         key, observation, train=False, **rest
     )
-    model_config = pi0_config.Pi0Config(dtype=dtype, max_token_len=prompt_length(case), pi05=variant == "pi05")
+    model_config = modules.pi0_config.Pi0Config(dtype=dtype, max_token_len=prompt_length(case), pi05=variant == "pi05")
     transform = optimizers.create_optimizer(optimizers.AdamW(), optimizers.CosineDecaySchedule())
     config = SimpleNamespace(trainable_filter=nnx.Param)
 
@@ -417,48 +351,15 @@ def their_program(openpi: Path, size: str, variant: str, dtype: str, batch: int)
     return program, [state], found
 
 
-def stand_in() -> None:
-    """Modules that openpi imports and that an update does not use; `torch.Tensor` stands in its annotations alone."""
-
-    class Anything(ModuleType):
-        def __getattr__(self, name: str):
-            if name.startswith("__"):
-                raise AttributeError(name)
-            return object
-
-    names = ["torch", "torch.nn", "torch.nn.functional", "safetensors", "wandb", "tqdm_loggable", "tqdm_loggable.auto"]
-    names += ["openpi.models_pytorch", "openpi.models_pytorch.pi0_pytorch"]
-    names += [f"openpi.training.{name}" for name in ("checkpoints", "config", "data_loader", "weight_loaders")]
-    for name in names:
-        module = Anything(name)
-        module.__path__ = []  # a package, so that what is inside can be imported
-        sys.modules[name] = module
-        parent, _, child = name.rpartition(".")
-        if parent in sys.modules:
-            setattr(sys.modules[parent], child, module)
-    setattr(sys.modules["torch"], "Tensor", type("Tensor", (), {}))  # noqa: B010
-
-
-def resize(gemma, siglip, size: dict[str, Any]) -> None:
-    """Replaces the sizes of openpi's released models."""
-    sizes = {"gemma_2b": size["language"], "gemma_300m": size["action"]}
-    gemma.get_config = lambda variant: gemma.Config(**sizes[variant], **size["stack"])
-    gemma.PALIGEMMA_VOCAB_SIZE = size["vocab"]
-    module = siglip.Module
-    siglip.Module = lambda num_classes, variant, **rest: module(
-        num_classes, patch_size=(size["patch"],) * 2, **size["vision"], **rest
-    )
-
-
 def table(rows: list[dict]) -> str:
     """The rows as Markdown; ratios are openpi's over ours."""
     titles = ["case", "step ms, ours / openpi", "ratio (quartiles)", "CPU time ratio (quartiles)"]
     titles += ["temporaries MB", "compile CPU s", "samples/s", "MFU", "peak GB"]
-    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    lines = []
     for row in rows:
         sides = [row[name] for name in ("ours", "openpi") if name in row]
         if errors := [side["error"] for side in sides if "error" in side]:
-            lines.append(f"| {row['name']} | {'; '.join(errors)} |")
+            lines.append([row["name"], "; ".join(errors)])
             continue
         middle = [statistics.median(side["seconds"]) for side in sides]
         cells = [row["name"], " / ".join(f"{1e3 * seconds:.0f}" for seconds in middle)]
@@ -469,8 +370,8 @@ def table(rows: list[dict]) -> str:
         cells.append(f"{row['case']['batch'] / middle[0]:.2f}")
         cells.append(f"{ours['ideal_seconds'] / middle[0]:.3f}" if "ideal_seconds" in ours else "")
         cells.append(f"{ours['peak_bytes'] / 1e9:.2f}" if "peak_bytes" in ours else "")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown(titles, lines)
 
 
 def ratio(sides: list[dict], key: str) -> str:

@@ -1,4 +1,4 @@
-"""Matrix-product FLOPs of a JAX function, counted exactly in its jaxpr, without running or compiling it.
+"""Matrix-product FLOPs of a JAX function, counted exactly in its jaxpr, without running or compiling it; data sheets.
 
 A product of `[m, k]` with `[k, n]` counts 2·m·k·n; element-wise work, a percent of it in these models, is left out. The
 count is of what the function asks for, rematerialisation included, before the compiler sees it.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -16,29 +16,60 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from pi0_jax import pi0
 from pi0_jax.batch import example_batch
-from pi0_jax.config import Gaussian, ModelConfig, ObjectiveConfig
+from pi0_jax.config import ModelConfig, ObjectiveConfig
 from pi0_jax.objective import Objective, make_objective
-from pi0_jax.sampler import Euler
 
-PEAKS = {
-    "H100": 989e12,
-    "H200": 989e12,
-    "A100": 312e12,
-    "RTX 4090": 165e12,
-    "L40S": 362e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6": 918e12,
+GIB = 2**30
+
+
+class Device(NamedTuple):
+    """The maker's data sheet of one device."""
+
+    memory: float
+    """Bytes that a program may use."""
+    flops: float
+    """Dense bfloat16 FLOP/s."""
+    bandwidth: float
+    """Bytes/s of its memory."""
+    link: float
+    """Bytes/s that it can send to its neighbours, over all links."""
+    node: int = 0
+    """Devices that `link` connects; 0: all."""
+    network: float = 0.0
+    """Bytes/s that each device can send to other nodes."""
+
+
+TPUS = {
+    "v4": Device(30.75 * GIB, 275e12, 1228e9, 300e9),
+    "v5e": Device(15.75 * GIB, 197e12, 819e9, 200e9),
+    "v5p": Device(95 * GIB, 459e12, 2765e9, 600e9),
+    "v6e": Device(31.25 * GIB, 918e12, 1640e9, 400e9),
 }
-"""Dense bfloat16 FLOP/s of a device whose kind contains the name, by its maker's data sheet; the first that fits."""
+"""By libtpu's name of a topology. Links: half of the bidirectional figure of cloud.google.com/tpu/docs."""
+GPUS = {
+    "a100": Device(79 * GIB, 312e12, 2039e9, 300e9, 8, 25e9),
+    "h100": Device(79 * GIB, 989e12, 3350e9, 450e9, 8, 50e9),
+    "h200": Device(139 * GIB, 989e12, 4800e9, 450e9, 8, 50e9),
+    "l40s": Device(44 * GIB, 362e12, 864e9, 32e9, 8, 25e9),
+    "rtx4090": Device(23.5 * GIB, 165e12, 1008e9, 32e9, 8, 12.5e9),
+}
+"""SXM where there is a choice; nodes of eight, with one 200 Gb/s (A100) or 400 Gb/s (Hopper) adapter per device."""
+KINDS = {
+    **{"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v6": "v6e"},
+    **{"A100": "a100", "H100": "h100", "H200": "h200", "L40S": "l40s", "RTX 4090": "rtx4090"},
+}
+"""What `jax.Device.device_kind` contains, to the device's name above; the first that fits."""
+
+
+def sheet(device_kind: str) -> Device | None:
+    """Data sheet of a device (`jax.Device.device_kind`); None for one that is not in the table."""
+    return next(((TPUS | GPUS)[name] for kind, name in KINDS.items() if kind in device_kind), None)
 
 
 def peak(device_kind: str) -> float | None:
-    """FLOP/s of a device (`jax.Device.device_kind`); None for one that is not in the table."""
-    return next((value for name, value in PEAKS.items() if name in device_kind), None)
+    """FLOP/s of a device; None for one that is not in the table."""
+    found = sheet(device_kind)
+    return None if found is None else found.flops
 
 
 def count(function: Callable, *args: Any) -> int:
@@ -96,17 +127,6 @@ def training(
     trainable = {name: x for name, x in params.items() if name not in frozen}
     others = {name: x for name, x in params.items() if name in frozen}
     return count(jax.grad(loss) if backward else loss, trainable, others, *teacher)
-
-
-def sampling(model: ModelConfig, num_steps: int = 10) -> int:
-    """FLOPs of one observation's chunk, in Euler steps."""
-    objective, batch = make_objective(Gaussian(), model), example_batch(model, 1)
-    options = pi0.SampleOptions(sampler=Euler(num_steps=num_steps))
-
-    def sample(params, noise):
-        return pi0.sample_actions(objective, params, batch.observation, noise, options)
-
-    return count(sample, _params(objective), jax.ShapeDtypeStruct(batch.actions.shape, "float32"))
 
 
 def _params(objective: Objective):

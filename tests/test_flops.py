@@ -10,8 +10,11 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from pi0_jax import flops
+from pi0_jax.batch import example_batch
 from pi0_jax.config import PI0, PI05, Gaussian
 from pi0_jax.model.head import make_head
+from pi0_jax.pi0 import SampleOptions, init_params, make_objective, sample_actions
+from pi0_jax.sampler import Euler
 from tests.conftest import tiny_config
 
 FLOW = Gaussian(mask_padded_steps=False)
@@ -37,7 +40,14 @@ def test_a_training_example_costs_no_more_than_it_has_to(model, full, none, two)
     ("model", "bound"), [(PI0, 4.20), (with_two_cameras(PI0), 2.96), (PI05, 4.81)], ids=["pi0", "two cameras", "pi05"]
 )
 def test_a_chunk_in_ten_steps_costs_no_more_than_it_has_to(model, bound):
-    assert flops.sampling(model) / 1e12 <= bound
+    objective, batch = make_objective(FLOW, model), example_batch(model, 1)
+    params = jax.eval_shape(lambda: init_params(objective, jax.random.key(0)))
+
+    def sample(params, noise):
+        return sample_actions(objective, params, batch.observation, noise, SampleOptions(sampler=Euler(num_steps=10)))
+
+    noise = jax.ShapeDtypeStruct(batch.actions.shape, "float32")
+    assert flops.count(sample, params, noise) / 1e12 <= bound
 
 
 def test_frozen_parameters_cost_no_gradient():

@@ -23,12 +23,8 @@ MAY_ASK = {
     # A comparison counts the evaluations of solvers, and trains a student after its teacher.
     "compare/cells.py": {"Solver", "Tokens", "Reflow"},
     "compare/config.py": {"Reflow"},
-    # A request may choose the number of steps, where there are steps.
-    "inference/policy.py": {"Greedy", "Solver"},
-    "inference/sampler.py": {"Greedy", "Solver"},
-    # Reflow starts from a flow; bins are quantiles.
+    # Reflow starts from a flow.
     "training/commands.py": {"Gaussian", "Reflow"},
-    "training/resolve.py": {"Tokens"},
 }
 """File to the kinds that it asks for, and why."""
 

@@ -6,59 +6,14 @@ there is a choice of kinds (objective, path, time distribution, coupling, sample
 fields are those that it has. Defaults are those of the released π0 weights unless a comment says otherwise.
 """
 
+# ruff: noqa: F401
 from pi0_jax.config.data import OPENPI_AUGMENT, AugmentConfig, DataConfig, DatasetConfig
 from pi0_jax.config.mesh import HostsConfig, MeshConfig
 from pi0_jax.config.model import PI0, PI05, Compact, Expert, ExpertConfig, Head, ModelConfig, VisionConfig
-from pi0_jax.config.objective import (
-    Condition,
-    ConditionDropout,
-    Gaussian,
-    ObjectiveConfig,
-    Reflow,
-    Shortcut,
-    Tokens,
-)
+from pi0_jax.config.objective import Condition, ConditionDropout, Gaussian, ObjectiveConfig, Reflow, Shortcut, Tokens
 from pi0_jax.config.optim import OptimConfig, TuneConfig
 from pi0_jax.config.policy import Guidance, PolicyConfig, RealTimeConfig
 from pi0_jax.config.run import TrainConfig
 from pi0_jax.flow.coupling import Independent, OptimalTransport, Sinkhorn
 from pi0_jax.flow.path import Cosine, Straight
 from pi0_jax.flow.time import Beta, LogitNormal, Uniform
-
-__all__ = [
-    "OPENPI_AUGMENT",
-    "PI0",
-    "PI05",
-    "AugmentConfig",
-    "Beta",
-    "Compact",
-    "Condition",
-    "ConditionDropout",
-    "Cosine",
-    "DataConfig",
-    "DatasetConfig",
-    "Expert",
-    "ExpertConfig",
-    "Gaussian",
-    "Guidance",
-    "Head",
-    "HostsConfig",
-    "Independent",
-    "LogitNormal",
-    "MeshConfig",
-    "ModelConfig",
-    "ObjectiveConfig",
-    "OptimConfig",
-    "OptimalTransport",
-    "PolicyConfig",
-    "RealTimeConfig",
-    "Reflow",
-    "Shortcut",
-    "Sinkhorn",
-    "Straight",
-    "Tokens",
-    "TrainConfig",
-    "TuneConfig",
-    "Uniform",
-    "VisionConfig",
-]

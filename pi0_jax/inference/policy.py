@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import logging
 import time
@@ -18,20 +19,31 @@ from pi0_jax import checkpoint
 from pi0_jax.batch import Observation
 from pi0_jax.config import Guidance, ModelConfig, PolicyConfig, RealTimeConfig
 from pi0_jax.config.model import Kernel
+from pi0_jax.config.replace import replace
 from pi0_jax.data.normalization import Normalization, Stats, semantics_from_json, stats_from_json
 from pi0_jax.data.robots import Robot, get_robot, semantics_of
 from pi0_jax.data.tokenizer import Tokenizer
 from pi0_jax.data.transform import RawObservation, Sample, check_observation, make_transform, to_observation
 from pi0_jax.errors import UserError
 from pi0_jax.flow.realtime import Previous
-from pi0_jax.inference.latency import Latency, Timing
-from pi0_jax.inference.sampler import ChunkSampler, Inputs, example_noise, from_checkpoint, with_steps
+from pi0_jax.inference.sampler import ChunkSampler, Inputs, from_checkpoint, with_steps
 from pi0_jax.model.attention import report_kernel
 from pi0_jax.model.fold import Read
 from pi0_jax.model.quantize import Bits
-from pi0_jax.sampler import Greedy, Sampler
+from pi0_jax.sampler import Sampler
 
 _log = logging.getLogger(__name__)
+
+
+class Timing(NamedTuple):
+    """Where the time of one call went, seconds."""
+
+    transform: float
+    """From raw observations to the model's arrays."""
+    device: float
+    """The program, until its result is in host memory; the first call of each program compiles."""
+    postprocess: float
+    """From the model's actions to the robot's."""
 
 
 class _Prepared(NamedTuple):
@@ -69,7 +81,7 @@ class Policy:
         model = dataclasses.replace(config.model, cameras=present)
         self.sampler = ChunkSampler(config, model, read, folded=folded)
         self._batch_sizes: tuple[int, ...] = ()
-        self._latency = Latency()
+        self._timings: collections.deque[Timing] = collections.deque(maxlen=1000)
 
     @classmethod
     def load(
@@ -109,20 +121,11 @@ class Policy:
                 "observations cannot be prepared for it. Fine-tune from it (--init-from), or add the files: the "
                 "tokenizer by `pi0 convert SOURCE TARGET --tokenizer FILE`."
             )
-        changes: dict[str, Any] = {
-            "sampler": sampler,
-            "guidance": guidance,
-            "real_time": real_time,
-            "execute_steps": execute_steps,
-            "model": model,
-        }
-        changes = {name: value for name, value in changes.items() if value is not None}
-        config = dataclasses.replace(assets.policy, **changes)
-        if attention is not None:
-            config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention=attention))
+        semantics = assets.policy.action_semantics | semantics_from_json(assets.norm_stats)
+        changes = {"model": model, "model.attention": attention, "sampler": sampler, "guidance": guidance}
+        changes |= {"real_time": real_time, "execute_steps": execute_steps, "action_semantics": semantics}
+        config = replace(assets.policy, {name: value for name, value in changes.items() if value is not None})
         report_kernel(config.model.attention, config.model.dtype)
-        semantics = config.action_semantics | semantics_from_json(assets.norm_stats)
-        config = dataclasses.replace(config, action_semantics=semantics)
         stats, tokenizer = stats_from_json(assets.norm_stats, config.robot), Tokenizer(assets.tokenizer)
         policy = cls(config, from_checkpoint(path, config), stats, tokenizer, folded=folded)
         if bits is not None:
@@ -192,18 +195,9 @@ class Policy:
             )
         if self._batch_sizes and count > (most := self._batch_sizes[-1]):
             slices = [slice(i, i + most) for i in range(0, count, most)]
-            chunks = [
-                self.infer_batch(
-                    observations[rows],
-                    keys[rows],
-                    num_steps,
-                    guidance_scale,
-                    sampler=sampler,
-                    noise=None if noise is None else noise[rows],
-                )
-                for rows in slices
-            ]
-            return np.concatenate(chunks)
+            parts = [(observations[rows], keys[rows], None if noise is None else noise[rows]) for rows in slices]
+            how = {"num_steps": num_steps, "guidance_scale": guidance_scale, "sampler": sampler}
+            return np.concatenate([self.infer_batch(raw, key, noise=own, **how) for raw, key, own in parts])
         start = time.perf_counter()
         size = next((n for n in self._batch_sizes if n >= count), count)
         rows = np.minimum(np.arange(size), count - 1)
@@ -219,24 +213,16 @@ class Policy:
         normalised = self.sampler(inputs, self._chosen(sampler, num_steps))
         computed = time.perf_counter()
         actions = self._raw(normalised, prepared.anchors)[:count]
-        self._latency.record(Timing(ready - start, computed - ready, time.perf_counter() - computed))
+        self._timings.append(Timing(ready - start, computed - ready, time.perf_counter() - computed))
         return actions
 
-    def warm_up(
-        self,
-        batch_sizes: Sequence[int] = (1,),
-        *,
-        real_time: bool = False,
-        num_steps: int | None = None,
-        guidance_scale: float | None = None,
-    ) -> None:
+    def warm_up(self, batch_sizes: Sequence[int] = (1,), *, real_time: bool = False) -> None:
         """Compiles what calls will need, so that none of them waits for a compiler.
 
         Args:
             batch_sizes: from now on, observations come in these numbers to the network: smaller batches are filled up,
                 larger ones than the largest are divided.
             real_time: compile for observations with `previous`, too.
-            num_steps, guidance_scale: as in `infer_batch`.
         """
         self._batch_sizes = check_batch_sizes(batch_sizes)
         example = self.robot.example()
@@ -247,9 +233,9 @@ class Policy:
                 start = time.perf_counter()
                 for raw in examples:
                     prepared = self._prepare([cast(RawObservation, raw)] * size, length)
-                    keys, scale = jax.random.split(jax.random.key(0), size), self._guidance_scale(guidance_scale)
+                    keys, scale = jax.random.split(jax.random.key(0), size), self._guidance_scale(None)
                     inputs = Inputs(prepared.observation, keys, None, scale, prepared.previous)
-                    self.sampler(inputs, self._chosen(None, num_steps))
+                    self.sampler(inputs, self.config.sampler)
                 _log.info("batch of %d, prompt of %d: ready after %.1f s", size, length, time.perf_counter() - start)
         self.forget_latency()
 
@@ -259,12 +245,19 @@ class Policy:
         return len(self.sampler.programs)
 
     def latency(self) -> dict[str, dict[str, float]]:
-        """Percentiles of the last calls' times (`Latency.percentiles`)."""
-        return self._latency.percentiles()
+        """p50, p95 and p99 of the last 1000 calls by stage (the fields of `Timing`) and in total, milliseconds; empty
+        without calls."""
+        if not self._timings:
+            return {}
+        table = 1000 * np.array(self._timings)
+        columns = dict(zip(Timing._fields, table.T, strict=True)) | {"total": table.sum(1)}
+        return {
+            name: {f"p{q}": float(np.percentile(values, q)) for q in (50, 95, 99)} for name, values in columns.items()
+        }
 
     def forget_latency(self) -> None:
         """Starts `latency` anew."""
-        self._latency.clear()
+        self._timings.clear()
 
     def quantize(self, bits: Bits) -> dict[str, float]:
         """Rounds the matrices of all layers to eight bits, and logs what that does to the actions.
@@ -314,7 +307,9 @@ class Policy:
             return function(params, Inputs(observation, jax.random.split(jax.random.key(0), size), noise, scale))
 
         observation = self._prepare([self.robot.example()] * size, length).observation
-        return sample, self.sampler.params, observation, example_noise(self.config.model, size)
+        model = self.config.model
+        noise = np.zeros((size, model.action_horizon, model.action_dim), np.float32)
+        return sample, self.sampler.params, observation, noise
 
     def denoise(self, observation: RawObservation, seed: int = 0, num_steps: int | None = None) -> np.ndarray:
         """The points that noise passes on its way to a chunk, in the robot's units, `[num_steps + 1, ah, d]`."""
@@ -328,7 +323,7 @@ class Policy:
         """The points on the way of many chunks, as `flow.straightness` wants them: in the model's own units, at equally
         spaced times whatever the config's grid."""
         sampler = self._chosen(None, num_steps)
-        if not isinstance(sampler, Greedy):
+        if hasattr(sampler, "grid_power"):
             sampler = dataclasses.replace(sampler, grid_power=1.0)
         return self._points(observations, keys, sampler)[0]
 

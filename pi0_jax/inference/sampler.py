@@ -21,8 +21,8 @@ from pi0_jax.flow.realtime import Previous
 from pi0_jax.model.fold import Read, fold, shapes_of
 from pi0_jax.model.quantize import Bits, quantize
 from pi0_jax.objective import Params, SampleOptions, make_objective
-from pi0_jax.objective.sampling import check_trained
-from pi0_jax.sampler import Greedy, Sampler, trajectory
+from pi0_jax.objective.sampling import check_trained, solver_of
+from pi0_jax.sampler import Sampler, trajectory
 
 _READ_AT_ONCE_BELOW = 1 << 25
 """Bytes, in float32, of arrays that are read together; larger ones are read when they are asked for."""
@@ -108,11 +108,11 @@ class ChunkSampler:
             )
             if not path:
                 return objective.sample(params, inputs.observation, noise, options)
-            if objective.flow is None or isinstance(sampler, Greedy):
+            if objective.flow is None:
                 raise UserError("action tokens are decoded, so there is no way from noise to actions to look at.")
             flow, project = objective.flow(params, inputs.observation, options)
             how = {"features": options.features, "keys": options.keys, "project": project}
-            return trajectory(flow, noise, sampler, **how)
+            return trajectory(flow, noise, solver_of(sampler), **how)
 
         return sample
 
@@ -130,23 +130,7 @@ class ChunkSampler:
 
 def check_policy(config: PolicyConfig) -> None:
     """Raises UserError for settings of a policy that do not go together."""
-    objective = make_objective(config.objective, config.model)
-    decodes = objective.flow is None
-    if decodes != isinstance(config.sampler, Greedy):
-        suited = "Greedy" if decodes else "a solver, such as Euler"
-        raise UserError(
-            f"objective {type(config.objective).__name__} is sampled by {suited}; policy.sampler is "
-            f"{type(config.sampler).__name__}."
-        )
-    if decodes and config.guidance is not None:
-        raise UserError("policy.guidance steers a flow; this network predicts action tokens.")
-    if decodes and config.normalization != "quantile":
-        raise UserError(
-            "action tokens have their bins between the 1st and the 99th percentile, which takes quantile "
-            f"normalisation; it is {config.normalization!r} (--policy.normalization quantile)."
-        )
-    if not isinstance(config.sampler, Greedy):
-        _ = config.sampler.grid
+    config.check()
     if config.real_time.method == "trained":
         check_trained(getattr(config.objective, "max_delay", 0))
 
@@ -182,11 +166,6 @@ def with_steps(sampler: Sampler, num_steps: int | None) -> Sampler:
     """
     if num_steps is None:
         return sampler
-    if isinstance(sampler, Greedy):
+    if not hasattr(sampler, "num_steps"):
         raise UserError("action tokens are decoded one after another: there is no number of steps to choose.")
     return dataclasses.replace(sampler, num_steps=num_steps)
-
-
-def example_noise(model: ModelConfig, batch_size: int) -> Float[np.ndarray, "b ah ad"]:
-    """Zeros in the shape of the noise."""
-    return np.zeros((batch_size, model.action_horizon, model.action_dim), np.float32)

@@ -11,7 +11,6 @@ nothing. A step takes at least the largest of the three.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 import time
@@ -23,6 +22,7 @@ from flax.linen import meta
 
 from pi0_jax import flops
 from pi0_jax.config import ModelConfig, ObjectiveConfig, PolicyConfig, TrainConfig, TuneConfig
+from pi0_jax.config.replace import replace
 from pi0_jax.objective import make_objective
 from pi0_jax.plan.compile import build_program, compile_update, placed_bytes, resident_bytes, update_shapes
 from pi0_jax.plan.devices import GPUS, Device, find_devices
@@ -91,7 +91,8 @@ def make_plan(config: TrainConfig, topology: str | None = None, *, compiled: boo
         UserError: unknown topology, libtpu is missing, or the mesh or the batch does not fit it.
     """
     name, devices, device = find_devices(topology)
-    config = with_model(config, attention="xla")  # planned on CPU devices, where there is no other kernel
+    # Planned on CPU devices, where there is no other kernel.
+    config = replace(config, {"policy.model.attention": "xla"})
     run, program, batch = build_program(config, devices)
     resident, mesh = resident_bytes(program, batch), run.mesh
     inputs = update_shapes(run, program, batch)
@@ -128,8 +129,7 @@ def estimate_temporaries(run: Run, program: Program) -> float:
     examples = config.batch_size / sharding.batch_ways(mesh) / config.grad_accum_steps
     copies = 1 if config.grad_accum_steps == 1 else 2  # of a microbatch, and their sum
     kept = kept_for_backward(run.policy, config.tune)
-    stored = dataclasses.replace(run.policy, model=dataclasses.replace(model, remat="none"))
-    everything = kept_for_backward(stored, config.tune)
+    everything = kept_for_backward(replace(run.policy, {"model.remat": "none"}), config.tune)
     layers = max(model.depth + model.vision.depth, 1)
     workspace = everything / layers if model.remat != "none" else 0.0
     gathered = 0.0
@@ -138,12 +138,6 @@ def estimate_temporaries(run: Run, program: Program) -> float:
         gathered = 3 * weights / layers * jnp.dtype(model.dtype).itemsize
     gradients = copies * placed_bytes(program.shapes.params)
     return gradients + examples * (kept + workspace) / mesh.shape["tensor"] + gathered
-
-
-def with_model(config: TrainConfig, **changes) -> TrainConfig:
-    """A run with other fields of its model."""
-    model = dataclasses.replace(config.policy.model, **changes)
-    return dataclasses.replace(config, policy=dataclasses.replace(config.policy, model=model))
 
 
 def kept_for_backward(policy: PolicyConfig, tune: TuneConfig) -> float:

@@ -1,4 +1,4 @@
-"""Data sheets of devices, and devices to compile for that need not be there."""
+"""Devices to compile for that need not be there."""
 
 from __future__ import annotations
 
@@ -7,48 +7,13 @@ import importlib.util
 import math
 import os
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
 from pi0_jax import compat
 from pi0_jax.errors import UserError
-
-GIB = 2**30
-
-
-class Device(NamedTuple):
-    """The maker's data sheet of one device."""
-
-    memory: float
-    """Bytes that a program may use."""
-    flops: float
-    """Dense bfloat16 FLOP/s."""
-    bandwidth: float
-    """Bytes/s of its memory."""
-    link: float
-    """Bytes/s that it can send to its neighbours, over all links."""
-    node: int = 0
-    """Devices that `link` connects; 0: all."""
-    network: float = 0.0
-    """Bytes/s that each device can send to other nodes."""
-
-
-TPUS = {
-    "v4": Device(30.75 * GIB, 275e12, 1228e9, 300e9),
-    "v5e": Device(15.75 * GIB, 197e12, 819e9, 200e9),
-    "v5p": Device(95 * GIB, 459e12, 2765e9, 600e9),
-    "v6e": Device(31.25 * GIB, 918e12, 1640e9, 400e9),
-}
-"""By libtpu's name of a topology. Links: half of the bidirectional figure of cloud.google.com/tpu/docs."""
-GPUS = {
-    "a100": Device(79 * GIB, 312e12, 2039e9, 300e9, 8, 25e9),
-    "h100": Device(79 * GIB, 989e12, 3350e9, 450e9, 8, 50e9),
-    "h200": Device(139 * GIB, 989e12, 4800e9, 450e9, 8, 50e9),
-    "l40s": Device(44 * GIB, 362e12, 864e9, 32e9, 8, 25e9),
-    "rtx4090": Device(23.5 * GIB, 165e12, 1008e9, 32e9, 8, 12.5e9),
-}
-"""SXM where there is a choice; nodes of eight, with one 200 Gb/s (A100) or 400 Gb/s (Hopper) adapter per device."""
+from pi0_jax.flops import GPUS, TPUS, Device, sheet
 
 
 def find_devices(topology: str | None) -> tuple[str, list[Any], Device | None]:
@@ -63,9 +28,7 @@ def find_devices(topology: str | None) -> tuple[str, list[Any], Device | None]:
     if topology is None:
         devices = jax.devices()
         kind = devices[0].device_kind
-        aliases = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU v4": "v4"}
-        sheet = TPUS.get(aliases.get(kind, "")) or next((d for n, d in GPUS.items() if n.upper() in kind), None)
-        return f"{kind}:{len(devices)}", devices, sheet
+        return f"{kind}:{len(devices)}", devices, sheet(kind)
     name, _, shape = topology.lower().partition(":")
     if name not in TPUS | GPUS or not re.fullmatch(r"\d+(x\d+)*", shape):
         raise UserError(

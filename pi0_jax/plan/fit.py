@@ -9,8 +9,9 @@ from typing import Any
 from jax.sharding import Mesh
 
 from pi0_jax.config import MeshConfig, OptimConfig, TrainConfig
+from pi0_jax.config.replace import replace
 from pi0_jax.plan.compile import build_program, resident_bytes
-from pi0_jax.plan.cost import Plan, estimate_temporaries, make_plan, with_model
+from pi0_jax.plan.cost import Plan, estimate_temporaries, make_plan
 from pi0_jax.plan.devices import find_devices
 from pi0_jax.training import sharding
 
@@ -44,7 +45,7 @@ def alternatives(
         values = {"--mesh.data": "1", "--mesh.fsdp": "-1"} | ({"--mesh.tensor": str(tensor)} if tensor > 1 else {})
         yield with_flags(values, config)
     for policy in REMATS[REMATS.index(config.policy.model.remat) + 1 :]:
-        config = with_model(config, remat=policy)
+        config = replace(config, {"policy.model.remat": policy})
         yield with_flags({"--policy.model.remat": policy}, config)
     undivided = config
     while config.batch_size % (2 * ways * config.grad_accum_steps) == 0:
@@ -55,11 +56,11 @@ def alternatives(
         del flags["--grad-accum-steps"]
     same_numbers = dict(flags), config
     for changes in _smaller_optimizers(config.optim):
-        config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, **changes))
+        config = replace(config, {f"optim.{name}": value for name, value in changes.items()})
         yield with_flags({f"--optim.{name.replace('_', '-')}": str(value) for name, value in changes.items()}, config)
     if config.tune.recipe != "lora":
         flags, config = same_numbers
-        config = dataclasses.replace(config, tune=dataclasses.replace(config.tune, recipe="lora"))
+        config = replace(config, {"tune.recipe": "lora"})
         yield with_flags({"--tune.recipe": "lora"}, config)
 
 
@@ -74,15 +75,8 @@ def _smaller_optimizers(optim: OptimConfig) -> Iterator[dict[str, Any]]:
 
 
 def find_fitting(config: TrainConfig, plan: Plan) -> tuple[str, Plan] | None:
-    """The first of `alternatives` that fits: chosen by the estimate, scaled to the compiler's figure, and compiled.
-
-    Args:
-        config: what does not fit.
-        plan: of it.
-
-    Returns:
-        Its flags and its plan; None where none of them fits.
-    """
+    """Flags and plan of the first of `alternatives` that fits: chosen by the estimate, scaled to the figure of the
+    compiler in the `plan` of what does not fit, and compiled. None where none of them fits."""
     assert plan.device is not None
     devices = find_devices(plan.topology)[1]
     run, program, _ = build_program(config, devices)

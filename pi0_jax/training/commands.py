@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from pi0_jax import checkpoint, config
+from pi0_jax.config.replace import replace
 from pi0_jax.errors import UserError
 from pi0_jax.flow.path import Straight
 from pi0_jax.training.loop import run
@@ -66,23 +67,15 @@ def reflow(args: Reflow) -> None:
     kept = {name: getattr(learned, name) for name in ("draws", "dropout", "mask_padded_steps", "mask_padded_dims")}
     objective = config.Reflow(teacher=str(source), teacher_steps=args.teacher_steps, **kept)
     rate = args.peak_lr or teacher.optim.peak_lr / 4
-    run(
-        dataclasses.replace(
-            teacher,
-            policy=dataclasses.replace(assets.policy, objective=objective),
-            optim=dataclasses.replace(
-                teacher.optim,
-                peak_lr=rate,
-                end_lr=rate / 100,
-                warmup_steps=min(teacher.optim.warmup_steps, args.num_steps // 10),
-                decay_steps=None,
-            ),
-            run_dir=str(args.run_dir),
-            resume=args.resume,
-            overwrite=args.overwrite,
-            init_from=str(source),
-            init_parts=(),
-            seed=args.seed,
-            num_steps=args.num_steps,
-        )
-    )
+    changes = {
+        "policy": dataclasses.replace(assets.policy, objective=objective),
+        "optim.peak_lr": rate,
+        "optim.end_lr": rate / 100,
+        "optim.warmup_steps": min(teacher.optim.warmup_steps, args.num_steps // 10),
+        "optim.decay_steps": None,
+        "run_dir": str(args.run_dir),
+        "init_from": str(source),
+        "init_parts": (),
+    }
+    changes |= {name: getattr(args, name) for name in ("resume", "overwrite", "seed", "num_steps")}
+    run(replace(teacher, changes))

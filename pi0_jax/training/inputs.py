@@ -110,9 +110,6 @@ def open_held_out(
         data, policy: of the run; a checkpoint's assets have both.
         datasets: those of the run, where they are open already.
 
-    Returns:
-        Datasets under their robots' names; none where nothing is held out.
-
     Raises:
         FileNotFoundError, UserError: a dataset cannot be read.
     """
@@ -156,14 +153,8 @@ def _normalizations(
 def _tokenizer(
     config: TrainConfig, datasets: Sequence[OpenDataset], weights: Assets | None, *, keep: bool
 ) -> Tokenizer:
-    """The tokenizer of the weights, of the configuration, or one trained on the instructions.
-
-    Args:
-        config: the experiment.
-        datasets: with instructions.
-        weights: assets of the checkpoint whose weights the run has; None: random weights.
-        keep: whether the configuration may not name another.
-    """
+    """The tokenizer of the weights (`keep`: even if the configuration names another), of the configuration, or one
+    trained on the instructions."""
     if weights is not None and weights.tokenizer is not None and (keep or config.data.tokenizer is None):
         return Tokenizer(weights.tokenizer, source="the checkpoint's tokenizer")
     if config.data.tokenizer is not None:

@@ -31,9 +31,7 @@ def make_schedule(config: OptimConfig, num_steps: int) -> optax.Schedule:
 
     The decay is counted from step 0 and includes the warm-up, as in openpi (and optax).
 
-    Args:
-        config: rates and steps.
-        num_steps: length of the run, where the decay ends unless the config says otherwise.
+    The decay ends with the run, after `num_steps`, unless the config says otherwise.
 
     Raises:
         UserError: the warm-up leaves no step to decay in.
@@ -57,8 +55,7 @@ def make_optimizer(config: OptimConfig, schedule: optax.Schedule, boxed) -> opta
     by the learning rate, too, and not by a share of the parameters' size; its second moment decays as 1 - step^-0.8.
 
     Args:
-        config: optimizer and its numbers.
-        schedule: learning rate by step.
+        config, schedule: optimizer and its numbers; learning rate by step.
         boxed: parameters with logical axis names, arrays or shapes.
 
     Raises:
@@ -113,11 +110,7 @@ OPTIMIZERS = {"adamw": _adamw, "adamw_8bit": _adamw_8bit, "adafactor": _adafacto
 
 
 def muon_dimensions(boxed):
-    """For each leaf, which axes are a hidden matrix's input and output; None where Adam takes it.
-
-    Args:
-        boxed: parameters with logical axis names.
-    """
+    """For each leaf with logical axis names, a hidden matrix's input and output axes; None where Adam takes it."""
     return jax.tree.map(lambda x: _matrix(x.names), boxed, is_leaf=_is_box)
 
 

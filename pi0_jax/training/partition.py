@@ -7,19 +7,16 @@ optimizer's state alone: frozen leaves would still have a gradient, count in its
 
 from __future__ import annotations
 
-import dataclasses
 import fnmatch
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from pi0_jax.config import ModelConfig, TrainConfig, TuneConfig
+from pi0_jax.config.replace import replace
 from pi0_jax.errors import UserError
-
-FROZEN_DTYPE = jnp.bfloat16
 
 _LANGUAGE = ("embedding", "backbone/layers/language/*", "backbone/language_norm/*")
 _ACTION = ("backbone/layers/action/*", "backbone/action_norm/*")
@@ -36,12 +33,9 @@ def with_adapters(config: TrainConfig) -> TrainConfig:
     model = config.policy.model
     if config.tune.recipe != "lora" or any(has_adapters(model, name) for name in ("language", "action")):
         return config
-    experts = {
-        name: dataclasses.replace(getattr(model, name), lora_attn_rank=rank, lora_mlp_rank=rank)
-        for name, rank in zip(("language", "action"), config.tune.lora_ranks, strict=True)
-    }
-    policy = dataclasses.replace(config.policy, model=dataclasses.replace(model, **experts))
-    return dataclasses.replace(config, policy=policy)
+    ranks = zip(("language", "action"), config.tune.lora_ranks, strict=True)
+    kinds = ("lora_attn_rank", "lora_mlp_rank")
+    return replace(config, {f"policy.model.{name}.{kind}": rank for name, rank in ranks for kind in kinds})
 
 
 def has_adapters(model: ModelConfig, expert: str) -> bool:
@@ -50,12 +44,7 @@ def has_adapters(model: ModelConfig, expert: str) -> bool:
 
 
 def frozen_names(tune: TuneConfig, model: ModelConfig, names: Iterable[str]) -> frozenset[str]:
-    """Paths of the parameters that are frozen.
-
-    Args:
-        tune: recipe and patterns.
-        model: with its adapters.
-        names: paths of all parameters.
+    """Those of all parameters' paths that are frozen, in a model that has its adapters.
 
     Raises:
         UserError: a pattern matches no parameter, the recipe lora finds no adapters, or nothing is left to train.
@@ -106,12 +95,8 @@ def flat(tree: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def partition(tree: Mapping[str, Any], frozen: Iterable[str]) -> tuple[Any, Any]:
-    """The trainable and the frozen leaves of a tree, as two trees; None for the second where nothing is frozen.
-
-    Args:
-        tree: nested dicts; their leaves may be linen's boxes.
-        frozen: paths.
-    """
+    """The leaves of nested dicts, as trees of those that are trained and those whose paths are `frozen`; None for the
+    second where nothing is frozen. Leaves may be linen's boxes."""
     frozen = set(frozen)
     if not frozen:
         return tree, None
@@ -129,11 +114,6 @@ def combine(trainable: Mapping[str, Any], frozen: Mapping[str, Any] | None) -> A
     return unflatten_dict(flat(trainable) | flat(frozen), sep="/")
 
 
-def cast_frozen(tree: Any) -> Any:
-    """A tree in the dtype that frozen parameters are stored in."""
-    return jax.tree.map(lambda x: x.astype(FROZEN_DTYPE), tree)
-
-
 def modules(names: Iterable[str]) -> list[str]:
     """The modules of a model that its parameters are counted by, in order."""
     return list(dict.fromkeys(_module(name) for name in sorted(names)))
@@ -148,11 +128,7 @@ def _module(name: str) -> str:
 
 
 def table(trainable, frozen) -> str:
-    """A table of modules: their parameters, how many of them are trained, and the dtypes they are stored in.
-
-    Args:
-        trainable, frozen: trees of arrays or shapes, as from `partition`.
-    """
+    """A table of modules, of the two trees of `partition`: parameters, how many are trained, and stored dtypes."""
     leaves = {name: (leaf, True) for name, leaf in flat(trainable).items()}
     leaves |= {name: (leaf, False) for name, leaf in flat(frozen).items()}
     rows = [("module", "parameters", "trained", "dtype")]

@@ -35,12 +35,7 @@ def parse_span(text: str | None) -> Span | None:
 
 
 class Profile:
-    """Records updates of a run.
-
-    Args:
-        span: the updates to record; None: none.
-        folder: of the trace.
-    """
+    """Records the updates of a span in a folder; of None, none."""
 
     def __init__(self, span: Span | None, folder: Path):
         self._start, self._stop = span or (0, 0)

@@ -41,12 +41,7 @@ class Program(NamedTuple):
 
 
 def build(run: Run, augment: Augment) -> Program:
-    """Builds the functions of a run.
-
-    Args:
-        run: of `resolve`.
-        augment: random changes to a batch.
-    """
+    """Builds the functions of a run, in which `augment` changes batches at random."""
     optim = run.config.optim
     ema = None if optim.ema_decay is None else optim.ema_dtype
     start = functools.partial(create, optimizer=run.optimizer, ema=ema, frozen=run.frozen)

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from pi0_jax import pi0
 from pi0_jax.batch import Batch, example_batch, example_observation
-from pi0_jax.config import ModelConfig, PolicyConfig, RealTimeConfig, Tokens, TrainConfig
+from pi0_jax.config import ModelConfig, PolicyConfig, RealTimeConfig, TrainConfig
 from pi0_jax.data.robots import Robot, get_robot
 from pi0_jax.errors import UserError
 from pi0_jax.flow.realtime import Previous
@@ -156,11 +156,7 @@ def _cameras(model: ModelConfig, robots: Sequence[Robot]) -> Cameras:
 
 def _check_sampling(policy: PolicyConfig, objective: Objective, weights: Any) -> None:
     """Refuses a policy that could not act as it is configured to: what it learns has to suit how it samples."""
-    if isinstance(policy.objective, Tokens) and policy.normalization != "quantile":
-        raise UserError(
-            "action tokens are bins between the 1st and the 99th percentile, which takes quantile normalisation; it is "
-            f"{policy.normalization!r} (--policy.normalization quantile)."
-        )
+    policy.check()
     shape = (1, policy.model.action_horizon, policy.model.action_dim)
 
     def sample(params, key):

@@ -155,14 +155,8 @@ def local_rows(placement: NamedSharding, batch_size: int) -> np.ndarray:
 
 
 def place(batch, placement: NamedSharding, batch_size: int, rows: np.ndarray):
-    """The global arrays of a batch over all processes, each of which has the examples that its own devices need.
-
-    Args:
-        batch: tree of numpy arrays; their first axis are the examples `rows`.
-        placement: of `batch_sharding`.
-        batch_size: of the global batch.
-        rows: of `local_rows`.
-    """
+    """The global arrays of a batch over all processes, each of which has the examples that its own devices need: the
+    `rows` of `local_rows`, along the first axes of its numpy arrays."""
     if placement.is_fully_addressable:
         return jax.device_put(batch, placement)
 

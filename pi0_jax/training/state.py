@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from pi0_jax.training.partition import cast_frozen, combine, flat, partition
+from pi0_jax.training.partition import combine, flat, partition
 
 
 class TrainState(NamedTuple):
@@ -38,14 +38,14 @@ def create(
     """The state before the first update; the moving average starts at the parameters, as in openpi.
 
     Args:
-        weights: all parameters.
+        weights, frozen: all parameters, and the paths of those that are not trained.
         optimizer: of the trainable ones.
         ema: dtype of the moving average; None: there is none.
-        frozen: paths of the frozen ones.
     """
     params, others = partition(weights, frozen)
     average = None if ema is None else jax.tree.map(lambda x: jnp.array(x, ema), params)
-    return TrainState(jnp.int32(0), params, optimizer.init(params), average, others and cast_frozen(others))
+    stored = jax.tree.map(lambda x: x.astype(jnp.bfloat16), others)
+    return TrainState(jnp.int32(0), params, optimizer.init(params), average, stored)
 
 
 def split(state: TrainState) -> tuple[Any, dict[str, Any]]:

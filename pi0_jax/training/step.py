@@ -42,8 +42,7 @@ def make_update(
     is an argument, so that runs which differ in it alone share their compiled programs.
 
     Args:
-        objective: what is learned.
-        augment: random changes to a batch.
+        objective, augment: what is learned, from batches that are changed at random.
         optimizer: includes clipping and the learning rate.
         schedule: the learning rate, for the metrics.
         ema_decay: of the moving average of the parameters; None where the state has none.

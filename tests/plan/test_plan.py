@@ -13,13 +13,14 @@ import tyro
 
 from pi0_jax import cli, flops
 from pi0_jax.config import MeshConfig, OptimConfig, PolicyConfig, TrainConfig
+from pi0_jax.config.replace import replace
 from pi0_jax.plan import devices
+from pi0_jax.plan.commands import describe
 from pi0_jax.plan.compile import build_program, update_shapes
-from pi0_jax.plan.cost import Plan, kept_for_backward, make_plan, with_model
+from pi0_jax.plan.cost import Plan, kept_for_backward, make_plan
 from pi0_jax.plan.devices import Device, find_devices
 from pi0_jax.plan.fit import REMATS, alternatives, find_fitting
 from pi0_jax.plan.hlo_collectives import traffic
-from pi0_jax.plan.report import describe
 from pi0_jax.training import sharding
 from tests.batches import random_batch
 from tests.conftest import tiny_config
@@ -63,7 +64,7 @@ def test_the_peak_of_a_plan_is_the_compilers(plan):
 
 
 def test_what_the_backward_pass_keeps_shrinks_with_the_policy_and_grows_with_the_batch():
-    kept = [kept_for_backward(with_model(CONFIG, remat=name).policy, CONFIG.tune) for name in REMATS]
+    kept = [kept_for_backward(replace(CONFIG, {"policy.model.remat": name}).policy, CONFIG.tune) for name in REMATS]
     assert kept == sorted(kept, reverse=True)
     # At least each layer's input, float32: 4 image tokens and the prompt, state and actions.
     prefix, suffix = MODEL.prompt_length + 4, 1 + MODEL.action_horizon
@@ -153,7 +154,7 @@ def test_pieces_of_one_collective_over_fusions_of_a_tpu_count_once():
 
 
 def test_ways_to_need_less_memory_come_in_order_of_what_they_change():
-    config = dataclasses.replace(with_model(CONFIG, remat="matmuls"), mesh=MeshConfig(data=-1))
+    config = dataclasses.replace(replace(CONFIG, {"policy.model.remat": "matmuls"}), mesh=MeshConfig(data=-1))
     ways = list(alternatives(config, sharding.make_mesh(config.mesh), lambda config: 0.0))
     assert [flags.split(" --")[-1] for flags, _ in ways] == [
         "mesh.fsdp -1",
@@ -176,8 +177,8 @@ def test_ways_to_need_less_memory_come_in_order_of_what_they_change():
 
 def test_the_nearest_settings_that_fit_are_found(monkeypatch):
     monkeypatch.setattr("pi0_jax.plan.fit.make_plan", functools.partial(make_plan, compiled=False))
-    config = dataclasses.replace(with_model(CONFIG, remat="none"), mesh=MeshConfig(data=-1))
-    for enough in (with_model(CONFIG, remat="full"), None):
+    config = dataclasses.replace(replace(CONFIG, {"policy.model.remat": "none"}), mesh=MeshConfig(data=-1))
+    for enough in (replace(CONFIG, {"policy.model.remat": "full"}), None):
         memory = 0.0 if enough is None else 1.01 * make_plan(enough, "h100:8", compiled=False).peak
         monkeypatch.setitem(devices.GPUS, "h100", Device(memory, 1e12, 1e12, 1e11))
         first = make_plan(config, "h100:8", compiled=False)

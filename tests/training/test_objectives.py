@@ -136,8 +136,8 @@ def test_a_run_takes_named_parts_of_other_weights_and_random_ones_for_the_rest(c
         ({"objective": Shortcut(bootstrap_fraction=0.1)}, r"draws\.bootstrap.* of 1 examples .* a multiple of 8"),
         ({"objective": Shortcut(bootstrap_fraction=0.5), "sampler": Heun()}, "sampled in equal steps of Euler"),
         ({"objective": Tokens(), "sampler": Greedy()}, "takes quantile normalisation"),
-        ({"objective": Tokens(), "normalization": "quantile"}, "decoded by Greedy"),
-        ({"sampler": Greedy()}, "decodes tokens; this network predicts chunks"),
+        ({"objective": Tokens(), "normalization": "quantile"}, "Tokens is sampled by Greedy"),
+        ({"sampler": Greedy()}, "is sampled by a solver"),
         ({"real_time": RealTimeConfig("trained")}, "was not trained to go on from clean actions"),
     ],
 )
