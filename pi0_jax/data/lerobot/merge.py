@@ -41,7 +41,7 @@ def convert(
     """Writes `source` as a LeRobot 3.0 dataset, with all features that the format can hold.
 
     `crf` is the quality of the video, 0 (best) to 51; `workers` are processes, None: one per core. A stopped conversion
-    goes on after the last `episodes_per_piece` episodes that were complete.
+    goes on from the last multiple of `episodes_per_piece` episodes.
 
     Raises:
         FileExistsError: `output` exists.

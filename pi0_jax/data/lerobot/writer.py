@@ -64,12 +64,16 @@ class LeRobotWriter:
             "codebase_version": VERSION,
             "fps": int(fps),
             "features": self._features,
+            "total_episodes": 0,
+            "total_frames": 0,
+            "total_tasks": 0,
             "chunks_size": FILES_PER_CHUNK,
             "data_files_size_in_mb": data_file_mb,
             "video_files_size_in_mb": video_file_mb,
             "data_path": DATA_PATH,
             "video_path": VIDEO_PATH if self._cameras else None,
             "robot_type": robot_type,
+            "splits": {},
         }
         for camera in self._cameras:
             height, width, _ = self._features[camera]["shape"]
