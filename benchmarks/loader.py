@@ -235,7 +235,7 @@ def main(args: Args) -> None:
             robot = f"Robot('bench', {names!r}, {joints!r}, {joints!r}, {FPS}, (8, 8))"
             (root.parent / "robot.py").write_text(f"from pi0_jax.data.robots import Robot\nROBOT = {robot}\n")
             video = next(root.glob("videos/*/*/*.mp4"))
-            source = LeRobotDataset(root, decoding="random")
+            source = LeRobotDataset(root)
             nbytes = build_cache(source, cache, list(names), args.size, workers=1)
             row: dict = {"cache_bytes_a_frame": nbytes // (args.frames * cameras)}
             for workers, threads in [(count, 1) for count in args.workers] + [(0, count) for count in args.threads]:

@@ -78,9 +78,12 @@ class DataConfig:
     an episode are on the same side."""
     norm_stats: str | None = None
     """File of statistics (`pi0 data stats`, or openpi's norm_stats.json); None: computed from the demonstrations."""
-    frames: Literal["once", "random"] = "once"
-    """once: video is decoded at its first use, uncompressed, into the dataset's folder. random: frames are decoded when
-    they are needed, which takes no room."""
+    frames: Literal["auto", "random"] = "auto"
+    """random: frames are decoded when they are needed, which takes no room. auto: the same, but where a video has few
+    key frames, which makes that slow, what is decoded is kept at the model's resolution in the user's cache
+    (PI0_CACHE, XDG_CACHE_HOME), and the log says so. Nothing is written into a dataset."""
+    kept_gb: float = 50.0
+    """Largest size of the frames that are kept of a dataset, 1e9 bytes."""
     cache: str | None = None
     """Folder that `pi0 data cache` made, with frames at the model's resolution; None: `frames` says where they are."""
     shuffle: Literal["frames", "shards"] = "frames"

@@ -40,6 +40,8 @@ def upgrade(policy: Json, train: Json | None) -> tuple[Json, Json | None]:
     for old, new in RENAMED_FIELDS.items():
         if old in train:
             train[new] = train.pop(old)
+    if train.get("data", {}).get("frames") == "once":
+        train["data"] = train["data"] | {"frames": "auto"}
     return policy, train
 
 

@@ -19,6 +19,7 @@ from jaxtyping import Int
 from pi0_jax.config import DataConfig, DatasetConfig, PolicyConfig
 from pi0_jax.data.cache import CachedFrames
 from pi0_jax.data.files import find_dataset
+from pi0_jax.data.frames import keep_frames
 from pi0_jax.data.lerobot import LeRobotDataset
 from pi0_jax.data.names import log_recognised, recognise
 from pi0_jax.data.rlds.reader import RldsDataset
@@ -108,8 +109,11 @@ def open_dataset(dataset: DatasetConfig, data: DataConfig, policy: PolicyConfig)
     """Opens one dataset; errors as of `open_datasets`."""
     robot = get_robot(dataset.robot or policy.robot)
     source, cameras = open_source(dataset, data, robot), robot.select_cameras(policy.model.cameras)
+    size = policy.model.vision.image_size
     if data.cache is not None:
-        source = CachedFrames(source, Path(data.cache), list(cameras), policy.model.vision.image_size)
+        source = CachedFrames(source, Path(data.cache), list(cameras), size)
+    elif data.frames == "auto":
+        source = keep_frames(source, list(cameras), size, data.kept_gb)
     episodes = np.arange(source.num_episodes)
     keys = source.episode_keys() if data.validation_share > 0 else [0] * source.num_episodes
     held_out = np.array([key < data.validation_share * 2**64 for key in keys])
@@ -150,9 +154,7 @@ def open_source(dataset: DatasetConfig, data: DataConfig, robot: Robot) -> Sourc
             skip_bad_episodes=data.skip_bad_episodes,
         )
     else:
-        source = LeRobotDataset(
-            root, decoding=data.frames, skip_bad_episodes=data.skip_bad_episodes, without=dataset.without_episodes
-        )
+        source = LeRobotDataset(root, skip_bad_episodes=data.skip_bad_episodes, without=dataset.without_episodes)
     named = {**(preset.keys if preset else {}), **dataset.keys}
     found = {ours: theirs for ours, theirs in recognise(source.features, robot).items() if ours not in named}
     log_recognised(root, found)

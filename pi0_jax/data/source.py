@@ -124,6 +124,14 @@ class Source(abc.ABC):
             FileNotFoundError: a file is missing.
         """
 
+    def together(self, camera: str, row: Number) -> Int[np.ndarray, "n"]:
+        """Frames that are best read with a frame, in order, itself among them: those decoded from one key frame."""
+        return np.array([row])
+
+    def key_distance(self, camera: str) -> float:
+        """Mean number of frames per key frame of a camera's video, by its first file; 1 for pictures."""
+        return 1.0
+
     @abc.abstractmethod
     def picture_files(self, camera: str) -> list[Path]:
         """Files that a camera's frames come from."""
@@ -206,6 +214,12 @@ class Wrapped(Source):
     def images(self, camera: str, rows: Rows) -> UInt8[np.ndarray, "*b h w 3"]:
         return self.source.images(camera, rows)
 
+    def together(self, camera: str, row: Number) -> Int[np.ndarray, "n"]:
+        return self.source.together(camera, row)
+
+    def key_distance(self, camera: str) -> float:
+        return self.source.key_distance(camera)
+
     def picture_files(self, camera: str) -> list[Path]:
         return self.source.picture_files(camera)
 
@@ -251,7 +265,16 @@ class Renamed(Wrapped):
 
     def images(self, camera: str, rows: Rows) -> np.ndarray:
         self.check_camera(camera)
-        return self.source.images(self._keys.get(camera, [camera])[0], rows)
+        return self.source.images(self._name(camera), rows)
+
+    def together(self, camera: str, row: Number) -> np.ndarray:
+        return self.source.together(self._name(camera), row)
+
+    def key_distance(self, camera: str) -> float:
+        return self.source.key_distance(self._name(camera))
 
     def picture_files(self, camera: str) -> list[Path]:
-        return self.source.picture_files(self._keys.get(camera, [camera])[0])
+        return self.source.picture_files(self._name(camera))
+
+    def _name(self, camera: str) -> str:
+        return self._keys.get(camera, [camera])[0]

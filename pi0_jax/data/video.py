@@ -1,16 +1,9 @@
-"""Video with PyAV: written so that any frame is cheap to find, and decoded once into a memory-mapped array.
-
-Decoding from beginning to end costs some 0.2 ms a frame at 48 px, jumping to a random frame several times that, and
-training visits each frame dozens of times. So all frames are decoded at the first use and kept on disk, uncompressed.
-"""
+"""Video with PyAV: written so that any frame is cheap to find, and read by the number of the frame."""
 
 from __future__ import annotations
 
-import hashlib
 import io
-import math
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,9 +15,7 @@ from av.error import FFmpegError
 from av.video.frame import PictureType, VideoFrame
 from av.video.reformatter import VideoReformatter
 from jaxtyping import Float, Int, UInt8
-from tqdm import tqdm
 
-from pi0_jax.atomic import written
 from pi0_jax.errors import UserError
 
 KEY_FRAME_EVERY = 2
@@ -86,49 +77,6 @@ class VideoError(UserError):
         """Which of the frames that were asked for it concerns; by default all."""
 
 
-def decode_once(
-    name: str,
-    files: Sequence[Path],
-    key: bytes,
-    shape: tuple[int, ...],
-    folder: Path,
-    fill: Callable[[np.ndarray, tqdm], None],
-) -> UInt8[np.ndarray, "n h w 3"]:
-    """All frames of one camera as a read-only memory-mapped array, decoded at the first call.
-
-    The array is an ordinary `.npy` file. Its name tells `key`, the shape and the files' sizes and times of change, so
-    that changed video is decoded again; what it replaces is removed. A file of that name is always complete. `key` is
-    what the frames depend on besides the files; `shape` is frames, height, width, 3; `fill` decodes into an array of
-    that shape, and moves the bar on.
-
-    Raises:
-        FileNotFoundError: a video is missing.
-        UserError: the array does not fit on the disk; or as of `fill`.
-    """
-    if missing := [path for path in files if not path.is_file()]:
-        raise FileNotFoundError(f"{len(missing)} videos are missing, such as {missing[0]}. Copy the dataset again.")
-    status = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    digest = hashlib.sha256(key + repr((shape, status)).encode()).hexdigest()[:16]
-    prefix = name.replace("/", "_")
-    target = folder / f"{prefix}-{digest}.npy"
-    if not target.exists():
-        needed, free = math.prod(shape), shutil.disk_usage(folder).free
-        if needed > free:
-            raise UserError(
-                f"decoding {name!r} takes {needed / 1e6:,.1f} MB; {folder} has {free / 1e6:,.1f} MB left. "
-                "Pass a `cache` folder with more room."
-            )
-        with written(target) as partial:
-            array = np.lib.format.open_memmap(partial, "w+", np.uint8, shape)
-            with tqdm(total=shape[0], desc=f"decoding {name}", unit="frame") as progress:
-                fill(array, progress)
-            array.flush()
-        for stale in folder.glob(f"{prefix}-*.npy"):
-            if stale != target:
-                stale.unlink(missing_ok=True)
-    return np.load(target, mmap_mode="r")
-
-
 def _threads(height: int, width: int) -> int:
     """1, or 0 to let FFmpeg choose."""
     return 1 if height * width < PIXELS_FOR_THREADS else 0
@@ -148,68 +96,56 @@ class _Index(NamedTuple):
 
 
 class FrameReader:
-    """Decodes single frames of video files, and keeps the files open that it used last.
+    """Decodes single frames of video files by their number, and keeps the files open that it used last.
 
-    A file's frames are listed once, without decoding, so that a time always gives the frame shown then and no other.
-    Frames are decoded from the key frame before them; a few that follow one another cost one such start. `threaded`
-    decodes large frames with several threads, for files that are read from beginning to end.
+    A file's frames are listed once, without decoding. Frames are decoded from the key frame before them; a few that
+    follow one another cost one such start.
     """
 
-    def __init__(self, max_open: int = 32, *, threaded: bool = False):
-        self._max_open, self._threaded = max_open, threaded
+    def __init__(self, max_open: int = 32):
+        self._max_open = max_open
         self._indices: dict[Path, _Index] = {}
         self._opened: dict[Path, _OpenVideo] = {}
 
-    def locate(self, path: Path, seconds: Float[np.ndarray, "n"], fps: int | float) -> Int[np.ndarray, "n"]:
-        """Number of the frame that is shown at each time.
+    def seconds(self, path: Path) -> Float[np.ndarray, "n"]:
+        """When each frame of a file is shown, from its beginning.
 
         Raises:
-            VideoError: there is none within half a frame of the dataset's `fps`, or the file cannot be read.
+            VideoError: it cannot be read.
             FileNotFoundError: there is no file.
         """
         index = self._index(path)
-        units = seconds / index.unit
-        after = np.clip(np.searchsorted(index.times, units), 1, max(1, len(index.times) - 1))
-        before = after - 1
-        after = np.minimum(after, len(index.times) - 1)
-        nearest = np.where(units - index.times[before] <= index.times[after] - units, before, after)
-        missing = np.flatnonzero(np.abs(index.times[nearest] - units) * index.unit > 0.5 / fps)
-        if missing.size:
-            first, last = seconds[missing].min(), index.times[-1] * index.unit
-            raise VideoError(
-                f"{path} is cut short: {missing.size} of {len(seconds)} frames are missing, the first of them number "
-                f"{round(first * fps)} at {first:.3f} s; the last that it holds is number {round(last * fps)} at "
-                f"{last:.3f} s. Copy the dataset again.",
-                missing,
-            )
-        return nearest
+        return (index.times - index.times[0]) * index.unit
+
+    def group(self, path: Path, number: int) -> tuple[int, int]:
+        """Numbers of the key frame from which a frame is decoded, and of the next one; errors as of `seconds`."""
+        index = self._index(path)
+        starts = np.searchsorted(index.times, index.keys)
+        key = int(np.searchsorted(starts, number, side="right"))
+        return int(starts[key - 1]) if key else 0, int(starts[key]) if key < len(starts) else len(index.times)
+
+    def num_groups(self, path: Path) -> int:
+        """Number of key frames of a file; errors as of `seconds`."""
+        return len(self._index(path).keys)
 
     def read(
-        self,
-        path: Path,
-        seconds: Float[np.ndarray, "k"],
-        fps: int | float,
-        out: UInt8[np.ndarray, "n h w 3"],
-        at: Int[np.ndarray, "k"],
-        progress: tqdm | None = None,
+        self, path: Path, numbers: Int[np.ndarray, "k"], out: UInt8[np.ndarray, "n h w 3"], at: Int[np.ndarray, "k"]
     ) -> None:
-        """Writes the frames that are shown at `seconds` to `out[at]`, RGB; moves `progress` on.
+        """Writes the frames of those numbers to `out[at]`, RGB.
 
         Raises:
-            VideoError: a frame is missing, cannot be decoded, or is of another size than `out`.
+            VideoError: a frame cannot be decoded, or is of another size than `out`, or errors as of `seconds`.
             FileNotFoundError: there is no file.
         """
         index = self._index(path)
-        numbers = self.locate(path, seconds, fps)
         video = self._open(path)
-        order = np.argsort(numbers, kind="stable")
-        for i in order.tolist():
+        for i in np.argsort(numbers, kind="stable").tolist():
             try:
                 image = video.frame(index, int(numbers[i]))
             except _DECODING_ERRORS as error:
                 self._opened.pop(path).close()
                 raise VideoError(
-                    f"{path} cannot be decoded at {seconds[i]:.3f} s ({_said(error)}). Copy the dataset again.",
+                    f"{path}: frame {numbers[i]} cannot be decoded ({_said(error)}). Copy the dataset again.",
                     np.array([i]),
                 ) from error
             if image.shape != out.shape[1:]:
@@ -217,8 +153,6 @@ class FrameReader:
                     f"{path} holds images of shape {image.shape}; meta/info.json says {out.shape[1:]}.", np.array([i])
                 )
             out[at[i]] = image
-            if progress is not None:
-                progress.update()
 
     def _index(self, path: Path) -> _Index:
         if path not in self._indices:
@@ -236,7 +170,7 @@ class FrameReader:
             while len(self._opened) >= self._max_open:
                 self._opened.pop(next(iter(self._opened))).close()
             try:
-                video = _OpenVideo(path, self._threaded)
+                video = _OpenVideo(path)
             except _DECODING_ERRORS as error:
                 raise VideoError(f"{path} cannot be opened ({_said(error)}).") from error
         self._opened[path] = video  # the last one used is the last one to go
@@ -250,11 +184,10 @@ class _OpenVideo:
     bytes for ever.
     """
 
-    def __init__(self, path: Path, threaded: bool):
+    def __init__(self, path: Path):
         self._container = av.open(str(path))
         self._stream = self._container.streams.video[0]
-        self._threads = _threads(self._stream.height, self._stream.width) if threaded else 1
-        self._stream.thread_type, self._stream.thread_count = "AUTO", self._threads
+        self._stream.thread_count = 1
         self._packets = self._container.demux(self._stream)
         self._reformatter = VideoReformatter()
         self._frames = iter(())
@@ -279,7 +212,7 @@ class _OpenVideo:
                 self._next = number + 1
                 if frame.pts == wanted:
                     _check_whole(frame)
-                    return _pixels(self._reformatter.reformat(frame, format="rgb24", threads=self._threads))
+                    return _pixels(self._reformatter.reformat(frame, format="rgb24", threads=1))
                 break
             self._next = -1  # the seek went too far: once more from the beginning
         raise IndexError(f"frame {number} does not come out of the decoder")
@@ -301,9 +234,11 @@ def _pixels(frame: VideoFrame) -> UInt8[np.ndarray, "h w 3"]:
 
 
 def _check_whole(frame: VideoFrame) -> None:
-    """Raises IndexError where the decoder filled in what it could not decode."""
+    """Raises IndexError where the decoder filled in what it could not decode, or the picture is not to be shown so."""
     if frame.is_corrupt:
         raise IndexError("the frame is damaged")
+    if frame.rotation:
+        raise IndexError(f"the file asks to be turned by {frame.rotation} degrees: write it again as it is to be seen")
 
 
 def _list_frames(path: Path) -> _Index:

@@ -19,8 +19,9 @@ from pi0_jax.training.metrics import FILE, TIMING_FILE
 
 _MAY_CHANGE = """
 run_dir resume overwrite num_steps log_every validate_every save_every keep_checkpoints keep_every keep_best mesh hosts
-data.num_threads data.num_workers data.prefetch data.frames data.offline data.prompt_buckets grad_accum_steps
-max_consecutive_skips max_total_skips compilation_cache profile policy.model.remat policy.model.attention
+data.num_threads data.num_workers data.prefetch data.frames data.kept_gb data.offline data.prompt_buckets
+grad_accum_steps max_consecutive_skips max_total_skips compilation_cache profile
+policy.model.remat policy.model.attention
 """
 MAY_CHANGE = tuple(_MAY_CHANGE.split())
 """Fields, or groups of them, that a resumed run may change: none changes an update but for rounding."""

@@ -50,6 +50,11 @@ def write(root: Path, episodes=(0, 1, 2, 3, 4), **options) -> Path:
     return root
 
 
+def all_frames(dataset: LeRobotDataset, camera: str) -> np.ndarray:
+    """All frames of a camera in order, RGB."""
+    return dataset.images(camera, np.arange(dataset.num_frames))
+
+
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory) -> LeRobotDataset:
     """Five episodes, 34 frames. Nobody changes it."""

@@ -25,7 +25,8 @@ def write_video(path: Path, images: np.ndarray, codec: str = "libx264", fps: int
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=Fraction(fps))
-        stream.height, stream.width, stream.pix_fmt = *images.shape[1:3], "yuv420p"
+        stream.height, stream.width = images.shape[1:3]
+        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
         stream.options = {key: str(value) for key, value in options.items()}
         for image in images:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))

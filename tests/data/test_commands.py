@@ -208,7 +208,7 @@ def test_cached_frames_are_the_resized_frames(dataset, tmp_path, quality):
 
 def test_a_stopped_cache_goes_on_and_a_changed_video_makes_it_invalid(copy, tmp_path, monkeypatch):
     monkeypatch.setattr("pi0_jax.data.cache.FRAMES_PER_SHARD", 10)
-    dataset = LeRobotDataset(copy, decoding="random")
+    dataset = LeRobotDataset(copy)
     calls = []
     images = dataset.images
 
@@ -231,7 +231,7 @@ def test_a_stopped_cache_goes_on_and_a_changed_video_makes_it_invalid(copy, tmp_
     shutil.copy(copy / f"videos/{CAMERAS[1]}/chunk-000/file-000.mp4", video)
     with pytest.raises(ValueError, match="made of other files"):
         CachedFrames(dataset, tmp_path / "cache", [CAMERAS[0]], 32)
-    again = LeRobotDataset(copy, decoding="random")
+    again = LeRobotDataset(copy)
     build_cache(again, tmp_path / "cache", [CAMERAS[0]], 48, workers=1)
     cached = CachedFrames(again, tmp_path / "cache", [CAMERAS[0]], 48)
     np.testing.assert_array_equal(cached.image(33, CAMERAS[0]), again.image(33, CAMERAS[0]))
@@ -283,7 +283,7 @@ def test_the_cache_command_says_what_a_frame_takes(dataset, run, tmp_path):
 
 
 def sources(tmp_path):
-    yield LeRobotDataset(write_v2(tmp_path / "v2"), decoding="random"), (0, 1, 2, 3, 4)
+    yield LeRobotDataset(write_v2(tmp_path / "v2")), (0, 1, 2, 3, 4)
     pytest.importorskip("tensorflow_datasets")
     from pi0_jax.data.rlds.reader import RldsDataset
 
@@ -294,7 +294,7 @@ def test_older_lerobot_and_rlds_become_lerobot_3(tmp_path):
     for number, (source, order) in enumerate(sources(tmp_path)):
         output = tmp_path / f"out{number}"
         convert(source, output, "tabletop", crf=6, workers=1, episodes_per_piece=2)
-        made = LeRobotDataset(output, decoding="random")
+        made = LeRobotDataset(output)
         assert made.version == "v3.0"
         for name in ("observation.state", "action", "valid"):
             np.testing.assert_array_equal(made.columns(name), np.concatenate([episode(n)[name] for n in order]))
@@ -312,7 +312,7 @@ def test_older_lerobot_and_rlds_become_lerobot_3(tmp_path):
 
 
 def test_a_stopped_conversion_goes_on(dataset, tmp_path, monkeypatch):
-    source = LeRobotDataset(dataset.root, decoding="random")
+    source = LeRobotDataset(dataset.root)
     seen = []
     add = LeRobotWriter.add_episode
 

@@ -12,7 +12,7 @@ from pi0_jax.data.files import find_dataset
 from pi0_jax.data.lerobot import LeRobotDataset
 from pi0_jax.data.source import BadEpisode, Renamed
 from pi0_jax.data.video import FrameReader, VideoWriter
-from tests.data.conftest import FEATURES, LENGTHS, TASKS, episode, scene, write
+from tests.data.conftest import FEATURES, LENGTHS, TASKS, all_frames, episode, scene, write
 from tests.data.formats import CAMERAS, write_v2, write_video
 
 CODECS = {
@@ -65,10 +65,10 @@ def test_every_frame_is_its_own_in_any_order_and_codec(tmp_path, codec):
     reader, order = FrameReader(), np.random.default_rng(0).permutation(len(truth))
     out = np.zeros_like(truth)
     for part in np.split(order, 8):
-        reader.read(tmp_path / "a.mp4", part / 20, 20, out, part)
+        reader.read(tmp_path / "a.mp4", part, out, part)
     assert own_frame_is_nearest(out, truth)
     once = np.zeros_like(truth)
-    reader.read(tmp_path / "a.mp4", np.arange(40) / 20, 20, once, np.arange(40))
+    reader.read(tmp_path / "a.mp4", np.arange(40), once, np.arange(40))
     np.testing.assert_array_equal(out, once)
 
 
@@ -90,13 +90,12 @@ def test_frames_at_random_come_from_one_generator_of_packets(tmp_path):
     video._container = Counted(video._container)
     out = np.zeros_like(truth)
     for number in range(0, 30, 3):
-        reader.read(tmp_path / "a.mp4", np.array([number]) / 20, 20, out, np.array([number]))
+        reader.read(tmp_path / "a.mp4", np.array([number]), out, np.array([number]))
     assert made == []
 
 
-@pytest.mark.parametrize("decoding", ["once", "random"])
-def test_frames_of_many_files_belong_to_their_rows(v21, tmp_path, decoding):
-    older = LeRobotDataset(v21, cache=tmp_path, decoding=decoding)
+def test_frames_of_many_files_belong_to_their_rows(v21):
+    older = LeRobotDataset(v21)
     truth = {camera: np.concatenate([episode(n)[camera] for n in range(5)]) for camera in CAMERAS}
     order = np.random.default_rng(0).permutation(older.num_frames)
     for camera in CAMERAS:
@@ -104,15 +103,14 @@ def test_frames_of_many_files_belong_to_their_rows(v21, tmp_path, decoding):
         np.testing.assert_array_equal(older.image(11, camera), older.images(camera, np.array([[11]]))[0, 0])
 
 
-def test_decoding_once_and_at_random_give_the_same_frames(dataset):
-    random = LeRobotDataset(dataset.root, decoding="random")
+def test_frames_in_any_order_are_those_of_decoding_in_order(dataset):
     rows = np.array([[33, 0], [9, 20], [20, 21]])
     for camera in dataset.cameras:
-        np.testing.assert_array_equal(random.images(camera, rows), dataset.images(camera, rows))
+        np.testing.assert_array_equal(dataset.images(camera, rows), all_frames(dataset, camera)[rows])
 
 
 def test_a_file_reader_keeps_few_files_open(v21):
-    random = LeRobotDataset(v21, decoding="random")
+    random = LeRobotDataset(v21)
     random.image(0, CAMERAS[0])
     random.opened()["reader"]._max_open = 2
     random.images(CAMERAS[0], np.arange(34))
@@ -125,7 +123,7 @@ def test_pictures_inside_parquet_are_read_exactly(tmp_path):
     truth = np.concatenate([episode(n)[CAMERAS[1]] for n in range(5)])
     order = np.random.default_rng(0).permutation(34)
     np.testing.assert_array_equal(stored.images(CAMERAS[1], order), truth[order])
-    np.testing.assert_array_equal(stored.frames(CAMERAS[1])[5], truth[5])
+    np.testing.assert_array_equal(all_frames(stored, CAMERAS[1])[5], truth[5])
 
 
 def test_shapes_with_channels_first_are_turned_round(tmp_path):
@@ -148,7 +146,7 @@ def test_tasks_may_change_within_an_episode(tmp_path):
 
 
 def test_a_pickled_dataset_reads_the_same_and_carries_no_frames(dataset):
-    dataset.frames(CAMERAS[0])
+    all_frames(dataset, CAMERAS[0])
     content = pickle.dumps(dataset)
     assert len(content) < 20_000
     again = pickle.loads(content)
@@ -198,17 +196,16 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("decoding", ["once", "random"])
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_damage_names_file_and_episode_and_can_be_skipped(v21, tmp_path, kind, decoding):
+def test_damage_names_file_and_episode_and_can_be_skipped(v21, tmp_path, kind):
     root = shutil.copytree(v21, tmp_path / "data")
     name, damage, error = DAMAGE[kind]
     damage(root / name)
-    broken = LeRobotDataset(root, cache=tmp_path / "cache", decoding=decoding)
+    broken = LeRobotDataset(root)
     with pytest.raises(error, match=r"episode[ _0]*2") as raised:
         _ = broken.columns("action"), broken.images(CAMERAS[0], np.arange(34))
     assert name.split("/")[-1] in str(raised.value)
-    rest = LeRobotDataset(root, cache=tmp_path / "cache", decoding=decoding, skip_bad_episodes=True)
+    rest = LeRobotDataset(root, skip_bad_episodes=True)
     assert list(rest.skipped) == ["episode 2"]
     assert rest.episodes == ["episode 0", "episode 1", "episode 3", "episode 4"]
     kept = [0, 1, 3, 4]
@@ -228,7 +225,7 @@ def test_a_row_of_another_length_names_its_episode(v21, tmp_path):
 def test_of_a_file_with_rows_of_other_lengths_only_their_episodes_are_skipped(tmp_path):
     root = write(tmp_path / "data")
     widen_rows(root / "data/chunk-000/file-000.parquet", (3, 10, 33))  # of episodes 0, 1 and 4
-    rest = LeRobotDataset(root, decoding="random", skip_bad_episodes=True)
+    rest = LeRobotDataset(root, skip_bad_episodes=True)
     assert list(rest.skipped) == ["episode 0", "episode 1", "episode 4"]
     assert all("column 'action'" in reason for reason in rest.skipped.values())
     np.testing.assert_array_equal(rest.columns("action"), np.concatenate([episode(n)["action"] for n in (2, 3)]))
@@ -243,13 +240,12 @@ def test_a_frame_that_the_decoder_had_to_fill_in_is_an_error(v21, tmp_path):
     start = content.index(b"mdat") + len(content) // 2
     content[start : start + 300] = np.random.default_rng(0).bytes(300)
     path.write_bytes(content)
-    for decoding in ("once", "random"):
-        with pytest.raises(BadEpisode, match=r"episode_000002\.mp4 cannot be decoded.*episode 2.*without_episodes"):
-            LeRobotDataset(root, decoding=decoding).images(CAMERAS[0], np.arange(34))
+    with pytest.raises(BadEpisode, match=r"episode_000002\.mp4: frame .* cannot be decoded.*episode 2.*without_epis"):
+        LeRobotDataset(root).images(CAMERAS[0], np.arange(34))
 
 
 def test_episodes_are_left_out_by_their_numbers(v21, tmp_path):
-    rest = LeRobotDataset(v21, decoding="random", without=(0, 3))
+    rest = LeRobotDataset(v21, without=(0, 3))
     assert rest.episodes == ["episode 1", "episode 2", "episode 4"]
     np.testing.assert_array_equal(rest.columns("action"), np.concatenate([episode(n)["action"] for n in (1, 2, 4)]))
     truth = np.concatenate([episode(n)[CAMERAS[0]] for n in (1, 2, 4)])
@@ -266,12 +262,13 @@ def test_in_a_shared_file_only_the_episodes_without_frames_are_skipped(tmp_path)
     for number in range(3):  # as long as the first three episodes, and two frames of the fourth are none
         writer.write(episode(number)[CAMERAS[0]])
     writer.close()
-    with pytest.raises(BadEpisode, match=r"cut short.*episode 3, episode 4"):
-        LeRobotDataset(root).frames(CAMERAS[0])
+    with pytest.raises(BadEpisode, match=r"holds 26 frames; the metadata count 34.*episode 3, episode 4"):
+        all_frames(LeRobotDataset(root), CAMERAS[0])
     rest = LeRobotDataset(root, skip_bad_episodes=True)
     assert rest.episodes == ["episode 0", "episode 1", "episode 2"]
     assert rest.num_frames == sum(LENGTHS[:3])
-    assert len(rest.frames(CAMERAS[0])) == rest.num_frames
+    assert len(all_frames(rest, CAMERAS[0])) == rest.num_frames
+    assert len(all_frames(LeRobotDataset(root, without=(3, 4)), CAMERAS[0])) == rest.num_frames
 
 
 def test_an_unknown_codec_is_named(v21, tmp_path):
@@ -280,7 +277,7 @@ def test_an_unknown_codec_is_named(v21, tmp_path):
     assert content.count(b"avc1") >= 1
     (root / VIDEO).write_bytes(content.replace(b"avc1", b"zzz9"))
     with pytest.raises(BadEpisode, match=r"episode_000002\.mp4 cannot be decoded.*codec.*episode 2"):
-        LeRobotDataset(root, decoding="random").image(20, CAMERAS[0])
+        LeRobotDataset(root).image(20, CAMERAS[0])
     assert list(LeRobotDataset(root, skip_bad_episodes=True).skipped) == ["episode 2"]
 
 

@@ -14,7 +14,7 @@ from pi0_jax.data.normalization import Normalization, unnormalize_values
 from pi0_jax.data.robots import get_robot
 from pi0_jax.data.tokenizer import Tokenizer
 from pi0_jax.data.transform import make_transform
-from tests.data.conftest import FEATURES, episode
+from tests.data.conftest import FEATURES, all_frames, episode
 from tests.data.stats import compute_stats
 
 ABSOLUTE = ("absolute",) * 3
@@ -181,7 +181,7 @@ def recorded(root, valid, fps=5, features=FEATURES):
 def test_chunks_count_up_to_their_first_invalid_step(transform, config, tmp_path):
     dataset = recorded(tmp_path / "data", [1, 1, 0, 0, 1, 1, 0, 0, 1])  # frames 0, 1, 4, 5 and 8 begin with a valid one
     (batch,) = eval_batches(dataset, transform, config)
-    top = dataset.frames("observation.images.top")
+    top = all_frames(dataset, "observation.images.top")
     np.testing.assert_array_equal(batch.observation.images["top"][:5], top[[0, 1, 4, 5, 8]])
     np.testing.assert_array_equal(
         batch.step_mask, [[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]

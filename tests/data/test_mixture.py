@@ -272,11 +272,11 @@ def test_names_that_a_dataset_lacks_are_to_be_said_in_its_keys(config, folders):
 
 def sources(root):
     """One of each kind of what is kept open, with limits that make several threads get in each other's way."""
-    yield LeRobotDataset(write_v2(root / "video"), decoding="random")
+    yield LeRobotDataset(write_v2(root / "video"))
     yield LeRobotDataset(write_v2(root / "pictures", pictures=True))
     for form in ("tfrecord", "array_record"):
         yield RldsDataset(write_rlds(root / form, form, shards=5), 5)
-    recorded = LeRobotDataset(write(root / "cached"), decoding="random")
+    recorded = LeRobotDataset(write(root / "cached"))
     build_cache(recorded, root / "cache", ["observation.images.top"], 32, workers=1)
     yield CachedFrames(recorded, root / "cache", ["observation.images.top"], 32)
 

@@ -9,7 +9,8 @@ A dataset of version 3.0 is a folder:
     data/chunk-000/file-000.parquet                 one row per frame: state, action, bookkeeping; many episodes a file
     videos/<camera>/chunk-000/file-000.mp4          the frames, episode after episode
 
-The frame of row i lies at `from_timestamp` of its episode + `timestamp` of the row, in seconds of the video.
+Episodes follow one another in a video, so the frame of a row is found by counting. `from_timestamp` of its episode +
+`timestamp` of the row, in seconds of the video, should say the same, but drifts in datasets that were joined.
 
 Versions 2.0 and 2.1 have one parquet file per episode and one video per episode and camera, and their tasks and
 episodes are JSON lines (`meta/tasks.jsonl`, `meta/episodes.jsonl`). In all of them a camera may be a column of encoded
@@ -44,6 +45,19 @@ BOOKKEEPING: dict[str, dict[str, Any]] = {
 """Columns that every dataset has. `timestamp` is in seconds from the start of the episode."""
 
 
+class Place(NamedTuple):
+    """Where the frames of an episode are."""
+
+    file: str
+    """Video file, relative to the dataset."""
+    start: float
+    """Second of the video at which the episode begins, by the metadata."""
+    first: int
+    """Number of its first frame in the file, by the lengths of the episodes before it."""
+    total: int
+    """Frames that the file should have."""
+
+
 class Episode(NamedTuple):
     """Place of one episode."""
 
@@ -52,8 +66,8 @@ class Episode(NamedTuple):
     length: int
     data: str
     """Parquet file, relative to the dataset."""
-    videos: dict[str, tuple[str, float]]
-    """By camera: its video file, relative to the dataset, and the second at which the episode begins there."""
+    videos: dict[str, Place]
+    """By camera."""
 
 
 def read_info(root: Path) -> dict[str, Any]:
@@ -130,10 +144,24 @@ def _read_episodes(root: Path, info: dict[str, Any], cameras: list[str]) -> list
                 table[f"videos/{camera}/{key}"][i] for key in ("chunk_index", "file_index", "from_timestamp")
             )
             name = info["video_path"].format(video_key=camera, chunk_index=chunk, file_index=file)
-            videos[camera] = (name, float(start))
+            videos[camera] = Place(name, float(start), 0, 0)
         chunk, file = table["data/chunk_index"][i], table["data/file_index"][i]
         data = info["data_path"].format(chunk_index=chunk, file_index=file)
         episodes.append(Episode(number, int(end[i] - begin[i]), data, videos))
+    return _counted(episodes, cameras)
+
+
+def _counted(episodes: list[Episode], cameras: list[str]) -> list[Episode]:
+    """The episodes with the numbers of their first frames."""
+    for camera in cameras:
+        files: dict[str, list[Episode]] = {}
+        for episode in episodes:
+            files.setdefault(episode.videos[camera].file, []).append(episode)
+        for inside in files.values():
+            total, first = sum(episode.length for episode in inside), 0
+            for episode in sorted(inside, key=lambda episode: episode.videos[camera].start):
+                episode.videos[camera] = episode.videos[camera]._replace(first=first, total=total)
+                first += episode.length
     return episodes
 
 
@@ -144,8 +172,11 @@ def _read_episodes_v2(root: Path, info: dict[str, Any], cameras: list[str]) -> l
         if int(row["length"]) < 1:
             raise UserError(f"{root}/meta/episodes.jsonl gives episode {number} {row['length']} frames.")
         where = {"episode_chunk": number // info["chunks_size"], "episode_index": number}
-        videos = {camera: (info["video_path"].format(video_key=camera, **where), 0.0) for camera in cameras}
-        episodes.append(Episode(number, int(row["length"]), info["data_path"].format(**where), videos))
+        length = int(row["length"])
+        videos = {
+            camera: Place(info["video_path"].format(video_key=camera, **where), 0.0, 0, length) for camera in cameras
+        }
+        episodes.append(Episode(number, length, info["data_path"].format(**where), videos))
     return episodes
 
 

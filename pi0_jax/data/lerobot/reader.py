@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import concurrent.futures
-import functools
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Float, Int, UInt8
-from tqdm import tqdm
+from jaxtyping import Int, UInt8
 
-from pi0_jax.data.files import cache_folder
 from pi0_jax.data.lerobot import layout
-from pi0_jax.data.source import BadEpisode, Rows, Source
-from pi0_jax.data.video import FrameReader, VideoError, decode_once, decode_picture
+from pi0_jax.data.source import BadEpisode, Number, Rows, Source
+from pi0_jax.data.video import FrameReader, VideoError, decode_picture
 from pi0_jax.errors import UserError
 
-Decoding = Literal["once", "random"]
+TIMES_LOOKED_AT = 3
+"""Episodes per thread whose times are held against the count of their frames."""
 ROW_GROUPS_KEPT = 8
 """Row groups of encoded pictures kept in memory by each thread."""
+
+_log = logging.getLogger(__name__)
 
 
 class LeRobotDataset(Source):
@@ -31,11 +32,6 @@ class LeRobotDataset(Source):
 
     Args:
         root: folder of the dataset.
-        cache: folder for decoded video; by default `.cache` inside the dataset, or one in the temporary folder where
-            the dataset cannot be written to.
-        decoding: "once": the first use of a camera decodes its video from beginning to end into a memory-mapped array
-            in `cache`, after which any frame costs a copy; a changed video makes a new one. "random": frames are
-            decoded when they are asked for.
         skip_bad_episodes: leave out episodes whose rows or video frames are missing or cannot be read, and log them,
             instead of raising at their first use. It looks into every file when the dataset is opened.
         without: numbers of episodes to leave out as well.
@@ -48,15 +44,12 @@ class LeRobotDataset(Source):
     def __init__(
         self,
         root: str | os.PathLike[str],
-        cache: str | os.PathLike[str] | None = None,
         *,
-        decoding: Decoding = "once",
         skip_bad_episodes: bool = False,
         without: Sequence[int] = (),
     ):
         self.root = Path(root)
-        self.decoding: Decoding = decoding
-        self._cache = None if cache is None else Path(cache)
+        self._strict = not skip_bad_episodes and not without
         info = layout.read_info(self.root)
         self.version: str = info["codebase_version"]
         """Version of the format: "v2.0", "v2.1" or "v3.0"."""
@@ -75,16 +68,12 @@ class LeRobotDataset(Source):
             raise UserError(f"{self.root} has no episode that can be read{first}")
         self.episodes = [f"episode {episode.number}" for episode in self._table]
         self.ends = np.cumsum([episode.length for episode in self._table])
-        self._frames: dict[str, np.ndarray] = {}
         total = sum(episode.length for episode in everything)
         if total != info["total_frames"] and not skip_bad_episodes:
             raise UserError(
                 f"{self.root} is damaged: meta/info.json counts {info['total_frames']} frames, the episodes in "
                 f"meta/episodes {total}. Copy the dataset again."
             )
-
-    def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_frames": {}}
 
     def read(self, name: str, first: int, end: int) -> np.ndarray:
         self.check_column(name)
@@ -104,43 +93,40 @@ class LeRobotDataset(Source):
         self.check_camera(camera)
         if self.features[camera]["dtype"] == "image":
             return self._stored_pictures(camera, np.asarray(rows))
-        if self.decoding == "once":
-            return self.frames(camera)[rows]
         rows = np.asarray(rows)
-        out = np.empty((rows.size, *self.features[camera]["shape"]), np.uint8)
-        self._decode(self.opened().setdefault("reader", FrameReader()), camera, rows.ravel(), out)
+        flat, reader = rows.ravel(), self._reader()
+        out = np.empty((flat.size, *self.features[camera]["shape"]), np.uint8)
+        numbers, episodes, files = self._numbers(camera, flat), self.episode_of(flat).tolist(), {}
+        for i, episode in enumerate(episodes):
+            files.setdefault(self._table[episode].videos[camera].file, []).append(i)
+        for name, places in files.items():
+            at = np.array(places)
+            try:
+                self._check_video(reader, camera, episodes[places[0]])
+                reader.read(self.root / name, numbers[at], out, at)
+            except VideoError as error:
+                raise self._explained(error, flat[at][error.rows]) from error
         return out.reshape(*rows.shape, *out.shape[1:])
 
-    def frames(self, camera: str) -> UInt8[np.ndarray, "n h w 3"]:
-        """All frames of a camera in order, RGB: a memory-mapped array that is decoded at the first call.
+    def together(self, camera: str, row: Number) -> Int[np.ndarray, "n"]:
+        if self.features[camera]["dtype"] == "image":
+            return super().together(camera, row)
+        at = np.array([row])
+        episode, number = int(self.episode_of(at)[0]), int(self._numbers(camera, at)[0])
+        group = self._reader().group(self.root / self._table[episode].videos[camera].file, number)
+        first, end = self.episode_range(episode)
+        return np.arange(max(first, int(row) - number + group[0]), min(end, int(row) - number + group[1]))
 
-        Raises:
-            FileNotFoundError: a video file is missing.
-            UserError: no such camera; the video is damaged, or not of the size that `meta/info.json` gives; no room
-                for the decoded frames.
-        """
-        self.check_camera(camera)
-        if camera not in self._frames:
-            rows = np.arange(self.num_frames)
-            if self.features[camera]["dtype"] == "image":
-                return self._stored_pictures(camera, rows)
-            files, folder = self.picture_files(camera), cache_folder(self.root, self._cache)
-            key = repr(self.fps).encode() + self.seconds(camera, rows).tobytes()
-            shape = (self.num_frames, *self.features[camera]["shape"])
-            self._frames[camera] = decode_once(
-                camera,
-                files,
-                key,
-                shape,
-                folder,
-                functools.partial(self._decode, FrameReader(1, threaded=True), camera, rows),
-            )
-        return self._frames[camera]
+    def key_distance(self, camera: str) -> float:
+        if self.features[camera]["dtype"] == "image":
+            return super().key_distance(camera)
+        reader, path = self._reader(), self.picture_files(camera)[0]
+        return len(reader.seconds(path)) / reader.num_groups(path)
 
     def picture_files(self, camera: str) -> list[Path]:
         self.check_camera(camera)
         stored = self.features[camera]["dtype"] == "image"
-        names = [episode.data if stored else episode.videos[camera][0] for episode in self._table]
+        names = [episode.data if stored else episode.videos[camera].file for episode in self._table]
         return [self.root / name for name in dict.fromkeys(names)]
 
     def _bookkeeping(self, name: str) -> np.ndarray:
@@ -162,23 +148,46 @@ class LeRobotDataset(Source):
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
             return np.concatenate(list(pool.map(read_file, files)))
 
-    def _decode(
-        self, reader: FrameReader, camera: str, rows: np.ndarray, out: np.ndarray, progress: tqdm | None = None
-    ) -> None:
-        times, files = self.seconds(camera, rows), {}
-        for i, episode in enumerate(self.episode_of(rows).tolist()):
-            files.setdefault(self._table[episode].videos[camera][0], []).append(i)
-        for name, places in files.items():
-            at = np.array(places)
-            try:
-                reader.read(self.root / name, times[at], self.fps, out, at, progress)
-            except VideoError as error:
-                raise self._explained(error, rows[at][error.rows]) from error
+    def _reader(self) -> FrameReader:
+        return self.opened().setdefault("reader", FrameReader())
 
-    def seconds(self, camera: str, rows: Rows) -> Float[np.ndarray, "n"]:
-        """Time of frames in their camera's video, seconds."""
-        starts = np.array([episode.videos[camera][1] for episode in self._table])
-        return starts[self.episode_of(rows)] + self._bookkeeping("timestamp")[rows].astype(np.float64)
+    def _numbers(self, camera: str, rows: Rows) -> Rows:
+        """Numbers of frames in their video files, by counting."""
+        episode = self.episode_of(rows)
+        first = np.array([each.videos[camera].first for each in self._table])
+        return first[episode] + rows - np.concatenate([[0], self.ends])[episode]
+
+    def _check_video(self, reader: FrameReader, camera: str, episode: int) -> None:
+        """Refuses a file that has not the frames that its episodes have; says once where times are off."""
+        place, length = self._table[episode].videos[camera], self._table[episode].length
+        checked = self.opened().setdefault("checked", set())
+        if place in checked:
+            return
+        seconds = reader.seconds(self.root / place.file)
+        if len(seconds) != place.total and (self._strict or not _certain(place, length, seconds, self.fps)):
+            raise VideoError(_miscounted(self.root / place.file, len(seconds), place.total))
+        checked.add(place)
+        if len(checked) > TIMES_LOOKED_AT or vars(self).setdefault("_said_times", False):
+            return
+        found = []
+        if place.first < len(seconds) and abs(shown := seconds[place.first] - place.start) > 0.5 / self.fps:
+            found.append(f"from_timestamp is {shown:+.3f} s off the frame that counting gives")
+        stamps = self._read("timestamp", episode, episode + 1, (1,))[:, 0].astype(np.float64)
+        if np.abs(stamps - np.arange(len(stamps)) / self.fps).max() > 0.5 / self.fps:
+            found.append(f"timestamps run from {stamps[0]:.3f} to {stamps[-1]:.3f} s in {len(stamps)} frames")
+        rate = (len(seconds) - 1) / (seconds[-1] - seconds[0]) if len(seconds) > 1 else self.fps
+        if abs(rate - self.fps) * len(seconds) / self.fps > 0.5:
+            found.append(f"the video has {rate:.3f} frames per second, and the dataset {self.fps}")
+        if found:
+            self._said_times = True
+            _log.warning(
+                "%s, %s of %s: %s. Frames are counted, so pictures and rows belong together; further ones are not "
+                "reported.",
+                self.root,
+                self.episodes[episode],
+                camera,
+                "; ".join(found),
+            )
 
     def _stored_pictures(self, camera: str, rows: np.ndarray) -> np.ndarray:
         """Pictures that are kept in parquet."""
@@ -251,39 +260,52 @@ def _find_bad(rows: layout.RowIndex, features: dict[str, dict], fps: int | float
     """Episodes that cannot be read, by number, and why: those of files with rows or values that are missing, and those
     with frames that their videos do not hold."""
     bad: dict[int, str] = {}
-    usable: dict[str, np.ndarray] = {}
+    usable: list[str] = []
     pictures = [name for name, feature in features.items() if feature["dtype"] in ("video", "image")]
     numeric = [name for name in features if name not in pictures and name not in layout.BOOKKEEPING]
     for file, episodes in rows.episodes.items():
         try:
             rows.locate(file)
-            usable[file] = layout.read_column(rows.root / file, "timestamp", (1,))[:, 0]
             for name in numeric:
                 bad |= _find_uneven(rows, file, name, features[name]["shape"])
+            usable.append(file)
         except (ValueError, OSError) as error:
             bad |= {episode.number: str(error) for episode in episodes}
-            usable.pop(file, None)
-    by_video: dict[str, list[tuple[layout.Episode, np.ndarray]]] = {}
-    for file, timestamps in usable.items():
-        _, starts = rows.locate(file)
+    by_video: dict[str, list[tuple[layout.Episode, layout.Place]]] = {}
+    for file in usable:
         for episode in rows.episodes[file]:
-            within = timestamps[starts[episode.number] : starts[episode.number] + episode.length]
-            for name, start in episode.videos.values():
-                by_video.setdefault(name, []).append((episode, start + within.astype(np.float64)))
+            for place in episode.videos.values():
+                by_video.setdefault(place.file, []).append((episode, place))
 
     def look(name: str) -> dict[int, str]:
-        path, reader, found = rows.root / name, FrameReader(), {}
-        for episode, times in by_video[name]:
-            try:
-                reader.locate(path, times, fps)
-            except (ValueError, OSError) as error:
-                found[episode.number] = str(error)
+        path, found = rows.root / name, {}
+        try:
+            seconds = FrameReader().seconds(path)
+        except (ValueError, OSError) as error:
+            return {episode.number: str(error) for episode, _ in by_video[name]}
+        for episode, place in by_video[name]:
+            if len(seconds) != place.total and not _certain(place, episode.length, seconds, fps):
+                found[episode.number] = _miscounted(path, len(seconds), place.total)
         return found
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         for found in pool.map(look, by_video):
             bad |= found
     return bad
+
+
+def _certain(place: layout.Place, length: int, seconds: np.ndarray, fps: int | float) -> bool:
+    """Whether a file with another number of frames than it should have holds an episode where count and times say."""
+    return place.first + length <= len(seconds) and bool(abs(seconds[place.first] - place.start) <= 0.5 / fps)
+
+
+def _miscounted(path: Path, found: int, expected: int) -> str:
+    difference = f"{expected - found} are missing" if found < expected else f"{found - expected} are too many"
+    return (
+        f"{path} holds {found} frames; the metadata count {expected} in its episodes, so {difference}, and which frame "
+        "belongs to which row is not certain. Copy the file again if it is another one where it came from; otherwise "
+        "leave out the episodes that are not certain (skip_bad_episodes)."
+    )
 
 
 def _find_uneven(rows: layout.RowIndex, file: str, name: str, shape: tuple[int, ...]) -> dict[int, str]:
