@@ -225,7 +225,7 @@ def test_tokens_ignore_noise_and_leave_padding_0(order):
     np.testing.assert_array_equal(actions[..., 3:], 0)
     assert set(np.unique(np.round(actions[..., :3] * 8))) <= set(range(-7, 8, 2))
     assert tokens.objective.flow is None
-    with pytest.raises(ValueError, match="no way from noise to actions"):
+    with pytest.raises(ValueError, match="no path from noise to actions"):
         sample_path(tokens.objective, tokens.params, tokens.observation, tokens.noise, SampleOptions(Greedy()))
 
 

@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,9 @@ class CachedFrames(Wrapped):
                 raise UserError(f"{target} was made of other files than {source.root} has now. Run: pi0 data cache")
             self._cached[camera] = (target, known["quality"], size)
             self.features[camera] = {**source.features[camera], "shape": (size, size, 3)}
+
+    def check_files(self, cameras: Sequence[str]) -> None:
+        self.source.check_files([camera for camera in cameras if camera not in self._cached])
 
     def images(self, camera: str, rows: Rows) -> UInt8[np.ndarray, "*b h w 3"]:
         self.check_camera(camera)

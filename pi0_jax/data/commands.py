@@ -14,7 +14,7 @@ from pi0_jax.config import TrainConfig
 from pi0_jax.data.cache import build_cache
 from pi0_jax.data.lerobot.merge import convert
 from pi0_jax.data.mixture import OpenDataset, dataset_configs, open_datasets, open_source
-from pi0_jax.data.normalization import save_json, stats_to_json
+from pi0_jax.data.normalization import read_stats_file, save_json, stats_from_json, stats_to_json
 from pi0_jax.data.robots import get_robot
 from pi0_jax.data.tools.check import check_dataset
 from pi0_jax.data.tools.robot import describe_robot
@@ -50,8 +50,10 @@ class Stats:
 class Check:
     """Looks for what spoils training, and fails with its name.
 
-    Episodes that cannot be read, values that are not finite, dimensions that hardly vary, quantiles that leave too much
-    outside, wrong timestamps, missing frames, tasks without text. Example: pi0 data check configs/mine.py
+    Episodes that cannot be read, values that are not finite, dimensions in another order than the robot's, relative
+    actions that are changes already, given statistics that are far off, quantiles that leave too much outside, wrong
+    timestamps, missing frames, tasks without text. Dimensions that hardly vary are listed. Example:
+        pi0 data check configs/mine.py
     """
 
     config: Config
@@ -164,11 +166,15 @@ def check(args: Check, config: TrainConfig) -> None:
     """Runs `pi0 data check`; raises UserError with all that was found."""
     datasets = _open(config, True, log_skipped=False)
     groups = compute_normalizations(datasets, config.policy.model.action_horizon, workers=os.cpu_count() or 1)
-    found = [
-        f"{dataset.source.root}: {problem}"
-        for dataset in datasets
-        for problem in check_dataset(dataset, groups[dataset.stats].stats, outside=args.outside, decode=args.decode)
-    ]
+    given = None if config.data.norm_stats is None else read_stats_file(config.data.norm_stats)
+    found = []
+    for dataset in datasets:
+        file = None if given is None else stats_from_json(given, dataset.stats)
+        stats = groups[dataset.stats].stats
+        problems, notes = check_dataset(dataset, stats, file, outside=args.outside, decode=args.decode)
+        found += [f"{dataset.source.root}: {problem}" for problem in problems]
+        for note in notes:
+            print(f"note: {dataset.source.root}: {note}")
     if found:
         raise UserError(f"{len(found)} problem{'s' * (len(found) > 1)}:\n  " + "\n  ".join(found))
     episodes, frames = (sum(getattr(each.source, name) for each in datasets) for name in ("num_episodes", "num_frames"))

@@ -52,10 +52,20 @@ def cache_folder(root: Path, chosen: Path | None) -> Path:
     raise UserError(f"no folder for decoded video of {root} can be written to. Pass one as `cache`.")
 
 
-def read_json(path: Path, expected: str, advice: str = "Copy the dataset again.") -> Any:
-    """Content of a JSON file.
+def advice(path: Path) -> str:
+    """What to do about a file of a dataset that cannot be read."""
+    try:
+        with path.open("rb") as file:
+            pointer = file.read(40).startswith(b"version https://git-lfs")
+    except OSError:
+        pointer = False
+    if pointer:
+        return "It is a pointer of Git LFS, not the file: run `git lfs install` once and `git lfs pull` in the dataset."
+    return "Copy the dataset again."
 
-    Errors say that `expected` should be there, and give `advice` about a damaged file.
+
+def read_json(path: Path, expected: str, *, of_dataset: bool = True) -> Any:
+    """Content of a JSON file. Errors say that `expected` should be there, and what to do if it is `of_dataset`.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -66,7 +76,9 @@ def read_json(path: Path, expected: str, advice: str = "Copy the dataset again."
     except FileNotFoundError as error:
         raise FileNotFoundError(f"there is no {path}; expected {expected}.") from error
     except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); expected {expected}. {advice}".rstrip()) from error
+        raise UserError(
+            f"{path} is not JSON ({error}); expected {expected}. {advice(path) if of_dataset else ''}".rstrip()
+        ) from error
 
 
 def open_array_record(path: Path) -> Any:

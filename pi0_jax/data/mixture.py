@@ -173,12 +173,17 @@ def _no_dataset(root: Path) -> str:
     """Why a path is no dataset, and what may be meant."""
     if root.is_file():
         return f"{root} is a file; expected the folder of a LeRobot or RLDS dataset (docs/data.md)."
-    inside = [path.parent.parent for name in ("*/meta/info.json", "*/*/features.json") for path in root.glob(name)]
+    places = ("*/meta/info.json", "snapshots/*/meta/info.json", "*/*/features.json")
+    inside = [path.parent.parent for name in places for path in root.glob(name)]
     if inside or (inside := [path for path in root.parents if (path / "meta/info.json").is_file()]):
         return f"{root} is no dataset; did you mean {' or '.join(str(path) for path in inside[:3])}?"
     suffixes = {path.suffix.split("-")[0] for path in root.glob("*")} | {path.suffix for path in root.glob("*/*")}
     if ".tfrecord" in suffixes:
         return f"{root} has tfrecord files, and no features.json and dataset_info.json, which say what is in them."
+    if packed := sorted(suffixes & {".zip", ".tar", ".gz", ".zst"}):
+        return f"{root} holds {', '.join(packed)} files: unpack them, and name the folder that has meta/info.json."
+    if (root / "meta").is_dir():
+        return f"{root} has a meta/ without info.json: the copy of the dataset is incomplete. Copy it again."
     if foreign := sorted(suffixes & set(FOREIGN)):
         return (
             f"{root} holds {', '.join(foreign)} files ({FOREIGN[foreign[0]]}), which are not read as they are. "

@@ -29,6 +29,8 @@ from pi0_jax.data.robots import Robot, semantics_of
 from pi0_jax.errors import UserError
 
 EPSILON = 1e-6
+LARGEST = 10.0
+"""Normalised values of demonstrations do not go beyond, by statistics that are computed here."""
 RANGE_SHARE = 0.01
 
 Values = Float[np.ndarray, "*b d"]
@@ -87,6 +89,30 @@ def unnormalize_values(y: Values, stats: NormStats, mode: Mode) -> Values:
     """Normalised units to the robot's, float64: the inverse of `normalize_values`."""
     low, divisor = _low_and_divisor(stats, mode)
     return y * divisor + low if mode == "zscore" else (y + 1.0) / 2.0 * divisor + low
+
+
+def bounded(stats: NormStats) -> tuple[NormStats, list[int]]:
+    """Statistics by which no demonstration is normalised to more than `LARGEST`, and the dimensions that this changed.
+
+    Such are grippers that act in few frames, joints that hardly move, and spikes: their quantiles become their range,
+    and their standard deviation what brings the furthest value to the bound.
+    """
+    assert stats.q01 is not None
+    assert stats.q99 is not None
+    assert stats.min is not None
+    assert stats.max is not None
+    varies = stats.max - stats.min >= EPSILON
+    reach = np.maximum(stats.max - stats.mean, stats.mean - stats.min)
+    far = varies & (reach > LARGEST * stats.std)
+    width = np.maximum(stats.q99 - stats.q01, EPSILON)
+    ends = [np.abs((value - stats.q01) / width * 2 - 1) for value in (stats.min, stats.max)]
+    wide = varies & (np.maximum(*ends) > LARGEST)
+    found = stats._replace(
+        std=np.where(far, reach / LARGEST, stats.std),
+        q01=np.where(wide, stats.min, stats.q01),
+        q99=np.where(wide, stats.max, stats.q99),
+    )
+    return found, np.flatnonzero(far | wide).tolist()
 
 
 def check_stats(stats: Stats, names: dict[str, tuple[str, ...]]) -> None:
@@ -182,7 +208,7 @@ def normalization_from_json(
 
 def read_stats_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The JSON object of a `norm_stats.json`; errors as of `data.files.read_json`."""
-    return read_json(Path(path), "normalisation statistics, such as openpi's norm_stats.json", "")
+    return read_json(Path(path), "normalisation statistics, such as openpi's norm_stats.json", of_dataset=False)
 
 
 def save_json(content: dict[str, Any], path: str | os.PathLike[str]) -> None:

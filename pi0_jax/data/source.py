@@ -10,7 +10,7 @@ import abc
 import hashlib
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -188,8 +188,21 @@ class Source(abc.ABC):
             _log.warning(
                 "%s: skipped %d of %d episodes", self.root, len(self.skipped), len(self.skipped) + self.num_episodes
             )
-            for name, reason in self.skipped.items():
-                _log.warning("  %s: %s", name, reason)
+            for line in self.skipped_lines():
+                _log.warning("  %s", line)
+
+    def skipped_lines(self) -> list[str]:
+        """What was left out, a line per reason."""
+        reasons: dict[str, list[str]] = {}
+        for name, reason in self.skipped.items():
+            reasons.setdefault(reason, []).append(name)
+        return [
+            f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}: {reason}"
+            for reason, names in reasons.items()
+        ]
+
+    def check_files(self, cameras: Sequence[str]) -> None:  # noqa: B027  (most kinds check at opening)
+        """Raises FileNotFoundError, once for all, if files of episodes, or pictures of these cameras, are missing."""
 
 
 class Wrapped(Source):
@@ -219,6 +232,9 @@ class Wrapped(Source):
 
     def key_distance(self, camera: str) -> float:
         return self.source.key_distance(camera)
+
+    def check_files(self, cameras: Sequence[str]) -> None:
+        self.source.check_files(cameras)
 
     def picture_files(self, camera: str) -> list[Path]:
         return self.source.picture_files(camera)
@@ -275,6 +291,9 @@ class Renamed(Wrapped):
 
     def picture_files(self, camera: str) -> list[Path]:
         return self.source.picture_files(self._name(camera))
+
+    def check_files(self, cameras: Sequence[str]) -> None:
+        self.source.check_files([self._name(camera) for camera in cameras])
 
     def _name(self, camera: str) -> str:
         return self._keys.get(camera, [camera])[0]

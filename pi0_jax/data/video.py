@@ -16,6 +16,7 @@ from av.video.frame import PictureType, VideoFrame
 from av.video.reformatter import VideoReformatter
 from jaxtyping import Float, Int, UInt8
 
+from pi0_jax.data.files import advice
 from pi0_jax.errors import UserError
 
 KEY_FRAME_EVERY = 2
@@ -161,7 +162,7 @@ class FrameReader:
             try:
                 self._indices[path] = _list_frames(path)
             except _DECODING_ERRORS as error:
-                raise VideoError(f"{path} cannot be decoded ({_said(error)}). Copy the dataset again.") from error
+                raise VideoError(f"{path} cannot be decoded ({_said(error)}). {advice(path)}") from error
         return self._indices[path]
 
     def _open(self, path: Path) -> _OpenVideo:

@@ -66,6 +66,8 @@ def load_inputs(run: Run, *, resumed: Assets | None = None, initial: Assets | No
     kept = {} if resumed is None else semantics_from_json(resumed.norm_stats or {})
     policy = dataclasses.replace(run.policy, action_semantics=run.policy.action_semantics | kept)
     datasets = open_datasets(config.data, policy)
+    for each in datasets:
+        each.source.check_files(list(each.cameras))
     groups = _normalizations(config, datasets, resumed)
     if robot.name not in groups:
         raise UserError(

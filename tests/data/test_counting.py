@@ -80,7 +80,6 @@ def test_right_times_say_nothing(dataset, caplog):
     [
         ("libx264", {"g": 250, "bf": 3}),
         ("libx264", {"g": 250, "bf": 0}),
-        ("libx265", {"x265-params": "keyint=50:log-level=none"}),
         ("libsvtav1", {"g": 30, "preset": 10, "crf": 30}),
         ("mjpeg", {}),
     ],

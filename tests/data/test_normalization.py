@@ -70,7 +70,7 @@ def test_stats_are_numpys_and_leave_invalid_actions_out(values):
 
 
 def test_stats_never_open_a_video(dataset, monkeypatch):
-    monkeypatch.setattr(type(dataset), "frames", lambda *_: pytest.fail("opened a video"))
+    monkeypatch.setattr(type(dataset), "images", lambda *_: pytest.fail("opened a video"))
     assert len(compute_stats(dataset)["actions"].mean) == 3
 
 

@@ -22,7 +22,8 @@ def record(root):
     with LeRobotWriter(root, 30, "my_robot", features | {"observation.state": vector, "action": vector}) as writer:
         for _ in range(20):
             pictures = {name: random.integers(0, 255, (6, 48, 64, 3), np.uint8) for name in features}
-            numbers = {name: random.normal(size=(6, 4)).astype(np.float32) for name in ("observation.state", "action")}
+            state = np.cumsum(random.normal(size=(6, 4)), axis=0).astype(np.float32)
+            numbers = {"observation.state": state, "action": state + np.float32(0.05)}
             writer.add_episode(pictures | numbers, "fold it")
 
 
@@ -43,7 +44,7 @@ def test_the_page_leads_from_a_dataset_to_a_policy(tmp_path, monkeypatch, capsys
     (tmp_path / "my_robot.py").write_text(robot)
     shown = get_robot("my_robot.py")
     assert (made.name, made.cameras, made.state, made.fps) == (shown.name, shown.cameras, shown.state, shown.fps)
-    assert made.semantics == ("absolute",) * 3 + ("gripper",)
+    assert made.semantics == ("relative",) * 3 + ("gripper",)
     lines = re.findall(r"^pi0 data (?!robot).*", PAGE, re.MULTILINE)
     assert len(lines) == 4
     for line in lines:

@@ -29,7 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Bool
 
-from pi0_jax.data.files import read_json
+from pi0_jax.data.files import advice, read_json
 from pi0_jax.data.source import BadEpisode
 from pi0_jax.errors import UserError
 
@@ -188,7 +188,7 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
         try:
             rows += [json.loads(line)] if line.strip() else []
         except json.JSONDecodeError as error:
-            raise UserError(f"line {number} of {path} is not JSON ({error}). Copy the dataset again.") from error
+            raise UserError(f"line {number} of {path} is not JSON ({error}). {advice(path)}") from error
     return rows
 
 
@@ -247,7 +247,7 @@ def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"there is no {path}. Copy the dataset again.") from error
     except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path} cannot be read as parquet ({error}). Copy the dataset again.") from error
+        raise UserError(f"{path} cannot be read as parquet ({error}). {advice(path)}") from error
 
 
 def read_column(path: Path, name: str, shape: tuple[int, ...], keep: Bool[np.ndarray, "n"] | None = None) -> np.ndarray:

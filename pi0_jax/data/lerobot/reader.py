@@ -129,6 +129,15 @@ class LeRobotDataset(Source):
         names = [episode.data if stored else episode.videos[camera].file for episode in self._table]
         return [self.root / name for name in dict.fromkeys(names)]
 
+    def check_files(self, cameras: Sequence[str]) -> None:
+        missing = _missing(self.root, self._table, [camera for camera in cameras if camera in self.cameras])
+        if missing:
+            whole = sum(all(each.number not in numbers for numbers in missing.values()) for each in self._table)
+            some = f", or train on the {whole} episodes that are complete: --data.skip-bad-episodes" if whole else ""
+            raise FileNotFoundError(
+                f"{self.root}, of {len(self._table)} episodes, {' and '.join(missing)}. Get the rest{some}."
+            )
+
     def _bookkeeping(self, name: str) -> np.ndarray:
         kept = vars(self).setdefault("_columns", {})
         if name not in kept:
@@ -259,11 +268,16 @@ class _StoredPictures:
 def _find_bad(rows: layout.RowIndex, features: dict[str, dict], fps: int | float) -> dict[int, str]:
     """Episodes that cannot be read, by number, and why: those of files with rows or values that are missing, and those
     with frames that their videos do not hold."""
+    everything = [episode for episodes in rows.episodes.values() for episode in episodes]
     bad: dict[int, str] = {}
+    for reason, numbers in _missing(rows.root, everything, list(everything[0].videos)).items():
+        bad |= {number: f"{bad[number]} and {reason}" if number in bad else reason for number in numbers}
     usable: list[str] = []
     pictures = [name for name, feature in features.items() if feature["dtype"] in ("video", "image")]
     numeric = [name for name in features if name not in pictures and name not in layout.BOOKKEEPING]
     for file, episodes in rows.episodes.items():
+        if not (rows.root / file).is_file():
+            continue
         try:
             rows.locate(file)
             for name in numeric:
@@ -275,7 +289,8 @@ def _find_bad(rows: layout.RowIndex, features: dict[str, dict], fps: int | float
     for file in usable:
         for episode in rows.episodes[file]:
             for place in episode.videos.values():
-                by_video.setdefault(place.file, []).append((episode, place))
+                if episode.number not in bad:
+                    by_video.setdefault(place.file, []).append((episode, place))
 
     def look(name: str) -> dict[int, str]:
         path, found = rows.root / name, {}
@@ -292,6 +307,25 @@ def _find_bad(rows: layout.RowIndex, features: dict[str, dict], fps: int | float
         for found in pool.map(look, by_video):
             bad |= found
     return bad
+
+
+def _missing(root: Path, episodes: Sequence[layout.Episode], cameras: Sequence[str]) -> dict[str, set[int]]:
+    """Which files are not there, in words → numbers of the episodes that are in them."""
+    found = {}
+    kinds = {"data files": lambda e: e.data} | {
+        f"videos of {camera}": lambda e, camera=camera: e.videos[camera].file
+        for camera in cameras
+        if camera in episodes[0].videos
+    }
+    for kind, file in kinds.items():
+        files: dict[str, list[int]] = {}
+        for episode in episodes:
+            files.setdefault(file(episode), []).append(episode.number)
+        if missing := [name for name in files if not (root / name).is_file()]:
+            numbers = {number for name in missing for number in files[name]}
+            words = f"lacks {len(missing)} of {len(files)} {kind}, such as {missing[0]}, of {len(numbers)} episodes"
+            found[words] = numbers
+    return found
 
 
 def _certain(place: layout.Place, length: int, seconds: np.ndarray, fps: int | float) -> bool:

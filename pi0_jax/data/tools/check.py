@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
 import numpy as np
 from tqdm import tqdm
 
 from pi0_jax.data.lerobot import LeRobotDataset
 from pi0_jax.data.mixture import OpenDataset
-from pi0_jax.data.normalization import RANGE_SHARE, NormStats, Stats
+from pi0_jax.data.names import dimension_names
+from pi0_jax.data.normalization import EPSILON, RANGE_SHARE, NormStats, Stats
+from pi0_jax.data.sketch import summarise
 from pi0_jax.data.source import ACTION, STATE, Renamed, Source
+from pi0_jax.data.tools.robot import propose_semantics
+from pi0_jax.data.tools.stats import stats_of
 
+FAR = 5.0
+"""Standard deviations that the mean may be off given statistics."""
 NEARLY_CONSTANT = 1e-6
 """Range, in the robot's units, below which a dimension is constant."""
 BEYOND = 1.5
@@ -17,24 +26,42 @@ BEYOND = 1.5
 SHOWN = 5
 
 
-def check_dataset(dataset: OpenDataset, stats: Stats, *, outside: float = 0.05, decode: bool = False) -> list[str]:
-    """Problems of a dataset, each a sentence; empty if there is none.
+class Findings(NamedTuple):
+    """What is to be known of a dataset, each a sentence."""
 
-    The dataset is opened without the episodes that cannot be read, which are among the problems. `outside` is the
-    largest share of values beyond `BEYOND` times the range of the quantiles; `decode` decodes every frame.
+    problems: list[str]
+    """Spoil a training."""
+    notes: list[str]
+    """Worth a look."""
+
+
+def check_dataset(
+    dataset: OpenDataset, stats: Stats, given: Stats | None = None, *, outside: float = 0.05, decode: bool = False
+) -> Findings:
+    """Problems of a dataset, and what is worth a look.
+
+    The dataset is opened without the episodes that cannot be read, which are among the problems. `stats` are those of
+    the demonstrations, `given` those of a file that is to normalise them. `outside` is the largest share of values
+    beyond `BEYOND` times the range of the quantiles; `decode` decodes every frame.
 
     Raises:
         UserError, FileNotFoundError: a column cannot be read at all, or holds what is not finite.
     """
     source, robot = dataset.source, dataset.robot
-    found = [f"{name}: {reason}" for name, reason in source.skipped.items()]
+    found, notes = source.skipped_lines(), []
     for key, feature, names in (("state", STATE, robot.state), ("actions", ACTION, robot.actions)):
         values = source.columns(feature)
         if values.shape[1:] != (len(names),):
             found.append(f"{feature} has shape {values.shape[1:]}; {robot.name} has {len(names)}: {', '.join(names)}")
             continue
-        found += [f"{key} {problem}" for problem in _check_ranges(stats[key], names)]
+        notes += [
+            f"{key} {note}"
+            for note in _check_ranges(stats_of(summarise(values, np.arange(len(values), dtype=np.uint64))), names)
+        ]
+        found += [f"{key} {problem}" for problem in _check_order(source.features[feature], names)]
         found += _check_outside(values, stats[key], names, key, outside) if robot.adapt is None else []
+    found += _check_semantics(dataset)
+    found += [] if given is None else _check_given(stats, given, dataset)
     found += _check_tasks(source)
     if robot.fps not in (None, source.fps):
         found.append(f"{source.fps} frames per second; {robot.name} acts at {robot.fps}")
@@ -47,6 +74,53 @@ def check_dataset(dataset: OpenDataset, stats: Stats, *, outside: float = 0.05, 
         found += _check_timestamps(inner)
     if decode:
         found += _decode_all(source, [key for key in dataset.cameras if key not in missing])
+    return Findings(found, notes)
+
+
+def _check_order(feature: Mapping[str, Any], names: tuple[str, ...]) -> list[str]:
+    """Whether the same dimensions stand in another order than the robot's."""
+    theirs = dimension_names(feature)
+    if theirs is None or theirs == names or set(theirs) != set(names):
+        return []
+    moved = [name for name, other in zip(names, theirs, strict=True) if name != other]
+    return [f"dimensions {moved} stand in another order in the dataset than in the robot: {list(theirs)}"]
+
+
+def _check_semantics(dataset: OpenDataset) -> list[str]:
+    """Whether actions that are to become relative are positions."""
+    source, robot = dataset.source, dataset.robot
+    state, actions = source.columns(STATE), source.columns(ACTION)
+    if (state.shape[1:], actions.shape[1:]) != ((len(robot.state),), (len(robot.actions),)):
+        return []
+    proposed = propose_semantics(state.astype(float), actions.astype(float), robot.state, robot.actions)
+    relative = [i for i, kind in enumerate(dataset.semantics) if kind in ("relative", "angle")]
+    wrong = [robot.actions[i] for i in relative if proposed[i].value == "absolute"]
+    if not wrong:
+        return []
+    reason = proposed[relative[0]].reason
+    return [
+        f"actions {wrong} are {dataset.semantics[relative[0]]} by {robot.name}, but do not follow the state: they seem "
+        f"to be changes already ({robot.actions[relative[0]]}: {reason}). Their meaning is then absolute: "
+        "policy.action_semantics, or the robot's `semantics`"
+    ]
+
+
+def _check_given(stats: Stats, given: Stats, dataset: OpenDataset) -> list[str]:
+    """Whether statistics of a file are far from those of the demonstrations."""
+    found = []
+    for key, names in (("state", dataset.robot.state), ("actions", dataset.robot.actions)):
+        own, file = stats[key], given[key]
+        if len(own.mean) != len(file.mean):
+            found.append(
+                f"data.norm_stats has {len(file.mean)} dimensions of {key}; the demonstrations {len(own.mean)}"
+            )
+            continue
+        off = np.abs(own.mean - file.mean) / np.maximum(file.std, EPSILON)
+        found += [
+            f"{key} {names[i]}: the mean of the demonstrations is {off[i]:.0f} standard deviations off "
+            "data.norm_stats: are these of another robot, or in other units?"
+            for i in np.flatnonzero(off > FAR)
+        ]
     return found
 
 

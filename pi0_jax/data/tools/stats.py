@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -12,13 +13,15 @@ import numpy as np
 from tqdm import tqdm
 
 from pi0_jax.data.mixture import OpenDataset
-from pi0_jax.data.normalization import Normalization, NormStats, Stats
+from pi0_jax.data.normalization import Normalization, NormStats, Stats, bounded
 from pi0_jax.data.pool import run_tasks
 from pi0_jax.data.robots import Robot
 from pi0_jax.data.sketch import Sketch, merge, summarise
 from pi0_jax.data.source import ACTION, STATE, VALID, Source
 from pi0_jax.data.transform import Sample, adapt, relative_actions, relative_dims
 from pi0_jax.errors import UserError, require_package
+
+_log = logging.getLogger(__name__)
 
 FRAMES_PER_TASK = 2**19
 """Frames that one task of a worker covers, at least one episode."""
@@ -72,7 +75,24 @@ def compute_normalizations(
             found = totals.get(dataset.stats)
             totals[dataset.stats] = summary if found is None else merge_summaries([found, summary])
             bar.update(len(episodes))
-    return {name: Normalization(finish(total), first[name].semantics) for name, total in totals.items()}
+    return {
+        name: Normalization(_bounded(finish(total), first[name]), first[name].semantics)
+        for name, total in totals.items()
+    }
+
+
+def _bounded(stats: Stats, dataset: OpenDataset) -> Stats:
+    found: Stats = {}
+    for key, names in (("state", dataset.robot.state), ("actions", dataset.robot.actions)):
+        found[key], dims = bounded(stats[key])
+        if dims:
+            _log.info(
+                "%s %s %s: hardly ever moves, or spikes; normalised by its whole range",
+                dataset.stats,
+                key,
+                ", ".join(names[i] if i < len(names) else str(i) for i in dims),
+            )
+    return found
 
 
 def summarise_source(

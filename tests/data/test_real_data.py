@@ -1,0 +1,66 @@
+"""Public datasets as people have them: what is missing is said once, and what is there trains."""
+
+import numpy as np
+import pytest
+
+from pi0_jax.config import DataConfig, DatasetConfig
+from pi0_jax.data.lerobot import LeRobotDataset
+from pi0_jax.data.mixture import open_source
+from pi0_jax.data.robots import Robot, get_robot
+from pi0_jax.errors import UserError
+
+
+def test_a_partial_download_is_named_once_with_counts(real_data):
+    dataset = LeRobotDataset(real_data / "humanoid_v21")
+    with pytest.raises(
+        FileNotFoundError, match=r"lacks 97 of 100 data files.*98 of 100 videos.*the 2 episodes"
+    ) as raised:
+        dataset.check_files(["observation.images.cam_high"])
+    assert str(raised.value).count("episode_000000") == 2  # an example of each kind
+
+
+def test_what_is_there_of_a_partial_download_is_read(real_data):
+    root = real_data / "humanoid_v21"
+    before = sorted(root.rglob("*"))
+    dataset = LeRobotDataset(root, skip_bad_episodes=True)
+    assert dataset.episodes == ["episode 1", "episode 2"]
+    assert len(dataset.skipped) == 98
+    assert len(dataset.skipped_lines()) == 2
+    rows = np.array([0, 1, dataset.num_frames - 1])
+    assert dataset.images("observation.images.cam_high", rows).shape == (3, 480, 640, 3)
+    assert sorted(root.rglob("*")) == before
+
+
+def test_missing_videos_are_named_once_each_and_columns_are_read(real_data):
+    dataset = LeRobotDataset(real_data / "so101_v3_without_videos")
+    assert dataset.columns("action").shape == (1492, 6)
+    with pytest.raises(FileNotFoundError, match=r"front.*of 4 episodes.*top.*of 4 episodes\. Get the rest\."):
+        dataset.check_files(list(dataset.cameras))
+
+
+def test_git_lfs_pointers_are_called_so(real_data):
+    with pytest.raises(UserError, match=r"pointer of Git LFS.*git lfs pull"):
+        LeRobotDataset(real_data / "lfs_pointers_v21")
+
+
+def test_rlds_without_its_preset_is_recognised(real_data):
+    pytest.importorskip("tensorflow_datasets")
+    robot = Robot("mine", {"observation.images.image_0": "base_0_rgb"}, ("x",) * 7, ("x",) * 7, 5, (64, 64))
+    source = open_source(DatasetConfig(str(real_data / "bridge_dataset")), DataConfig(), robot)
+    assert source.columns("observation.state").shape[1] == 7
+    assert source.image(0, "observation.images.image_0").shape == (64, 64, 3)
+
+
+def test_a_hub_folder_and_an_archive_are_called_so(tmp_path):
+    inside = tmp_path / "hub/snapshots/abc/meta"
+    inside.mkdir(parents=True)
+    (inside / "info.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"did you mean .*snapshots/abc"):
+        open_source(DatasetConfig(str(tmp_path / "hub")), DataConfig(), get_robot("so101"))
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed/mine.zip").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match="unpack them"):
+        open_source(DatasetConfig(str(tmp_path / "packed")), DataConfig(), get_robot("so101"))
+    (tmp_path / "empty/meta").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=r"meta/ without info\.json"):
+        open_source(DatasetConfig(str(tmp_path / "empty")), DataConfig(), get_robot("so101"))
