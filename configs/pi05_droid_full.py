@@ -3,8 +3,8 @@
     pi0 convert gs://openpi-assets/checkpoints/pi05_base checkpoints/pi05_base --tokenizer paligemma_tokenizer.model
     pi0 train configs/pi05_droid_full.py --data.path /data/droid/1.0.1
 
-Batch 256 takes 8 large GPUs (`pi0 plan configs/pi05_droid_full.py --topology h100:8`). openpi leaves out idle frames by
-a list of ranges, which is not done here.
+Batch 256 takes 8 large GPUs (`pi0 plan configs/pi05_droid_full.py --topology h100:8`). Failed attempts are
+left out, by the path of their files. openpi leaves out idle frames too, by a list of ranges, which is not done here.
 """
 
 import dataclasses

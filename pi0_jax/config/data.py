@@ -51,14 +51,17 @@ class DatasetConfig:
     by the statistics that are called like its robot."""
     keys: dict[str, str] = dataclasses.field(default_factory=dict)
     """The robot's name of a feature → the dataset's; "a + b" puts two side by side."""
-    preset: Literal["droid", "droid_velocity", "bridge", "fractal"] | None = None
-    """Published RLDS dataset whose keys, rate and instruction are known (`data.rlds.PRESETS`)."""
+    preset: str | None = None
+    """Robot whose published RLDS dataset this is, so that keys, rate and instruction are known (`Robot.rlds`); None:
+    its own robot, if the features are there."""
     without_episodes: tuple[int, ...] = ()
     """Episodes of a LeRobot dataset to leave out, by their `episode_index`."""
     split: str = "train"
     """Split of an RLDS dataset."""
     task: str | None = None
     """Feature of an RLDS dataset with the instruction; None: the preset's, or language_instruction."""
+    prompt: str | None = None
+    """Instruction of episodes that have none; None: they are trained with an empty one, and the log names them."""
     fps: float | None = None
     """Frames per second of an RLDS dataset, which does not store it; None: the preset's, or the robot's."""
 

@@ -22,7 +22,7 @@ from pi0_jax.data.files import find_dataset
 from pi0_jax.data.frames import keep_frames
 from pi0_jax.data.lerobot import LeRobotDataset
 from pi0_jax.data.names import log_recognised, recognise
-from pi0_jax.data.rlds.reader import RldsDataset
+from pi0_jax.data.rlds.reader import RldsDataset, feature_names
 from pi0_jax.data.robots import ROBOTS, Robot, get_robot, semantics_of
 from pi0_jax.data.source import ACTION, STATE, Renamed, Source
 from pi0_jax.errors import UserError, did_you_mean
@@ -137,6 +137,11 @@ def open_source(dataset: DatasetConfig, data: DataConfig, robot: Robot) -> Sourc
     if root.exists() and not any(any(root.glob(name)) for name in ("meta/info.json", *RLDS_FILES)):
         raise FileNotFoundError(_no_dataset(root))
     if preset is not None or any(any(root.glob(name)) for name in RLDS_FILES):
+        if preset is None and robot.rlds is not None and not dataset.keys:
+            parts = {part.strip() for names in robot.rlds.keys.values() for part in names.split("+")}
+            if parts <= set(feature_names(root)):
+                preset = robot.rlds
+                _log.info("%s: read as the published dataset of %s", root, robot.name)
         if dataset.without_episodes:
             raise UserError(f"{root} is an RLDS dataset, whose episodes have no numbers for `without_episodes`.")
         fps = dataset.fps or (preset.fps if preset else robot.fps)
@@ -155,6 +160,7 @@ def open_source(dataset: DatasetConfig, data: DataConfig, robot: Robot) -> Sourc
         )
     else:
         source = LeRobotDataset(root, skip_bad_episodes=data.skip_bad_episodes, without=dataset.without_episodes)
+    _name_wordless(source, dataset.prompt)
     named = {**(preset.keys if preset else {}), **dataset.keys}
     found = {ours: theirs for ours, theirs in recognise(source.features, robot).items() if ours not in named}
     log_recognised(root, found)
@@ -167,6 +173,27 @@ def open_source(dataset: DatasetConfig, data: DataConfig, robot: Robot) -> Sourc
             f"`keys`, such as keys={{{missing[0]!r}: 'NAME'}}.{did_you_mean(missing[0], columns)}"
         )
     return source
+
+
+def _name_wordless(source: Source, prompt: str | None) -> None:
+    """Gives episodes without an instruction the one of the configuration, or says which they are."""
+    empty = [i for i, task in enumerate(source.tasks) if not task.strip()]
+    if not empty:
+        return
+    if prompt is not None:
+        source.tasks = [task if task.strip() else prompt for task in source.tasks]
+        return
+    rows = np.flatnonzero(np.isin(source.task_index, empty))
+    names = [source.episodes[e] for e in np.unique(source.episode_of(rows)).tolist()]
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    _log.warning(
+        "%s: %d of %d episodes have no instruction: %s%s; a dataset's `prompt` gives them one",
+        source.root,
+        len(names),
+        source.num_episodes,
+        ", ".join(names[:5]),
+        more,
+    )
 
 
 def _no_dataset(root: Path) -> str:

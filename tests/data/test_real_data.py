@@ -8,6 +8,7 @@ from pi0_jax.data.lerobot import LeRobotDataset
 from pi0_jax.data.mixture import open_source
 from pi0_jax.data.robots import Robot, get_robot
 from pi0_jax.errors import UserError
+from tests.data.formats import write_v2
 
 
 def test_a_partial_download_is_named_once_with_counts(real_data):
@@ -49,6 +50,24 @@ def test_rlds_without_its_preset_is_recognised(real_data):
     source = open_source(DatasetConfig(str(real_data / "bridge_dataset")), DataConfig(), robot)
     assert source.columns("observation.state").shape[1] == 7
     assert source.image(0, "observation.images.image_0").shape == (64, 64, 3)
+
+
+def test_bridge_is_read_by_its_robot_without_a_word(real_data):
+    pytest.importorskip("tensorflow_datasets")
+    source = open_source(DatasetConfig(str(real_data / "bridge_dataset")), DataConfig(), get_robot("bridge"))
+    assert (source.num_episodes, source.fps) == (25, get_robot("bridge").fps)
+
+
+def test_episodes_without_an_instruction_are_named_or_given_one(tmp_path, caplog):
+    root = write_v2(tmp_path / "data")
+    tasks = root / "meta/tasks.jsonl"
+    tasks.write_text(tasks.read_text().replace("reach the red block", " "))
+    robot = get_robot("tabletop")
+    open_source(DatasetConfig(str(root)), DataConfig(), robot)
+    assert "2 of 5 episodes have no instruction: episode 0, episode 2" in caplog.text
+    source = open_source(DatasetConfig(str(root), prompt="do something"), DataConfig(), robot)
+    assert source.task(0) == "do something"
+    assert source.task(source.episode_range(1)[0]) == "push the blue ball"
 
 
 def test_a_hub_folder_and_an_archive_are_called_so(tmp_path):

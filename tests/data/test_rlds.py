@@ -1,5 +1,6 @@
 """RLDS without tensorflow: both file formats give the recorded episodes, and damage names its record."""
 
+import dataclasses
 import pickle
 import shutil
 import sys
@@ -10,8 +11,10 @@ import pytest
 pytest.importorskip("tensorflow_datasets")
 pytest.importorskip("google_crc32c")
 
+from pi0_jax.config import DataConfig, DatasetConfig
+from pi0_jax.data.mixture import open_source
 from pi0_jax.data.rlds.reader import RldsDataset
-from pi0_jax.data.robots import get_robot
+from pi0_jax.data.robots import RldsNames, get_robot
 from pi0_jax.data.source import BadEpisode, Renamed
 from tests.data.conftest import TASKS, episode
 from tests.data.formats import CAMERAS, RLDS_KEYS, write_rlds
@@ -139,3 +142,12 @@ def test_published_datasets_have_what_their_robots_need(name):
     assert robot.rlds is not None
     assert {"observation.state", "action", *robot.cameras} <= set(robot.rlds.keys)
     assert robot.rlds.fps == robot.fps
+
+
+def test_a_robots_published_names_are_used_where_the_features_are_there(roots):
+    robot = dataclasses.replace(get_robot("tabletop"), rlds=RldsNames(RLDS_KEYS, 5, only="success"))
+    source = open_source(DatasetConfig(str(roots["tfrecord"])), DataConfig(), robot)
+    np.testing.assert_array_equal(source.columns("observation.state"), expected("observation.state", (0, 2, 4)))
+    other = dataclasses.replace(robot, rlds=RldsNames({**RLDS_KEYS, "action": "action/joints"}, 5))
+    with pytest.raises(ValueError, match=r"has no observation\.state"):
+        open_source(DatasetConfig(str(roots["tfrecord"])), DataConfig(), other)

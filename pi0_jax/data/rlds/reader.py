@@ -188,6 +188,11 @@ class RldsDataset(Source):
         self.episodes = [name for name, kept in zip(names, keep, strict=True) if kept]
 
 
+def feature_names(root: Path) -> list[str]:
+    """Names of the features of a step; errors as of `RldsDataset`."""
+    return list(step_features(read_json(_version_folder(root) / "features.json", "an RLDS dataset's description")))
+
+
 def _version_folder(root: Path) -> Path:
     if not root.is_dir():
         raise FileNotFoundError(f"there is no folder {root}.")
