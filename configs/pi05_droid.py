@@ -1,4 +1,4 @@
-"""π0.5 for a DROID set-up of your own, with openpi's hyperparameters (`pi05_droid_finetune` in its training/config.py).
+r"""π0.5 for a DROID set-up of your own, with openpi's hyperparameters (`pi05_droid_finetune` in its config.py).
 
     pi0 convert gs://openpi-assets/checkpoints/pi05_droid checkpoints/pi05_droid --robot droid_velocity --horizon 15 \
         --tokenizer paligemma_tokenizer.model

@@ -1,6 +1,7 @@
-"""π0.5 on all of DROID from RLDS, joint positions, with openpi's hyperparameters (`pi05_full_droid_finetune`).
+r"""π0.5 on all of DROID from RLDS, joint positions, with openpi's hyperparameters (`pi05_full_droid_finetune`).
 
-    pi0 convert gs://openpi-assets/checkpoints/pi05_base checkpoints/pi05_base --tokenizer paligemma_tokenizer.model
+    pi0 convert gs://openpi-assets/checkpoints/pi05_base checkpoints/pi05_base --horizon 50 \
+        --tokenizer paligemma_tokenizer.model
     pi0 train configs/pi05_droid_full.py --data.path /data/droid/1.0.1
 
 Batch 256 takes 8 large GPUs (`pi0 plan configs/pi05_droid_full.py --topology h100:8`). Failed attempts are

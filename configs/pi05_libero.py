@@ -1,7 +1,13 @@
-"""π0.5 on LIBERO, with openpi's hyperparameters (`pi05_libero` in its training/config.py). The state is not read.
+r"""π0.5 on LIBERO, with openpi's hyperparameters (`pi05_libero` in its training/config.py). The state is not read.
 
-    pi0 convert gs://openpi-assets/checkpoints/pi05_base checkpoints/pi05_base --tokenizer paligemma_tokenizer.model
+    pi0 convert gs://openpi-assets/checkpoints/pi05_base checkpoints/pi05_base --horizon 50 \
+        --tokenizer paligemma_tokenizer.model
     pi0 train configs/pi05_libero.py
+
+openpi's finished one, to serve as it is, needs to be told the same:
+
+    pi0 convert gs://openpi-assets/checkpoints/pi05_libero checkpoints/pi05_libero --robot libero --horizon 10 \
+        --state-in-prompt False --tokenizer paligemma_tokenizer.model
 
 Batch 256 takes 8 large GPUs (`pi0 plan configs/pi05_libero.py --topology h100:8`).
 """

@@ -1,6 +1,7 @@
-"""π0.5 on an SO-101, by LoRA, which fits a GPU of 24 GB (`pi0 plan configs/pi05_so101.py --topology rtx4090:1`).
+r"""π0.5 on an SO-101, by LoRA, which fits a GPU of 24 GB (`pi0 plan configs/pi05_so101.py --topology rtx4090:1`).
 
-    pi0 convert gs://openpi-assets/checkpoints/pi05_base checkpoints/pi05_base --tokenizer paligemma_tokenizer.model
+    pi0 convert gs://openpi-assets/checkpoints/pi05_base checkpoints/pi05_base --horizon 50 \
+        --tokenizer paligemma_tokenizer.model
     pi0 train configs/pi05_so101.py --data.path data/mine
 
 Neither openpi nor the released weights know this arm; the hyperparameters are openpi's for LoRA. Cameras of other names

@@ -1,6 +1,7 @@
-"""π0 on a real ALOHA, with openpi's hyperparameters (`pi0_aloha_pen_uncap` in its training/config.py).
+r"""π0 on a real ALOHA, with openpi's hyperparameters (`pi0_aloha_pen_uncap` in its training/config.py).
 
-    pi0 convert gs://openpi-assets/checkpoints/pi0_base checkpoints/pi0_base --tokenizer paligemma_tokenizer.model
+    pi0 convert gs://openpi-assets/checkpoints/pi0_base checkpoints/pi0_base --horizon 50 \
+        --tokenizer paligemma_tokenizer.model
     pi0 train configs/pi0_aloha.py --data.path data/mine
 
 Joints and grippers are converted to the units of the weights (`pi0_jax/data/robots/aloha.py`). The released weights

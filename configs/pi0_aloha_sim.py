@@ -1,6 +1,7 @@
-"""π0 on ALOHA in simulation, with openpi's hyperparameters (`pi0_aloha_sim` in its training/config.py).
+r"""π0 on ALOHA in simulation, with openpi's hyperparameters (`pi0_aloha_sim` in its training/config.py).
 
-    pi0 convert gs://openpi-assets/checkpoints/pi0_base checkpoints/pi0_base --tokenizer paligemma_tokenizer.model
+    pi0 convert gs://openpi-assets/checkpoints/pi0_base checkpoints/pi0_base --horizon 50 \
+        --tokenizer paligemma_tokenizer.model
     pi0 train configs/pi0_aloha_sim.py
 
 One camera, no conversion of joints, targets as they are.

@@ -1,4 +1,4 @@
-"""π0 for DROID: joint velocities, ten steps, as openpi's released checkpoint `pi0_droid` has them.
+r"""π0 for DROID: joint velocities, ten steps, as openpi's released checkpoint `pi0_droid` has them.
 
     pi0 convert gs://openpi-assets/checkpoints/pi0_droid checkpoints/pi0_droid --robot droid_velocity --horizon 10 \
         --tokenizer paligemma_tokenizer.model

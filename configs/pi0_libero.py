@@ -1,6 +1,7 @@
-"""π0 on LIBERO, with openpi's hyperparameters (`pi0_libero` in its training/config.py).
+r"""π0 on LIBERO, with openpi's hyperparameters (`pi0_libero` in its training/config.py).
 
-    pi0 convert gs://openpi-assets/checkpoints/pi0_base checkpoints/pi0_base --tokenizer paligemma_tokenizer.model
+    pi0 convert gs://openpi-assets/checkpoints/pi0_base checkpoints/pi0_base --horizon 50 \
+        --tokenizer paligemma_tokenizer.model
     pi0 train configs/pi0_libero.py
 
 Its dataset of four suites without idle frames is on the hub. openpi's own checkpoint `pi0_libero` learned changes of

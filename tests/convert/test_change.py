@@ -9,12 +9,16 @@ import numpy as np
 import pytest
 
 from pi0_jax.batch import Observation
+from pi0_jax.config import PolicyConfig
 from pi0_jax.convert.change import grow, merge_lora
-from pi0_jax.convert.formats import Overrides, params_of
+from pi0_jax.convert.commands import Convert, convert
+from pi0_jax.convert.formats import Overrides, open_checkpoint, params_of
 from pi0_jax.convert.lazy import in_memory, read_all
+from pi0_jax.inference.policy import Policy
 from pi0_jax.objective import SampleOptions, make_objective
 from pi0_jax.sampler import Euler
 from tests.convert.common import tiny_weights
+from tests.policies import MODEL, save_tiny_checkpoint
 
 
 def observation(model, seed=0) -> Observation:
@@ -125,3 +129,15 @@ def test_another_horizon_changes_no_weight():
 def test_fewer_action_dimensions_are_refused():
     with pytest.raises(ValueError, match="trained rows are not thrown away"):
         grow(tiny_weights("pi0"), Overrides(action_dim=4))
+
+
+def test_a_policy_that_does_not_see_its_state_is_told_so(tmp_path):
+    model = dataclasses.replace(MODEL, variant="pi05", prompt_length=64)
+    seeing = PolicyConfig(model=model, robot="tabletop", normalization="quantile")
+    save_tiny_checkpoint(tmp_path / "run", policy=seeing)
+    assert open_checkpoint(tmp_path / "run").policy.state_in_prompt
+    convert(Convert(str(tmp_path / "run"), str(tmp_path / "blind"), overrides=Overrides(state_in_prompt=False)))
+    blind = Policy.load(tmp_path / "blind")
+    assert not blind.config.state_in_prompt
+    seen = [blind._transform.forward({**blind.robot.example(), "state": np.full(6, x)}) for x in (0.0, 0.1)]
+    np.testing.assert_array_equal(seen[0]["prompt"], seen[1]["prompt"])

@@ -60,6 +60,9 @@ class Overrides(Hints):
     """Factor of attention's adapters, alpha / rank."""
     robot: str | None = None
     """Name of the robot in `pi0_jax.data.robots`."""
+    state_in_prompt: bool | None = None
+    """False for a π0.5 that does not see the state, which no tensor shows: openpi's `pi05_libero`
+    (discrete_state_input=False)."""
     tokenizer: str | None = None
     """SentencePiece model to copy into the result, PaliGemma's for released weights."""
 
@@ -169,6 +172,9 @@ def open_checkpoint(path: str | Path, overrides: Overrides = Overrides(), offlin
     if overrides.robot is not None:
         get_robot(overrides.robot)
         opened = opened._replace(policy=dataclasses.replace(opened.policy, robot=overrides.robot))
+    if overrides.state_in_prompt is not None:
+        changed = dataclasses.replace(opened.policy, state_in_prompt=overrides.state_in_prompt)
+        opened = opened._replace(policy=changed)
     return opened
 
 

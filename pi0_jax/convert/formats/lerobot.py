@@ -240,6 +240,8 @@ def _lost(opened: OpenCheckpoint) -> list[str]:
     notes, delay = lost_settings(opened, "lerobot"), getattr(opened.policy.objective, "max_delay", 0)
     if opened.tokenizer is not None:
         notes.append("LeRobot names its tokenizer and reads no file: tokenizer.model lies beside the weights unused")
+    if opened.policy.model.variant == "pi05" and not opened.policy.state_in_prompt:
+        notes.append("LeRobot writes the state into every prompt of a π0.5; these weights were trained without it")
     if delay and opened.policy.model.variant == "pi05":
         notes.append(f'LeRobot after 0.6.1 reads "rtc_training_max_delay": {delay} in config.json of a π0.5')
     return notes
