@@ -126,7 +126,7 @@ def make_transform(policy: PolicyConfig, robot: Robot, normalization: Normalizat
     if max(len(robot.state), len(robot.actions)) > model.action_dim:
         raise UserError(
             f"{robot.name} has {len(robot.state)} state and {len(robot.actions)} action dimensions; the model has room "
-            f"for {model.action_dim}. Raise `model.action_dim`."
+            f"for {model.action_dim}. Raise `model.action_dim`; for trained weights, `pi0 convert --action-dim` does."
         )
     if not robot.select_cameras(model.cameras):
         raise UserError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,8 +24,6 @@ from pi0_jax.objective import Objective, for_validation, make_objective
 from pi0_jax.training import optimizer, sharding
 from pi0_jax.training.partition import flat, frozen_names, partition, with_adapters
 from pi0_jax.training.profiling import Span, parse_span
-
-_log = logging.getLogger(__name__)
 
 
 class Cameras(NamedTuple):
@@ -82,7 +79,6 @@ def resolve(config: TrainConfig, devices: Sequence[Any] | None = None) -> Run:
     config = with_adapters(config)
     _check_numbers(config)
     robots = _robots(config)
-    config = _wide_enough(config, robots)
     cameras = _cameras(config.policy.model, robots)
     model = dataclasses.replace(config.policy.model, cameras=cameras.present)
     policy = dataclasses.replace(config.policy, model=model)
@@ -142,22 +138,6 @@ def _robots(config: TrainConfig) -> list[Robot]:
     """The robots of the run's datasets."""
     names = [dataset.robot or config.policy.robot for dataset in config.data.datasets] or [config.policy.robot]
     return [get_robot(name) for name in dict.fromkeys(names)]
-
-
-def _wide_enough(config: TrainConfig, robots: Sequence[Robot]) -> TrainConfig:
-    """Fresh weights get room for the widest robot; trained ones have to be grown."""
-    model, width = config.policy.model, max(max(len(robot.state), len(robot.actions)) for robot in robots)
-    if width <= model.action_dim:
-        return config
-    if config.init_from is not None:
-        raise UserError(
-            f"the robot has {width} dimensions, and the model room for {model.action_dim}. Grow the weights: "
-            f"pi0 convert {config.init_from} wider --action-dim {width}, then --init-from wider and "
-            f"--policy.model.action-dim {width}."
-        )
-    _log.info("model.action_dim is %d, for a robot of that many dimensions", width)
-    policy = dataclasses.replace(config.policy, model=dataclasses.replace(model, action_dim=width))
-    return dataclasses.replace(config, policy=policy)
 
 
 def _cameras(model: ModelConfig, robots: Sequence[Robot]) -> Cameras:
