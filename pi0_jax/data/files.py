@@ -49,7 +49,8 @@ def cache_folder(root: Path, chosen: Path | None) -> Path:
                 return folder
         except OSError:
             continue
-    raise UserError(f"no folder for decoded video of {root} can be written to. Pass one as `cache`.")
+    tried = ", ".join(map(str, candidates if chosen is None else [chosen]))
+    raise UserError(f"what is derived from {root} can be written to none of {tried}. Set PI0_CACHE to a folder.")
 
 
 def advice(path: Path) -> str:

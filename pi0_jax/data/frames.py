@@ -98,19 +98,20 @@ class KeptFrames(Wrapped):
         out = np.empty((flat.size, self._size, self._size, 3), np.uint8)
         missing = {row for i, row in enumerate(flat.tolist()) if not self._get(camera, row, out[i])}
         while missing:
-            group = self.source.together(camera, min(missing))
-            wanted = [row for row in group.tolist() if row in missing]
+            first = min(missing)
+            group = self.source.together(camera, first) if self._keeps(first) else np.array([first])
             for start in range(0, len(group), AT_ONCE):
                 piece = group[start : start + AT_ONCE]
-                for row, image in zip(piece.tolist(), self._decode(camera, piece), strict=True):
+                images = resize_with_pad(self.source.images(camera, piece), self._size)
+                for row, image in zip(piece.tolist(), images, strict=True):
                     self._put(camera, row, image)
                     if row in missing:
                         out[flat == row] = image
-            missing -= {*wanted}
+            missing -= {*group.tolist()}
         return out.reshape(*np.shape(rows), *out.shape[1:])
 
-    def _decode(self, camera: str, rows: np.ndarray) -> np.ndarray:
-        return resize_with_pad(self.source.images(camera, rows), self._size)
+    def _keeps(self, row: int) -> bool:
+        return row < self._kept and not vars(self).get("_full")
 
     def _files(self, camera: str) -> tuple[int, int]:
         opened = self.opened().setdefault("kept", {})
@@ -132,7 +133,7 @@ class KeptFrames(Wrapped):
 
     def _put(self, camera: str, row: int, image: np.ndarray) -> None:
         """Keeps a frame, unless the disk is full."""
-        if row >= self._kept or vars(self).get("_full"):
+        if not self._keeps(row):
             return
         pixels, checksums = self._files(camera)
         content = image.tobytes()

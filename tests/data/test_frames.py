@@ -77,7 +77,7 @@ def test_no_more_is_kept_than_there_is_room_for(sparse, tmp_path, decoded):
     np.testing.assert_array_equal(kept.images(CAMERAS[0], np.arange(10)), first[:10])
     assert not decoded
     np.testing.assert_array_equal(kept.images(CAMERAS[0], np.array([30])), first[[30]])
-    assert decoded
+    assert len(decoded) == 1  # and not the others of its key frame, which would be thrown away
 
 
 def test_a_full_disk_is_said_and_training_goes_on(sparse, kept, monkeypatch, caplog):
@@ -112,3 +112,19 @@ def test_only_videos_with_few_key_frames_are_kept_and_the_log_says_what_it_takes
     assert "are 9 frames apart, so decoded frames are kept at 24 px" in caplog.text
     assert str(cache_folder(sparse.root, None)) in caplog.text
     assert kept.features[CAMERAS[0]]["shape"] == (SIZE, SIZE, 3)
+
+
+def test_the_cache_is_elsewhere_where_the_users_cannot_be_written_to(tmp_path, monkeypatch):
+    taken = tmp_path / "taken"
+    taken.write_text("a file where the folder should be")
+    monkeypatch.setenv("PI0_CACHE", str(taken))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    assert (tmp_path / "temporary") in cache_folder(tmp_path / "data", None).parents
+    with pytest.raises(ValueError, match="Set PI0_CACHE"):
+        cache_folder(tmp_path / "data", taken / "chosen")
+
+
+def test_the_users_cache_follows_xdg(tmp_path, monkeypatch):
+    monkeypatch.delenv("PI0_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder(tmp_path / "data", None).is_relative_to(tmp_path / "pi0_jax/datasets")

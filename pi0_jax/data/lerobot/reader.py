@@ -162,9 +162,11 @@ class LeRobotDataset(Source):
 
     def _numbers(self, camera: str, rows: Rows) -> Rows:
         """Numbers of frames in their video files, by counting."""
-        episode = self.episode_of(rows)
-        first = np.array([each.videos[camera].first for each in self._table])
-        return first[episode] + rows - np.concatenate([[0], self.ends])[episode]
+        kept = vars(self).setdefault("_columns", {})
+        if ("offset", camera) not in kept:  # of an episode's frames in the file to those in the dataset
+            first = np.array([each.videos[camera].first for each in self._table])
+            kept["offset", camera] = first - np.concatenate([[0], self.ends[:-1]])
+        return kept["offset", camera][self.episode_of(rows)] + rows
 
     def _check_video(self, reader: FrameReader, camera: str, episode: int) -> None:
         """Refuses a file that has not the frames that its episodes have; says once where times are off."""
