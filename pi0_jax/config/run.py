@@ -46,7 +46,7 @@ class TrainConfig:
     """Skipped updates of the whole run before it stops."""
     compilation_cache: str | None = "default"
     """Folder where compiled programs are kept for the next run; default: `compiled` in PI0_CACHE, or in
-    ~/.cache/pi0_jax, unless JAX's own variables say otherwise; None: nowhere."""
+    pi0_jax of XDG_CACHE_HOME or ~/.cache, unless JAX's own variables say otherwise; None: nowhere."""
     profile: str | None = None
     """START:STOP: writes a trace of the updates from START up to, and without, STOP to `profile` in the run's folder.
     Look at it with xprof."""

@@ -1,6 +1,6 @@
 """Checkpoints elsewhere: gs://, s3://, hf:// and whatever else fsspec reads, copied file by file into a cache.
 
-The cache is `~/.cache/pi0_jax`, or the folder that PI0_CACHE names. A copy that was interrupted goes on where it
+The cache is the user's (`data.files.user_cache`). A copy that was interrupted goes on where it
 stopped; files that are whole are known by their size. What the source listed lies beside the copy as `.listing.json`,
 which is how an offline call knows whether the copy is whole.
 """
@@ -56,7 +56,7 @@ def fetch(url: str, offline: bool = False) -> Path:
     file, mark, subtree = url.rstrip("/").partition(".npz:")
     url, ending = (f"{file}.npz", f":{subtree}") if mark else (file, "")
     root = url.rpartition("/")[0] if url.endswith(".safetensors") else url
-    folder = cache() / re.sub("[^A-Za-z0-9._/@=+-]", "_", root.replace("://", "/"))
+    folder = user_cache() / re.sub("[^A-Za-z0-9._/@=+-]", "_", root.replace("://", "/"))
     sizes = _known_listing(root, folder) if offline else _copy(root, folder)
     missing = {name: size for name, size in sizes.items() if not _is_whole(folder / name, size)}
     if missing:
@@ -67,11 +67,6 @@ def fetch(url: str, offline: bool = False) -> Path:
         )
     name = root.rpartition("/")[2]
     return Path(str(folder / name if list(sizes) == [name] and url == root else folder) + ending)
-
-
-def cache() -> Path:
-    """The folder of all copies."""
-    return user_cache()
 
 
 def wanted(names: dict[str, int]) -> dict[str, int]:
@@ -133,7 +128,8 @@ def _known_listing(root: str, folder: Path) -> dict[str, int]:
     path = folder / LISTING
     if not path.is_file():
         raise FileNotFoundError(
-            f"{root} is not in the cache {cache()}. Run once without --offline, or set PI0_CACHE to the cache it is in."
+            f"{root} is not in the cache {user_cache()}. Run once without --offline, or set PI0_CACHE to the cache it is "
+            "in."
         )
     return json.loads(path.read_text())["files"]
 

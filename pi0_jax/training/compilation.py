@@ -22,7 +22,7 @@ def keep_programs(folder: str | None) -> None:
     JAX_COMPILATION_CACHE_DIR and JAX_ENABLE_COMPILATION_CACHE take precedence.
 
     Args:
-        folder: to keep them in; "default" is `compiled` in PI0_CACHE, or in ~/.cache/pi0_jax. None: nowhere.
+        folder: to keep them in; "default" is `compiled` in the user's cache (`data.files.user_cache`). None: nowhere.
     """
     if folder is None:
         return
