@@ -128,8 +128,8 @@ def _known_listing(root: str, folder: Path) -> dict[str, int]:
     path = folder / LISTING
     if not path.is_file():
         raise FileNotFoundError(
-            f"{root} is not in the cache {user_cache()}. Run once without --offline, or set PI0_CACHE to the cache it is "
-            "in."
+            f"{root} is not in the cache {user_cache()}. Run once without --offline, or set PI0_CACHE to the cache it "
+            "is in."
         )
     return json.loads(path.read_text())["files"]
 
