@@ -17,7 +17,7 @@ from pi0_jax.data.hdf5.reader import Hdf5Dataset
 from pi0_jax.data.lerobot.merge import convert
 from pi0_jax.data.mixture import OpenDataset, dataset_configs, open_datasets, open_source
 from pi0_jax.data.normalization import read_stats_file, save_json, stats_from_json, stats_to_json
-from pi0_jax.data.robots import get_robot
+from pi0_jax.data.robots import ROBOTS, get_robot
 from pi0_jax.data.source import Source
 from pi0_jax.data.tools.check import check_dataset
 from pi0_jax.data.tools.robot import describe_robot
@@ -222,7 +222,9 @@ def convert_(args: Convert, config: TrainConfig | None) -> None:
     convert(source, args.output, robot_type, crf=args.crf, workers=args.workers, settings=repr(args.hdf5))
     print(f"{source.num_episodes} episodes, {source.num_frames} frames, {source.fps} per second: {args.output}")
     if config is None:
-        print(f"look at it, and describe the robot: pi0 data robot {args.output}")
+        print(f"describe the robot: pi0 data robot {args.output}")
+    if config is None and robot_type in ROBOTS:
+        print(f'or, if its cameras and units are those of the built-in one: policy.robot="{robot_type}"')
 
 
 def _of_config(args: Convert, config: TrainConfig) -> tuple[Source, str]:
