@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import tyro
 
-from pi0_jax.checkpoint import load_assets
+from pi0_jax.checkpoint import load_assets, resolve
 from pi0_jax.config_file import parse
 from pi0_jax.data.robots import RawObservation, get_robot
 from pi0_jax.errors import UserError, require_package
@@ -237,7 +237,8 @@ def report(args: Report) -> None:
     path = args.output or run / "report.html"
     _folder(path.parent)
     policy = Policy.load(args.run)
-    figures = write_report(policy, run, simulator, counterfactual, args.episodes, args.seed, path)
+    measured = {"step": _step(args.run), "simulator": Path(name).stem}
+    figures = write_report(policy, run, simulator, counterfactual, args.episodes, args.seed, path, measured)
     print()
     for task, rate in figures["success"].items():
         print(f"{task:<18} {Rate(**rate)}")
@@ -296,6 +297,12 @@ def _options(texts: tuple[str, ...]) -> dict[str, Any]:
 def _run_folder(path: Path) -> Path:
     """The run that a path belongs to, where it names one checkpoint of it."""
     return path.parents[1] if path.parent.name == "checkpoints" else path
+
+
+def _step(path: Path) -> int | None:
+    """The step of the checkpoint that a path means; None for one that is of no run."""
+    name = resolve(path).name
+    return int(name) if name.isdecimal() else None
 
 
 def _folder(path: Path) -> Path:
