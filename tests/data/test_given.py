@@ -9,8 +9,9 @@ import pytest
 
 from pi0_jax import cli
 from pi0_jax.config import DataConfig, ModelConfig, PolicyConfig, TrainConfig
+from pi0_jax.config.policy import Normalization
 from pi0_jax.data.mixture import open_datasets
-from pi0_jax.data.normalization import NormStats, save_json, stats_to_json
+from pi0_jax.data.normalization import save_json, select_dims, stats_to_json
 from pi0_jax.data.source import Source
 from pi0_jax.data.tools.given import EPISODES, fit_given, some_episodes
 from pi0_jax.data.tools.stats import compute_normalizations
@@ -43,7 +44,7 @@ def changed(stats, key, dim, **changes):
     return stats | {key: entry._replace(**values)}
 
 
-def fit(dataset, stats, mode="zscore"):
+def fit(dataset, stats, mode: Normalization = "zscore"):
     return fit_given(dataset, stats, mode, HORIZON, dataset.training)
 
 
@@ -80,7 +81,7 @@ def test_a_rare_gripper_is_refused_by_the_quantiles_of_openpi(dataset, own):
 
 
 def test_statistics_of_other_dimensions_are_refused(dataset, own):
-    short = {key: NormStats(*(None if v is None else v[:5] for v in entry)) for key, entry in own.items()}
+    short = {key: select_dims(entry, range(5)) for key, entry in own.items()}
     with pytest.raises(UserError, match="have 5 dimensions; the robot has 6"):
         fit(dataset, short)
 

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Int
 
 from pi0_jax.data.mixture import OpenDataset
-from pi0_jax.data.normalization import LARGEST, Mode, NormStats, Stats, check_stats, normalize_values
+from pi0_jax.data.normalization import LARGEST, Mode, Stats, check_stats, normalize_values, select_dims
 from pi0_jax.data.tools.stats import Summary, summarise_source
 
 FAR = 5.0
@@ -74,8 +74,7 @@ def _normalised(summary: Summary, given: Stats, mode: Mode, key: str) -> list[np
     assert summary.actions is not None
     found = list(normalize_values(summary.actions.sample, given[key], mode).T)
     if summary.relative is not None:
-        stats = NormStats(*(None if values is None else values[summary.dims] for values in given[key]))
-        chunks = normalize_values(summary.relative.sample, stats, mode).T
+        chunks = normalize_values(summary.relative.sample, select_dims(given[key], summary.dims), mode).T
         for dim, values in zip(summary.dims, chunks, strict=True):
             found[dim] = values
     return found

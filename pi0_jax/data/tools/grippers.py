@@ -13,7 +13,7 @@ from pi0_jax.data.source import ACTION, STATE
 
 WORDS = ("gripper", "finger", "jaw", "claw")
 """What names of grippers have in them."""
-USUAL = {(0, 1): "0 to 1", (0, 100): "0 to 100", (-1, 1): "-1 to 1"}
+USUAL = {(0.0, 1.0): "0 to 1", (0.0, 100.0): "0 to 100", (-1.0, 1.0): "-1 to 1"}
 """Ranges that grippers usually have."""
 TOLERANCE = 0.1
 """Share of a range by which its ends may be missed: grippers do not close on an object, and overshoot."""
