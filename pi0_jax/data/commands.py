@@ -17,7 +17,7 @@ from pi0_jax.data.hdf5.reader import Hdf5Dataset
 from pi0_jax.data.lerobot.merge import convert
 from pi0_jax.data.mixture import OpenDataset, dataset_configs, open_datasets, open_source
 from pi0_jax.data.normalization import read_stats_file, save_json, stats_from_json, stats_to_json
-from pi0_jax.data.robots import get_robot
+from pi0_jax.data.robots import ROBOTS, get_robot
 from pi0_jax.data.source import Source
 from pi0_jax.data.tools.check import check_dataset
 from pi0_jax.data.tools.given import fit_given
@@ -166,7 +166,7 @@ def stats(args: Stats, config: TrainConfig) -> None:
     save_json(stats_to_json(own.stats, groups, semantics), args.output)
     for name, group in groups.items():
         robot = next(dataset.robot for dataset in datasets if dataset.stats == name)
-        for key, names in (("state", robot.state), ("actions", robot.actions)):
+        for key, names in (("state", robot.model_state), ("actions", robot.model_actions)):
             print(f"\n{name} {key:18} {'mean':>10} {'std':>10} {'1 %':>10} {'99 %':>10} {'min':>10} {'max':>10}")
             entry = group.stats[key]
             for i, dim in enumerate(names):
@@ -235,7 +235,9 @@ def convert_(args: Convert, config: TrainConfig | None) -> None:
     convert(source, args.output, robot_type, crf=args.crf, workers=args.workers, settings=repr(args.hdf5))
     print(f"{source.num_episodes} episodes, {source.num_frames} frames, {source.fps} per second: {args.output}")
     if config is None:
-        print(f"look at it, and describe the robot: pi0 data robot {args.output}")
+        print(f"describe the robot: pi0 data robot {args.output}")
+    if config is None and robot_type in ROBOTS:
+        print(f'or, if its cameras and units are those of the built-in one: policy.robot="{robot_type}"')
 
 
 def _of_config(args: Convert, config: TrainConfig) -> tuple[Source, str]:

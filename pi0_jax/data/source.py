@@ -208,15 +208,19 @@ class Source(abc.ABC):
             for line in self.skipped_lines():
                 _log.warning("  %s", line)
 
-    def skipped_lines(self) -> list[str]:
-        """What was left out, a line per reason."""
+    def skipped_lines(self, shown: int = 3) -> list[str]:
+        """What was left out, a line per reason with the names of `shown` episodes."""
         reasons: dict[str, list[str]] = {}
         for name, reason in self.skipped.items():
             reasons.setdefault(reason, []).append(name)
         return [
-            f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}: {reason}"
+            f"{', '.join(names[:shown])}{f' and {len(names) - shown} more' if len(names) > shown else ''}: {reason}"
             for reason, names in reasons.items()
         ]
+
+    def annotations(self) -> dict[str, int]:
+        """Words beside the instructions, such as subtasks: kind → how many there are."""
+        return {}
 
     def check_files(self, cameras: Sequence[str]) -> None:  # noqa: B027  (most kinds check at opening)
         """Raises FileNotFoundError, once for all, if files of episodes, or pictures of these cameras, are missing."""
@@ -249,6 +253,9 @@ class Wrapped(Source):
 
     def key_distance(self, camera: str) -> float:
         return self.source.key_distance(camera)
+
+    def annotations(self) -> dict[str, int]:
+        return self.source.annotations()
 
     def check_files(self, cameras: Sequence[str]) -> None:
         self.source.check_files(cameras)

@@ -271,7 +271,8 @@ def _list_frames(path: Path) -> _Index:
         for packet in container.demux(stream):
             if packet.pts is None or packet.is_corrupt:
                 continue
-            times.append(packet.pts)
+            if not packet.is_discard:  # which is decoded, and cut off by the file's edit list
+                times.append(packet.pts)
             if packet.is_keyframe:
                 keys.append(packet.pts)
                 seek.append(packet.dts if packet.dts is not None else packet.pts)

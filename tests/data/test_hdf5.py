@@ -58,7 +58,7 @@ def write_robomimic(path: Path, length: int = 6) -> None:
         images, state, actions = demonstration(3, length, 9, 7)
         obs = file.create_group("data/demo_0/obs")
         file["data/demo_0/actions"] = actions
-        obs["agentview_image"] = images
+        obs["agentview_image"] = images[:, :47, :45]  # video has even sizes
         obs["robot0_eef_pos"], obs["robot0_eef_quat"] = state[:, :3], state[:, 3:7]
         obs["robot0_gripper_qpos"] = state[:, 7:]
 
@@ -123,6 +123,7 @@ def test_libero_has_its_cameras_state_words_and_rate(tmp_path, run, caplog):
     code, out, err = run("suite", "--rotate-180")
     assert code == 0, err
     assert "4 episodes, 22 frames, 20 per second" in out
+    assert 'policy.robot="libero"' in out
     assert "left out, as neither pictures nor vectors: agentview_depth (float32[4, 48, 48, 1])" in caplog.text
     made = LeRobotDataset(tmp_path / "out")
     truth = [demonstration(seed, 4 + seed, 8, 7) for seed in range(4)]
@@ -156,7 +157,7 @@ def test_robomimic_joins_its_usual_state_and_asks_for_words(tmp_path, run):
     made, (images, state, actions) = LeRobotDataset(tmp_path / "out"), demonstration(3, 6, 9, 7)
     np.testing.assert_array_equal(made.columns("observation.state"), state.astype(np.float32))
     np.testing.assert_array_equal(made.columns("action"), actions.astype(np.float32))
-    assert own_frame_is_nearest(all_frames(made, "observation.images.agentview_image"), images)
+    assert own_frame_is_nearest(all_frames(made, "observation.images.agentview_image"), images[:, :46, :44])
     assert (made.tasks, made.fps) == (["lift the cube"], 20)
     info = json.loads((tmp_path / "out/meta/info.json").read_text())
     assert info["robot_type"] == "panda"
@@ -206,6 +207,23 @@ def test_the_rate_is_asked_for_where_no_file_says_it(tmp_path, run):
     np.testing.assert_array_equal(
         made.columns("observation.state")[:4], np.concatenate([state[:, :7] + 1, state[:, 6:]], 1).astype(np.float32)
     )
+
+
+def test_demonstrations_of_one_fault_are_said_in_one_line(tmp_path, run):
+    with h5py.File(tmp_path / "raw.hdf5", "w") as file:
+        for number in range(30):
+            file[f"data/demo_{number}/actions"] = np.zeros((3, 7))
+    code, _, err = run("raw.hdf5")
+    assert code == 1
+    assert "raw.hdf5 data/demo_0, raw.hdf5 data/demo_1, " in err
+    assert "and 10 more: has no observations; robomimic's dataset_states_to_obs.py makes them" in err
+    with h5py.File(tmp_path / "raw.hdf5", "r+") as file:
+        for number in range(30):
+            for name in ("eef_pos", "joint_pos"):
+                file[f"data/demo_{number}/obs/{name}"] = np.zeros((3, 3))
+    code, _, err = run("raw.hdf5")
+    assert code == 1
+    assert "has ['eef_pos', 'joint_pos']; say which of them to take, such as --state 'eef_pos + joint_pos'" in err
 
 
 def break_files(folder: Path) -> None:

@@ -76,6 +76,19 @@ def test_frames_of_variable_rate_are_counted(tmp_path, bf):
     check(tmp_path / "a.mp4", truth)
 
 
+@pytest.mark.parametrize(("bf", "cut"), [(0, 3), (0, 10), (2, 5)])
+def test_frames_that_were_cut_off_without_encoding_again_do_not_count(tmp_path, bf, cut):
+    """As `ffmpeg -ss 0.5 -c copy` does it: the frames stay, and an edit list says where to begin."""
+    truth = moving()
+    write_video(tmp_path / "a.mp4", truth, fps=20, g=8, bf=bf)
+    content = bytearray((tmp_path / "a.mp4").read_bytes())
+    at = content.index(b"elst") + 12
+    duration, start = struct.unpack_from(">Ii", content, at)
+    struct.pack_into(">Ii", content, at, duration - 50 * cut, start + 512 * cut)
+    (tmp_path / "a.mp4").write_bytes(content)
+    check(tmp_path / "a.mp4", truth[cut:])
+
+
 UPRIGHT = (1, 0, 0, 0, 1, 0, 0, 0)
 TURNED = {
     "turned by 90": (0, 1, 0, -1, 0, 0, 0, 0),

@@ -138,7 +138,7 @@ def describe(path: Path, file: Any, group: Any, options: Hdf5Options) -> Episode
     is_aloha = group.name == "/" and ("sim" in file.attrs or layout.features[STATE]["shape"] == (ALOHA_WIDTH,))
     environment = _json(attributes.get("env_args")).get("env_kwargs") or {}
     fps = environment.get("control_freq", file.attrs.get("fps", ALOHA_FPS if is_aloha else None))
-    robots = environment.get("robots") or ("aloha" if is_aloha else "unknown")
+    robots = "libero" if is_libero else environment.get("robots") or ("aloha" if is_aloha else "unknown")
     if is_libero or is_aloha:
         robot = get_robot("libero" if is_libero else "aloha")
         for feature, names in ((STATE, robot.state), (ACTION, robot.actions)):
@@ -218,7 +218,8 @@ def _chosen(
     for names in usual:
         if all(name in stored for name in names):
             return names
-    raise UserError(f"has {sorted(stored)}; say which are meant, joined by ' + ': {flag}")
+    vectors = [name for name, dataset in stored.items() if _is_vector(dataset)]
+    raise UserError(f"has {vectors}; say which of them to take, such as {flag} {' + '.join(vectors[:2])!r}")
 
 
 def _check_length(dataset: Any, length: int) -> None:

@@ -53,7 +53,8 @@ def check_dataset(dataset: OpenDataset, stats: Stats, *, outside: float = 0.05, 
             f"{key} {note}"
             for note in _check_ranges(stats_of(summarise(values, np.arange(len(values), dtype=np.uint64))), names)
         ]
-        found += _check_outside(values, stats[key], names, key, outside) if robot.adapt is None else []
+        as_they_are = robot.adapt is None and not getattr(robot.poses, key)
+        found += _check_outside(values, stats[key], names, key, outside) if as_they_are else []
     found += _check_semantics(dataset)
     against, grippers = check_grippers(dataset)
     found, notes = found + against, notes + grippers
@@ -78,7 +79,7 @@ def _check_semantics(dataset: OpenDataset) -> list[str]:
     state, actions = source.columns(STATE), source.columns(ACTION)
     if (state.shape[1:], actions.shape[1:]) != ((len(robot.state),), (len(robot.actions),)):
         return []
-    proposed = propose_semantics(state.astype(float), actions.astype(float), robot.state, robot.actions)
+    proposed = propose_semantics(state.astype(float), actions.astype(float), robot.state, robot.actions, robot.poses)
     relative = [i for i, kind in enumerate(dataset.semantics) if kind in ("relative", "angle")]
     wrong = [robot.actions[i] for i in relative if proposed[i].value == "absolute"]
     if not wrong:

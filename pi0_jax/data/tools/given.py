@@ -42,10 +42,10 @@ def fit_given(dataset: OpenDataset, given: Stats, mode: Mode, horizon: int, epis
         UserError: the statistics are not of the robot's dimensions; a value is not finite.
     """
     robot = dataset.robot
-    check_stats(given, {"state": robot.state, "actions": robot.actions})
+    check_stats(given, {"state": robot.model_state, "actions": robot.model_actions})
     summary = summarise_source(dataset.source, robot, dataset.semantics, horizon, episodes.tolist())
     found = []
-    for key, names in (("state", robot.state), ("actions", robot.actions)):
+    for key, names in (("state", robot.model_state), ("actions", robot.model_actions)):
         for name, values in zip(names, _normalised(summary, given, mode, key), strict=True):
             size = np.abs(values)
             bad = np.median(size) > FAR or size.max() > ROUNDING * LARGEST
