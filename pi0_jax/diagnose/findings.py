@@ -141,8 +141,11 @@ def _by_name(uses: Sequence[Use]) -> dict[str, list[Use]]:
 
 
 def _verdict(uses: Sequence[Use], episodes: int, limits: Thresholds) -> Verdict:
-    """used: without it, in one way at least, the error grows for certain. unused: for certain neither error nor chunks change by
-    much. no better: the chunks change, and the error does not."""
+    """What the ablations of one thing say.
+
+    used: without it, in one way at least, the error grows for certain. unused: for certain neither error nor chunks
+    change by much. no better: the chunks change, and the error does not.
+    """
     if episodes < limits.episodes:
         return "unclear"
     if any(use.increase.low > 0 and use.increase.value > limits.unused for use in uses):
