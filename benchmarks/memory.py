@@ -1,4 +1,4 @@
-"""Bytes that training holds from step to step at full size, by what trains and by optimizer, for docs/scaling.md:
+"""Bytes that training holds from step to step at full size, by what trains and by optimizer, for docs/memory.md:
 
     python benchmarks/memory.py
 

@@ -154,7 +154,8 @@ def _data(args: list[str]) -> int:
         return code
     kind, function = SUBCOMMANDS[args[0]]
     flags = _flags(kind, args[1:], f"pi0 data {args[0]}")
-    function(flags, load_config(flags.config, TrainConfig) if hasattr(flags, "config") else None)
+    config = getattr(flags, "config", None)
+    function(flags, None if config is None else load_config(config, TrainConfig))
     return 0
 
 

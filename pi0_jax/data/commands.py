@@ -12,10 +12,13 @@ import tyro
 
 from pi0_jax.config import TrainConfig
 from pi0_jax.data.cache import build_cache
+from pi0_jax.data.hdf5.layout import Hdf5Options
+from pi0_jax.data.hdf5.reader import Hdf5Dataset
 from pi0_jax.data.lerobot.merge import convert
 from pi0_jax.data.mixture import OpenDataset, dataset_configs, open_datasets, open_source
 from pi0_jax.data.normalization import read_stats_file, save_json, stats_from_json, stats_to_json
-from pi0_jax.data.robots import get_robot
+from pi0_jax.data.robots import ROBOTS, get_robot
+from pi0_jax.data.source import Source
 from pi0_jax.data.tools.check import check_dataset
 from pi0_jax.data.tools.robot import describe_robot
 from pi0_jax.data.tools.show import show
@@ -105,13 +108,15 @@ class Cache:
 
 @dataclasses.dataclass(frozen=True)
 class Convert:
-    """Turns RLDS or LeRobot 2.x into LeRobot 3.0, a few episodes at a time: when stopped, run it again.
+    """Turns RLDS, LeRobot 2.x or HDF5 into LeRobot 3.0, a few episodes at a time: when stopped, run it again.
 
-    Takes the dataset of a config, under the robot's names. Example: pi0 data convert configs/mine.py data/mine-v3
+    Takes the dataset of a config, under the robot's names; or HDF5 files of robomimic, LIBERO or ALOHA. Examples:
+        pi0 data convert configs/mine.py data/mine-v3
+        pi0 data convert data/episodes data/mine-v3 --prompt "fold the towel"
     """
 
-    config: Config
-    """Python file that sets `config`; one of its datasets is converted."""
+    source: Path_
+    """Python file that sets `config`, one of whose datasets is converted; or an HDF5 file or a folder of them."""
     output: Path_
     """Folder to create."""
     dataset: int = 0
@@ -119,9 +124,15 @@ class Convert:
     crf: int = 18
     """Quality of the video, 0 (best) to 51."""
     workers: int | None = None
-    """Processes; one a core by default."""
+    """Processes, each of which holds the pictures of one episode; one a core by default."""
     skip_bad_episodes: bool = False
     """Leave out episodes that cannot be read, and say which."""
+    hdf5: Annotated[Hdf5Options, tyro.conf.arg(name="")] = Hdf5Options()
+
+    @property
+    def config(self) -> Path | None:
+        """The Python file, if it is one."""
+        return self.source if self.source.suffix == ".py" else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,17 +209,35 @@ def cache(args: Cache, config: TrainConfig) -> None:
     print("set data.cache to it")
 
 
-def convert_(args: Convert, config: TrainConfig) -> None:
+def convert_(args: Convert, config: TrainConfig | None) -> None:
     """Runs `pi0 data convert`; errors as of `stats`."""
+    if args.output.exists():
+        raise FileExistsError(f"{args.output} exists. Choose another folder, or remove it.")
+    if config is None:
+        hdf5 = Hdf5Dataset(args.source, args.hdf5, skip_bad_episodes=args.skip_bad_episodes)
+        hdf5.report_skipped()
+        source, robot_type = hdf5, hdf5.robot_type
+    else:
+        source, robot_type = _of_config(args, config)
+    convert(source, args.output, robot_type, crf=args.crf, workers=args.workers, settings=repr(args.hdf5))
+    print(f"{source.num_episodes} episodes, {source.num_frames} frames, {source.fps} per second: {args.output}")
+    if config is None:
+        print(f"describe the robot: pi0 data robot {args.output}")
+    if config is None and robot_type in ROBOTS:
+        print(f'or, if its cameras and units are those of the built-in one: policy.robot="{robot_type}"')
+
+
+def _of_config(args: Convert, config: TrainConfig) -> tuple[Source, str]:
+    """The dataset of a configuration that is to be converted, and the name of its robot."""
+    if args.hdf5 != Hdf5Options():
+        raise UserError(f"{args.source} is a config; --fps, --prompt and the like are for HDF5 files.")
     data = dataclasses.replace(config.data, frames="random", cache=None, skip_bad_episodes=args.skip_bad_episodes)
     datasets = dataset_configs(data)
     if not 0 <= args.dataset < len(datasets):
         raise UserError(f"--dataset is {args.dataset}; the config has {len(datasets)}, counted from 0.")
     dataset = datasets[args.dataset]
     robot = get_robot(dataset.robot or config.policy.robot)
-    source = open_source(dataset, data, robot)
-    convert(source, args.output, robot.name, crf=args.crf, workers=args.workers)
-    print(f"{source.num_episodes} episodes, {source.num_frames} frames: {args.output}")
+    return open_source(dataset, data, robot), robot.name
 
 
 def robot_(args: Robot, _: None) -> None:

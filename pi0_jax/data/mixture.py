@@ -19,9 +19,10 @@ from jaxtyping import Int
 from pi0_jax.config import DataConfig, DatasetConfig, PolicyConfig
 from pi0_jax.data.cache import CachedFrames
 from pi0_jax.data.files import find_dataset
+from pi0_jax.data.foreign import explain
 from pi0_jax.data.frames import keep_frames
 from pi0_jax.data.lerobot import LeRobotDataset
-from pi0_jax.data.names import log_recognised, recognise
+from pi0_jax.data.names import is_depth, log_recognised, recognise
 from pi0_jax.data.rlds.reader import RldsDataset, feature_names
 from pi0_jax.data.robots import ROBOTS, Robot, get_robot, semantics_of
 from pi0_jax.data.source import ACTION, STATE, Renamed, Source
@@ -31,17 +32,6 @@ BLOCK = 2**16
 """Samples after which the datasets have had exactly their shares. Shares are multiples of one in so many."""
 
 RLDS_FILES = ("features.json", "*/features.json")
-FOREIGN = {
-    ".hdf5": "as robomimic, LIBERO and ALOHA have them",
-    ".h5": "as robomimic, LIBERO and ALOHA have them",
-    ".zarr": "as diffusion policy has them",
-    ".bag": "ROS",
-    ".db3": "ROS 2",
-    ".mcap": "ROS 2",
-    ".npz": "NumPy",
-    ".pkl": "pickles",
-}
-"""Formats that demonstrations come in too."""
 
 _log = logging.getLogger(__name__)
 
@@ -135,7 +125,7 @@ def open_source(dataset: DatasetConfig, data: DataConfig, robot: Robot) -> Sourc
         raise UserError(f"there is no published RLDS dataset of {dataset.preset!r}; there are those of {known}.")
     root = find_dataset(dataset.path, data.offline)
     if root.exists() and not any(any(root.glob(name)) for name in ("meta/info.json", *RLDS_FILES)):
-        raise FileNotFoundError(_no_dataset(root))
+        raise FileNotFoundError(explain(root))
     if preset is not None or any(any(root.glob(name)) for name in RLDS_FILES):
         if preset is None and robot.rlds is not None and not dataset.keys:
             parts = {part.strip() for names in robot.rlds.keys.values() for part in names.split("+")}
@@ -172,6 +162,12 @@ def open_source(dataset: DatasetConfig, data: DataConfig, robot: Robot) -> Sourc
             f"{root} has no {' and no '.join(missing)}; it has {list(source.features)}. Name them in the dataset's "
             f"`keys`, such as keys={{{missing[0]!r}: 'NAME'}}.{did_you_mean(missing[0], columns)}"
         )
+    for name in robot.cameras:
+        if name not in named and is_depth(source.features.get(name, {})):
+            raise UserError(
+                f"{name} of {root} is a depth stream, and no picture: leave it out of the cameras of {robot.name}. To "
+                f"see it in shades of grey, of which its 8 highest bits are left, set keys={{{name!r}: {name!r}}}."
+            )
     return source
 
 
@@ -194,29 +190,6 @@ def _name_wordless(source: Source, prompt: str | None) -> None:
         ", ".join(names[:5]),
         more,
     )
-
-
-def _no_dataset(root: Path) -> str:
-    """Why a path is no dataset, and what may be meant."""
-    if root.is_file():
-        return f"{root} is a file; expected the folder of a LeRobot or RLDS dataset (docs/data.md)."
-    places = ("*/meta/info.json", "snapshots/*/meta/info.json", "*/*/features.json")
-    inside = [path.parent.parent for name in places for path in root.glob(name)]
-    if inside or (inside := [path for path in root.parents if (path / "meta/info.json").is_file()]):
-        return f"{root} is no dataset; did you mean {' or '.join(str(path) for path in inside[:3])}?"
-    suffixes = {path.suffix.split("-")[0] for path in root.glob("*")} | {path.suffix for path in root.glob("*/*")}
-    if ".tfrecord" in suffixes:
-        return f"{root} has tfrecord files, and no features.json and dataset_info.json, which say what is in them."
-    if packed := sorted(suffixes & {".zip", ".tar", ".gz", ".zst"}):
-        return f"{root} holds {', '.join(packed)} files: unpack them, and name the folder that has meta/info.json."
-    if (root / "meta").is_dir():
-        return f"{root} has a meta/ without info.json: the copy of the dataset is incomplete. Copy it again."
-    if foreign := sorted(suffixes & set(FOREIGN)):
-        return (
-            f"{root} holds {', '.join(foreign)} files ({FOREIGN[foreign[0]]}), which are not read as they are. "
-            "Write them as a LeRobot dataset once: docs/data.md, Other formats."
-        )
-    return f"{root} is neither a LeRobot dataset, which has meta/info.json, nor an RLDS one, which has features.json."
 
 
 class Stream:

@@ -7,6 +7,7 @@ is logged; a dataset's `keys` say otherwise.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -40,6 +41,13 @@ def _flat(names: Any) -> list[str]:
     return [] if names is None else [str(names)]
 
 
+def is_depth(feature: Mapping[str, Any]) -> bool:
+    """Whether the pictures of a feature are distances, by what a dataset says of its video."""
+    info = feature.get("info") or feature.get("video_info") or {}
+    grey = re.match(r"gray(f|\d)", str(info.get("video.pix_fmt") or info.get("pix_fmt") or ""))
+    return bool(info.get("video.is_depth_map") or info.get("is_depth_map") or grey)
+
+
 def recognise(features: Mapping[str, Mapping[str, Any]], robot: Robot) -> dict[str, str]:
     """The features of a dataset that are meant by the names of a robot.
 
@@ -51,8 +59,9 @@ def recognise(features: Mapping[str, Mapping[str, Any]], robot: Robot) -> dict[s
         Name that the robot uses → name in the dataset, as a dataset's `keys`, for those that are called otherwise and
         can be only one thing; pieces of a state are joined by " + ".
     """
-    pictures = [name for name, feature in features.items() if feature["dtype"] in ("video", "image")]
-    columns = [name for name in features if name not in pictures]
+    every = [name for name, feature in features.items() if feature["dtype"] in ("video", "image")]
+    columns = [name for name in features if name not in every]
+    pictures = [name for name in every if not is_depth(features[name])]
     found = {}
     for name, usual in ((STATE, STATES), (ACTION, ACTIONS)):
         if name not in features and (match := _one(columns, usual)):

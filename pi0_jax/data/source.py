@@ -191,13 +191,13 @@ class Source(abc.ABC):
             for line in self.skipped_lines():
                 _log.warning("  %s", line)
 
-    def skipped_lines(self) -> list[str]:
-        """What was left out, a line per reason."""
+    def skipped_lines(self, shown: int = 3) -> list[str]:
+        """What was left out, a line per reason with the names of `shown` episodes."""
         reasons: dict[str, list[str]] = {}
         for name, reason in self.skipped.items():
             reasons.setdefault(reason, []).append(name)
         return [
-            f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}: {reason}"
+            f"{', '.join(names[:shown])}{f' and {len(names) - shown} more' if len(names) > shown else ''}: {reason}"
             for reason, names in reasons.items()
         ]
 

@@ -186,6 +186,7 @@ class _OpenVideo:
     """
 
     def __init__(self, path: Path):
+        self._path, self._upright = path, False
         self._container = av.open(str(path))
         self._stream = self._container.streams.video[0]
         self._stream.thread_count = 1
@@ -213,6 +214,9 @@ class _OpenVideo:
                 self._next = number + 1
                 if frame.pts == wanted:
                     _check_whole(frame)
+                    if not self._upright:
+                        _check_upright(frame, self._path)
+                        self._upright = True
                     return _pixels(self._reformatter.reformat(frame, format="rgb24", threads=1))
                 break
             self._next = -1  # the seek went too far: once more from the beginning
@@ -235,11 +239,25 @@ def _pixels(frame: VideoFrame) -> UInt8[np.ndarray, "h w 3"]:
 
 
 def _check_whole(frame: VideoFrame) -> None:
-    """Raises IndexError where the decoder filled in what it could not decode, or the picture is not to be shown so."""
+    """Raises IndexError where the decoder filled in what it could not decode."""
     if frame.is_corrupt:
         raise IndexError("the frame is damaged")
-    if frame.rotation:
-        raise IndexError(f"the file asks to be turned by {frame.rotation} degrees: write it again as it is to be seen")
+
+
+def _check_upright(frame: VideoFrame, path: Path) -> None:
+    """Raises VideoError where players are to turn or mirror the pictures: programs differ in whether they do."""
+    try:
+        matrix: Any = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # it has something beside the matrix that this PyAV does not know
+        matrix = None
+    upright = matrix is None or np.frombuffer(matrix, np.int32)[:5].tolist() == [1 << 16, 0, 0, 0, 1 << 16]
+    if upright and not frame.rotation:
+        return
+    what = f"turned by {-frame.rotation % 360} degrees clockwise" if frame.rotation else "mirrored"
+    raise VideoError(
+        f"{path} asks to be shown {what}, which some programs do and others do not. Write it as it is to be seen, "
+        "`ffmpeg -i OLD.mp4 -c:v libx264 -g 2 -crf 12 NEW.mp4`, and see that meta/info.json has its height and width."
+    )
 
 
 def _list_frames(path: Path) -> _Index:
@@ -253,7 +271,8 @@ def _list_frames(path: Path) -> _Index:
         for packet in container.demux(stream):
             if packet.pts is None or packet.is_corrupt:
                 continue
-            times.append(packet.pts)
+            if not packet.is_discard:  # which is decoded, and cut off by the file's edit list
+                times.append(packet.pts)
             if packet.is_keyframe:
                 keys.append(packet.pts)
                 seek.append(packet.dts if packet.dts is not None else packet.pts)

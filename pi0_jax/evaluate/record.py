@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -155,10 +156,12 @@ def record(
     simulator = _simulator(source.simulator, source.options)
     robot = get_robot(simulator.robot)
     found = demonstrations(source, num_episodes, workers)
-    columns = features(_collect(0, source), robot)
+    first = next(found)
+    columns = features(first, robot)
     episodes, frames, dropped = [], 0, 0
     with LeRobotWriter(root, simulator.fps, robot_type=robot.name, features=columns, overwrite=overwrite) as writer:
-        for episode in tqdm(found, total=num_episodes, desc=f"recording {source.split}", unit="episode"):
+        found = tqdm(itertools.chain([first], found), f"recording {source.split}", num_episodes, unit="episode")
+        for episode in found:
             writer.add_episode(episode.frames, task=episode.prompt)
             episodes.append({"task": episode.task, "seed": episode.seed})
             frames += len(episode.frames["action"])

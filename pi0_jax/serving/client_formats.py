@@ -45,7 +45,7 @@ def read_seed(request: dict[str, Any]) -> tuple[int, ...] | None:
         return None
     seed = seed.tolist() if isinstance(seed, (np.ndarray, np.generic)) else seed
     words = tuple(seed) if isinstance(seed, list) else (seed,)
-    if len(words) in (1, 2) and all(isinstance(word, int) and 0 <= word < 2**32 for word in words):
+    if len(words) in (1, 2) and all(type(word) is int and 0 <= word < 2**32 for word in words):
         return words
     raise UserError(f"`seed` came as {str(seed)[:80]}; expected a whole number from 0 to 2³² - 1, or two of them.")
 

@@ -204,7 +204,7 @@ class PolicyServer:
         if self._stopping:
             raise Refused("stopping", "the server is stopping.")
         if isinstance(frame, str):
-            raise WireError("a text frame came; requests are binary frames of msgpack.")
+            raise Refused("invalid", "a text frame came; requests are binary frames of msgpack.")
         observation = await asyncio.to_thread(self._validate, frame)
         if observation is _RESET:
             session.reset()
@@ -217,12 +217,15 @@ class PolicyServer:
 
     def _validate(self, frame: bytes) -> Any:
         """The policy's validated request in a frame; `_RESET` for the endpoint `reset` of RoboArena's clients."""
-        request = unpack(frame, self.settings.limits)
+        try:
+            request = unpack(frame, self.settings.limits)
+        except WireError as error:
+            raise Refused("invalid", str(error)) from error
         endpoint = request.pop("endpoint", "infer") if isinstance(request, dict) else "infer"
         if isinstance(endpoint, str) and endpoint == "reset":
             return _RESET
         if not isinstance(endpoint, str) or endpoint != "infer":
-            raise WireError(f"there is no endpoint {str(endpoint)[:40]!r}; there are infer and reset.")
+            raise Refused("invalid", f"there is no endpoint {str(endpoint)[:40]!r}; there are infer and reset.")
         try:
             return self.policy.validate(request)
         except (ValueError, TypeError) as error:
@@ -248,10 +251,9 @@ class PolicyServer:
     async def _fail(self, connection: ServerConnection, session: Session, error: Exception) -> str:
         """Sends the client what it may know of an error, and closes its connection; returns the outcome's name."""
         number = uuid.uuid4().hex[:12]
-        refused = isinstance(error, (Refused, WireError))
-        outcome = error.outcome if isinstance(error, Refused) else "invalid" if refused else "failed"
+        outcome = error.outcome if isinstance(error, Refused) else "failed"
         fields = {"session": session.name, "peer": _peer(connection), "error": number, "outcome": outcome}
-        if refused:
+        if isinstance(error, Refused):
             message = str(error)[:MAX_MESSAGE]
             log.warning("request refused: %s", message, extra=fields)
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import struct
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -20,16 +21,29 @@ from tests.data.conftest import FEATURES, LENGTHS, TASKS, episode
 CAMERAS = [name for name, feature in FEATURES.items() if feature["dtype"] == "video"]
 
 
-def write_video(path: Path, images: np.ndarray, codec: str = "libx264", fps: int = 5, **options) -> None:
-    """A video file; `options` are the encoder's."""
+def write_video(
+    path: Path,
+    images: np.ndarray,
+    codec: str = "libx264",
+    fps: int = 5,
+    pix_fmt: str | None = None,
+    times: Sequence[int] | None = None,
+    **options,
+) -> None:
+    """A video file; `options` are the encoder's, `times` when frames are shown, in 1 / 90000 s: by `fps` without."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=Fraction(fps))
         stream.height, stream.width = images.shape[1:3]
-        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+        stream.pix_fmt = pix_fmt or ("yuvj420p" if codec == "mjpeg" else "yuv420p")
         stream.options = {key: str(value) for key, value in options.items()}
-        for image in images:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        if times is not None:
+            stream.codec_context.time_base = Fraction(1, 90000)
+        for i, image in enumerate(images):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24" if image.ndim == 3 else "gray16le")
+            if times is not None:
+                frame.pts, frame.time_base = times[i], Fraction(1, 90000)
+            container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
 
 

@@ -11,16 +11,9 @@ import pytest
 from pi0_jax.data.files import find_dataset
 from pi0_jax.data.lerobot import LeRobotDataset
 from pi0_jax.data.source import BadEpisode, Renamed
-from pi0_jax.data.video import FrameReader, VideoWriter
-from tests.data.conftest import FEATURES, LENGTHS, TASKS, all_frames, episode, scene, write
-from tests.data.formats import CAMERAS, write_v2, write_video
-
-CODECS = {
-    "h264 with B-frames": ("libx264", {"g": 12, "bf": 3}),
-    "h264, one key frame": ("libx264", {"g": 250}),
-    "hevc": ("libx265", {"x265-params": "keyint=8:log-level=none"}),
-    "av1": ("libsvtav1", {"g": 2, "preset": 10, "crf": 30}),
-}
+from pi0_jax.data.video import VideoWriter
+from tests.data.conftest import FEATURES, LENGTHS, TASKS, all_frames, episode, write
+from tests.data.formats import CAMERAS, write_v2
 
 
 @pytest.fixture(scope="module")
@@ -43,55 +36,9 @@ def test_older_versions_give_the_same_columns_tasks_and_chunks(v21, dataset, tmp
         np.testing.assert_array_equal(ours, theirs)
 
 
-def moving(length=40, size=64):
-    """Frames of a bright square that moves by a few pixels each, over a table."""
-    images = np.stack([scene(7, size)] * length)
-    for i, image in enumerate(images):
-        x, y = (3 * i) % (size - 16), 16 * (3 * i // (size - 16))
-        image[y : y + 16, x : x + 16] = (250, 240, 40)
-    return images
-
-
 def own_frame_is_nearest(decoded, truth):
     distance = np.square(decoded[:, None].astype(float) - truth[None]).mean((2, 3, 4))
     return (distance.argmin(1) == np.arange(len(truth))).all()
-
-
-@pytest.mark.parametrize("codec", CODECS)
-def test_every_frame_is_its_own_in_any_order_and_codec(tmp_path, codec):
-    encoder, options = CODECS[codec]
-    truth = moving()
-    write_video(tmp_path / "a.mp4", truth, encoder, fps=20, **options)
-    reader, order = FrameReader(), np.random.default_rng(0).permutation(len(truth))
-    out = np.zeros_like(truth)
-    for part in np.split(order, 8):
-        reader.read(tmp_path / "a.mp4", part, out, part)
-    assert own_frame_is_nearest(out, truth)
-    once = np.zeros_like(truth)
-    reader.read(tmp_path / "a.mp4", np.arange(40), once, np.arange(40))
-    np.testing.assert_array_equal(out, once)
-
-
-def test_frames_at_random_come_from_one_generator_of_packets(tmp_path):
-    """PyAV 18 keeps some 250 bytes of each that is left unfinished: 20 MB in 10,000 batches of 8 frames."""
-    truth = moving()
-    write_video(tmp_path / "a.mp4", truth, fps=20)
-    reader, made = FrameReader(), []
-    video = reader._open(tmp_path / "a.mp4")
-
-    class Counted:
-        def __init__(self, container):
-            self.container = container
-
-        def __getattr__(self, name):
-            made.extend([name] * (name in ("demux", "decode")))
-            return getattr(self.container, name)
-
-    video._container = Counted(video._container)
-    out = np.zeros_like(truth)
-    for number in range(0, 30, 3):
-        reader.read(tmp_path / "a.mp4", np.array([number]), out, np.array([number]))
-    assert made == []
 
 
 def test_frames_of_many_files_belong_to_their_rows(v21):

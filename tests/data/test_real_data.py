@@ -68,18 +68,3 @@ def test_episodes_without_an_instruction_are_named_or_given_one(tmp_path, caplog
     source = open_source(DatasetConfig(str(root), prompt="do something"), DataConfig(), robot)
     assert source.task(0) == "do something"
     assert source.task(source.episode_range(1)[0]) == "push the blue ball"
-
-
-def test_a_hub_folder_and_an_archive_are_called_so(tmp_path):
-    inside = tmp_path / "hub/snapshots/abc/meta"
-    inside.mkdir(parents=True)
-    (inside / "info.json").write_text("{}")
-    with pytest.raises(FileNotFoundError, match=r"did you mean .*snapshots/abc"):
-        open_source(DatasetConfig(str(tmp_path / "hub")), DataConfig(), get_robot("so101"))
-    (tmp_path / "packed").mkdir()
-    (tmp_path / "packed/mine.zip").write_bytes(b"")
-    with pytest.raises(FileNotFoundError, match="unpack them"):
-        open_source(DatasetConfig(str(tmp_path / "packed")), DataConfig(), get_robot("so101"))
-    (tmp_path / "empty/meta").mkdir(parents=True)
-    with pytest.raises(FileNotFoundError, match=r"meta/ without info\.json"):
-        open_source(DatasetConfig(str(tmp_path / "empty")), DataConfig(), get_robot("so101"))

@@ -178,7 +178,7 @@ def test_malformed_requests_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             read_request(request, robot)
-    for seed in (1.5, "x", [1, 2, 3], -1, 2**32, np.zeros((1, 1), int), [[1], [2, 3]]):
+    for seed in (1.5, True, "x", [1, 2, 3], -1, 2**32, np.zeros((1, 1), int), [[1], [2, 3]]):
         with pytest.raises(ValueError, match="`seed` came as"):
             read_seed({"seed": seed})
 

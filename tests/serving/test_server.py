@@ -170,6 +170,14 @@ def test_failures_of_requests_in_one_batch_are_isolated(caplog):
     assert {r.error for r in caplog.records if hasattr(r, "error")} >= {answers[1][-13:-1]}
 
 
+def test_an_answer_that_cannot_be_sent_is_the_servers_fault(monkeypatch):
+    policy = FakePolicy()
+    monkeypatch.setattr(policy, "answer", lambda *_: {"actions": np.zeros((3, 2)), "policy_timing": {"who": object()}})
+    with serving(policy) as server:
+        assert "internal error" in attempt(Client(server.uri), STATE)
+        assert 'outcome="failed"} 1' in get(server, "/metrics")[1]
+
+
 def test_requests_beyond_the_queue_are_refused_and_may_be_retried():
     gate = threading.Event()
     with serving(FakePolicy(gate=gate), max_waiting=1) as server, concurrent.futures.ThreadPoolExecutor(4) as threads:

@@ -30,6 +30,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Bool
 
 from pi0_jax.data.files import advice, read_json
+from pi0_jax.data.foreign import V1
 from pi0_jax.data.source import BadEpisode
 from pi0_jax.errors import UserError
 
@@ -80,18 +81,20 @@ def read_info(root: Path) -> dict[str, Any]:
     if not root.is_dir():
         raise FileNotFoundError(f"there is no folder {root}. Record demonstrations into it, or set `data.path`.")
     info = read_json(root / "meta/info.json", "the folder of a LeRobot dataset")
-    if info.get("codebase_version") not in VERSIONS:
-        raise UserError(
-            f"{root} is a LeRobot dataset of version {info.get('codebase_version')}; {', '.join(VERSIONS)} can be read."
-        )
+    if (version := info.get("codebase_version")) not in VERSIONS:
+        known = f"{root} is a LeRobot dataset of version {version}; {', '.join(VERSIONS)} can be read."
+        raise UserError(f"{known} {V1}" if str(version).startswith("v1") else known)
     info["features"] = {name: {**entry, "shape": _shape(entry)} for name, entry in info["features"].items()}
     return info
 
 
 def _shape(feature: dict[str, Any]) -> tuple[int, ...]:
-    """The shape of a feature; of pictures with channels last, where versions 2 may have them first."""
+    """The shape of a feature; of pictures with channels last, where versions 2 may have them first, and three of them,
+    as grey ones are decoded too."""
     shape = tuple(feature["shape"])
-    return (*shape[1:], 3) if feature["dtype"] in ("video", "image") and shape[0] == 3 != shape[-1] else shape
+    if feature["dtype"] not in ("video", "image") or len(shape) != 3:
+        return shape
+    return (*shape[1:], 3) if shape[0] in (1, 3) and shape[-1] not in (1, 3) else (*shape[:2], 3)
 
 
 def read_tasks(root: Path, version: str) -> list[str]:

@@ -22,8 +22,9 @@ from pi0_jax.atomic import written
 from pi0_jax.data.lerobot.layout import BOOKKEEPING, DATA_PATH, FILES_PER_CHUNK, VIDEO_PATH
 from pi0_jax.data.lerobot.stats import merge_stats
 from pi0_jax.data.lerobot.writer import LeRobotWriter, write_meta
+from pi0_jax.data.names import is_depth
 from pi0_jax.data.pool import run_tasks
-from pi0_jax.data.source import Source
+from pi0_jax.data.source import BadEpisode, Source
 from pi0_jax.errors import UserError
 
 EPISODES_PER_PIECE = 16
@@ -37,11 +38,13 @@ def convert(
     crf: int = 18,
     workers: int | None = None,
     episodes_per_piece: int = EPISODES_PER_PIECE,
+    settings: str = "",
 ) -> None:
-    """Writes `source` as a LeRobot 3.0 dataset, with all features that the format can hold.
+    """Writes `source` as a LeRobot 3.0 dataset, with all features that the format can hold: no text, no depth.
 
     `crf` is the quality of the video, 0 (best) to 51; `workers` are processes, None: one per core. A stopped conversion
-    goes on from the last multiple of `episodes_per_piece` episodes.
+    goes on from the last multiple of `episodes_per_piece` episodes, if `settings`, what else decides its content, are
+    the same.
 
     Raises:
         FileExistsError: `output` exists.
@@ -60,6 +63,7 @@ def convert(
         "crf": crf,
         "piece": episodes_per_piece,
         "features": repr(_features(source)),
+        "settings": settings,
     }
     known = pieces / "of.json"
     if not any(path.is_dir() and path.name.isdigit() for path in pieces.iterdir()):
@@ -87,6 +91,8 @@ def _features(source: Source) -> dict[str, dict[str, Any]]:
     for name, feature in source.features.items():
         shape = tuple(feature["shape"])
         if name in source.cameras:
+            if is_depth(feature):
+                continue  # colours of 8 bits cannot hold it
             height, width, _ = shape
             features[name] = {"dtype": "video", "shape": (height - height % 2, width - width % 2, 3), "names": None}
         elif name not in BOOKKEEPING and feature["dtype"] != "string" and len(shape) <= 1:
@@ -108,7 +114,10 @@ def _write_piece(source: Source, folder: Path, robot_type: str, fps: int, crf: i
                     frames[stored] = source.images(name, rows)[:, : shape[0], : shape[1]]
                 else:
                     frames[stored] = source.read(name, episode, episode + 1).reshape(len(rows), *shape)
-            writer.add_episode(frames, [source.tasks[i] for i in source.task_index[rows].tolist()])
+            try:
+                writer.add_episode(frames, [source.tasks[i] for i in source.task_index[rows].tolist()])
+            except UserError as error:
+                raise BadEpisode(f"{source.episodes[episode]} of {source.root}: {error}") from error
     return end - first
 
 

@@ -14,7 +14,7 @@ from pi0_jax.config import DataConfig, DatasetConfig
 from pi0_jax.data.files import find_dataset
 from pi0_jax.data.lerobot.layout import read_info
 from pi0_jax.data.mixture import open_source
-from pi0_jax.data.names import dimension_names, last_word
+from pi0_jax.data.names import dimension_names, is_depth, last_word
 from pi0_jax.data.robots import Robot
 from pi0_jax.data.source import ACTION, STATE, Source
 from pi0_jax.errors import UserError
@@ -55,8 +55,9 @@ def describe_robot(path: str, name: str) -> str:
     state_names = dimension_names(source.features[STATE]) or _numbered("state", state.shape[1])
     action_names = dimension_names(source.features[ACTION]) or _numbered("action", actions.shape[1])
     semantics = propose_semantics(state, actions, state_names, action_names)
-    cameras = propose_cameras(source.cameras)
-    shape = source.features[source.cameras[0]]["shape"] if source.cameras else (224, 224, 3)
+    depth = [camera for camera in source.cameras if is_depth(source.features[camera])]
+    cameras = propose_cameras([camera for camera in source.cameras if camera not in depth])
+    shape = source.features[next(iter(cameras))]["shape"] if cameras else (224, 224, 3)
     size = tuple(shape[:2]) if None not in shape else (224, 224)
     kind = info.get("robot_type")
     lines = [
@@ -70,6 +71,7 @@ def describe_robot(path: str, name: str) -> str:
         "    # right_wrist_0_rgb, and were trained with the scene in the first and cameras on a hand in the others.",
         "    cameras={",
         *(f"        {json.dumps(camera)}: {json.dumps(p.value)},{p.reason}" for camera, p in cameras.items()),
+        *(f"        # {json.dumps(camera)} is left out: it is depth." for camera in depth),
         "    },",
         *_vector("state", state_names),
         *_vector("actions", action_names),

@@ -1,0 +1,1 @@
+"""Demonstrations in HDF5, to be converted."""
