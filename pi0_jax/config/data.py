@@ -36,6 +36,9 @@ OPENPI_AUGMENT = AugmentConfig(
 """Augmentation that the released weights were trained with, and that openpi fine-tunes with."""
 
 
+PromptFrom = Literal["task", "subtask", "both"]
+
+
 @dataclasses.dataclass(frozen=True)
 class DatasetConfig:
     """One dataset of a mixture."""
@@ -62,6 +65,10 @@ class DatasetConfig:
     """Feature of an RLDS dataset with the instruction; None: the preset's, or language_instruction."""
     prompt: str | None = None
     """Instruction of episodes that have none; None: they are trained with an empty one, and the log names them."""
+    prompt_from: PromptFrom = "task"
+    """Prompt of a LeRobot dataset's frames. task: the instruction. subtask: the subtask that a frame belongs to, by
+    LeRobot's language columns or `subtask_index`. both: "TASK. Subtask: SUBTASK". Frames without a subtask have the
+    instruction. A policy wants prompts of the same form."""
     fps: float | None = None
     """Frames per second of an RLDS dataset, which does not store it; None: the preset's, or the robot's."""
 

@@ -164,7 +164,7 @@ def stats(args: Stats, config: TrainConfig) -> None:
     save_json(stats_to_json(own.stats, groups, semantics), args.output)
     for name, group in groups.items():
         robot = next(dataset.robot for dataset in datasets if dataset.stats == name)
-        for key, names in (("state", robot.state), ("actions", robot.actions)):
+        for key, names in (("state", robot.model_state), ("actions", robot.model_actions)):
             print(f"\n{name} {key:18} {'mean':>10} {'std':>10} {'1 %':>10} {'99 %':>10} {'min':>10} {'max':>10}")
             entry = group.stats[key]
             for i, dim in enumerate(names):

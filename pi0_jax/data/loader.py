@@ -213,7 +213,7 @@ class BatchReader:
         self._source, self._cameras, self._transform = dataset.source, dataset.cameras, transform
         _check_dataset(dataset.source, dataset.robot)
         self._horizon = model.action_horizon
-        self._dim_mask = np.arange(model.action_dim) < len(dataset.robot.actions)
+        self._dim_mask = np.arange(model.action_dim) < len(dataset.robot.model_actions)
         for feature in self._cameras:  # decodes video that is decoded once, and fails, now rather than later
             self._source.images(feature, np.array([0]))
 

@@ -134,6 +134,11 @@ def open_source(dataset: DatasetConfig, data: DataConfig, robot: Robot) -> Sourc
                 _log.info("%s: read as the published dataset of %s", root, robot.name)
         if dataset.without_episodes:
             raise UserError(f"{root} is an RLDS dataset, whose episodes have no numbers for `without_episodes`.")
+        if dataset.prompt_from != "task":
+            raise UserError(
+                f"{root} is an RLDS dataset, and `prompt_from` is for LeRobot's subtasks: name the feature with the "
+                f"words of a step in the dataset's `task`; it has {feature_names(root)}."
+            )
         fps = dataset.fps or (preset.fps if preset else robot.fps)
         if fps is None:
             raise UserError(
@@ -149,7 +154,12 @@ def open_source(dataset: DatasetConfig, data: DataConfig, robot: Robot) -> Sourc
             skip_bad_episodes=data.skip_bad_episodes,
         )
     else:
-        source = LeRobotDataset(root, skip_bad_episodes=data.skip_bad_episodes, without=dataset.without_episodes)
+        source = LeRobotDataset(
+            root,
+            skip_bad_episodes=data.skip_bad_episodes,
+            without=dataset.without_episodes,
+            prompt_from=dataset.prompt_from,
+        )
     _name_wordless(source, dataset.prompt)
     named = {**(preset.keys if preset else {}), **dataset.keys}
     found = {ours: theirs for ours, theirs in recognise(source.features, robot).items() if ours not in named}

@@ -201,6 +201,10 @@ class Source(abc.ABC):
             for reason, names in reasons.items()
         ]
 
+    def annotations(self) -> dict[str, int]:
+        """Words beside the instructions, such as subtasks: kind → how many there are."""
+        return {}
+
     def check_files(self, cameras: Sequence[str]) -> None:  # noqa: B027  (most kinds check at opening)
         """Raises FileNotFoundError, once for all, if files of episodes, or pictures of these cameras, are missing."""
 
@@ -232,6 +236,9 @@ class Wrapped(Source):
 
     def key_distance(self, camera: str) -> float:
         return self.source.key_distance(camera)
+
+    def annotations(self) -> dict[str, int]:
+        return self.source.annotations()
 
     def check_files(self, cameras: Sequence[str]) -> None:
         self.source.check_files(cameras)

@@ -36,11 +36,11 @@ class Use:
 
 @dataclasses.dataclass(frozen=True)
 class Dimension:
-    """One dimension of the actions."""
+    """One dimension of the actions in the model."""
 
     name: str
-    error: float
-    """Root mean square, robot units."""
+    error: float | None
+    """Root mean square, robot units; None: the robot has no such dimension, as for rotations."""
     skill: float | None
     """1 - squared error / variance of the demonstrated actions: 1 is perfect, 0 is the average action, always. None:
     the dimension does not vary."""

@@ -5,7 +5,7 @@ Arrays: n chunks, ah steps, d action dimensions; `episode` numbers the episode o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -67,17 +67,21 @@ def average_error(expert: Values, valid: Valid) -> float:
 
 
 def dimensions(
-    names: Sequence[str], predicted: Values, expert: Values, raw_errors: Values, valid: Valid
+    names: Sequence[str], predicted: Values, expert: Values, raw: Mapping[str, float], valid: Valid
 ) -> list[Dimension]:
-    """Each dimension's error in the robot's units, and its skill."""
+    """Each of the model's dimensions with its skill, and its error in the robot's units where `raw` has one."""
     found = []
     variance = np.square(expert - _mean(expert, valid))[valid].mean(0)
     error = np.square(predicted - expert)[valid].mean(0)
-    raw = np.sqrt(np.square(raw_errors)[valid].mean(0))
     for i, name in enumerate(names):
         skill = float(1 - error[i] / variance[i]) if variance[i] > 1e-6 else None
-        found.append(Dimension(name, float(raw[i]), skill))
+        found.append(Dimension(name, raw.get(name), skill))
     return found
+
+
+def per_dimension(errors: Values, valid: Valid) -> list[float]:
+    """Root mean square of each dimension."""
+    return np.sqrt(np.square(errors)[valid].mean(0)).tolist()
 
 
 def horizon(errors: Values, valid: Valid) -> list[float]:

@@ -116,7 +116,14 @@ def _course_plot(f: Figures) -> bytes:
 
 
 def _dimensions(f: Figures) -> str:
-    rows = [(d.name, f"{d.error:.4g}", "constant" if d.skill is None else f"{d.skill:.0%}") for d in f.dimensions]
+    rows = [
+        (
+            d.name,
+            "–" if d.error is None else f"{d.error:.4g}",
+            "constant" if d.skill is None else f"{d.skill:.0%}",
+        )
+        for d in f.dimensions
+    ]
     return table(("dimension", "error, robot units", "variance explained"), rows)
 
 

@@ -113,7 +113,7 @@ def diagnose(
         FileNotFoundError, UserError: a dataset cannot be read, or is not the robot's.
     """
     who = subject(policy, batch_size, seed)
-    dims = len(who.robot.actions)
+    dims = len(who.robot.model_actions)
     chunks = read_chunks(held_out, who.transform, who.model, dims, frames, who.execute_steps, batch_size)
     tasks = [task for each in (*held_out, *training) for task in each.source.tasks]
     figures, evidence = examine(who, chunks, tasks, float(held_out[0].source.fps), seed)
@@ -139,7 +139,8 @@ def examine(who: Subject, chunks: Chunks, tasks: Sequence[str], fps: float, seed
         seed: of the noise, and of what is swapped.
     """
     rng = np.random.default_rng(seed)
-    model, dims, valid, episode = who.model, len(who.robot.actions), chunks.valid, chunks.episode
+    robot, model, valid, episode = who.robot, who.model, chunks.valid, chunks.episode
+    dims = len(robot.model_actions)
     noise = rng.standard_normal((len(episode), model.action_horizon, model.action_dim)).astype(np.float32)
     plain = who.sample(chunks.observation, noise, "chunks")[..., :dims]
     errors = plain - chunks.expert
@@ -148,10 +149,12 @@ def examine(who: Subject, chunks: Chunks, tasks: Sequence[str], fps: float, seed
     for each in ablations(chunks, who.transform, tasks, sees_state=who.sees_state, rng=rng):
         without = who.sample(each.observation, noise, f"{each.name}: {each.how}")[..., :dims]
         uses.append(measure.use(each.kind, each.name, each.how, plain, without, chunks.expert, valid, episode))
-    grippers = gripper_dims(who.robot.actions, who.semantics)
+    grippers = gripper_dims(robot.actions, who.semantics)
     streams = measure.streams(predicted, expert, episode, chunks.lengths, chunks.every)
     window = max(model.action_horizon, round(2 * fps))
-    smooth = [i for i in range(dims) if i not in grippers] or list(range(dims))
+    turns = [i for pose in robot.poses.actions for i in range(pose.start + 3, pose.end)]  # signs and wraps are no jumps
+    smooth = [i for i in range(len(robot.actions)) if i not in (*grippers, *turns)] or list(range(len(robot.actions)))
+    raw = measure.per_dimension(predicted - expert, valid)
     figures = Figures(
         episodes=len(chunks.lengths),
         chunks=len(episode),
@@ -161,11 +164,13 @@ def examine(who: Subject, chunks: Chunks, tasks: Sequence[str], fps: float, seed
         error=measure.root_mean_square(errors, valid),
         average_error=measure.average_error(chunks.expert, valid),
         training_error=None,
-        dimensions=measure.dimensions(who.robot.actions, plain, chunks.expert, predicted - expert, valid),
+        dimensions=measure.dimensions(
+            robot.model_actions, plain, chunks.expert, dict(zip(robot.actions, raw, strict=True)), valid
+        ),
         horizon=measure.horizon(errors, valid),
         phases=measure.phases(errors, valid, chunks.step, chunks.lengths[episode]),
         roughness=measure.roughness(predicted, expert, valid, episode, chunks.every, smooth),
-        switches=[s for i in grippers for s in measure.switches(who.robot.actions[i], i, streams, window)],
+        switches=[s for i in grippers for s in measure.switches(robot.actions[i], i, streams, window)],
         uses=uses,
         not_tried=why_not(chunks, tasks, sees_state=who.sees_state),
         nearness=None,
@@ -208,7 +213,7 @@ def _beside_training(
     seed: int,
 ) -> tuple[Figures, list[list[Neighbour]]]:
     """Figures with the error on training frames and the nearness to them, and the nearest of the worst moments."""
-    rng, feature_of, dims = np.random.default_rng(seed), features(policy, batch_size), len(who.robot.actions)
+    rng, feature_of, dims = np.random.default_rng(seed), features(policy, batch_size), len(who.robot.model_actions)
     found, places, groups, squares, steps = [], [], [], 0.0, 0
     for batch, member, rows in training_batches(training, who.transform, who.model, count, batch_size, rng):
         found.append(feature_of(batch.observation))

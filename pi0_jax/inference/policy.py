@@ -235,7 +235,7 @@ class Policy:
         """
         self._batch_sizes = check_batch_sizes(batch_sizes)
         example = self.robot.example()
-        unplayed = np.zeros((self.config.model.action_horizon, len(self.robot.actions)), np.float32)
+        unplayed = np.tile(self.robot.example_action(), (self.config.model.action_horizon, 1))
         examples = [example, {**example, "previous": unplayed}] if real_time else [example]
         for size in self._batch_sizes:
             for length in prompt_lengths(self.config.model.prompt_length):

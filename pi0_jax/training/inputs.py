@@ -117,7 +117,10 @@ def open_held_out(
     """
     if data.validation_path is not None:
         alone = dataclasses.replace(data, validation_share=0.0, cache=None)
-        each = open_dataset(DatasetConfig(data.validation_path), alone, policy)
+        held_out = DatasetConfig(data.validation_path)
+        if data.datasets:  # prompts as in training
+            held_out = dataclasses.replace(held_out, prompt_from=data.datasets[0].prompt_from)
+        each = open_dataset(held_out, alone, policy)
         return [each._replace(held_out=each.training, training=each.held_out)]
     if not data.validation_share:
         return []

@@ -237,7 +237,7 @@ def test_what_makes_no_sense_is_refused(config, folders, weights, data, message)
         ("other/data/1.0.0/features.json", r"other is no dataset; did you mean \S*other/data\?"),
         ("meta/info.json", r"other is no dataset; did you mean \S*\?"),
         ("other/x-train.tfrecord-00000-of-00001", "no features.json and dataset_info.json"),
-        ("other/demo/a.hdf5", r"holds \.hdf5 files \(as robomimic.*Other formats"),
+        ("other/demo/a.hdf5", "which is HDF5.*pi0 data convert"),
         ("other/readme", "neither a LeRobot dataset"),
     ],
 )

@@ -55,10 +55,12 @@ def test_skill_is_one_for_exact_and_zero_for_average_actions():
     expert[..., 2] = 7
     predicted = expert.copy()
     predicted[..., 1] = expert[..., 1].mean()
-    exact, average, constant = measure.dimensions(("a", "b", "c"), predicted, expert, 2 * (predicted - expert), valid)
+    raw = dict(zip("ab", measure.per_dimension(2 * (predicted - expert)[..., :2], valid), strict=True))
+    exact, average, constant = measure.dimensions(("a", "b", "c"), predicted, expert, raw, valid)
     assert exact.skill == 1
     assert average.skill == pytest.approx(0)
     assert constant.skill is None
+    assert constant.error is None  # not the robot's
     assert average.error == pytest.approx(2 * expert[..., 1].std())
 
 

@@ -59,7 +59,8 @@ def check_dataset(
             for note in _check_ranges(stats_of(summarise(values, np.arange(len(values), dtype=np.uint64))), names)
         ]
         found += [f"{key} {problem}" for problem in _check_order(source.features[feature], names)]
-        found += _check_outside(values, stats[key], names, key, outside) if robot.adapt is None else []
+        as_they_are = robot.adapt is None and not getattr(robot.poses, key)
+        found += _check_outside(values, stats[key], names, key, outside) if as_they_are else []
     found += _check_semantics(dataset)
     found += [] if given is None else _check_given(stats, given, dataset)
     found += _check_tasks(source)
@@ -92,7 +93,7 @@ def _check_semantics(dataset: OpenDataset) -> list[str]:
     state, actions = source.columns(STATE), source.columns(ACTION)
     if (state.shape[1:], actions.shape[1:]) != ((len(robot.state),), (len(robot.actions),)):
         return []
-    proposed = propose_semantics(state.astype(float), actions.astype(float), robot.state, robot.actions)
+    proposed = propose_semantics(state.astype(float), actions.astype(float), robot.state, robot.actions, robot.poses)
     relative = [i for i, kind in enumerate(dataset.semantics) if kind in ("relative", "angle")]
     wrong = [robot.actions[i] for i in relative if proposed[i].value == "absolute"]
     if not wrong:
@@ -108,7 +109,7 @@ def _check_semantics(dataset: OpenDataset) -> list[str]:
 def _check_given(stats: Stats, given: Stats, dataset: OpenDataset) -> list[str]:
     """Whether statistics of a file are far from those of the demonstrations."""
     found = []
-    for key, names in (("state", dataset.robot.state), ("actions", dataset.robot.actions)):
+    for key, names in (("state", dataset.robot.model_state), ("actions", dataset.robot.model_actions)):
         own, file = stats[key], given[key]
         if len(own.mean) != len(file.mean):
             found.append(
