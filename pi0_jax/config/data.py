@@ -36,6 +36,9 @@ OPENPI_AUGMENT = AugmentConfig(
 """Augmentation that the released weights were trained with, and that openpi fine-tunes with."""
 
 
+PromptFrom = Literal["task", "subtask", "both"]
+
+
 @dataclasses.dataclass(frozen=True)
 class DatasetConfig:
     """One dataset of a mixture."""
@@ -62,6 +65,10 @@ class DatasetConfig:
     """Feature of an RLDS dataset with the instruction; None: the preset's, or language_instruction."""
     prompt: str | None = None
     """Instruction of episodes that have none; None: they are trained with an empty one, and the log names them."""
+    prompt_from: PromptFrom = "task"
+    """Prompt of a LeRobot dataset's frames. task: the instruction. subtask: the subtask that a frame belongs to, by
+    LeRobot's language columns or `subtask_index`. both: "TASK. Subtask: SUBTASK". Frames without a subtask have the
+    instruction. A policy wants prompts of the same form."""
     fps: float | None = None
     """Frames per second of an RLDS dataset, which does not store it; None: the preset's, or the robot's."""
 
@@ -76,11 +83,15 @@ class DataConfig:
     """Folder of held-out demonstrations for the validation loss; None skips it, unless `validation_share` says more."""
     datasets: tuple[DatasetConfig, ...] = ()
     """A mixture of datasets."""
+    mixed_rates: bool = False
+    """Mix datasets of different frames per second as they are: the same number of actions then takes longer in one."""
     validation_share: float = 0.0
     """Share of the episodes that is held out for the validation loss, by a hash of their states and actions: copies of
     an episode are on the same side."""
     norm_stats: str | None = None
     """File of statistics (`pi0 data stats`, or openpi's norm_stats.json); None: computed from the demonstrations."""
+    trust_norm_stats: bool = False
+    """Train by the statistics of `norm_stats` even where the demonstrations are far off them."""
     frames: Literal["auto", "random"] = "auto"
     """random: frames are decoded when they are needed, which takes no room. auto: the same, but where a video has few
     key frames, which makes that slow, what is decoded is kept at the model's resolution in the user's cache

@@ -161,8 +161,8 @@ def _training(opened: OpenCheckpoint, data: list[str]) -> dict[str, Any]:
 
 def _success(opened: OpenCheckpoint) -> str:
     """What `pi0 report` measured in closed loop, where it measured these weights."""
-    path = opened.path.parents[1] / _REPORT
-    if opened.path.parent.name != "checkpoints" or not path.is_file():
+    path = checkpoint.run_folder(opened.path) / _REPORT
+    if not path.is_file():
         return "Not measured."
     report = read_json(path)
     if report.get("step") != opened.step:

@@ -22,7 +22,7 @@ from pi0_jax.data.files import find_dataset
 from pi0_jax.data.foreign import explain
 from pi0_jax.data.frames import keep_frames
 from pi0_jax.data.lerobot import LeRobotDataset
-from pi0_jax.data.names import is_depth, log_recognised, recognise
+from pi0_jax.data.names import in_robots_order, is_depth, log_recognised, recognise
 from pi0_jax.data.rlds.reader import RldsDataset, feature_names
 from pi0_jax.data.robots import ROBOTS, Robot, get_robot, semantics_of
 from pi0_jax.data.source import ACTION, STATE, Renamed, Source
@@ -31,6 +31,8 @@ from pi0_jax.errors import UserError, did_you_mean
 BLOCK = 2**16
 """Samples after which the datasets have had exactly their shares. Shares are multiples of one in so many."""
 
+SAME_RATE = 1.01
+"""Ratio of two rates up to which they are the same, such as 29.97 and 30 frames per second."""
 RLDS_FILES = ("features.json", "*/features.json")
 
 _log = logging.getLogger(__name__)
@@ -63,7 +65,7 @@ def open_datasets(data: DataConfig, policy: PolicyConfig, *, log_skipped: bool =
 
     Raises:
         FileNotFoundError, UserError: no dataset is named, one cannot be read, or is not its robot's; some have weights
-            and others have not, or a weight is not positive; a share of episodes is out of range.
+            and others have not, or a weight is not positive; their rates differ; a share of episodes is out of range.
     """
     if not 0 <= data.validation_share < 1:
         raise UserError(f"`data.validation_share` is {data.validation_share}; expected a share, 0 or more and below 1.")
@@ -76,7 +78,21 @@ def open_datasets(data: DataConfig, policy: PolicyConfig, *, log_skipped: bool =
     found = [open_dataset(dataset, data, policy) for dataset in datasets]
     for dataset in found if log_skipped else ():
         dataset.source.report_skipped()
+    _check_rates(found, data.mixed_rates)
     return found
+
+
+def _check_rates(datasets: Sequence[OpenDataset], mixed: bool) -> None:
+    """Refuses datasets of different rates, unless they are to be mixed."""
+    roots = {float(each.source.fps): each.source.root for each in datasets}
+    if mixed or max(roots) <= SAME_RATE * min(roots):
+        return
+    rates = ", ".join(f"{fps:g} frames per second in {root}" for fps, root in roots.items())
+    raise UserError(
+        f"the datasets have different rates: {rates}. As many actions take longer in one than in the other, and a "
+        "robot acts at one rate. Bring them to one rate, or, where they are of different robots, mix them as they are: "
+        "--data.mixed-rates."
+    )
 
 
 def dataset_configs(data: DataConfig) -> tuple[DatasetConfig, ...]:
@@ -134,6 +150,11 @@ def open_source(dataset: DatasetConfig, data: DataConfig, robot: Robot) -> Sourc
                 _log.info("%s: read as the published dataset of %s", root, robot.name)
         if dataset.without_episodes:
             raise UserError(f"{root} is an RLDS dataset, whose episodes have no numbers for `without_episodes`.")
+        if dataset.prompt_from != "task":
+            raise UserError(
+                f"{root} is an RLDS dataset, and `prompt_from` is for LeRobot's subtasks: name the feature with the "
+                f"words of a step in the dataset's `task`; it has {feature_names(root)}."
+            )
         fps = dataset.fps or (preset.fps if preset else robot.fps)
         if fps is None:
             raise UserError(
@@ -149,7 +170,12 @@ def open_source(dataset: DatasetConfig, data: DataConfig, robot: Robot) -> Sourc
             skip_bad_episodes=data.skip_bad_episodes,
         )
     else:
-        source = LeRobotDataset(root, skip_bad_episodes=data.skip_bad_episodes, without=dataset.without_episodes)
+        source = LeRobotDataset(
+            root,
+            skip_bad_episodes=data.skip_bad_episodes,
+            without=dataset.without_episodes,
+            prompt_from=dataset.prompt_from,
+        )
     _name_wordless(source, dataset.prompt)
     named = {**(preset.keys if preset else {}), **dataset.keys}
     found = {ours: theirs for ours, theirs in recognise(source.features, robot).items() if ours not in named}
@@ -168,7 +194,7 @@ def open_source(dataset: DatasetConfig, data: DataConfig, robot: Robot) -> Sourc
                 f"{name} of {root} is a depth stream, and no picture: leave it out of the cameras of {robot.name}. To "
                 f"see it in shades of grey, of which its 8 highest bits are left, set keys={{{name!r}: {name!r}}}."
             )
-    return source
+    return in_robots_order(source, robot)
 
 
 def _name_wordless(source: Source, prompt: str | None) -> None:

@@ -3,7 +3,7 @@
 A transform is a pair of functions on sample dicts, and `chain` runs forwards in order and inverses in reverse, so that
 the way out cannot drift from the way in. Training, evaluation and serving use the same chain (`make_transform`):
 
-    robot's units to the weights' → relative actions → normalise → tokenise → images → pad
+    robot's units to the weights', poses → relative actions → normalise → tokenise → images → pad
 
 π0.5 writes the normalised state into the prompt, so tokens come after normalising and before padding.
 
@@ -13,6 +13,7 @@ Relative actions leave their `anchor` in the sample, the state that they are rel
 # pyright: reportTypedDictNotRequiredAccess=false
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypedDict, cast
 
@@ -30,6 +31,16 @@ from pi0_jax.data.normalization import (
     check_stats,
     normalize_values,
     unnormalize_values,
+)
+from pi0_jax.data.poses import (
+    Poses,
+    absolute,
+    from_model,
+    model_index,
+    model_slice,
+    relative,
+    steady_signs,
+    to_model,
 )
 from pi0_jax.data.robots import RawObservation as RawObservation
 from pi0_jax.data.robots import Robot
@@ -122,11 +133,13 @@ def make_transform(policy: PolicyConfig, robot: Robot, normalization: Normalizat
             cameras is the robot's, or the tokenizer has more tokens than the model.
     """
     model = policy.model
-    check_stats(normalization.stats, {"state": robot.state, "actions": robot.actions})
-    if max(len(robot.state), len(robot.actions)) > model.action_dim:
+    widths = len(robot.model_state), len(robot.model_actions)
+    check_stats(normalization.stats, {"state": robot.model_state, "actions": robot.model_actions})
+    if max(widths) > model.action_dim:
+        nine = ", nine of each pose" if robot.poses != Poses() else ""
         raise UserError(
-            f"{robot.name} has {len(robot.state)} state and {len(robot.actions)} action dimensions; the model has room "
-            f"for {model.action_dim}. Raise `model.action_dim`; for trained weights, `pi0 convert --action-dim` does."
+            f"{robot.name} has {widths[0]} state and {widths[1]} action dimensions{nine}; the model has room for "
+            f"{model.action_dim}. Raise `model.action_dim`; for trained weights, `pi0 convert --action-dim` does."
         )
     if not robot.select_cameras(model.cameras):
         raise UserError(
@@ -140,7 +153,7 @@ def make_transform(policy: PolicyConfig, robot: Robot, normalization: Normalizat
         )
     return chain(
         adapt(robot),
-        relative_actions(normalization.semantics),
+        relative_actions(normalization.semantics, robot.poses),
         normalize(normalization.stats, policy.normalization),
         tokenize(tokenizer, model.prompt_length, with_state=model.variant == "pi05" and policy.state_in_prompt),
         select_images(model.cameras, model.vision.image_size),
@@ -149,28 +162,41 @@ def make_transform(policy: PolicyConfig, robot: Robot, normalization: Normalizat
 
 
 def adapt(robot: Robot) -> Transform:
-    """State and actions from the robot's units to those of the weights, and back; nothing for most robots."""
-    if robot.adapt is None:
-        return identity
-    return per_key(
-        _state_and_actions(robot.adapt.state, robot.adapt.actions),
-        _state_and_actions(robot.adapt.state_inverse, robot.adapt.actions_inverse),
+    """State and actions from the robot's units to those of the weights, and back; nothing for most robots.
+
+    Rotations of the robot's poses become six numbers. A chunk comes back with quaternions of steady sign.
+    """
+    converted = identity
+    if robot.adapt is not None:
+        converted = per_key(
+            _state_and_actions(robot.adapt.state, robot.adapt.actions),
+            _state_and_actions(robot.adapt.state_inverse, robot.adapt.actions_inverse),
+        )
+    state, actions = robot.poses
+    if not (state or actions):
+        return converted
+    posed = per_key(
+        _state_and_actions(functools.partial(to_model, poses=state), functools.partial(to_model, poses=actions)),
+        _state_and_actions(
+            functools.partial(from_model, poses=state), lambda x: steady_signs(from_model(x, actions), actions)
+        ),
     )
+    return chain(converted, posed)
 
 
-def relative_actions(semantics: tuple[str, ...]) -> Transform:
+def relative_actions(semantics: tuple[str, ...], poses: Poses = Poses()) -> Transform:
     """Actions of the dimensions that are relative to the state, as differences to it, and back.
 
     The whole chunk is relative to the state at its beginning. Angles differ by no more than half a turn; on the way
-    back they are the state plus that difference, so that a robot that counts turns goes the short way. `semantics` has
-    one of `data.robots.SEMANTICS` per dimension.
+    back they are the state plus that difference, so that a robot that counts turns goes the short way. Poses are
+    relative in SE(3) (`data.poses`). `semantics` has one of `data.robots.SEMANTICS` per dimension of the robot, and
+    samples have the dimensions of the model.
 
     Raises:
         UserError: `inverse` gets a sample that did not come from `forward`, so that it has no anchor.
     """
-    dims = np.array(relative_dims(semantics), int)
-    angles = np.flatnonzero([kind == "angle" for kind in semantics])
-    if not dims.size:
+    dims, origins, angles, frames = _relative_places(semantics, poses)
+    if not dims and not frames:
         return identity
 
     def forward(sample: Sample) -> Sample:
@@ -178,8 +204,10 @@ def relative_actions(semantics: tuple[str, ...]) -> Transform:
 
         def difference(actions: np.ndarray) -> np.ndarray:
             actions = np.array(actions)
-            actions[..., dims] -= anchor[..., None, dims]
+            actions[..., dims] -= anchor[..., None, origins]
             actions[..., angles] = np.pi - np.mod(np.pi - actions[..., angles], 2 * np.pi)
+            for target, origin in frames:
+                actions[..., target] = relative(actions[..., target], anchor[..., None, origin])
             return actions
 
         return per_key(dict.fromkeys(ACTION_KEYS, difference), {}).forward(sample | {"anchor": anchor})
@@ -187,16 +215,45 @@ def relative_actions(semantics: tuple[str, ...]) -> Transform:
     def inverse(sample: Sample) -> Sample:
         if "anchor" not in sample:
             raise UserError("relative actions need the state they are relative to: pass the sample's `anchor`.")
-        actions = np.array(sample["actions"])
-        actions[..., dims] += np.asarray(sample["anchor"])[..., None, dims]
+        actions, anchor = np.array(sample["actions"]), np.asarray(sample["anchor"])
+        actions[..., dims] += anchor[..., None, origins]
+        for target, origin in frames:
+            actions[..., target] = absolute(actions[..., target], anchor[..., None, origin])
         return sample | {"actions": actions}
 
     return Transform(forward, inverse)
 
 
-def relative_dims(semantics: tuple[str, ...]) -> list[int]:
-    """Dimensions of actions that are relative to the state."""
-    return [i for i, kind in enumerate(semantics) if kind in ("relative", "angle")]
+def relative_dims(semantics: tuple[str, ...], poses: Poses = Poses()) -> list[int]:
+    """Dimensions of actions in the model that are relative to the state."""
+    dims, _, _, frames = _relative_places(semantics, poses)
+    return sorted([*dims, *(i for target, _ in frames for i in range(target.start, target.stop))])
+
+
+class _RelativePlaces(NamedTuple):
+    """Dimensions of actions that are relative, and those of the state that they are relative to, in the model."""
+
+    dims: list[int]
+    origins: list[int]
+    angles: list[int]
+    """Those of `dims` that are angles."""
+    frames: list[tuple[slice, slice]]
+    """Poses."""
+
+
+def _relative_places(semantics: tuple[str, ...], poses: Poses) -> _RelativePlaces:
+    posed = {i for pose in poses.actions for i in range(pose.start, pose.end)}
+    singles = [i for i, kind in enumerate(semantics) if kind in ("relative", "angle") and i not in posed]
+    return _RelativePlaces(
+        [model_index(i, poses.actions) for i in singles],
+        [model_index(i, poses.state) for i in singles],
+        [model_index(i, poses.actions) for i in singles if semantics[i] == "angle"],
+        [
+            (model_slice(target, poses.actions), model_slice(origin, poses.state))
+            for target, origin in zip(poses.actions, poses.state, strict=False)
+            if semantics[target.start] == "relative"
+        ],
+    )
 
 
 def normalize(stats: Stats, mode: Mode) -> Transform:
@@ -244,7 +301,8 @@ def select_images(cameras: tuple[str, ...], size: int) -> Transform:
 
 
 def pad(action_dim: int, robot: Robot) -> Transform:
-    """State and actions, float32, filled up to `action_dim` with zeros; back to the robot's own dimensions."""
+    """State and actions, float32, filled up to `action_dim` with zeros; back to the robot's dimensions in the model."""
+    state, actions = len(robot.model_state), len(robot.model_actions)
 
     def fill(x: np.ndarray) -> np.ndarray:
         out = np.zeros((*np.shape(x)[:-1], action_dim), np.float32)
@@ -253,7 +311,7 @@ def pad(action_dim: int, robot: Robot) -> Transform:
 
     return per_key(
         _state_and_actions(fill, fill),
-        _state_and_actions(lambda x: x[..., : len(robot.state)], lambda x: x[..., : len(robot.actions)]),
+        _state_and_actions(lambda x: x[..., :state], lambda x: x[..., :actions]),
     )
 
 

@@ -48,7 +48,8 @@ actions = np.asarray(jax.jit(program.call)(weights, inputs))
 
 `inputs` holds, for each of the observations: `images/<camera>`, RGB at the model's size, `state`, normalised and filled
 up with zeros, `prompt`, token ids, `prompt_mask`, and `noise`, standard normal. `actions` are normalised, too. A value
-in the robot's units is `scale * normalised + offset`, by dimension; the further dimensions are filling.
+in the robot's units is `scale * normalised + offset`, by dimension; the further dimensions are filling. The rotation of
+a pose (`poses`: where it is among the robot's own numbers) is the first two columns of its matrix.
 """
 
 
@@ -111,9 +112,10 @@ def describe(policy: Policy) -> dict[str, Any]:
     return {
         "robot": robot.name,
         "image_size": config.model.vision.image_size,
-        "state": list(robot.state),
-        "actions": list(robot.actions),
+        "state": list(robot.model_state),
+        "actions": list(robot.model_actions),
         "semantics": list(policy.normalization.semantics),
+        "poses": {key: [pose._asdict() for pose in poses] for key, poses in robot.poses._asdict().items()},
         "variant": config.model.variant,
         "num_steps": getattr(config.sampler, "num_steps", None),
         "normalization": {

@@ -209,6 +209,23 @@ def test_the_rate_is_asked_for_where_no_file_says_it(tmp_path, run):
     )
 
 
+def test_demonstrations_of_one_fault_are_said_in_one_line(tmp_path, run):
+    with h5py.File(tmp_path / "raw.hdf5", "w") as file:
+        for number in range(30):
+            file[f"data/demo_{number}/actions"] = np.zeros((3, 7))
+    code, _, err = run("raw.hdf5")
+    assert code == 1
+    assert "raw.hdf5 data/demo_0, raw.hdf5 data/demo_1, " in err
+    assert "and 10 more: has no observations; robomimic's dataset_states_to_obs.py makes them" in err
+    with h5py.File(tmp_path / "raw.hdf5", "r+") as file:
+        for number in range(30):
+            for name in ("eef_pos", "joint_pos"):
+                file[f"data/demo_{number}/obs/{name}"] = np.zeros((3, 3))
+    code, _, err = run("raw.hdf5")
+    assert code == 1
+    assert "has ['eef_pos', 'joint_pos']; say which of them to take, such as --state 'eef_pos + joint_pos'" in err
+
+
 def break_files(folder: Path) -> None:
     """One good file of ALOHA's, and each way in which another can be bad."""
     for seed in (0, 1):

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from pi0_jax.data.lerobot import LeRobotWriter
-from pi0_jax.data.robots import Robot, check_robot
+from pi0_jax.data.poses import from_model, to_model
+from pi0_jax.data.robots import Pose, Poses, Robot, check_robot
+from pi0_jax.data.tools.pose_names import find_poses
 from pi0_jax.data.tools.robot import describe_robot, propose_cameras, propose_semantics
 from pi0_jax.errors import UserError
 
@@ -106,6 +108,77 @@ def test_rlds_is_described_too_and_nothing_is_written_into_it(real_data, tmp_pat
     assert (robot.name, robot.fps, len(robot.cameras)) == ("bridge", None, 4)
     assert robot.semantics == ("absolute",) * 7
     assert sorted(folder.rglob("*")) == before
+
+
+EULER = ("x", "y", "z", "roll", "pitch", "yaw")
+QUATERNION = ("x", "y", "z", "qx", "qy", "qz", "qw")
+
+
+def moving(rows: int, rotation: str):
+    """A pose that moves, and targets near it."""
+    rng = np.random.default_rng(0)
+    position, turns = np.cumsum(rng.normal(0, 0.02, size=(2, rows, 3)), axis=1)
+    state = from_model(
+        to_model(np.concatenate([position, turns], axis=1), (Pose(0, "axis_angle"),)), (Pose(0, rotation),)
+    )
+    return state, np.concatenate([state[1:], state[-1:]])
+
+
+@pytest.mark.parametrize(
+    ("names", "rotation", "word"),
+    [
+        (EULER, "euler_xyz", "a guess: about fixed axes"),
+        (QUATERNION, "quaternion_xyzw", "of length 1"),
+        (("ee.x", "ee.y", "ee.z", "ee.w", "ee.x2", "ee.y2", "ee.z2"), None, None),
+        (("pos_x", "pos_y", "pos_z", "quat_w", "quat_x", "quat_y", "quat_z"), "quaternion_wxyz", "of length 1"),
+        (("left.x", "left.y", "left.z", "left.wx", "left.wy", "left.wz"), "axis_angle", "a guess"),
+        (("x", "y", "z", "axis_angle_x", "axis_angle_y", "axis_angle_z"), "axis_angle", "by their names"),
+        (("x", "y", "z", *(f"rot6d_{i}" for i in range(6))), "6d", "6d_rows"),
+        (("dx", "dy", "dz", "droll", "dpitch", "dyaw"), None, None),
+    ],
+)
+def test_poses_are_found_by_their_names(names, rotation, word):
+    values, _ = moving(50, rotation or ("quaternion_wxyz" if len(names) == 7 else "euler_xyz"))
+    found = find_poses(("gripper", *names), np.concatenate([np.zeros((50, 1)), values], axis=1))
+    assert [each.pose for each in found] == ([] if rotation is None else [Pose(1, rotation)])
+    assert rotation is None or word in found[0].reason
+
+
+def test_numbers_that_are_no_rotation_are_not_taken_for_one():
+    degrees, _ = moving(50, "euler_xyz")
+    degrees[:, 3:] *= 180
+    assert not find_poses(EULER, degrees)
+    quaternions, _ = moving(50, "quaternion_xyzw")
+    assert not find_poses(QUATERNION, 2 * quaternions)
+
+
+def test_a_pose_that_the_actions_follow_is_relative_and_a_change_of_one_is_none(tmp_path):
+    camera = {"observation.images.front": {"dtype": "video", "shape": (16, 16, 3)}}
+    for kind, (state_names, rotation) in {
+        "targets": (QUATERNION, "quaternion_xyzw"),
+        "changes": (EULER, "euler_xyz"),
+    }.items():
+        state, targets = moving(60, rotation)
+        actions = targets if kind == "targets" else targets - state
+        gripper = np.arange(60.0)[:, None] % 2
+        vectors = {
+            "observation.state": np.concatenate([state, gripper], axis=1).astype(np.float32),
+            "action": np.concatenate([actions, gripper], axis=1).astype(np.float32),
+        }
+        names = [*state_names, "gripper"]
+        features = camera | {key: {"dtype": "float32", "shape": (len(names),), "names": names} for key in vectors}
+        with LeRobotWriter(tmp_path / kind, 10, "arm", features) as writer:
+            writer.add_episode(vectors | {name: np.zeros((60, 16, 16, 3), np.uint8) for name in camera}, "go")
+        text = describe_robot(str(tmp_path / kind), "mine")
+        robot = made(tmp_path, text)
+        pose = (Pose(0, rotation),)
+        if kind == "targets":
+            assert robot.poses == Poses(pose, pose)
+            assert robot.semantics == (*["relative"] * 7, "gripper")
+            assert "x to qw: by their names" in text
+        else:
+            assert robot.poses == Poses(pose, ())
+            assert robot.semantics == (*["absolute"] * 6, "gripper")
 
 
 def test_what_cannot_be_recognised_is_said(tmp_path):

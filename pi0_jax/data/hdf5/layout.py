@@ -218,7 +218,8 @@ def _chosen(
     for names in usual:
         if all(name in stored for name in names):
             return names
-    raise UserError(f"has {sorted(stored)}; say which are meant, joined by ' + ': {flag}")
+    vectors = [name for name, dataset in stored.items() if _is_vector(dataset)]
+    raise UserError(f"has {vectors}; say which of them to take, such as {flag} {' + '.join(vectors[:2])!r}")
 
 
 def _check_length(dataset: Any, length: int) -> None:

@@ -44,7 +44,7 @@ class Hdf5Dataset(Source):
         self.root, self._options = root, options
         self._table, self.skipped = _find_episodes(root, options)
         if self.skipped and not (skip_bad_episodes and self._table):
-            lines = [f"{name}: {reason}" for name, reason in self.skipped.items()]
+            lines = self.skipped_lines(SHOWN)
             more = [f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
             hint = "\n--skip-bad-episodes leaves them out." if self._table else ""
             raise UserError("\n  ".join([f"{root} cannot be converted:", *lines[:SHOWN], *more]) + hint)

@@ -14,7 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Int, UInt8
 
+from pi0_jax.config.data import PromptFrom
 from pi0_jax.data.lerobot import layout
+from pi0_jax.data.lerobot.language import Language, make_prompts
 from pi0_jax.data.source import BadEpisode, Number, Rows, Source
 from pi0_jax.data.video import FrameReader, VideoError, decode_picture
 from pi0_jax.errors import UserError
@@ -35,10 +37,12 @@ class LeRobotDataset(Source):
         skip_bad_episodes: leave out episodes whose rows or video frames are missing or cannot be read, and log them,
             instead of raising at their first use. It looks into every file when the dataset is opened.
         without: numbers of episodes to leave out as well.
+        prompt_from: what `tasks` are, see `DatasetConfig`.
 
     Raises:
         FileNotFoundError: the folder, or a file that it should hold, is missing.
-        UserError: another version of the format, or a damaged file; no episode is left, or there is none of a number.
+        UserError: another version of the format, or a damaged file; no episode is left, or there is none of a number;
+            or no subtask for `prompt_from`.
     """
 
     def __init__(
@@ -47,13 +51,15 @@ class LeRobotDataset(Source):
         *,
         skip_bad_episodes: bool = False,
         without: Sequence[int] = (),
+        prompt_from: PromptFrom = "task",
     ):
         self.root = Path(root)
         self._strict = not skip_bad_episodes and not without
         info = layout.read_info(self.root)
         self.version: str = info["codebase_version"]
         """Version of the format: "v2.0", "v2.1" or "v3.0"."""
-        self.features, self.fps = info["features"], info["fps"]
+        self._described, self.fps = list(info["features"]), info["fps"]
+        self.features = {name: each for name, each in info["features"].items() if each["dtype"] != "language"}
         self.tasks = layout.read_tasks(self.root, self.version)
         everything = layout.read_episodes(self.root, info)
         if unknown := sorted(set(without) - {episode.number for episode in everything}):
@@ -74,6 +80,16 @@ class LeRobotDataset(Source):
                 f"{self.root} is damaged: meta/info.json counts {info['total_frames']} frames, the episodes in "
                 f"meta/episodes {total}. Copy the dataset again."
             )
+        self._prompts: np.ndarray | None = None
+        if prompt_from != "task":
+            subtasks = self._language().subtasks(self._bookkeeping("timestamp"))
+            self.tasks, self._prompts = make_prompts(self.tasks, self.task_index, subtasks, prompt_from)
+
+    def _language(self) -> Language:
+        return Language(self._rows, self._table, self._described)
+
+    def annotations(self) -> dict[str, int]:
+        return self._language().styles()
 
     def read(self, name: str, first: int, end: int) -> np.ndarray:
         self.check_column(name)
@@ -81,7 +97,7 @@ class LeRobotDataset(Source):
 
     @property
     def task_index(self) -> Int[np.ndarray, "n"]:
-        return self._bookkeeping("task_index")
+        return self._bookkeeping("task_index") if self._prompts is None else self._prompts
 
     @property
     def shard_ends(self) -> Int[np.ndarray, "s"]:

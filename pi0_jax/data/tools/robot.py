@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,9 +14,11 @@ from pi0_jax.config import DataConfig, DatasetConfig
 from pi0_jax.data.files import find_dataset
 from pi0_jax.data.lerobot.layout import read_info
 from pi0_jax.data.mixture import open_source
-from pi0_jax.data.names import dimension_names, is_depth, last_word
+from pi0_jax.data.names import is_depth, last_word
+from pi0_jax.data.poses import Poses
 from pi0_jax.data.robots import Robot
-from pi0_jax.data.source import ACTION, STATE, Source
+from pi0_jax.data.source import ACTION, STATE, Source, dimension_names
+from pi0_jax.data.tools.pose_names import FoundPose, find_poses
 from pi0_jax.errors import UserError
 
 SCENE = ("front", "top", "high", "head", "exterior", "overhead", "third", "base", "ego", "image", "scene", "side")
@@ -55,7 +57,8 @@ def describe_robot(path: str, name: str, offline: bool = False) -> str:
     state, actions = read_some(source)
     state_names = dimension_names(source.features[STATE]) or _numbered("state", state.shape[1])
     action_names = dimension_names(source.features[ACTION]) or _numbered("action", actions.shape[1])
-    semantics = propose_semantics(state, actions, state_names, action_names)
+    poses, found = propose_poses(state, actions, state_names, action_names)
+    semantics = propose_semantics(state, actions, state_names, action_names, poses)
     depth = [camera for camera in source.cameras if is_depth(source.features[camera])]
     cameras = propose_cameras([camera for camera in source.cameras if camera not in depth])
     shape = source.features[next(iter(cameras))]["shape"] if cameras else (224, 224, 3)
@@ -64,7 +67,7 @@ def describe_robot(path: str, name: str, offline: bool = False) -> str:
     lines = [
         f'"""{Path(path).name}: say here what robot it is, and in which units."""',
         "",
-        "from pi0_jax.data.robots import Robot",
+        f"from pi0_jax.data.robots import {'Pose, Poses, ' * bool(poses.state)}Robot",
         "",
         "ROBOT = Robot(",
         f"    name={json.dumps(name if kind in (None, '', 'unknown') else kind)},",
@@ -76,6 +79,7 @@ def describe_robot(path: str, name: str, offline: bool = False) -> str:
         "    },",
         *_vector("state", state_names),
         *_vector("actions", action_names),
+        *_pose_lines(found),
         f"    fps={info.get('fps')!r},",
         f"    image_size={size!r},",
         '    # One per action: "absolute", "gripper" (absolute too), "relative" to the state of the same index (joint',
@@ -96,6 +100,20 @@ def _numbered(what: str, width: int) -> tuple[str, ...]:
 def _vector(field: str, names: Sequence[str]) -> list[str]:
     line = f"    {field}=({', '.join(map(json.dumps, names))},),"
     return [line] if len(line) <= 110 else [f"    {field}=(", *(f"        {json.dumps(n)}," for n in names), "    ),"]
+
+
+def _pose_lines(found: Mapping[str, Sequence[FoundPose]]) -> list[str]:
+    if not any(found.values()):
+        return []
+    lines = [
+        "    # Poses by the index of x, and how their rotation is given (pi0_jax/data/poses.py). The model reads six",
+        "    # numbers of a rotation; relative poses are in the frame of the one at which a chunk begins.",
+        "    poses=Poses(",
+    ]
+    for key, poses in found.items():
+        inside = [f"            Pose({pose.start}, {json.dumps(pose.rotation)}),  # {why}" for pose, why in poses]
+        lines += [f"        {key}=(", *inside, "        ),"] if poses else []
+    return [*lines, "    ),"]
 
 
 def propose_cameras(cameras: Sequence[str]) -> dict[str, Proposal]:
@@ -143,31 +161,71 @@ def read_some(source: Source) -> tuple[Float[np.ndarray, "n d"], Float[np.ndarra
     return state, actions
 
 
+def propose_poses(
+    state: Float[np.ndarray, "n d"],
+    actions: Float[np.ndarray, "n a"],
+    state_names: Sequence[str],
+    action_names: Sequence[str],
+) -> tuple[Poses, dict[str, list[FoundPose]]]:
+    """Poses of the state, and those of the actions if they follow them: changes of a pose are none.
+
+    Returns:
+        The poses; and the same by key, with reasons.
+    """
+    found = {"state": find_poses(state_names, state), "actions": find_poses(action_names, actions)}
+    poses = Poses(*(tuple(each.pose for each in found[key]) for key in ("state", "actions")))
+    proposed = propose_semantics(state, actions, state_names, action_names, poses)
+    if len(poses.actions) > len(poses.state) or any(proposed[p.start].value != "relative" for p in poses.actions):
+        found["actions"], poses = [], poses._replace(actions=())
+    return poses, found
+
+
 def propose_semantics(
     state: Float[np.ndarray, "n d"],
     actions: Float[np.ndarray, "n a"],
     state_names: Sequence[str],
     action_names: Sequence[str],
+    poses: Poses = Poses(),
 ) -> list[Proposal]:
-    """What each action means: grippers by name, and the others alike, positions if most of them follow the state.
+    """What each action means: grippers by name, a pose by its position, and the others alike, positions if most of
+    them follow the state.
 
     Returns:
         One per action: "gripper", "relative" for positions, or "absolute" for changes and the like; and why.
     """
-    grippers = ["gripper" in name.lower() for name in action_names]
-    follows, evidence = [], []
-    for i, gripper in enumerate(grippers):
-        if gripper:
-            evidence.append("by its name")
+    kinds, evidence = [""] * len(action_names), [""] * len(action_names)
+    for pose, origin in zip(poses.actions, poses.state, strict=False):
+        places = [(origin.start + i, pose.start + i) for i in range(3)]
+        own = [_follows(state[:, i], actions[:, j], state_names[i]) for i, j in places]
+        judged = [follows for follows, _ in own if follows is not None]
+        kind = "relative" if 2 * sum(judged) > len(judged) else "absolute"
+        for i in range(pose.start, pose.end):
+            kinds[i] = kind
+            evidence[i] = own[i - pose.start][1] if i < pose.start + 3 else "as its position"
+    posed = {i for pose in poses.state for i in range(pose.start, pose.end)}
+    follows = []
+    for i, name in enumerate(action_names):
+        if kinds[i]:
+            continue
+        if "gripper" in name.lower():
+            kinds[i], evidence[i] = "gripper", "by its name"
         elif i >= len(state_names):
-            evidence.append(f"there are only {len(state_names)} states")
-        elif min(spread := float(np.std(state[:, i])), float(np.std(actions[:, i]))) < HARDLY:
-            evidence.append("hardly moves here")
+            evidence[i] = f"there are only {len(state_names)} states"
+        elif i in posed:
+            kinds[i], evidence[i] = "absolute", f"{state_names[i]} is part of a pose"
         else:
-            share = float(np.median(np.abs(actions[:, i] - state[:, i]))) / spread
-            together = float(np.corrcoef(state[:, i], actions[:, i])[0, 1])
-            follows.append(share < FOLLOWS and together > TOGETHER)
-            evidence.append(f"{100 * share:.0f} % of a deviation from {state_names[i]}, correlation {together:.2f}")
+            judged, evidence[i] = _follows(state[:, i], actions[:, i], state_names[i])
+            follows += [] if judged is None else [judged]
     positions = 2 * sum(follows) > len(follows) and len(action_names) <= len(state_names)
-    kinds = ("gripper" if gripper else "relative" if positions else "absolute" for gripper in grippers)
+    kinds = [kind or ("relative" if positions else "absolute") for kind in kinds]
     return [Proposal(kind, reason) for kind, reason in zip(kinds, evidence, strict=True)]
+
+
+def _follows(state: Float[np.ndarray, "n"], action: Float[np.ndarray, "n"], name: str) -> tuple[bool | None, str]:
+    """Whether an action follows a state (None: nothing moves), and the evidence."""
+    if min(spread := float(np.std(state)), float(np.std(action))) < HARDLY:
+        return None, "hardly moves here"
+    share = float(np.median(np.abs(action - state))) / spread
+    together = float(np.corrcoef(state, action)[0, 1])
+    evidence = f"{100 * share:.0f} % of a deviation from {name}, correlation {together:.2f}"
+    return share < FOLLOWS and together > TOGETHER, evidence

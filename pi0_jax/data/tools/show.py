@@ -69,7 +69,8 @@ def _section(dataset: OpenDataset, episodes: int) -> str:
         "frames per second": f"{source.fps:g}",
         "length of episodes": f"{lengths.min()} to {lengths.max()}, median {np.median(lengths):g}",
         "cameras": ", ".join(f"{key} {source.features[key]['shape']}" for key in source.cameras),
-        "instructions": len(source.tasks),
+        "prompts": len(source.tasks),
+        "annotations": ", ".join(f"{count} of {kind}" for kind, count in source.annotations().items()) or "none",
     }
     rows = "".join(f"<tr><th>{k}<td>{html.escape(str(v))}" for k, v in facts.items())
     counts = np.bincount(source.task_index, minlength=len(source.tasks))
@@ -79,7 +80,7 @@ def _section(dataset: OpenDataset, episodes: int) -> str:
     )
     if len(source.tasks) > TASKS:
         tasks += f"<li>and {len(source.tasks) - TASKS} more"
-    sections = [f"<h1>{html.escape(str(source.root))}</h1><table>{rows}</table><h2>Instructions</h2><ul>{tasks}</ul>"]
+    sections = [f"<h1>{html.escape(str(source.root))}</h1><table>{rows}</table><h2>Prompts</h2><ul>{tasks}</ul>"]
     for key, feature, names in (("States", STATE, robot.state), ("Actions", ACTION, robot.actions)):
         values = source.columns(feature)
         values = values[:: -(-len(values) // HISTOGRAM_FRAMES)]
@@ -87,8 +88,18 @@ def _section(dataset: OpenDataset, episodes: int) -> str:
     for episode in _chosen(source, episodes):
         first, end = source.episode_range(episode)
         title = f"{source.episodes[episode]}: {source.task(first)}, {end - first} frames"
-        sections.append(f"<h2>{html.escape(title)}</h2>{_sheet(source, first, end)}{_curves(dataset, first, end)}")
+        words = _prompts(source, first, end)
+        pictures = _sheet(source, first, end)
+        sections.append(f"<h2>{html.escape(title)}</h2>{words}{pictures}{_curves(dataset, first, end)}")
     return "".join(sections)
+
+
+def _prompts(source: Source, first: int, end: int) -> str:
+    """The prompts of an episode that has several, with the second at which each begins."""
+    index = source.task_index[first:end]
+    begin = [0, *(np.flatnonzero(np.diff(index)) + 1).tolist()]
+    lines = [f"{i / source.fps:.1f} s: {html.escape(source.tasks[index[i]])}" for i in begin]
+    return f"<p>{'<br>'.join(lines)}</p>" if len(begin) > 1 else ""
 
 
 def _sheet(source: Source, first: int, end: int) -> str:

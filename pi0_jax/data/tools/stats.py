@@ -15,6 +15,7 @@ from tqdm import tqdm
 from pi0_jax.data.mixture import OpenDataset
 from pi0_jax.data.normalization import Normalization, NormStats, Stats, bounded
 from pi0_jax.data.pool import run_tasks
+from pi0_jax.data.poses import Poses
 from pi0_jax.data.robots import Robot
 from pi0_jax.data.sketch import Sketch, merge, summarise
 from pi0_jax.data.source import ACTION, STATE, VALID, Source
@@ -27,6 +28,8 @@ FRAMES_PER_TASK = 2**19
 """Frames that one task of a worker covers, at least one episode."""
 ROWS_AT_ONCE = 2**20
 """Rows summarised at a time, which bounds memory."""
+GAP = 16
+"""Episodes that are read with those around them, though they are not asked for: one read is cheaper than two."""
 
 
 class Summary(NamedTuple):
@@ -56,7 +59,7 @@ def compute_normalizations(
     first: dict[str, OpenDataset] = {}
     for number, dataset in enumerate(datasets):
         one = first.setdefault(dataset.stats, dataset)
-        shapes = [(len(each.robot.state), each.semantics) for each in (one, dataset)]
+        shapes = [(len(each.robot.state), each.semantics, each.robot.poses) for each in (one, dataset)]
         if shapes[0] != shapes[1]:
             raise UserError(
                 f"datasets with common statistics {dataset.stats!r} have {one.robot.name}'s and {dataset.robot.name}'s "
@@ -83,7 +86,7 @@ def compute_normalizations(
 
 def _bounded(stats: Stats, dataset: OpenDataset) -> Stats:
     found: Stats = {}
-    for key, names in (("state", dataset.robot.state), ("actions", dataset.robot.actions)):
+    for key, names in (("state", dataset.robot.model_state), ("actions", dataset.robot.model_actions)):
         found[key], dims = bounded(stats[key])
         if dims:
             _log.info(
@@ -116,8 +119,9 @@ def summarise_source(
     """
     chosen = np.arange(source.num_episodes) if episodes is None else np.asarray(list(episodes), int)
     lengths = np.diff(source.ends, prepend=0)
-    limit = ROWS_AT_ONCE // (horizon if relative_dims(semantics) else 1)
-    groups = np.split(chosen, np.flatnonzero(np.diff(np.cumsum(lengths[chosen]) // limit)) + 1)
+    limit = ROWS_AT_ONCE // (horizon if relative_dims(semantics, _poses(robot)) else 1)
+    full, apart = np.diff(np.cumsum(lengths[chosen]) // limit) > 0, np.diff(chosen) > GAP
+    groups = np.split(chosen, np.flatnonzero(full | apart) + 1)
     total = merge_summaries(
         _summarise_episodes(source, robot, semantics, horizon, group, identity) for group in groups if len(group)
     )
@@ -184,7 +188,7 @@ def _summarise_episodes(
     kept = np.isin(first + np.searchsorted(ends, np.arange(len(state)), side="right"), episodes)
     valid = columns[VALID][:, 0] > 0 if VALID in columns else np.ones(len(state), bool)
     rows = (np.uint64(number) << np.uint64(48)) + np.arange(offset, offset + len(state), dtype=np.uint64)
-    starts, dims = np.flatnonzero(kept & valid), relative_dims(semantics)
+    starts, dims = np.flatnonzero(kept & valid), relative_dims(semantics, _poses(robot))
     whole = summarise(state[kept], rows[kept])
     if not len(starts):
         return Summary(whole, None, None, dims)
@@ -195,9 +199,14 @@ def _summarise_episodes(
     inside = steps < ends[np.searchsorted(ends, starts, side="right")][:, None]
     steps = np.minimum(steps, len(state) - 1)
     inside &= np.logical_and.accumulate(valid[steps], axis=1)
-    chunks = relative_actions(semantics).forward({"state": state[starts], "actions": actions[steps]})["actions"]
+    to_relative = relative_actions(semantics, _poses(robot)).forward
+    chunks = to_relative({"state": state[starts], "actions": actions[steps]})["actions"]
     numbers = (rows[starts][:, None] * np.uint64(horizon) + np.arange(horizon, dtype=np.uint64))[inside]
     return Summary(whole, single, summarise(chunks[inside][:, dims], numbers), dims)
+
+
+def _poses(robot: Robot | None) -> Poses:
+    return Poses() if robot is None else robot.poses
 
 
 def _with_ray(tasks: list[tuple[OpenDataset, int, int, np.ndarray]]) -> Iterator[Summary]:
