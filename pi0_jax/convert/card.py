@@ -165,8 +165,8 @@ def _success(opened: OpenCheckpoint) -> str:
     if not path.is_file():
         return "Not measured."
     report = read_json(path)
-    if report.get("step") != opened.step:
-        return "Not measured for these weights, but for those of another step of the run."
+    if report.get("step", "unknown") != opened.step:
+        return f"Not measured for these weights, but for those of step {report.get('step', 'unknown')}."
     rows = ["| task | successes | episodes | rate | 95 % interval |", "|---|---|---|---|---|"]
     for task, r in report["success"].items():
         rows.append(

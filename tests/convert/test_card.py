@@ -66,7 +66,7 @@ def test_success_of_another_step_is_not_claimed_and_none_is_said_to_be_none(run,
     report = json.loads((run / "report.json").read_text())
     (run / "report.json").write_text(json.dumps(report | {"step": 2000}))
     convert(run, tmp_path / "other", "lerobot")
-    assert "another step of the run" in (tmp_path / "other/README.md").read_text()
+    assert "those of step 2000" in (tmp_path / "other/README.md").read_text()
     assert "90.0%" not in (tmp_path / "other/README.md").read_text()
     convert(save_tiny(tmp_path / "ours", "pi0"), tmp_path / "none", "lerobot")
     text = (tmp_path / "none/README.md").read_text()
