@@ -32,6 +32,7 @@ COMMANDS = {
     "infer": ("evaluate", "run a policy on an observation or in a simulator: pi0 infer runs/tabletop --env tabletop"),
     "evaluate": ("evaluate", "run a policy in closed loop: pi0 evaluate runs/tabletop --episodes 200 --seed 1"),
     "report": ("evaluate", "evaluate a run in closed loop and write its report: pi0 report runs/tabletop"),
+    "diagnose": ("diagnose", "say what a policy learned and what it uses, without a robot: pi0 diagnose runs/mine"),
     "serve": ("serving", "serve a policy to robots, as openpi does: pi0 serve runs/tabletop"),
     "export": ("inference", "write programs and weights for machines without this package: pi0 export RUN DIR"),
     "plan": ("plan", "say what training takes on devices that need not be there: pi0 plan CONFIG --topology h100:8"),

@@ -23,6 +23,7 @@ if jax.__version_info__ < (0, 11):
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+import tests.typecheck  # noqa: E402, F401  (pyproject.toml names it; imported before what it checks)
 from pi0_jax.config import ExpertConfig, ModelConfig, VisionConfig  # noqa: E402  (after the flags)
 
 

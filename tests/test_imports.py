@@ -55,6 +55,18 @@ MAY_IMPORT = {
     "serving": {"checkpoint", "config", "data", "inference"},
     "convert": {"atomic", "batch", "checkpoint", "compat", "config", "data", "model", "objective", "sampler"},
     "evaluate": {"checkpoint", "config", "config_file", "data", "inference", "training"},
+    "diagnose": {
+        "atomic",
+        "batch",
+        "checkpoint",
+        "config",
+        "data",
+        "evaluate",
+        "inference",
+        "model",
+        "objective",
+        "training",
+    },
     "compare": {
         "atomic",
         "config",

@@ -31,7 +31,16 @@ from pi0_jax.checkpoint.assets import (
     write_assets,
 )
 from pi0_jax.checkpoint.digests import verify
-from pi0_jax.checkpoint.locate import CheckpointError, Found, identify, latest_step, resolve, set_aside, steps
+from pi0_jax.checkpoint.locate import (
+    CheckpointError,
+    Found,
+    identify,
+    latest_step,
+    resolve,
+    run_folder,
+    set_aside,
+    steps,
+)
 
 if TYPE_CHECKING:
     from pi0_jax.checkpoint.reader import check_params, param_names, restore_params, restore_train_state

@@ -100,6 +100,11 @@ def identify(path: str | Path) -> Found:
     return Found("unknown", path)
 
 
+def run_folder(path: Path) -> Path:
+    """The run that a path belongs to, where it names one checkpoint of it."""
+    return path.parents[1] if path.parent.name == "checkpoints" else path
+
+
 def resolve(path: str | Path) -> Path:
     """The step folder that `path` means: that folder, or of a run folder or its `checkpoints` folder the newest.
 

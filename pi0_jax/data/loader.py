@@ -116,7 +116,7 @@ def make_loader(
         UserError: a dataset is not its robot's, or there is nothing to learn; prompt buckets that are none.
     """
     _check_buckets(config)
-    readers = [_Reader(dataset, transform, config.policy.model) for dataset, transform in datasets]
+    readers = [BatchReader(dataset, transform, config.policy.model) for dataset, transform in datasets]
     frames = [_learnable(dataset.source, dataset.training) for dataset, _ in datasets]
     orders = []
     for number, ((dataset, _), own) in enumerate(zip(datasets, frames, strict=True)):
@@ -132,7 +132,9 @@ def make_loader(
 class _Prepare:
     """From the number of a batch to this process's part of it, and the seconds of each stage."""
 
-    def __init__(self, readers: list[_Reader], stream: Stream, batch_size: int, rows: Indices, buckets: Sequence[int]):
+    def __init__(
+        self, readers: list[BatchReader], stream: Stream, batch_size: int, rows: Indices, buckets: Sequence[int]
+    ):
         self._readers, self._stream, self._batch_size, self._rows = readers, stream, batch_size, rows
         self._buckets = buckets
 
@@ -186,7 +188,7 @@ def eval_batches(
     Raises:
         UserError: a dataset is not its robot's, or there is nothing to learn.
     """
-    readers = [_Reader(dataset, transform, config.policy.model) for dataset, transform in datasets]
+    readers = [BatchReader(dataset, transform, config.policy.model) for dataset, transform in datasets]
     frames = [_learnable(dataset.source, dataset.held_out) for dataset, _ in datasets]
     wanted = np.arange(config.batch_size) if rows is None else rows
 
@@ -204,7 +206,7 @@ def eval_batches(
     return batches()
 
 
-class _Reader:
+class BatchReader:
     """From frames of one dataset to their batch."""
 
     def __init__(self, dataset: OpenDataset, transform: Transform, model: ModelConfig):

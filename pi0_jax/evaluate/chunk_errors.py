@@ -34,7 +34,7 @@ def held_out(train: TrainConfig | None, robot: Robot, count: int = 256) -> HeldO
     if train is None:
         return None
     try:
-        datasets = [dataset for dataset in open_held_out(train.data, train.policy) if _alike(dataset.robot, robot)]
+        datasets = [dataset for dataset in open_held_out(train.data, train.policy) if alike(dataset.robot, robot)]
     except FileNotFoundError:  # the run came from elsewhere
         return None
     frames = [
@@ -54,7 +54,7 @@ def held_out(train: TrainConfig | None, robot: Robot, count: int = 256) -> HeldO
     return HeldOut(observations, expert, valid)
 
 
-def _alike(one: Robot, other: Robot) -> bool:
+def alike(one: Robot, other: Robot) -> bool:
     """Whether two descriptions are of one robot, whose dataset may have other names."""
     cameras = set(one.cameras.values()) == set(other.cameras.values())
     return cameras and (one.state, one.actions) == (other.state, other.actions)

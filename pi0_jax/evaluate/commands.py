@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import tyro
 
-from pi0_jax.checkpoint import load_assets
+from pi0_jax.checkpoint import load_assets, run_folder
 from pi0_jax.config_file import parse
 from pi0_jax.data.robots import RawObservation, get_robot
 from pi0_jax.errors import UserError, require_package
@@ -179,7 +179,7 @@ def infer(args: Infer) -> None:
         observation["prompt"] = args.prompt
     if args.repeat < 1:
         raise UserError(f"--repeat is {args.repeat}; it has to be at least 1.")
-    output = _folder(args.output or _run_folder(args.run) / "infer")
+    output = _folder(args.output or run_folder(args.run) / "infer")
     policy.infer(observation, args.seed)  # compiles
     policy.forget_latency()
     for _ in range(args.repeat):
@@ -205,7 +205,7 @@ def evaluate(args: Evaluate) -> None:
 
 
 def _evaluate(simulator: Simulator, policy: Policy, args: Infer) -> None:
-    output = _folder(args.output or _run_folder(args.run) / "infer")
+    output = _folder(args.output or run_folder(args.run) / "infer")
     film, where = range(len(simulator.tasks)), (policy, simulator, args.episodes, args.seed)
     result = roll_out(*where, batch_size=args.batch_size, film=film, progress="closed loop")
     print(result.table())
@@ -231,7 +231,7 @@ def _evaluate_in_time(simulator: Simulator, policy: Policy, args: Infer) -> None
 def report(args: Report) -> None:
     """Runs `pi0 report`; errors as in `infer`."""
     require_package("matplotlib", "report", "the report")
-    name, run = _env(args), _run_folder(args.run)
+    name, run = _env(args), run_folder(args.run)
     simulator = get_simulator(name)
     counterfactual = get_simulator(name, counterfactual=True) if has_option(name, "counterfactual") else None
     path = args.output or run / "report.html"
@@ -291,11 +291,6 @@ def _options(texts: tuple[str, ...]) -> dict[str, Any]:
         except ValueError:
             options[name] = value
     return options
-
-
-def _run_folder(path: Path) -> Path:
-    """The run that a path belongs to, where it names one checkpoint of it."""
-    return path.parents[1] if path.parent.name == "checkpoints" else path
 
 
 def _folder(path: Path) -> Path:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import PIL.Image
 from jaxtyping import UInt8
 
 from pi0_jax.data.video import VideoWriter
@@ -34,8 +35,7 @@ def page(title: str, lead: str, sections: Iterable[tuple[str, bytes | None, str]
     """A page; its sections are (title, SVG or None, HTML)."""
     body = ""
     for head, picture, text in sections:
-        plot = picture and f'<img src="{_data(picture, "image/svg+xml")}" alt="{html.escape(head)}">'
-        body += f"<section><h2>{head}</h2>{plot or ''}<div>{text}</div></section>\n"
+        body += f"<section><h2>{head}</h2>{svg_tag(picture, head) if picture else ''}<div>{text}</div></section>\n"
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{html.escape(title)}</title><style>{STYLE}
@@ -62,6 +62,19 @@ def video_tag(pictures: Sequence[UInt8[np.ndarray, "h w 3"]], fps: int, caption:
         f'<figure><video src="{video}" autoplay loop muted playsinline controls></video>'
         f"<figcaption>{html.escape(caption)}</figcaption></figure>"
     )
+
+
+def svg_tag(picture: bytes, text: str) -> str:
+    """A plot inside the page; `text` for those who cannot see it."""
+    return f'<img src="{_data(picture, "image/svg+xml")}" alt="{html.escape(text)}">'
+
+
+def picture_tag(picture: UInt8[np.ndarray, "h w 3"], caption: str) -> str:
+    """A picture inside the page."""
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(picture).save(buffer, "jpeg", quality=88)
+    image = f'<img src="{_data(buffer.getvalue(), "image/jpeg")}" alt="{html.escape(caption)}">'
+    return f"<figure>{image}<figcaption>{html.escape(caption)}</figcaption></figure>"
 
 
 def hold_last(pictures: Sequence[UInt8[np.ndarray, "h w 3"]], fps: int) -> list[np.ndarray]:

@@ -216,6 +216,15 @@ class Policy:
         self._timings.append(Timing(ready - start, computed - ready, time.perf_counter() - computed))
         return actions
 
+    def sample(
+        self, observation: Observation, keys: Key[Array, "b"], noise: Float[np.ndarray, "b ah ad"]
+    ) -> Float[np.ndarray, "b ah ad"]:
+        """Normalised, padded chunks for observations as the model takes them, with the cameras that the robot has.
+
+        Noise, keys and programs are as in `infer_batch`.
+        """
+        return self.sampler(Inputs(observation, keys, noise, self._guidance_scale(None)), self.config.sampler)
+
     def warm_up(self, batch_sizes: Sequence[int] = (1,), *, real_time: bool = False) -> None:
         """Compiles what calls will need, so that none of them waits for a compiler.
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,21 @@ MASKED = -2.3819763e38
 """Stands for minus infinity in masked logits; the reference implementations' value, finite in bfloat16."""
 
 _log = logging.getLogger(__name__)
+_watching: list[list[jax.Array]] = []
+
+
+@contextlib.contextmanager
+def watch_attention() -> Iterator[list[jax.Array]]:
+    """Gives a list to which each `attend` called within appends its weights, `[b k g·t s]`: t queries of g heads.
+
+    For networks whose layers are not scanned, as those of folded parameters: what a scan traces cannot leave it. Fused
+    kernels keep no weights.
+    """
+    _watching.append([])
+    try:
+        yield _watching[-1]
+    finally:
+        _watching.pop()
 
 
 def attend(
@@ -45,6 +62,8 @@ def attend(
     if mask is not None:
         logits = jnp.where(jnp.tile(mask, (1, n // k, 1))[:, None], logits, MASKED)
     weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
+    if _watching:
+        _watching[-1].append(weights)
     attended = jnp.einsum("BKTS,BSKH->BKTH", weights, value)
     return attended.reshape(b, k, n // k, t, h).transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pi0_jax.model.attention import attend, fused
+from pi0_jax.model.attention import attend, fused, watch_attention
 from pi0_jax.model.layers import rotate, rotation
 
 
@@ -43,6 +43,19 @@ def test_softmax_is_float32_in_a_bfloat16_network():
     assert "exp" in jaxpr
     assert not any("bf16" in line and " exp " in line for line in jaxpr.splitlines())
     assert attend(q, q, q).dtype == jnp.bfloat16
+
+
+def test_weights_can_be_watched():
+    q = jax.random.normal(jax.random.key(0), (2, 3, 4, 8))
+    k, v = jax.random.normal(jax.random.key(1), (2, 2, 6, 2, 8))
+    with watch_attention() as weights:
+        attended = attend(q, k, v)
+    attend(q, k, v)
+    (seen,) = weights  # of the calls within alone
+    by_query = seen.reshape(2, 2, 2, 3, 6)  # queries of the heads that share keys
+    expected = jnp.einsum("BKGTS,BSKH->BTKGH", by_query, v).reshape(attended.shape)
+    np.testing.assert_allclose(attended, expected, atol=1e-5)
+    np.testing.assert_allclose(seen.sum(-1), 1, atol=1e-5)
 
 
 def test_the_fused_form_has_the_values_and_gradients_of_the_plain_one():
