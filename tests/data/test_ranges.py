@@ -38,6 +38,7 @@ def test_training_samples_the_frames_of_the_ranges(root, config, tmp_path, caplo
     path.write_text(json.dumps(RANGES))
     dataset = opened(root, config, path)
     kept = [0, 1, 2, 5, 6, 7, 8, 21, 22]
+    assert dataset.sampled is not None
     assert dataset.sampled.tolist() == kept
     assert "ranges.json keeps 26 % of the frames, and knows 3 of 5 episodes" in caplog.text
     valid = np.flatnonzero(dataset.source.columns("valid")[:, 0] > 0)
