@@ -83,11 +83,15 @@ class DataConfig:
     """Folder of held-out demonstrations for the validation loss; None skips it, unless `validation_share` says more."""
     datasets: tuple[DatasetConfig, ...] = ()
     """A mixture of datasets."""
+    mixed_rates: bool = False
+    """Mix datasets of different frames per second as they are: the same number of actions then takes longer in one."""
     validation_share: float = 0.0
     """Share of the episodes that is held out for the validation loss, by a hash of their states and actions: copies of
     an episode are on the same side."""
     norm_stats: str | None = None
     """File of statistics (`pi0 data stats`, or openpi's norm_stats.json); None: computed from the demonstrations."""
+    trust_norm_stats: bool = False
+    """Train by the statistics of `norm_stats` even where the demonstrations are far off them."""
     frames: Literal["auto", "random"] = "auto"
     """random: frames are decoded when they are needed, which takes no room. auto: the same, but where a video has few
     key frames, which makes that slow, what is decoded is kept at the model's resolution in the user's cache

@@ -6,7 +6,7 @@ import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -20,6 +20,7 @@ from pi0_jax.data.normalization import read_stats_file, save_json, stats_from_js
 from pi0_jax.data.robots import ROBOTS, get_robot
 from pi0_jax.data.source import Source
 from pi0_jax.data.tools.check import check_dataset
+from pi0_jax.data.tools.given import fit_given
 from pi0_jax.data.tools.robot import describe_robot
 from pi0_jax.data.tools.show import show
 from pi0_jax.data.tools.stats import compute_normalizations
@@ -53,9 +54,10 @@ class Stats:
 class Check:
     """Looks for what spoils training, and fails with its name.
 
-    Episodes that cannot be read, values that are not finite, dimensions in another order than the robot's, relative
-    actions that are changes already, given statistics that are far off, quantiles that leave too much outside, wrong
-    timestamps, missing frames, tasks without text. Dimensions that hardly vary are listed. Example:
+    Episodes that cannot be read, values that are not finite, relative actions that are changes already, given
+    statistics that are far off, quantiles that leave too much outside, grippers of other units than the robot's, wrong
+    timestamps, missing frames, tasks without text. Dimensions that hardly vary and ranges of grippers are listed.
+    Example:
         pi0 data check configs/mine.py
     """
 
@@ -180,9 +182,9 @@ def check(args: Check, config: TrainConfig) -> None:
     given = None if config.data.norm_stats is None else read_stats_file(config.data.norm_stats)
     found = []
     for dataset in datasets:
-        file = None if given is None else stats_from_json(given, dataset.stats)
         stats = groups[dataset.stats].stats
-        problems, notes = check_dataset(dataset, stats, file, outside=args.outside, decode=args.decode)
+        problems, notes = check_dataset(dataset, stats, outside=args.outside, decode=args.decode)
+        problems += [] if given is None else _check_given(dataset, given, config)
         found += [f"{dataset.source.root}: {problem}" for problem in problems]
         for note in notes:
             print(f"note: {dataset.source.root}: {note}")
@@ -190,6 +192,17 @@ def check(args: Check, config: TrainConfig) -> None:
         raise UserError(f"{len(found)} problem{'s' * (len(found) > 1)}:\n  " + "\n  ".join(found))
     episodes, frames = (sum(getattr(each.source, name) for each in datasets) for name in ("num_episodes", "num_frames"))
     print(f"no problem in {len(datasets)} dataset{'s' * (len(datasets) > 1)}, {episodes} episodes, {frames} frames")
+
+
+def _check_given(dataset: OpenDataset, given: dict[str, Any], config: TrainConfig) -> list[str]:
+    """Dimensions of all demonstrations that the statistics of a file do not fit."""
+    policy = config.policy
+    try:
+        stats = stats_from_json(given, dataset.stats)
+        fit = fit_given(dataset, stats, policy.normalization, policy.model.action_horizon, dataset.training)
+    except UserError as error:
+        return [f"{config.data.norm_stats}: {error}"]
+    return [f"{config.data.norm_stats} is far off: {each}" for each in fit.far_off]
 
 
 def show_(args: Show, config: TrainConfig) -> None:

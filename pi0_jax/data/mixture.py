@@ -22,7 +22,7 @@ from pi0_jax.data.files import find_dataset
 from pi0_jax.data.foreign import explain
 from pi0_jax.data.frames import keep_frames
 from pi0_jax.data.lerobot import LeRobotDataset
-from pi0_jax.data.names import is_depth, log_recognised, recognise
+from pi0_jax.data.names import in_robots_order, is_depth, log_recognised, recognise
 from pi0_jax.data.rlds.reader import RldsDataset, feature_names
 from pi0_jax.data.robots import ROBOTS, Robot, get_robot, semantics_of
 from pi0_jax.data.source import ACTION, STATE, Renamed, Source
@@ -31,6 +31,8 @@ from pi0_jax.errors import UserError, did_you_mean
 BLOCK = 2**16
 """Samples after which the datasets have had exactly their shares. Shares are multiples of one in so many."""
 
+SAME_RATE = 1.01
+"""Ratio of two rates up to which they are the same, such as 29.97 and 30 frames per second."""
 RLDS_FILES = ("features.json", "*/features.json")
 
 _log = logging.getLogger(__name__)
@@ -63,7 +65,7 @@ def open_datasets(data: DataConfig, policy: PolicyConfig, *, log_skipped: bool =
 
     Raises:
         FileNotFoundError, UserError: no dataset is named, one cannot be read, or is not its robot's; some have weights
-            and others have not, or a weight is not positive; a share of episodes is out of range.
+            and others have not, or a weight is not positive; their rates differ; a share of episodes is out of range.
     """
     if not 0 <= data.validation_share < 1:
         raise UserError(f"`data.validation_share` is {data.validation_share}; expected a share, 0 or more and below 1.")
@@ -76,7 +78,21 @@ def open_datasets(data: DataConfig, policy: PolicyConfig, *, log_skipped: bool =
     found = [open_dataset(dataset, data, policy) for dataset in datasets]
     for dataset in found if log_skipped else ():
         dataset.source.report_skipped()
+    _check_rates(found, data.mixed_rates)
     return found
+
+
+def _check_rates(datasets: Sequence[OpenDataset], mixed: bool) -> None:
+    """Refuses datasets of different rates, unless they are to be mixed."""
+    roots = {float(each.source.fps): each.source.root for each in datasets}
+    if mixed or max(roots) <= SAME_RATE * min(roots):
+        return
+    rates = ", ".join(f"{fps:g} frames per second in {root}" for fps, root in roots.items())
+    raise UserError(
+        f"the datasets have different rates: {rates}. As many actions take longer in one than in the other, and a "
+        "robot acts at one rate. Bring them to one rate, or, where they are of different robots, mix them as they are: "
+        "--data.mixed-rates."
+    )
 
 
 def dataset_configs(data: DataConfig) -> tuple[DatasetConfig, ...]:
@@ -178,7 +194,7 @@ def open_source(dataset: DatasetConfig, data: DataConfig, robot: Robot) -> Sourc
                 f"{name} of {root} is a depth stream, and no picture: leave it out of the cameras of {robot.name}. To "
                 f"see it in shades of grey, of which its 8 highest bits are left, set keys={{{name!r}: {name!r}}}."
             )
-    return source
+    return in_robots_order(source, robot)
 
 
 def _name_wordless(source: Source, prompt: str | None) -> None:

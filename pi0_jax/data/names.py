@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from pi0_jax.data.robots import Robot
-from pi0_jax.data.source import ACTION, STATE
+from pi0_jax.data.source import ACTION, STATE, Reordered, Source, dimension_names
 
 STATES = ("state", "states", "proprio", "qpos")
 ACTIONS = ("action", "actions")
+SHOWN = 8
+"""Dimensions that are named."""
 
 _log = logging.getLogger(__name__)
 
@@ -23,22 +25,6 @@ _log = logging.getLogger(__name__)
 def last_word(feature: str) -> str:
     """Name of a feature without what it is filed under: `top` of `observation.images.top` or `observation/top`."""
     return feature.replace("/", ".").rsplit(".", 1)[-1]
-
-
-def dimension_names(feature: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """Names of a vector's dimensions, however a dataset nests them; None where it has none, or not one for each."""
-    names = _flat(feature.get("names"))
-    return tuple(names) if len(names) == feature["shape"][0] and len(set(names)) == len(names) else None
-
-
-def _flat(names: Any) -> list[str]:
-    if isinstance(names, Mapping):
-        if names and all(isinstance(value, int) for value in names.values()):  # name to index
-            return sorted(names, key=lambda name: names[name])
-        return _flat(list(names.values()))
-    if isinstance(names, list | tuple):
-        return [name for each in names for name in _flat(each)]
-    return [] if names is None else [str(names)]
 
 
 def is_depth(feature: Mapping[str, Any]) -> bool:
@@ -83,6 +69,42 @@ def _one(features: Collection[str], words: Collection[str]) -> str | None:
         if matches := [name for name in features if last_word(name) == word]:
             return matches[0] if len(matches) == 1 else None
     return None
+
+
+def in_robots_order(source: Source, robot: Robot) -> Source:
+    """The dataset with its state and actions in the order of the robot's names, where it has the same names.
+
+    Names that are the robot's in another order are put right, and other names are left as they stand; either is logged.
+    """
+    orders = {}
+    for feature, ours in ((STATE, robot.state), (ACTION, robot.actions)):
+        theirs = dimension_names(source.features[feature])
+        if theirs is None or len(theirs) != len(ours):
+            continue
+        order = _order(theirs, ours)
+        if order is None:
+            pairs = [f"{a} is read as {b}" for a, b in zip(theirs, ours, strict=True) if _plain(a) != _plain(b)]
+            more = f" and {len(pairs) - SHOWN} more" if len(pairs) > SHOWN else ""
+            what = ", ".join(pairs[:SHOWN]) + more
+            _log.info("%s: %s has other names than %s, taken as they stand: %s", source.root, feature, robot.name, what)
+        elif order != sorted(order):
+            orders[feature] = order
+            what = ", ".join(theirs)
+            _log.info("%s: %s is in the order %s; put into that of %s", source.root, feature, what, robot.name)
+    return Reordered(source, orders) if orders else source
+
+
+def _order(theirs: Sequence[str], ours: Sequence[str]) -> list[int] | None:
+    """Where each of our names is among theirs; None if they are other names."""
+    places = {_plain(name): i for i, name in enumerate(theirs)}
+    if len(places) != len(theirs) or {_plain(name) for name in ours} != set(places):
+        return None
+    return [places[_plain(name)] for name in ours]
+
+
+def _plain(name: str) -> str:
+    """Name of a joint without what LeRobot's versions put around it: `main_shoulder_pan`, `shoulder_pan.pos`."""
+    return name.lower().removeprefix("main_").removesuffix(".pos")
 
 
 def log_recognised(root: object, found: Mapping[str, str]) -> None:

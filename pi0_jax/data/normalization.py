@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,6 +113,12 @@ def bounded(stats: NormStats) -> tuple[NormStats, list[int]]:
         q99=np.where(wide, stats.max, stats.q99),
     )
     return found, np.flatnonzero(far | wide).tolist()
+
+
+def select_dims(stats: NormStats, dims: Sequence[int]) -> NormStats:
+    """Statistics of some of the dimensions."""
+    fields = {name: values[list(dims)] for name, values in stats._asdict().items() if values is not None}
+    return NormStats(**fields)
 
 
 def check_stats(stats: Stats, names: dict[str, tuple[str, ...]]) -> None:

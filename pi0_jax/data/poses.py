@@ -134,14 +134,27 @@ def from_model(values: Float[np.ndarray, "*b m"], poses: tuple[Pose, ...]) -> Fl
     return np.concatenate([*parts, values[..., place:]], axis=-1)
 
 
-def steady_signs(chunk: Float[np.ndarray, "*b ah d"], poses: tuple[Pose, ...]) -> Float[np.ndarray, "*b ah d"]:
-    """Actions of the robot whose quaternions never change sign from one step to the next."""
+def steady_signs(
+    chunk: Float[np.ndarray, "*b ah d"], poses: Poses, state: Float[np.ndarray, "... s"] | None = None
+) -> Float[np.ndarray, "*b ah d"]:
+    """Actions of the robot whose quaternions do not change sign from one step to the next.
+
+    The first step's is that of the state's quaternion, if `state`, which is broadcast, has it in the same order.
+    """
     chunk = np.array(chunk)
-    for pose in poses:
+    for number, pose in enumerate(poses.actions):
         if pose.rotation.startswith("quaternion"):
-            quaternions = chunk[..., pose.start + 3 : pose.end]
-            turned = (quaternions[..., 1:, :] * quaternions[..., :-1, :]).sum(-1) < 0
-            quaternions[..., 1:, :] *= np.where(np.cumsum(turned, axis=-1) % 2, -1.0, 1.0)[..., None]
+            own = chunk[..., pose.start + 3 : pose.end]
+            first = own[..., :1, :]
+            if (
+                state is not None
+                and (origin := poses.state[number : number + 1])
+                and origin[0].rotation == pose.rotation
+            ):
+                first = np.broadcast_to(state[..., None, origin[0].start + 3 : origin[0].end], first.shape)
+            way = np.concatenate([first, own], axis=-2)
+            turned = (way[..., 1:, :] * way[..., :-1, :]).sum(-1) < 0
+            own *= np.where(np.cumsum(turned, axis=-1) % 2, -1.0, 1.0)[..., None]
     return chunk
 
 

@@ -10,7 +10,7 @@ import abc
 import hashlib
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,23 @@ Number = int | np.integer
 class BadEpisode(UserError):
     """An episode that cannot be read. The message names the file and the episode, and is for the user, from whichever
     process it comes."""
+
+
+def dimension_names(feature: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """Names of a vector's dimensions, however a dataset nests them; None where it has none, or not one for each."""
+    names = _flat(feature.get("names"))
+    fit = len(set(names)) == len(names) and tuple(feature["shape"][:1]) == (len(names),)
+    return tuple(names) if fit else None
+
+
+def _flat(names: Any) -> list[str]:
+    if isinstance(names, Mapping):
+        if names and all(isinstance(value, int) for value in names.values()):  # name to index
+            return sorted(names, key=lambda name: names[name])
+        return _flat(list(names.values()))
+    if isinstance(names, list | tuple):
+        return [name for each in names for name in _flat(each)]
+    return [] if names is None else [str(names)]
 
 
 class Source(abc.ABC):
@@ -277,7 +294,8 @@ class Renamed(Wrapped):
         if any(feature["dtype"] in ("video", "image") for feature in features):
             raise UserError(f"{new!r} joins {parts} of {self.source.root}, and pictures cannot be joined.")
         width = sum(int(np.prod(feature["shape"])) for feature in features)
-        return {"dtype": features[0]["dtype"], "shape": (width,), "names": None}
+        names = [feature.get("names") for feature in features]
+        return {"dtype": features[0]["dtype"], "shape": (width,), "names": None if None in names else _flat(names)}
 
     def read(self, name: str, first: int, end: int) -> np.ndarray:
         self.check_column(name)
@@ -304,3 +322,22 @@ class Renamed(Wrapped):
 
     def _name(self, camera: str) -> str:
         return self._keys.get(camera, [camera])[0]
+
+
+class Reordered(Wrapped):
+    """A dataset whose vectors have their dimensions in another order.
+
+    `orders` has, for each of them, the place in the dataset of each dimension.
+    """
+
+    def __init__(self, source: Source, orders: dict[str, list[int]]):
+        super().__init__(source)
+        self._orders = orders
+        for name, order in orders.items():
+            feature = source.features[name]
+            names = dimension_names(feature)
+            self.features[name] = {**feature, "names": None if names is None else [names[i] for i in order]}
+
+    def read(self, name: str, first: int, end: int) -> np.ndarray:
+        values = self.source.read(name, first, end)
+        return values[:, self._orders[name]] if name in self._orders else values

@@ -7,7 +7,8 @@ the way out cannot drift from the way in. Training, evaluation and serving use t
 
 π0.5 writes the normalised state into the prompt, so tokens come after normalising and before padding.
 
-Relative actions leave their `anchor` in the sample, the state that they are relative to; the way back needs it.
+Relative actions leave their `anchor` in the sample, the state that they are relative to; the way back needs it. Poses
+leave the state as it was `reported`, for the signs of quaternions (`ANCHORS` are both).
 """
 
 # pyright: reportTypedDictNotRequiredAccess=false
@@ -49,6 +50,8 @@ from pi0_jax.errors import UserError, did_you_mean
 
 ACTION_KEYS = ("actions", "previous")
 """Keys of a sample that hold action chunks, which transforms map alike."""
+ANCHORS = ("anchor", "reported")
+"""Keys that `Transform.forward` may add to a sample, and `inverse` needs."""
 
 
 class Sample(TypedDict, total=False):
@@ -71,6 +74,8 @@ class Sample(TypedDict, total=False):
     """How many actions of `previous` will be executed before the new chunk can be."""
     anchor: np.ndarray
     """State that relative actions are relative to, `[*b d]`."""
+    reported: np.ndarray
+    """State whose quaternions have the signs that those of the actions are to begin with, `[*b d]`."""
 
 
 Function = Callable[[np.ndarray], np.ndarray]
@@ -164,7 +169,7 @@ def make_transform(policy: PolicyConfig, robot: Robot, normalization: Normalizat
 def adapt(robot: Robot) -> Transform:
     """State and actions from the robot's units to those of the weights, and back; nothing for most robots.
 
-    Rotations of the robot's poses become six numbers. A chunk comes back with quaternions of steady sign.
+    Rotations of the robot's poses become six numbers. Quaternions of a chunk come back with the signs of the state's.
     """
     converted = identity
     if robot.adapt is not None:
@@ -175,12 +180,16 @@ def adapt(robot: Robot) -> Transform:
     state, actions = robot.poses
     if not (state or actions):
         return converted
-    posed = per_key(
-        _state_and_actions(functools.partial(to_model, poses=state), functools.partial(to_model, poses=actions)),
-        _state_and_actions(
-            functools.partial(from_model, poses=state), lambda x: steady_signs(from_model(x, actions), actions)
-        ),
-    )
+    write = functools.partial(from_model, poses=state)
+    read = _state_and_actions(functools.partial(to_model, poses=state), functools.partial(to_model, poses=actions))
+
+    def back(sample: Sample) -> Sample:
+        def with_signs(values: np.ndarray) -> np.ndarray:
+            return steady_signs(from_model(values, actions), robot.poses, sample.get("reported"))
+
+        return per_key({}, _state_and_actions(write, with_signs)).inverse(sample)
+
+    posed = Transform(lambda sample: per_key(read, {}).forward(sample | {"reported": sample["state"]}), back)
     return chain(converted, posed)
 
 

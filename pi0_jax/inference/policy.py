@@ -23,7 +23,7 @@ from pi0_jax.config.replace import replace
 from pi0_jax.data.normalization import Normalization, Stats, semantics_from_json, stats_from_json
 from pi0_jax.data.robots import Robot, get_robot, semantics_of
 from pi0_jax.data.tokenizer import Tokenizer
-from pi0_jax.data.transform import RawObservation, Sample, check_observation, make_transform, to_observation
+from pi0_jax.data.transform import ANCHORS, RawObservation, Sample, check_observation, make_transform, to_observation
 from pi0_jax.errors import UserError
 from pi0_jax.flow.realtime import Previous
 from pi0_jax.inference.sampler import ChunkSampler, Inputs, from_checkpoint, with_steps
@@ -51,7 +51,7 @@ class _Prepared(NamedTuple):
 
     observation: Observation
     anchors: dict[str, np.ndarray]
-    """States that relative actions refer to, if there are such."""
+    """States that relative actions and signs of quaternions refer to, by key, if there are such."""
     previous: Previous | None
     """What is left of the chunks in execution, if any is."""
 
@@ -353,7 +353,7 @@ class Policy:
     def _prepare(self, observations: Sequence[RawObservation], length: int | None = None) -> _Prepared:
         """Prompts are cut to the length, or to what they need."""
         samples = [self._transform.forward(check_observation(raw, self.robot)) for raw in observations]
-        anchors = {"anchor": np.stack([np.asarray(x.get("anchor")) for x in samples])} if "anchor" in samples[0] else {}
+        anchors = {key: np.stack([np.asarray(x.get(key)) for x in samples]) for key in ANCHORS if key in samples[0]}
         stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *map(to_observation, samples))
         needed = int(stacked.prompt_mask.sum(axis=1).max())
         length = length or next(n for n in prompt_lengths(self.config.model.prompt_length) if n >= needed)

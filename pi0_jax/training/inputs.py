@@ -25,6 +25,7 @@ from pi0_jax.data.normalization import (
     stats_to_json,
 )
 from pi0_jax.data.tokenizer import Tokenizer
+from pi0_jax.data.tools.given import fit_given, some_episodes
 from pi0_jax.data.tools.stats import compute_normalizations
 from pi0_jax.data.transform import make_transform
 from pi0_jax.errors import UserError
@@ -152,7 +153,31 @@ def _normalizations(
                 )
     else:
         return compute_normalizations(datasets, config.policy.model.action_horizon)
-    return {each.stats: normalization_from_json(content, each.robot, semantics, each.stats) for each in datasets}
+    found = {each.stats: normalization_from_json(content, each.robot, semantics, each.stats) for each in datasets}
+    if resumed is None or resumed.norm_stats is None:
+        for each in datasets:
+            _check_given(each, found[each.stats].stats, config)
+    return found
+
+
+def _check_given(dataset: OpenDataset, stats: Stats, config: TrainConfig) -> None:
+    """Refuses statistics of a file that some of the demonstrations are far off, unless they are trusted."""
+    policy, episodes = config.policy, some_episodes(dataset)
+    if not len(episodes):
+        return
+    fit = fit_given(dataset, stats, policy.normalization, policy.model.action_horizon, episodes)
+    what = f"{config.data.norm_stats} normalises {len(episodes)} episodes of {dataset.source.root}"
+    _log.info("%s: %.0f %% of the values outside [-1, 1], the largest %.3g", what, 100 * fit.outside, fit.largest)
+    if not fit.far_off:
+        return
+    found = f"{what} far off: {', '.join(fit.far_off)}"
+    if config.data.trust_norm_stats:
+        _log.warning("%s; data.trust_norm_stats is set", found)
+        return
+    raise UserError(
+        f"{found}. Are these statistics of another robot, in other units, or in another order of dimensions? "
+        f"`pi0 data stats` computes those of the demonstrations; --data.trust-norm-stats trains with these."
+    )
 
 
 def _tokenizer(

@@ -1,4 +1,4 @@
-"""What `pi0 data check` has to see: another order, changes that are to become relative, statistics of another robot."""
+"""What `pi0 data check` has to see in a dataset, and what it must not complain about."""
 
 import numpy as np
 import pytest
@@ -20,40 +20,29 @@ def record(root, names=NAMES, changes=False):
     with LeRobotWriter(root, 30, "so101", cameras | {"observation.state": vector, "action": vector}) as writer:
         for _ in range(4):
             state = np.cumsum(rng.normal(size=(60, 6)), axis=0).astype(np.float32)
+            state[:, 5] = 50 + 50 * np.cos(np.arange(60) / 10)  # the gripper
             action = np.diff(state, axis=0, append=state[-1:]) if changes else state + rng.normal(0, 0.2, state.shape)
             pictures = {name: np.zeros((60, 16, 16, 3), np.uint8) for name in cameras}
             writer.add_episode(pictures | {"observation.state": state, "action": action.astype(np.float32)}, "go")
     return root
 
 
-def problems(root, scale=None) -> str:
-    policy = PolicyConfig(robot="so101", model=ModelConfig(action_horizon=4))
-    (dataset,) = open_datasets(DataConfig(str(root)), policy)
-    stats = compute_normalizations([dataset], 4)["so101"].stats
-    given = None
-    if scale is not None:
-        given = {key: entry._replace(mean=entry.mean + scale * entry.std) for key, entry in stats.items()}
-    return "\n".join(check_dataset(dataset, stats, given).problems)
+def opened(root, robot="so101"):
+    (dataset,) = open_datasets(DataConfig(str(root)), PolicyConfig(robot=robot, model=ModelConfig(action_horizon=4)))
+    return dataset
+
+
+def problems(root) -> str:
+    dataset = opened(root)
+    return "\n".join(check_dataset(dataset, compute_normalizations([dataset], 4)["so101"].stats).problems)
 
 
 def test_a_good_dataset_has_none(tmp_path):
-    assert problems(record(tmp_path / "data"), scale=1.0) == ""
-
-
-def test_another_order_is_seen_by_the_names(tmp_path):
-    swapped = (NAMES[1], NAMES[0], *NAMES[2:])
-    found = problems(record(tmp_path / "data", swapped))
-    assert "stand in another order" in found
-    assert NAMES[0] in found
+    assert problems(record(tmp_path / "data")) == ""
 
 
 def test_changes_that_are_to_become_relative_are_seen_in_the_data(tmp_path):
     assert "seem to be changes already" in problems(record(tmp_path / "data", changes=True))
-
-
-def test_statistics_of_another_robot_are_seen(tmp_path):
-    found = problems(record(tmp_path / "data"), scale=50.0)
-    assert "50 standard deviations off data.norm_stats" in found
 
 
 @pytest.mark.parametrize("mode", ["zscore", "quantile"])

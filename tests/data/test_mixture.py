@@ -24,6 +24,7 @@ from pi0_jax.errors import UserError
 from tests.data.conftest import LENGTHS, write
 from tests.data.formats import RLDS_KEYS, write_rlds, write_v2
 from tests.data.stats import compute_stats
+from tests.data.test_check import record
 
 
 def stream(sizes, weights, seed=0):
@@ -228,6 +229,15 @@ def test_what_makes_no_sense_is_refused(config, folders, weights, data, message)
     config = mixed(config, folders, weights, **data)
     with pytest.raises(ValueError, match=message):
         open_datasets(config.data, config.policy)
+
+
+def test_different_rates_are_refused_unless_they_are_to_be_mixed(config, tmp_path):
+    slow, fast = write(tmp_path / "slow", (0,)), record(tmp_path / "fast")
+    datasets = (DatasetConfig(str(slow)), DatasetConfig(str(fast), robot="so101"))
+    message = r"5 frames per second in \S*slow, 30 frames per second in \S*fast\..*--data\.mixed-rates"
+    with pytest.raises(UserError, match=message):
+        open_datasets(DataConfig(datasets=datasets), config.policy)
+    assert len(open_datasets(DataConfig(datasets=datasets, mixed_rates=True), config.policy)) == 2
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,16 @@
 """Names of features, as openpi's, LeRobot's and other people's datasets have them."""
 
+import json
+
+import numpy as np
 import pytest
 
-from pi0_jax.data.names import dimension_names, last_word, recognise
+from pi0_jax.config import DataConfig, DatasetConfig
+from pi0_jax.data.mixture import open_source
+from pi0_jax.data.names import last_word, recognise
 from pi0_jax.data.robots import get_robot
+from pi0_jax.data.source import dimension_names
+from tests.data.test_check import NAMES, record
 
 PICTURE, VECTOR = {"dtype": "image"}, {"dtype": "float32"}
 
@@ -69,3 +76,41 @@ def test_names_of_dimensions_however_they_are_nested(names):
 @pytest.mark.parametrize("names", [None, [], ["state"], ["a", "a"], {"axes": ["a"]}])
 def test_names_that_do_not_fit_are_none(names):
     assert dimension_names({"shape": (2,), "names": names}) is None
+
+
+def test_dimensions_in_another_order_are_put_into_the_robots(tmp_path, caplog):
+    caplog.set_level("INFO")
+    right, robot = record(tmp_path / "right"), get_robot("so101")
+    order = [1, 0, 5, 2, 3, 4]
+    source = open_source(DatasetConfig(str(right)), DataConfig(), robot)
+    assert "order" not in caplog.text
+    info = json.loads((right / "meta/info.json").read_text())
+    older = [f"main_{NAMES[i].removesuffix('.pos')}" for i in order]  # as LeRobot 2 called them
+    info["features"]["observation.state"]["names"] = {"motors": older}
+    info["features"]["action"]["names"] = older
+    (right / "meta/info.json").write_text(json.dumps(info))
+    moved = open_source(DatasetConfig(str(right)), DataConfig(), robot)
+    for name in ("observation.state", "action"):
+        found, there = moved.columns(name), source.columns(name)
+        np.testing.assert_array_equal(found[:, order], there)
+        np.testing.assert_array_equal(moved.read(name, 1, 2)[:, order], source.read(name, 1, 2))
+        assert moved.features[name]["names"][:2] == ["main_shoulder_pan", "main_shoulder_lift"]
+        assert caplog.text.count(f"{name} is in the order main_shoulder_lift, main_shoulder_pan") == 1
+    np.testing.assert_array_equal(moved.chunk(0, 3)[0][:, order], source.chunk(0, 3)[0])
+
+
+def test_other_names_are_said_once_and_taken_as_they_stand(tmp_path, caplog):
+    caplog.set_level("INFO")
+    root, robot = record(tmp_path / "data", ["pan", *NAMES[1:]]), get_robot("so101")
+    source = open_source(DatasetConfig(str(root)), DataConfig(), robot)
+    assert (
+        caplog.text.count("action has other names than so101, taken as they stand: pan is read as shoulder_pan.pos")
+        == 1
+    )
+    assert type(source).__name__ == "LeRobotDataset"
+
+
+def test_a_state_in_several_columns_has_their_names():
+    whole = {"dtype": "float32", "shape": (2,)}
+    assert dimension_names(whole | {"names": [["a"], {"motors": ["b"]}]}) == ("a", "b")
+    assert dimension_names(whole | {"shape": (), "names": None}) is None

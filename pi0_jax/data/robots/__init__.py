@@ -52,6 +52,15 @@ class Planar(NamedTuple):
     """The same for actions."""
 
 
+class Grippers(NamedTuple):
+    """Values of grippers when they are open and when they are closed, by the names of their dimensions."""
+
+    state: Mapping[str, tuple[float, float]] = {}
+    """Such as {"gripper": (0.0, 1.0)} for one that is 0 open and 1 closed."""
+    actions: Mapping[str, tuple[float, float]] = {}
+    """The same for actions."""
+
+
 class Adapter(NamedTuple):
     """Conversion from a robot's own units to those of the model's weights, and back; functions on `[*b d]`."""
 
@@ -115,6 +124,8 @@ class Robot:
     rotation in the frame of the state's pose when the chunk begins."""
     adapt: Adapter | None = None
     """Conversion to the units of the weights; None: they are the robot's. Poses are found in what it returns."""
+    grippers: Grippers = Grippers()
+    """Range and polarity of the grippers, which `pi0 data check` holds a dataset against; empty: not known."""
     changes: tuple[str, ...] = ()
     """Actions that are a change or a velocity, by name: the robot holds still at 0 of them, and where it is at the
     last of the others."""
@@ -249,6 +260,9 @@ def check_robot(robot: Robot) -> Robot:
     for key, names in (("state", robot.state), ("actions", robot.actions), ("cameras", robot.cameras.values())):
         if len(set(names)) != len(tuple(names)):
             raise UserError(f"{robot.name} has names twice among its {key}: {list(names)}.")
+    for key, names in (("state", robot.state), ("actions", robot.actions)):
+        if unknown := sorted(set(getattr(robot.grippers, key)) - set(names)):
+            raise UserError(f"{robot.name} has no {key} {unknown} that could be grippers; it has {list(names)}.")
     if unknown := sorted(set(robot.changes) - set(robot.actions)):
         raise UserError(f"{robot.name} has no actions {unknown} that could be changes; it has {list(robot.actions)}.")
     return robot

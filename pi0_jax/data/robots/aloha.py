@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from pi0_jax.data.robots import Adapter, Clients, Robot
+from pi0_jax.data.robots import Adapter, Clients, Grippers, Robot
 
 Values = np.ndarray | np.floating
 ARM = ("waist", "shoulder", "elbow", "forearm_roll", "wrist_angle", "wrist_rotate", "gripper")
@@ -20,6 +20,7 @@ NAMES = tuple(f"{side}_{joint}" for side in ("left", "right") for joint in ARM)
 SIGNS = np.ones(14, np.float32)
 SIGNS[[1, 2, 8, 9]] = -1  # shoulders and elbows
 GRIPPERS = (6, 13)
+OPEN_AND_CLOSED = {NAMES[i]: (1.0, 0.0) for i in GRIPPERS}
 
 FINGER_CLOSED, FINGER_OPEN = 0.01844, 0.05800
 """Position of a finger, metres, where ALOHA's gripper state is 0 and 1."""
@@ -74,6 +75,7 @@ ROBOT = Robot(
     fps=50,
     image_size=(480, 640),
     semantics=(*["relative"] * 6, "gripper") * 2,
+    grippers=Grippers(OPEN_AND_CLOSED, OPEN_AND_CLOSED),
     adapt=Adapter(
         state=functools.partial(_convert, angle_from_opening),
         state_inverse=functools.partial(_convert, opening_from_angle),

@@ -7,7 +7,7 @@ pose, so nothing is relative.
 
 from __future__ import annotations
 
-from pi0_jax.data.robots import RldsNames, Robot
+from pi0_jax.data.robots import Grippers, RldsNames, Robot
 
 ROBOT = Robot(
     name="bridge",
@@ -17,6 +17,7 @@ ROBOT = Robot(
     fps=5,
     image_size=(256, 256),
     semantics=(*["absolute"] * 6, "gripper"),
+    grippers=Grippers({"gripper": (1.0, 0.0)}, {"gripper": (1.0, 0.0)}),
     changes=("dx", "dy", "dz", "droll", "dpitch", "dyaw"),
     rlds=RldsNames(
         {

@@ -8,7 +8,7 @@ too, and only their path tells.
 
 from __future__ import annotations
 
-from pi0_jax.data.robots import Clients, RldsNames, Robot
+from pi0_jax.data.robots import Clients, Grippers, RldsNames, Robot
 
 JOINTS = tuple(f"joint_{i}" for i in range(7))
 
@@ -20,6 +20,7 @@ ROBOT = Robot(
     fps=15,
     image_size=(180, 320),
     semantics=(*["relative"] * 7, "gripper"),
+    grippers=Grippers({"gripper": (0.0, 1.0)}, {"gripper": (0.0, 1.0)}),
     clients=Clients(
         {
             "exterior_image_1_left": "base_0_rgb",

@@ -7,7 +7,7 @@ controller's units, so nothing is relative.
 
 from __future__ import annotations
 
-from pi0_jax.data.robots import Clients, Robot
+from pi0_jax.data.robots import Clients, Grippers, Robot
 
 ROBOT = Robot(
     name="libero",
@@ -17,6 +17,7 @@ ROBOT = Robot(
     fps=None,  # openpi's conversion says 10; the simulator runs at 20
     image_size=(256, 256),
     semantics=(*["absolute"] * 6, "gripper"),
+    grippers=Grippers(actions={"gripper": (-1.0, 1.0)}),
     changes=("dx", "dy", "dz", "droll", "dpitch", "dyaw"),
     clients=Clients(
         {"wrist_image": "left_wrist_0_rgb"},

@@ -6,7 +6,7 @@ Actions are changes of the hand's position, scaled to [-1, 1], so nothing is rel
 
 from __future__ import annotations
 
-from pi0_jax.data.robots import Robot
+from pi0_jax.data.robots import Grippers, Robot
 
 ROBOT = Robot(
     name="metaworld",
@@ -16,5 +16,6 @@ ROBOT = Robot(
     fps=80,
     image_size=(480, 480),
     semantics=(*["absolute"] * 3, "gripper"),
+    grippers=Grippers({"gripper": (1.0, 0.0)}, {"gripper": (-1.0, 1.0)}),
     changes=("dx", "dy", "dz"),
 )

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from pi0_jax.data.lerobot import LeRobotDataset
 from pi0_jax.data.mixture import OpenDataset
-from pi0_jax.data.names import dimension_names
-from pi0_jax.data.normalization import EPSILON, RANGE_SHARE, NormStats, Stats
+from pi0_jax.data.normalization import RANGE_SHARE, NormStats, Stats
 from pi0_jax.data.sketch import summarise
-from pi0_jax.data.source import ACTION, STATE, Renamed, Source
+from pi0_jax.data.source import ACTION, STATE, Source, Wrapped
+from pi0_jax.data.tools.grippers import check_grippers
 from pi0_jax.data.tools.robot import propose_semantics
 from pi0_jax.data.tools.stats import stats_of
 
-FAR = 5.0
-"""Standard deviations that the mean may be off given statistics."""
 NEARLY_CONSTANT = 1e-6
 """Range, in the robot's units, below which a dimension is constant."""
 BEYOND = 1.5
@@ -35,14 +32,12 @@ class Findings(NamedTuple):
     """Worth a look."""
 
 
-def check_dataset(
-    dataset: OpenDataset, stats: Stats, given: Stats | None = None, *, outside: float = 0.05, decode: bool = False
-) -> Findings:
+def check_dataset(dataset: OpenDataset, stats: Stats, *, outside: float = 0.05, decode: bool = False) -> Findings:
     """Problems of a dataset, and what is worth a look.
 
     The dataset is opened without the episodes that cannot be read, which are among the problems. `stats` are those of
-    the demonstrations, `given` those of a file that is to normalise them. `outside` is the largest share of values
-    beyond `BEYOND` times the range of the quantiles; `decode` decodes every frame.
+    the demonstrations. `outside` is the largest share of values beyond `BEYOND` times the range of the quantiles;
+    `decode` decodes every frame.
 
     Raises:
         UserError, FileNotFoundError: a column cannot be read at all, or holds what is not finite.
@@ -58,16 +53,16 @@ def check_dataset(
             f"{key} {note}"
             for note in _check_ranges(stats_of(summarise(values, np.arange(len(values), dtype=np.uint64))), names)
         ]
-        found += [f"{key} {problem}" for problem in _check_order(source.features[feature], names)]
         as_they_are = robot.adapt is None and not getattr(robot.poses, key)
         found += _check_outside(values, stats[key], names, key, outside) if as_they_are else []
     found += _check_semantics(dataset)
-    found += [] if given is None else _check_given(stats, given, dataset)
+    against, grippers = check_grippers(dataset)
+    found, notes = found + against, notes + grippers
     found += _check_tasks(source)
     if robot.fps not in (None, source.fps):
         found.append(f"{source.fps} frames per second; {robot.name} acts at {robot.fps}")
     inner = source
-    while isinstance(inner, Renamed):
+    while isinstance(inner, Wrapped):
         inner = inner.source
     missing = [key for key in dataset.cameras if key not in source.cameras]
     found += [f"camera {key!r} is missing; it has {list(source.cameras)}" for key in missing]
@@ -76,15 +71,6 @@ def check_dataset(
     if decode:
         found += _decode_all(source, [key for key in dataset.cameras if key not in missing])
     return Findings(found, notes)
-
-
-def _check_order(feature: Mapping[str, Any], names: tuple[str, ...]) -> list[str]:
-    """Whether the same dimensions stand in another order than the robot's."""
-    theirs = dimension_names(feature)
-    if theirs is None or theirs == names or set(theirs) != set(names):
-        return []
-    moved = [name for name, other in zip(names, theirs, strict=True) if name != other]
-    return [f"dimensions {moved} stand in another order in the dataset than in the robot: {list(theirs)}"]
 
 
 def _check_semantics(dataset: OpenDataset) -> list[str]:
@@ -104,25 +90,6 @@ def _check_semantics(dataset: OpenDataset) -> list[str]:
         f"to be changes already ({robot.actions[relative[0]]}: {reason}). Their meaning is then absolute: "
         "policy.action_semantics, or the robot's `semantics`"
     ]
-
-
-def _check_given(stats: Stats, given: Stats, dataset: OpenDataset) -> list[str]:
-    """Whether statistics of a file are far from those of the demonstrations."""
-    found = []
-    for key, names in (("state", dataset.robot.model_state), ("actions", dataset.robot.model_actions)):
-        own, file = stats[key], given[key]
-        if len(own.mean) != len(file.mean):
-            found.append(
-                f"data.norm_stats has {len(file.mean)} dimensions of {key}; the demonstrations {len(own.mean)}"
-            )
-            continue
-        off = np.abs(own.mean - file.mean) / np.maximum(file.std, EPSILON)
-        found += [
-            f"{key} {names[i]}: the mean of the demonstrations is {off[i]:.0f} standard deviations off "
-            "data.norm_stats: are these of another robot, or in other units?"
-            for i in np.flatnonzero(off > FAR)
-        ]
-    return found
 
 
 def _bounds(entry: NormStats) -> tuple[np.ndarray, ...]:

@@ -14,10 +14,10 @@ from pi0_jax.config import DataConfig, DatasetConfig
 from pi0_jax.data.files import find_dataset
 from pi0_jax.data.lerobot.layout import read_info
 from pi0_jax.data.mixture import open_source
-from pi0_jax.data.names import dimension_names, is_depth, last_word
+from pi0_jax.data.names import is_depth, last_word
 from pi0_jax.data.poses import Poses
 from pi0_jax.data.robots import Robot
-from pi0_jax.data.source import ACTION, STATE, Source
+from pi0_jax.data.source import ACTION, STATE, Source, dimension_names
 from pi0_jax.data.tools.pose_names import FoundPose, find_poses
 from pi0_jax.errors import UserError
 

@@ -28,6 +28,8 @@ FRAMES_PER_TASK = 2**19
 """Frames that one task of a worker covers, at least one episode."""
 ROWS_AT_ONCE = 2**20
 """Rows summarised at a time, which bounds memory."""
+GAP = 16
+"""Episodes that are read with those around them, though they are not asked for: one read is cheaper than two."""
 
 
 class Summary(NamedTuple):
@@ -118,7 +120,8 @@ def summarise_source(
     chosen = np.arange(source.num_episodes) if episodes is None else np.asarray(list(episodes), int)
     lengths = np.diff(source.ends, prepend=0)
     limit = ROWS_AT_ONCE // (horizon if relative_dims(semantics, _poses(robot)) else 1)
-    groups = np.split(chosen, np.flatnonzero(np.diff(np.cumsum(lengths[chosen]) // limit)) + 1)
+    full, apart = np.diff(np.cumsum(lengths[chosen]) // limit) > 0, np.diff(chosen) > GAP
+    groups = np.split(chosen, np.flatnonzero(full | apart) + 1)
     total = merge_summaries(
         _summarise_episodes(source, robot, semantics, horizon, group, identity) for group in groups if len(group)
     )

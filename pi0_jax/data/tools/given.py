@@ -1,0 +1,80 @@
+"""Given statistics, such as those of released weights, held against the demonstrations that they are to normalise."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from pi0_jax.data.mixture import OpenDataset
+from pi0_jax.data.normalization import LARGEST, Mode, Stats, check_stats, normalize_values, select_dims
+from pi0_jax.data.tools.stats import Summary, summarise_source
+
+FAR = 5.0
+"""A dimension is far off if more than half of its normalised values are beyond; inside [-1, 1] would be usual."""
+ROUNDING = 1.01
+"""What `LARGEST` may be exceeded by: statistics are read from text, and were computed in another order."""
+EPISODES, FRAMES = 16, 20_000
+"""Most that is read where time counts."""
+SHOWN = 8
+"""Dimensions that are named."""
+
+
+class Fit(NamedTuple):
+    """How demonstrations lie within given statistics."""
+
+    outside: float
+    """Share of all normalised values that are outside [-1, 1]: 2 % for quantiles of the same data, about a third for
+    means and deviations."""
+    largest: float
+    """Largest absolute normalised value."""
+    far_off: list[str]
+    """Dimensions that training would suffer from, with these numbers of each, the worst first."""
+
+
+def fit_given(dataset: OpenDataset, given: Stats, mode: Mode, horizon: int, episodes: Int[np.ndarray, "e"]) -> Fit:
+    """How some episodes lie within the statistics of a file, as training normalises them.
+
+    Far off is a dimension with more than half of its values beyond `FAR`, or one beyond `LARGEST`.
+
+    Raises:
+        UserError: the statistics are not of the robot's dimensions; a value is not finite.
+    """
+    robot = dataset.robot
+    check_stats(given, {"state": robot.model_state, "actions": robot.model_actions})
+    summary = summarise_source(dataset.source, robot, dataset.semantics, horizon, episodes.tolist())
+    found = []
+    for key, names in (("state", robot.model_state), ("actions", robot.model_actions)):
+        for name, values in zip(names, _normalised(summary, given, mode, key), strict=True):
+            size = np.abs(values)
+            bad = np.median(size) > FAR or size.max() > ROUNDING * LARGEST
+            found.append((float(size.max()), float((size > 1).mean()), f"{key} {name}", bad))
+    found.sort(reverse=True)
+    far = [f"{name} ({share:.0%} outside [-1, 1], up to {size:.3g})" for size, share, name, bad in found if bad]
+    return Fit(
+        outside=float(np.mean([share for _, share, *_ in found])),
+        largest=found[0][0],
+        far_off=far[:SHOWN] + [f"{len(far) - SHOWN} more"] * (len(far) > SHOWN),
+    )
+
+
+def some_episodes(dataset: OpenDataset) -> Int[np.ndarray, "e"]:
+    """Episodes, evenly spaced, that stand for those to train on where time counts."""
+    places = np.linspace(0, len(dataset.training) - 1, min(EPISODES, len(dataset.training)))
+    chosen = dataset.training[places.astype(int)]
+    frames = np.cumsum(np.diff(dataset.source.ends, prepend=0)[chosen])
+    return chosen[: max(1, int((frames <= FRAMES).sum()))]
+
+
+def _normalised(summary: Summary, given: Stats, mode: Mode, key: str) -> list[np.ndarray]:
+    """Normalised values of each dimension; of relative ones those of whole chunks."""
+    if key == "state":
+        return list(normalize_values(summary.state.sample, given[key], mode).T)
+    assert summary.actions is not None
+    found = list(normalize_values(summary.actions.sample, given[key], mode).T)
+    if summary.relative is not None:
+        chunks = normalize_values(summary.relative.sample, select_dims(given[key], summary.dims), mode).T
+        for dim, values in zip(summary.dims, chunks, strict=True):
+            found[dim] = values
+    return found
