@@ -125,7 +125,7 @@ def _uses(f: Figures, limits: Thresholds) -> Iterator[Finding]:
             advice = "It has not learned what to make of it: train longer."
             yield Finding("act", f"Reacts to {subject}, and is no better for it.", figure, advice)
         elif verdict == "unclear":
-            advice = f"{f.episodes} episodes do not tell; look at more: --frames {4 * f.chunks}."
+            advice = f"{f.episodes} episodes do not tell; look at more: --frames {4 * f.chunks}, or --data FOLDER."
             yield Finding("unclear", f"May or may not use {subject}.", figure, advice)
     cameras = [verdict for kind, verdict in verdicts.values() if kind == "camera"]
     if cameras and set(cameras) == {"unused"} and verdicts.get("state", ("", ""))[1] == "used":
