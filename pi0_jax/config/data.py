@@ -64,7 +64,7 @@ class DatasetConfig:
     task: str | None = None
     """Feature of an RLDS dataset with the instruction; None: the preset's, or language_instruction."""
     prompt: str | None = None
-    """Instruction of episodes that have none; None: they are trained with an empty one, and the log names them."""
+    """Instruction of episodes that have none, which may be empty; None: they are left out, and the log names them."""
     prompt_from: PromptFrom = "task"
     """Prompt of a LeRobot dataset's frames. task: the instruction. subtask: the subtask that a frame belongs to, by
     LeRobot's language columns or `subtask_index`. both: "TASK. Subtask: SUBTASK". Frames without a subtask have the

@@ -216,6 +216,7 @@ class BatchReader:
         self._dim_mask = np.arange(model.action_dim) < len(dataset.robot.model_actions)
         for feature in self._cameras:  # decodes video that is decoded once, and fails, now rather than later
             self._source.images(feature, np.array([0]))
+        self._seen = {camera: self._source.camera_mask(feature) for feature, camera in self._cameras.items()}
 
     @functools.cached_property
     def _tasks(self) -> np.ndarray:
@@ -239,7 +240,11 @@ class BatchReader:
         marks.append(time.perf_counter())
         images = {camera: self._source.images(feature, rows) for feature, camera in self._cameras.items()}
         marks.append(time.perf_counter())
-        sample = self._transform.forward({"images": images, "state": state, "prompt": prompts, "actions": actions})
+        episodes = self._source.episode_of(rows)
+        masks = {camera: seen[episodes] for camera, seen in self._seen.items()}
+        sample = self._transform.forward(
+            {"images": images, "image_masks": masks, "state": state, "prompt": prompts, "actions": actions}
+        )
         arrays: Any = sample["actions"], step_mask, np.tile(self._dim_mask, (len(rows), 1))  # numpy until placed
         batch = Batch(to_observation(sample), *arrays)
         seconds += np.diff([*marks, time.perf_counter()])

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from pi0_jax.config import DataConfig, DatasetConfig, PolicyConfig
 from pi0_jax.data.cache import CachedFrames
@@ -123,10 +123,15 @@ def open_dataset(dataset: DatasetConfig, data: DataConfig, policy: PolicyConfig)
     episodes = np.arange(source.num_episodes)
     keys = source.episode_keys() if data.validation_share > 0 else [0] * source.num_episodes
     held_out = np.array([key < data.validation_share * 2**64 for key in keys])
+    worded = np.ones(len(episodes), bool) if dataset.prompt is not None else ~_wordless(source)
+    if not worded.any():
+        raise UserError(
+            f"no episode of {source.root} has an instruction: give them one with the dataset's `prompt`, or prompt='' "
+            "to train without."
+        )
     semantics, stats = semantics_of(robot, policy.action_semantics), dataset.stats or robot.name
-    return OpenDataset(
-        source, robot, cameras, semantics, dataset.weight, stats, episodes[~held_out], episodes[held_out]
-    )
+    training, held_out = episodes[worded & ~held_out], episodes[worded & held_out]
+    return OpenDataset(source, robot, cameras, semantics, dataset.weight, stats, training, held_out)
 
 
 def open_source(dataset: DatasetConfig, data: DataConfig, robot: Robot) -> Source:
@@ -197,19 +202,26 @@ def open_source(dataset: DatasetConfig, data: DataConfig, robot: Robot) -> Sourc
     return in_robots_order(source, robot)
 
 
-def _name_wordless(source: Source, prompt: str | None) -> None:
-    """Gives episodes without an instruction the one of the configuration, or says which they are."""
+def _wordless(source: Source) -> Bool[np.ndarray, "e"]:
+    """Whether an episode has no instruction in any of its frames."""
     empty = [i for i, task in enumerate(source.tasks) if not task.strip()]
     if not empty:
-        return
+        return np.zeros(source.num_episodes, bool)
+    with_words = source.episode_of(np.flatnonzero(~np.isin(source.task_index, empty)))
+    return ~np.isin(np.arange(source.num_episodes), with_words)
+
+
+def _name_wordless(source: Source, prompt: str | None) -> None:
+    """Gives episodes without an instruction the one of the configuration, or says which they are."""
     if prompt is not None:
         source.tasks = [task if task.strip() else prompt for task in source.tasks]
         return
-    rows = np.flatnonzero(np.isin(source.task_index, empty))
-    names = [source.episodes[e] for e in np.unique(source.episode_of(rows)).tolist()]
+    names = [source.episodes[e] for e in np.flatnonzero(_wordless(source)).tolist()]
+    if not names:
+        return
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     _log.warning(
-        "%s: %d of %d episodes have no instruction: %s%s; a dataset's `prompt` gives them one",
+        "%s: %d of %d episodes have no instruction: %s%s; training leaves them out, unless the dataset has a `prompt`",
         source.root,
         len(names),
         source.num_episodes,

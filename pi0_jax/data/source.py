@@ -141,6 +141,10 @@ class Source(abc.ABC):
             FileNotFoundError: a file is missing.
         """
 
+    def camera_mask(self, camera: str) -> Bool[np.ndarray, "e"]:
+        """False for episodes that lack a camera, whose pictures mean nothing then."""
+        return np.ones(self.num_episodes, bool)
+
     def together(self, camera: str, row: Number) -> Int[np.ndarray, "n"]:
         """Frames that are best read with a frame, in order, itself among them: those decoded from one key frame."""
         return np.array([row])
@@ -248,6 +252,9 @@ class Wrapped(Source):
     def images(self, camera: str, rows: Rows) -> UInt8[np.ndarray, "*b h w 3"]:
         return self.source.images(camera, rows)
 
+    def camera_mask(self, camera: str) -> Bool[np.ndarray, "e"]:
+        return self.source.camera_mask(camera)
+
     def together(self, camera: str, row: Number) -> Int[np.ndarray, "n"]:
         return self.source.together(camera, row)
 
@@ -307,6 +314,9 @@ class Renamed(Wrapped):
     def images(self, camera: str, rows: Rows) -> np.ndarray:
         self.check_camera(camera)
         return self.source.images(self._name(camera), rows)
+
+    def camera_mask(self, camera: str) -> np.ndarray:
+        return self.source.camera_mask(self._name(camera))
 
     def together(self, camera: str, row: Number) -> np.ndarray:
         return self.source.together(self._name(camera), row)

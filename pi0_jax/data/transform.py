@@ -303,7 +303,8 @@ def select_images(cameras: tuple[str, ...], size: int) -> Transform:
             c: resize_with_pad(present[c], size) if c in present else np.zeros((*batch, size, size, 3), np.uint8)
             for c in cameras
         }
-        masks = {c: np.full(batch, c in present) for c in cameras}
+        seen = sample.get("image_masks", {})
+        masks = {c: np.asarray(seen[c]) if c in seen else np.full(batch, c in present) for c in cameras}
         return sample | {"images": images, "image_masks": masks}
 
     return Transform(forward, _same)

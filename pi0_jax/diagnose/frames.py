@@ -16,7 +16,7 @@ from pi0_jax.config import ModelConfig
 from pi0_jax.data.loader import STAGES, BatchReader
 from pi0_jax.data.mixture import OpenDataset
 from pi0_jax.data.source import STATE, Source
-from pi0_jax.data.transform import Sample, Transform
+from pi0_jax.data.transform import ANCHORS, Sample, Transform
 
 EPISODES = 8
 """Episodes that are looked at even where chunks then have to be further apart than the policy re-plans."""
@@ -114,7 +114,7 @@ def read_chunks(
         observation=seen._replace(images={name: seen.images[name] for name in model.cameras}),  # in their order
         state=state,
         prompts=prompt,
-        anchors={"anchor": np.asarray(sample["anchor"])} if "anchor" in sample else {},
+        anchors={key: np.asarray(sample[key]) for key in ANCHORS if key in sample},
         expert=np.asarray(batch.actions)[..., :dims],
         valid=np.asarray(batch.step_mask),
         episode=np.repeat(np.arange(len(chosen)), counts),
@@ -161,7 +161,7 @@ def encode(transform: Transform, state: Float[np.ndarray, "n d"], prompts: np.nd
     parts = []
     for rows in np.split(np.arange(len(state)), range(64, len(state), 64)):  # black images are made on the way
         sample = transform.forward({"images": {}, "state": state[rows], "prompt": prompts[rows]})
-        names = ("state", "prompt", "prompt_mask", "anchor")
+        names = ("state", "prompt", "prompt_mask", *ANCHORS)
         parts.append({name: np.asarray(sample[name]) for name in names if name in sample})
     return cast(Sample, {name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
 

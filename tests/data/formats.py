@@ -111,8 +111,12 @@ RLDS_KEYS = {
 """The robot's names → those in `write_rlds`."""
 
 
-def write_rlds(root: Path, form: str = "tfrecord", shards: int = 2, episodes=range(5)) -> Path:
-    """The test episodes as tensorflow-datasets lays them out, states and actions in parts, other camera names."""
+def write_rlds(root: Path, form: str = "tfrecord", shards: int = 2, episodes=range(5), blank=()) -> Path:
+    """The test episodes as tensorflow-datasets lays them out, states and actions in parts, other camera names.
+
+    Of the episodes `blank` the pictures of the camera "tool" are black; `has_image_tool` is 0 in them, and
+    then `has_image_top` in all, though its pictures are there.
+    """
     from tensorflow_datasets.core import features as f
     from tensorflow_datasets.proto import tf_example_pb2
 
@@ -128,7 +132,9 @@ def write_rlds(root: Path, form: str = "tfrecord", shards: int = 2, episodes=ran
         "is_last": f.Scalar(dtype=np.bool_),
         "language_instruction": f.Text(),
     }
-    features = f.FeaturesDict({"steps": f.Dataset(steps), "episode_metadata": {"file_path": f.Text()}})
+    flags = ("has_image_top", "has_image_tool")
+    metadata = {"file_path": f.Text(), "recording_folderpath": f.Text()} | {n: f.Scalar(dtype=np.bool_) for n in flags}
+    features = f.FeaturesDict({"steps": f.Dataset(steps), "episode_metadata": metadata})
     root = root / "tiny" / "1.0.0"
     root.mkdir(parents=True)
     (root / "features.json").write_text(json.dumps(features.to_json()))
@@ -138,6 +144,8 @@ def write_rlds(root: Path, form: str = "tfrecord", shards: int = 2, episodes=ran
         records = []
         for number in episodes[shard::shards]:
             values = episode(number)
+            if number in blank:
+                values[CAMERAS[1]][:] = 0
             length = len(values["action"])
             columns = {
                 "observation/image_top": [png(image) for image in values[CAMERAS[0]]],
@@ -160,6 +168,9 @@ def write_rlds(root: Path, form: str = "tfrecord", shards: int = 2, episodes=ran
                     feature.float_list.value.extend(value.ravel().tolist())
             path = f"/raw/{'success' if number % 2 == 0 else 'failure'}/{number}.h5"
             example.features.feature["episode_metadata/file_path"].bytes_list.value.append(path.encode())
+            example.features.feature["episode_metadata/recording_folderpath"].bytes_list.value.append(b"/raw")
+            for name, value in zip(flags, (not blank, number not in blank), strict=True):
+                example.features.feature[f"episode_metadata/{name}"].int64_list.value.append(int(value))
             records.append(example.SerializeToString())
         name = root / f"tiny-train.{form}-{shard:05d}-of-{shards:05d}"
         write_records(name, records) if form == "tfrecord" else write_array_record(name, records)

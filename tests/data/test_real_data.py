@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from pi0_jax.config import DataConfig, DatasetConfig
+from pi0_jax.config import DataConfig, DatasetConfig, PolicyConfig
 from pi0_jax.data.lerobot import LeRobotDataset
-from pi0_jax.data.mixture import open_source
+from pi0_jax.data.mixture import open_dataset, open_source
 from pi0_jax.data.robots import Robot, get_robot
 from pi0_jax.errors import UserError
 from tests.data.formats import write_v2
@@ -56,15 +56,29 @@ def test_bridge_is_read_by_its_robot_without_a_word(real_data):
     pytest.importorskip("tensorflow_datasets")
     source = open_source(DatasetConfig(str(real_data / "bridge_dataset")), DataConfig(), get_robot("bridge"))
     assert (source.num_episodes, source.fps) == (25, get_robot("bridge").fps)
+    # All has_image_N are 0. The pictures of the first three cameras are there, and those of the fourth are blank.
+    rlds = open_source(DatasetConfig(source.root.as_posix(), fps=5), DataConfig(), get_robot("bridge"))
+    masks = [rlds.camera_mask(f"observation/image_{i}") for i in (1, 2, 3)]
+    assert [mask.all() for mask in masks] == [True, True, False]
+    assert source.camera_mask("observation.images.image_0").all()
+    assert not masks[2].any()
 
 
 def test_episodes_without_an_instruction_are_named_or_given_one(tmp_path, caplog):
     root = write_v2(tmp_path / "data")
     tasks = root / "meta/tasks.jsonl"
-    tasks.write_text(tasks.read_text().replace("reach the red block", " "))
+    text = tasks.read_text()
+    tasks.write_text(text.replace("reach the red block", " "))
     robot = get_robot("tabletop")
     open_source(DatasetConfig(str(root)), DataConfig(), robot)
     assert "2 of 5 episodes have no instruction: episode 0, episode 2" in caplog.text
+    policy = PolicyConfig(robot="tabletop")
+    assert open_dataset(DatasetConfig(str(root)), DataConfig(), policy).training.tolist() == [1, 3, 4]
+    assert open_dataset(DatasetConfig(str(root), prompt=""), DataConfig(), policy).training.tolist() == [0, 1, 2, 3, 4]
+    tasks.write_text(tasks.read_text().replace("push the blue ball", "").replace("reach the puck", ""))
+    with pytest.raises(UserError, match=r"no episode .* has an instruction.*prompt=''"):
+        open_dataset(DatasetConfig(str(root)), DataConfig(), policy)
+    tasks.write_text(text.replace("reach the red block", " "))
     source = open_source(DatasetConfig(str(root), prompt="do something"), DataConfig(), robot)
     assert source.task(0) == "do something"
     assert source.task(source.episode_range(1)[0]) == "push the blue ball"

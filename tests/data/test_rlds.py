@@ -12,10 +12,14 @@ pytest.importorskip("tensorflow_datasets")
 pytest.importorskip("google_crc32c")
 
 from pi0_jax.config import DataConfig, DatasetConfig
-from pi0_jax.data.mixture import open_source
+from pi0_jax.data.loader import make_loader
+from pi0_jax.data.mixture import open_datasets, open_source
 from pi0_jax.data.rlds.reader import RldsDataset
 from pi0_jax.data.robots import RldsNames, get_robot
 from pi0_jax.data.source import BadEpisode, Renamed
+from pi0_jax.data.tokenizer import Tokenizer
+from pi0_jax.data.tools.stats import compute_normalizations
+from pi0_jax.data.transform import make_transform
 from tests.data.conftest import TASKS, episode
 from tests.data.formats import CAMERAS, RLDS_KEYS, write_rlds
 
@@ -151,3 +155,34 @@ def test_a_robots_published_names_are_used_where_the_features_are_there(roots):
     other = dataclasses.replace(robot, rlds=RldsNames({**RLDS_KEYS, "action": "action/joints"}, 5))
     with pytest.raises(ValueError, match=r"has no observation\.state"):
         open_source(DatasetConfig(str(roots["tfrecord"])), DataConfig(), other)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_camera_is_masked_where_it_is_said_to_be_missing_and_its_pictures_are_blank(tmp_path, form, caplog):
+    caplog.set_level("INFO")
+    dataset = opened(write_rlds(tmp_path, form, blank=(2, 3)))
+    assert dataset.camera_mask(CAMERAS[0]).all()
+    np.testing.assert_array_equal(dataset.camera_mask(CAMERAS[1]), [True, False, True, True, False])
+    dataset.camera_mask(CAMERAS[1])
+    said = "has_image_tool is 0 in 2 of 5 episodes, whose pictures are blank: this camera is masked there"
+    assert caplog.text.count(said) == 1
+    assert "has_image_top is 0 in 5 of 5 episodes, but pictures are there in 5 of 5 looked at: it is not" in caplog.text
+
+
+def test_without_a_word_about_cameras_all_are_there(roots, dataset):
+    assert opened(roots["tfrecord"]).camera_mask(CAMERAS[0]).all()
+    assert dataset.camera_mask(CAMERAS[1]).all()
+
+
+def test_batches_are_masked_by_the_episodes_of_their_frames(tmp_path, config):
+    data = DataConfig(datasets=(DatasetConfig(str(write_rlds(tmp_path, blank=(2, 3))), keys=RLDS_KEYS),))
+    (part,) = open_datasets(data, config.policy)
+    tokenizer = Tokenizer.train(part.source.tasks, 512)
+    transform = make_transform(config.policy, part.robot, compute_normalizations([part], 4)["tabletop"], tokenizer)
+    loader = make_loader([(part, transform)], dataclasses.replace(config, batch_size=34))
+    batch = next(loader)
+    loader.close()
+    masks, images = batch.observation.image_masks, batch.observation.images
+    assert masks["top"].all()
+    np.testing.assert_array_equal(masks["tool"], images["tool"].reshape(34, -1).max(1) > 0)
+    assert 0 < masks["tool"].sum() < 34

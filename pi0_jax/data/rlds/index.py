@@ -23,11 +23,11 @@ from pi0_jax.data.source import BadEpisode
 from pi0_jax.errors import UserError, require_package
 
 FORMATS = ("tfrecord", "array_record")
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 """Version of the index files; raised when their content changes."""
 PARALLEL_BYTES = 2**28
 """Datasets above this size are indexed by several processes."""
-METADATA = "episode_metadata/file_path"
+METADATA = "episode_metadata"
 
 
 def build_index(
@@ -60,7 +60,8 @@ def _index_shard(path: Path, form: str, features: str, target: Path) -> None:
     pictures = [name for name, leaf in leaves.items() if dtype_of(leaf) == "image"]
     columns: dict[str, list[np.ndarray]] = {name: [] for name in leaves if name not in pictures}
     spans: dict[str, list[tuple[int, int]]] = {name: [] for name in pictures}
-    lengths, records, files, bad, reasons = [], [], [], [], []
+    lengths, records, bad, reasons = [], [], [], []
+    described: dict[str, list[Any]] = {name: [] for name in _metadata_features(json.loads(features))}
     for number, (offset, content) in enumerate(read_records(path, form)):
         try:
             if isinstance(content, BadEpisode):
@@ -85,15 +86,16 @@ def _index_shard(path: Path, form: str, features: str, target: Path) -> None:
             spans[name] += value
         lengths.append(next(iter(counts.values())))
         records.append(number)
-        file = flatten(example).get(METADATA, b"")
-        files.append(file.item() if isinstance(file, np.ndarray) else file)
+        every = flatten(example)
+        for name, value in described.items():
+            value.append(_plain(every.get(name)))
     arrays: dict[str, np.ndarray] = {
         "ends": np.cumsum(lengths, dtype=np.int64),
         "records": np.array(records, np.int64),
-        "file_path": np.array([f.decode(errors="replace") if isinstance(f, bytes) else str(f) for f in files], np.str_),
         "bad": np.array(bad, np.int64),
         "reasons": np.array(reasons, np.str_),
     }
+    arrays |= {f"metadata/{name}": np.array(values) for name, values in described.items()}
     for name, values in columns.items():
         kind = dtype_of(leaves[name])
         empty = np.zeros((0, *leaves[name].shape), np.str_ if kind == "string" else kind)
@@ -102,6 +104,21 @@ def _index_shard(path: Path, form: str, features: str, target: Path) -> None:
         arrays |= {f"span/{name}": np.array(places, np.int64).reshape(-1, 2) for name, places in spans.items()}
     with written(target) as partial, partial.open("wb") as file:
         np.savez(file, allow_pickle=False, **arrays)
+
+
+def _metadata_features(content: dict[str, Any]) -> list[str]:
+    """Features of an episode as a whole that are one number or text each."""
+    features = _features_module().FeaturesDict.from_json(content)
+    leaves = flatten(features[METADATA], f"{METADATA}/") if METADATA in features else {}
+    return [name for name, leaf in leaves.items() if tuple(leaf.shape) == () and dtype_of(leaf) != "image"]
+
+
+def _plain(value: Any) -> str | float:
+    """A number, or text; what an episode lacks is none."""
+    value = value.item() if isinstance(value, np.ndarray) else value
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    return value if isinstance(value, str) else float("nan") if value is None else float(value)
 
 
 def _spans(record: bytes, pictures: dict[str, np.ndarray], offset: int) -> dict[str, list[tuple[int, int]]]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
 import re
 from pathlib import Path
@@ -21,16 +22,21 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Int, UInt8
+from jaxtyping import Bool, Int, UInt8
 
 from pi0_jax.data.files import cache_folder, open_array_record, read_json
-from pi0_jax.data.rlds.index import FORMATS, build_index, dtype_of, flatten, make_parser, step_features
+from pi0_jax.data.rlds.index import FORMATS, METADATA, build_index, dtype_of, flatten, make_parser, step_features
 from pi0_jax.data.source import BadEpisode, Rows, Source
 from pi0_jax.errors import UserError
 
 SHARDS_OPEN = 64
+LOOKED_AT, BLANK = 8, 8
+"""Pictures that are looked at to believe that a camera is missing; values of a blank one differ by no more."""
 EPISODES_KEPT = 16
 """Parsed episodes of compressed shards that each thread keeps."""
+
+
+_log = logging.getLogger(__name__)
 
 
 class RldsDataset(Source):
@@ -125,6 +131,32 @@ class RldsDataset(Source):
             pictures[i] = self._picture(camera, int(shards[i]), int(within[i]))
         return np.stack(pictures).reshape(*rows.shape, *pictures[0].shape)
 
+    def camera_mask(self, camera: str) -> Bool[np.ndarray, "e"]:
+        self.check_camera(camera)
+        kept = vars(self).setdefault("_columns", {})
+        if ("mask", camera) not in kept:
+            kept["mask", camera] = self._checked_mask(camera)
+        return kept["mask", camera]
+
+    def _checked_mask(self, camera: str) -> Bool[np.ndarray, "e"]:
+        """Episodes with a camera by the dataset's `has_...`, if pictures of those without it are blank indeed."""
+        name = f"has_{camera.rsplit('/', 1)[-1]}"
+        every = np.ones(self.num_episodes, bool)
+        without = np.flatnonzero(self._metadata.get(f"{METADATA}/{name}", every) == 0)
+        if not len(without):
+            return every
+        looked = without[np.unique(np.linspace(0, len(without) - 1, LOOKED_AT).astype(int))]
+        middle = np.array([sum(self.episode_range(episode)) // 2 for episode in looked])
+        blank = np.ptp(self.images(camera, middle).reshape(len(looked), -1), axis=1) <= BLANK
+        said = f"{self.root}: {name} is 0 in {len(without)} of {self.num_episodes} episodes"
+        if not blank.all():
+            there = f"{(~blank).sum()} of {len(looked)} looked at"
+            _log.warning("%s, but pictures are there in %s: it is not believed", said, there)
+            return every
+        _log.info("%s, whose pictures are blank: this camera is masked there", said)
+        every[without] = False
+        return every
+
     def picture_files(self, camera: str) -> list[Path]:
         self.check_camera(camera)
         return list(self._paths)
@@ -170,7 +202,9 @@ class RldsDataset(Source):
         lengths = [np.diff(shard["ends"], prepend=0) for shard in self._index]
         self._starts = np.cumsum([0, *(int(length.sum()) for length in lengths)])[:-1]
         every = np.concatenate(lengths)
-        files = np.concatenate([shard["file_path"] for shard in self._index])
+        described = [name for name in self._index[0] if name.startswith("metadata/")]
+        metadata = {name.split("/", 1)[1]: np.concatenate([s[name] for s in self._index]) for name in described}
+        files = metadata.get(f"{METADATA}/file_path", np.full(len(every), ""))
         names = [
             f"episode {number} of {path.name}"
             for path, shard in zip(self._paths, self._index, strict=True)
@@ -183,6 +217,7 @@ class RldsDataset(Source):
                 f"{self.root} has no episode{'' if only is None else f' whose file_path contains {only!r}'}; it has "
                 f"{len(every)} in all."
             )
+        self._metadata = {name: values[keep] for name, values in metadata.items()}
         self._rows = np.flatnonzero(np.repeat(keep, every))
         self.ends = np.cumsum(every[keep])
         self.episodes = [name for name, kept in zip(names, keep, strict=True) if kept]
