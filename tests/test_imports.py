@@ -32,6 +32,7 @@ MAY_IMPORT = {
         "checkpoint",
         "compat",
         "config",
+        "config_json",
         "data",
         "flops",
         "flow",

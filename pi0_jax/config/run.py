@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 from pi0_jax.config.data import AugmentConfig, DataConfig
 from pi0_jax.config.mesh import HostsConfig, MeshConfig
@@ -51,6 +52,9 @@ class TrainConfig:
     """START:STOP: writes a trace of the updates from START up to, and without, STOP to `profile` in the run's folder.
     Look at it with xprof."""
     log_every: int = 20
+    tracker: Literal["wandb", "trackio"] | None = None
+    """Draw losses and rates there too, besides TensorBoard's event files (pip install -e '.[wandb]' or '.[trackio]').
+    A resumed run goes on in the same curves. The project is pi0_jax, or WANDB_PROJECT, TRACKIO_PROJECT."""
     validate_every: int = 500
     save_every: int = 1000
     keep_checkpoints: int = 2

@@ -73,6 +73,9 @@ class Convert:
     """Largest difference of actions. Beyond it the first layer that differs is named, and the exit code is 1."""
     overwrite: bool = False
     """Replace the checkpoint at TARGET."""
+    license: str | None = None
+    """Licence of the weights for the model card (lerobot), as the hub names it, such as apache-2.0 or gemma; by default
+    the one that is on record beside them or beside the weights that their training began with."""
     offline: Offline = False
 
 

@@ -21,7 +21,7 @@ from pi0_jax import checkpoint
 from pi0_jax.atomic import written
 from pi0_jax.compat import tensorstore_errno
 from pi0_jax.config import ModelConfig
-from pi0_jax.convert import change
+from pi0_jax.convert import card, change
 from pi0_jax.convert.assemble import PROMPT_LENGTH
 from pi0_jax.convert.files import RECORD, read_json, write_json
 from pi0_jax.convert.formats import OpenCheckpoint, Overrides, detect, formats, open_checkpoint, write_checkpoint
@@ -47,6 +47,7 @@ def convert(
     verify_with: str | None = None,
     tolerance: float = 1e-4,
     overwrite: bool = False,
+    license: str | None = None,
     offline: bool = False,
 ) -> dict[str, Any]:
     """Converts a checkpoint and checks the result. Returns the record that lies in the target as `conversion.json`.
@@ -61,6 +62,7 @@ def convert(
             ours wrote with the hashes in its `conversion.json`, unless it was `edited` on purpose since.
         verify_with: also compare actions (`agree.agreement`). Beyond `tolerance`, it is recorded with the first
             layer that differs, and a warning; the target is written all the same.
+        license: of the weights, as the hub names it; None: what comes with them (`card.find_license`).
 
     Raises:
         FileNotFoundError: no source.
@@ -75,16 +77,25 @@ def convert(
     opened = open_checkpoint(source, overrides, offline)
     result, notes = _changed(opened, overrides, dtype, merge_lora, model)
     notes = [*opened.warnings, *notes, *formats()[to].lost(result)]
+    license = license or card.find_license(opened)
+    if formats()[to].card and license is None:
+        notes.append(f"nothing says under which licence the weights are; --license writes it into {card.CARD}")
     if verify_with is not None:
+        if formats()[to].partial:
+            raise UserError(f"--verify-with runs whole policies, and {to} holds adapters; compare what they merge to.")
         agree.check_comparable(opened, result, to, verify_with)
     for note in notes:
         _log.warning("%s", note)
-    record = _record(opened, result, to, notes)
+    record: dict[str, Any] = _record(opened, result, to, notes) | {"license": license}
     if is_remote(source):
         record["source"]["url"] = str(source)
 
     with _full_disk_explained(target, result), written(target, replace_folder=True) as temporary:
         write_checkpoint(result, temporary, to, overrides.asset_id)
+        if formats()[to].card:
+            (temporary / card.CARD).write_text(
+                card.model_card(result, target.name, license, adapters=formats()[to].partial)
+            )
         write_json(temporary / RECORD, record)
         if verify:
             _verify(opened, result, temporary, edited, record)
@@ -190,9 +201,10 @@ def _verify(opened: OpenCheckpoint, result: OpenCheckpoint, folder: Path, edited
     """Checks all of the source and of what was written, puts what was found into the record, or raises UserError."""
     if opened.format == "pi0" and not edited:
         checkpoint.verify(opened.path, only=("params", "assets"))
-    found = _read_back(result, folder)
+    partial = formats()[record["format"]].partial
+    found = _digests(result.tensors) if partial else _read_back(result, folder)
     unchanged = result.tensors == opened.tensors
-    before = found if unchanged else {path: digest(path, tensor) for path, tensor in opened.tensors.items()}
+    before = found if unchanged else _digests(opened.tensors)
     if not edited:
         _check_recorded(opened, before)
     for tensor in opened.dropped.values():
@@ -200,12 +212,16 @@ def _verify(opened: OpenCheckpoint, result: OpenCheckpoint, folder: Path, edited
             pass  # reading finds numbers that are not finite
     record["verified"] = {"tensors": len(found), "parameters": _count(result), "largest_difference": 0.0}
     record["source"]["sha256"], record["weights_sha256"] = digest_of_all(before), digest_of_all(found)
-    record["leaves_sha256"] = found
+    record["leaves_sha256"] = None if partial else found  # part of them is elsewhere
+
+
+def _digests(tensors: Mapping[str, LazyArray]) -> dict[str, str]:
+    return {path: digest(path, tensor) for path, tensor in tensors.items()}
 
 
 def _read_back(result: OpenCheckpoint, folder: Path) -> dict[str, str]:
     """Reads the written checkpoint back and returns the hashes; a difference, our bug or the disk's, is a UserError."""
-    written = open_checkpoint(folder, Overrides(asset_id=None))
+    written = open_checkpoint(folder)
     if written.policy.model != result.policy.model:
         raise UserError(f"verification failed: wrote {result.policy.model}, read back {written.policy.model}")
     if written.norm_stats != result.norm_stats or written.tokenizer != result.tokenizer:

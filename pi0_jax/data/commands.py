@@ -150,6 +150,9 @@ class Robot:
     """Folder of the dataset, or hf://owner/name."""
     output: Path = Path("my_robot.py")
     """File to create."""
+    offline: bool = False
+    """Do not ask the network, as HF_HUB_OFFLINE=1 does: a dataset of the hub has to be in its cache. (--data.offline is
+    that of pi0 train.)"""
 
 
 def stats(args: Stats, config: TrainConfig) -> None:
@@ -257,10 +260,11 @@ def robot_(args: Robot, _: None) -> None:
     """Runs `pi0 data robot`; errors as of `stats`."""
     if args.output.exists():
         raise FileExistsError(f"{args.output} exists. Choose another file with --output.")
-    text = describe_robot(args.path, args.output.stem)
+    text = describe_robot(args.path, args.output.stem, args.offline)
     args.output.write_text(text)
     print(text)
-    print(f"wrote {args.output}; look through it, and set policy.robot to its path")
+    print(f"wrote {args.output}; look through it, and set policy.robot to its path. With a recipe of configs/:")
+    print(f"pi0 train CONFIG --data.path {args.path} --policy.robot {args.output}")
 
 
 def _open(

@@ -12,18 +12,40 @@ from typing import Any
 from pi0_jax.errors import UserError, require_package
 
 
-def find_dataset(path: str, offline: bool = False) -> Path:
+def find_dataset(path: str, offline: bool = False, *, videos: bool = True) -> Path:
     """Folder of a dataset that is on this machine, or is fetched from the Hugging Face hub.
 
-    `path` is a folder, or "hf://owner/name"; `offline` takes the hub's datasets from its cache on this machine.
+    Args:
+        path: a folder, or "hf://owner/name".
+        offline: take the hub's datasets from its cache on this machine, without asking the network; the variable
+            HF_HUB_OFFLINE=1 does the same.
+        videos: False: what describes a dataset of the hub will do, and its videos are not fetched.
 
     Raises:
-        UserError: a dataset of the hub is named and `huggingface_hub` is not installed.
+        FileNotFoundError: a dataset of the hub is not in the cache, and the network is not to be asked or out of reach.
+        UserError: `huggingface_hub` is not installed, or the hub refuses.
     """
     if not path.startswith("hf://"):
         return Path(path).expanduser()
     hub: Any = require_package("huggingface_hub", "hub", f"reading {path} from the Hugging Face hub")
-    return Path(hub.snapshot_download(path.removeprefix("hf://"), repo_type="dataset", local_files_only=offline))
+    name = path.removeprefix("hf://").removeprefix("datasets/")
+    left_out = None if videos else ["videos/*"]
+    try:
+        folder = hub.snapshot_download(name, repo_type="dataset", local_files_only=offline, ignore_patterns=left_out)
+    except FileNotFoundError as error:
+        constants = require_package("huggingface_hub.constants", "hub")
+        cache = Path(constants.HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}"
+        raise FileNotFoundError(
+            f"{path} is not in the hub's cache ({cache}), and no connection was made. With one, run it once without "
+            f"offline and HF_HUB_OFFLINE, or `hf download {name} --repo-type dataset`; HF_HOME names another cache."
+        ) from error
+    except Exception as error:  # of the hub's own kinds, which are others in each version
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{path} cannot be fetched from the Hugging Face hub: {reason} Is the name right, hf://owner/name, and has "
+            "`hf auth login` been run, for datasets that are private or gated?"
+        ) from error
+    return Path(folder)
 
 
 def user_cache() -> Path:

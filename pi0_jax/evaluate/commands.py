@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import tyro
 
-from pi0_jax.checkpoint import load_assets, run_folder
+from pi0_jax.checkpoint import load_assets, resolve, run_folder
 from pi0_jax.config_file import parse
 from pi0_jax.data.robots import RawObservation, get_robot
 from pi0_jax.errors import UserError, require_package
@@ -237,7 +237,8 @@ def report(args: Report) -> None:
     path = args.output or run / "report.html"
     _folder(path.parent)
     policy = Policy.load(args.run)
-    figures = write_report(policy, run, simulator, counterfactual, args.episodes, args.seed, path)
+    measured = {"step": _step(args.run), "simulator": Path(name).stem}
+    figures = write_report(policy, run, simulator, counterfactual, args.episodes, args.seed, path, measured)
     print()
     for task, rate in figures["success"].items():
         print(f"{task:<18} {Rate(**rate)}")
@@ -291,6 +292,12 @@ def _options(texts: tuple[str, ...]) -> dict[str, Any]:
         except ValueError:
             options[name] = value
     return options
+
+
+def _step(path: Path) -> int | None:
+    """The step of the checkpoint that a path means; None for one that is of no run."""
+    name = resolve(path).name
+    return int(name) if name.isdecimal() else None
 
 
 def _folder(path: Path) -> Path:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import html
 import json
 import operator
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -51,12 +53,13 @@ def write_report(
     num_episodes: int,
     seed: int,
     path: Path,
+    measured: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Evaluates a policy and writes the report, and the figures in it as `report.json` beside it.
 
     `run` has the loss curves and the held-out demonstrations. `counterfactual` is the simulator with instructions that
     ask for something else than what is scored; None: there is none. `num_episodes` are run for each number of solver
-    steps.
+    steps. `measured` says what was measured: figures besides, such as the checkpoint's step.
 
     Returns:
         The figures, as in `report.json`.
@@ -73,6 +76,7 @@ def write_report(
         control = found.rates()["all"]._asdict()
     train = checkpoint.load_assets(run).train
     figures = {
+        **measured,
         "success": {task: rate._asdict() for task, rate in rates[STEPS[0]].items()},
         "success_by_steps": {steps: rate["all"]._asdict() for steps, rate in rates.items()},
         "success_under_counterfactual_instructions": control,

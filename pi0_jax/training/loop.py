@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pi0_jax import checkpoint
+from pi0_jax import checkpoint, config_json
 from pi0_jax.batch import Batch
 from pi0_jax.checkpoint import CheckpointWriter
 from pi0_jax.config import HostsConfig, TrainConfig
@@ -30,6 +30,7 @@ from pi0_jax.training.program import Program, build
 from pi0_jax.training.resolve import Run, resolve
 from pi0_jax.training.run_dir import delete_run, open_run
 from pi0_jax.training.state import TrainState, join, split
+from pi0_jax.training.tracker import Tracker, open_service, package
 
 _log = logging.getLogger(__name__)
 
@@ -66,6 +67,8 @@ def _run(run: Run) -> Path:
     config = run.config
     keep_programs(config.compilation_cache)
     source = open_run(config)
+    if config.tracker is not None:
+        package(config.tracker)  # its absence is known before anything is loaded
     everywhere = dataclasses.replace(config, hosts=HostsConfig())  # each process has its own address
     multihost.require_same("configuration and newest checkpoint", repr((everywhere, source)).encode())
     resumed = None if source is None else checkpoint.load_assets(source)
@@ -142,6 +145,7 @@ def _train(
         gauges=getattr(inputs.loader, "gauges", dict),
         max_skips=(config.max_consecutive_skips, config.max_total_skips),
         ideal_seconds=seconds_at_peak(run),
+        trackers=_trackers(config, run_dir, resumed=step > 0),
         write=multihost.is_first(),
     )
     monitor, profile = CompileMonitor(), Profile(run.profile, run_dir / "profile")
@@ -179,8 +183,15 @@ def _train(
     if signal is not None and step < config.num_steps:
         raise Interrupted(step, folder, signal)
     _log.info("done: %s", folder)
-    _log.info("next: pi0 report %s, or pi0 infer %s --write-example observation.npz", run_dir, run_dir)
+    _log.info("next: pi0 diagnose %s (from held-out episodes), or pi0 report %s (in a simulator)", run_dir, run_dir)
     return folder
+
+
+def _trackers(config: TrainConfig, run_dir: Path, *, resumed: bool) -> list[Tracker]:
+    """The tracking service of a run, which the first process alone writes to."""
+    if config.tracker is None or not multihost.is_first():
+        return []
+    return [open_service(config.tracker, run_dir, config_json.dump(config), resumed=resumed)]
 
 
 def _save(writer: CheckpointWriter, step: int, state: TrainState, inputs: Inputs, loss: float | None = None):

@@ -1,4 +1,4 @@
-"""Numbers of a run: `metrics.jsonl`, TensorBoard event files, and the progress line on the terminal.
+"""Numbers of a run: `metrics.jsonl`, trackers such as TensorBoard, and the progress line on the terminal.
 
 `metrics.jsonl` holds what the run computes, and reads the same however often the run was stopped: one row per update,
 and one per validation; `step` counts updates, so the row of step n is the n-th update and checkpoint n holds its
@@ -16,11 +16,10 @@ import math
 import os
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from pi0_jax import flops
@@ -28,6 +27,7 @@ from pi0_jax.atomic import written
 from pi0_jax.objective import Metrics
 from pi0_jax.training.guard import Guard, skipped_before
 from pi0_jax.training.resolve import Run
+from pi0_jax.training.tracker import TensorBoard, Tracker
 
 FILE = "metrics.jsonl"
 TIMING_FILE = "timing.jsonl"
@@ -55,6 +55,7 @@ class Reporter:
         gauges: Callable[[], dict[str, float]] = dict,
         max_skips: tuple[int, int] = (0, 0),
         ideal_seconds: float | None = None,
+        trackers: Sequence[Tracker] = (),
         write: bool = True,
     ):
         """Opens the files of a run.
@@ -64,10 +65,11 @@ class Reporter:
             start: updates made so far; rows of later ones, from a run that was killed, are dropped.
             num_steps: updates at the end of the run.
             batch_size: samples per update, for the rate.
-            log_every: updates between lines on the terminal and points in TensorBoard.
+            log_every: updates between lines on the terminal and points of trackers.
             gauges: `data.loader.Loader.gauges`, measured since the last call; called once per update.
             max_skips: consecutive updates, and updates in total, that may be skipped because they are not finite.
             ideal_seconds: duration of an update at the devices' peak (`seconds_at_peak`); None: unknown.
+            trackers: what takes the points besides TensorBoard's event files; finished with the run.
             write: False for all processes but the first: they check the numbers, and write and show nothing.
         """
         self._guard = Guard(*max_skips, before=skipped_before(run_dir / FILE, start))
@@ -81,10 +83,7 @@ class Reporter:
         self._gauged: list[tuple[float, dict[str, float]]] = []
         """Seconds and gauges of the updates since the last line on the terminal."""
         self._first_line = True
-        # TensorBoard drops the points from `purge_step` on, of a run that was killed.
-        self._events = SummaryWriter(
-            str(run_dir), purge_step=start + 1 if start else None, flush_secs=10, write_to_disk=write
-        )
+        self._trackers: list[Tracker] = [TensorBoard(run_dir, start), *trackers] if write else []
         hidden = None if write else True  # None: where there is no terminal
         self._bar = tqdm(total=num_steps, initial=start, unit="step", dynamic_ncols=True, disable=hidden)
         self._batch_size, self._log_every, self._ideal = batch_size, log_every, ideal_seconds
@@ -100,7 +99,8 @@ class Reporter:
         with contextlib.suppress(OSError):  # every write was flushed, so an error has been raised before
             self._rows.close()
             self._timing.close()
-            self._events.close()
+            for tracker in self._trackers:
+                tracker.finish()
 
     def push(self, step: int, metrics: Metrics):
         """Takes the metrics of an update that may still be running, and reports the update before it.
@@ -182,8 +182,8 @@ class Reporter:
             self._rows.write(json.dumps({"step": step} | values) + "\n")
 
     def _plot(self, step: int, values: dict[str, float]):
-        for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+        for tracker in self._trackers:
+            tracker.log(values, step=step)
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:

@@ -14,13 +14,13 @@ import jax
 from pi0_jax import checkpoint
 from pi0_jax.config import TrainConfig
 from pi0_jax.errors import UserError
-from pi0_jax.training import multihost
+from pi0_jax.training import multihost, tracker
 from pi0_jax.training.metrics import FILE, TIMING_FILE
 
 _MAY_CHANGE = """
 run_dir resume overwrite num_steps log_every validate_every save_every keep_checkpoints keep_every keep_best mesh hosts
 data.num_threads data.num_workers data.prefetch data.frames data.kept_gb data.offline data.prompt_buckets
-grad_accum_steps max_consecutive_skips max_total_skips compilation_cache profile
+grad_accum_steps max_consecutive_skips max_total_skips compilation_cache profile tracker
 policy.model.remat policy.model.attention
 """
 MAY_CHANGE = tuple(_MAY_CHANGE.split())
@@ -119,7 +119,10 @@ def _require_same(config: TrainConfig, before: TrainConfig | None, folder: Path)
 def delete_run(run_dir: Path):
     """Deletes checkpoints, metrics and event files of a run, and nothing else that lies in its folder."""
     shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
-    for path in (run_dir / FILE, run_dir / TIMING_FILE, *run_dir.glob("events.out.tfevents.*")):
+    for path in (
+        *(run_dir / name for name in (FILE, TIMING_FILE, tracker.FILE)),
+        *run_dir.glob("events.out.tfevents.*"),
+    ):
         path.unlink(missing_ok=True)
 
 

@@ -83,7 +83,7 @@ def test_a_lost_parameter_of_another_head_is_named(tmp_path, capsys):
         ({}, "empty folder, and no checkpoint"),
         ({"notes.txt": "x"}, r"folder with notes\.txt, and no checkpoint"),
         ({"model.safetensors.index.json": "{}"}, "weights in several files"),
-        ({"adapter_model.safetensors": "x"}, "PEFT adapters without their model"),
+        ({"adapter_model.safetensors": "x"}, "PEFT adapters without their adapter_config"),
         ({"pytorch_model.bin": "x"}, "pickled PyTorch weights"),
         ({"params/d/x": "x", "assets/arm/norm_stats.json": "{}"}, r"params has no _METADATA"),
         ({"model.safetensors": "x", "config.json": "{bad"}, r"config\.json is damaged or cut short"),

@@ -95,6 +95,6 @@ def test_every_format_describes_itself(tmp_path):
 
 
 def test_a_format_that_is_read_only_is_not_offered(tmp_path):
-    assert formats.writable() == ("pi0", "lerobot", "openpi", "openpi-torch")
+    assert formats.writable() == ("pi0", "lerobot", "openpi", "openpi-torch", "peft")
     with pytest.raises(ValueError, match="can be read and not written"):
         formats.write_checkpoint(tiny_weights("pi0_fast"), tmp_path / "out", "big_vision")

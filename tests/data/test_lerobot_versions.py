@@ -245,7 +245,10 @@ def test_the_hub_is_asked_only_for_its_own_paths(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", module)
     for offline in (False, True):
         assert str(find_dataset("hf://owner/name", offline)) == "/there"
-        assert asked.pop() == (("owner/name",), {"repo_type": "dataset", "local_files_only": offline})
+        expected = {"repo_type": "dataset", "local_files_only": offline, "ignore_patterns": None}
+        assert asked.pop() == (("owner/name",), expected)
+    find_dataset("hf://datasets/owner/name", videos=False)
+    assert asked.pop()[1]["ignore_patterns"] == ["videos/*"]
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ValueError, match=r"pip install -e '\.\[hub\]'"):
         find_dataset("hf://owner/name")

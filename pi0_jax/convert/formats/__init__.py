@@ -40,6 +40,9 @@ class Hints:
     """Attention heads of the image encoder (likewise)."""
     asset_id: str | None = None
     """Which of several norm_stats.json under openpi's assets/ (read), or under which name (written)."""
+    base: str | None = None
+    """Weights that LoRA adapters are for, any format or URL: peft's folders are read with them, and --to peft writes
+    what differs from them. By default those on record."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +88,8 @@ class OpenCheckpoint(NamedTuple):
     warnings: tuple[str, ...] = ()
     add_expert: Literal["pi0", "pi05"] | None = None
     """Variant that a backbone without action expert gets one of, unless another is asked for; None: none is added."""
+    base: tuple[str, Path] | None = None
+    """The weights that adapters are for: as they were named, and where they are on this machine."""
     names: Mapping[str, str] = MappingProxyType({})
     """Path to what the source calls its tensors, `*` for the layers, where it calls them otherwise."""
 
@@ -105,6 +110,10 @@ class Format(NamedTuple):
     """Writes into an empty folder, statistics under an asset id; None: the format is read only."""
     lost: Callable[[OpenCheckpoint], list[str]] = lambda opened: []
     """What the format has no place for, beside the weights: a sentence each."""
+    partial: bool = False
+    """Whether a folder holds part of the weights alone; writing it compares what was written."""
+    card: bool = False
+    """Whether folders of it are for the Hugging Face hub, and get a model card."""
     runner: Runner | None = None
     """Runs a folder in the framework that the format is from (`--verify-with`); None: it runs here alone."""
 
@@ -124,7 +133,7 @@ def writable() -> tuple[str, ...]:
 
 _UNREAD = {
     "model.safetensors.index.json": "has its weights in several files; save them as one model.safetensors",
-    "adapter_model.safetensors": "holds PEFT adapters without their model; merge them in LeRobot, then convert that",
+    "adapter_model.safetensors": "holds PEFT adapters without their adapter_config.json; copy it too",
 }
 
 
@@ -166,7 +175,11 @@ def open_checkpoint(path: str | Path, overrides: Overrides = Overrides(), offlin
     if remote.is_remote(path):
         path = remote.fetch(str(path), offline)
     format, folder = detect(Path(path).expanduser().absolute())
-    opened = format.open(folder, overrides)
+    base = None
+    if overrides.base is not None:
+        local = remote.fetch(overrides.base, offline) if remote.is_remote(overrides.base) else Path(overrides.base)
+        base, overrides = (overrides.base, local), dataclasses.replace(overrides, base=str(local))
+    opened = format.open(folder, overrides)._replace(base=base)
     if overrides.tokenizer is not None:
         opened = opened._replace(tokenizer=Tokenizer.from_file(overrides.tokenizer).model)
     if overrides.robot is not None:

@@ -9,6 +9,7 @@ import numpy as np
 
 from pi0_jax.config import PolicyConfig
 from pi0_jax.convert.assemble import CAMERAS, finished, lost_settings, make_policy
+from pi0_jax.convert.card import relative_dimensions
 from pi0_jax.convert.files import read_json, write_json
 from pi0_jax.convert.formats import Format, OpenCheckpoint, Overrides, openpi_torch
 from pi0_jax.convert.lazy import LazyArrays, all_finite, in_memory, open_safetensors, read_all, write_safetensors
@@ -27,7 +28,7 @@ _EXACT_STATS = "norm_stats.json"
 """The statistics in double precision, beside LeRobot's in single precision; used while the two agree."""
 
 
-def _read_settings(path: Path, raw: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+def read_settings(path: Path, raw: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
     """What config.json states: fields of our policy to their values; and warnings.
 
     Policies but π0, π0.5 and π0-FAST, and settings that we lack, are a UserError.
@@ -77,7 +78,7 @@ def _read_settings(path: Path, raw: dict[str, Any]) -> tuple[dict[str, Any], tup
     return stated, tuple(warnings)
 
 
-def _read_stats(folder: Path) -> dict[str, Any] | None:
+def read_stats(folder: Path) -> dict[str, Any] | None:
     """The normaliser's statistics as the JSON object of a `norm_stats.json`; None where there are none."""
     pipeline = folder / "policy_preprocessor.json"
     steps = read_json(pipeline)["steps"] if pipeline.is_file() else []
@@ -107,8 +108,10 @@ def _rounded(norm_stats: dict[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _write_settings(folder: Path, policy: PolicyConfig, norm_stats: dict[str, Any] | None, dtype: str) -> None:
-    """Writes config.json, both processors and their statistics."""
+def write_settings(
+    folder: Path, policy: PolicyConfig, norm_stats: dict[str, Any] | None, dtype: str, *, use_peft: bool = False
+) -> None:
+    """Writes config.json, both processors and their statistics; `use_peft` where the folder holds adapters."""
     model = policy.model
     features = _features(policy, norm_stats)
     outputs = {_ACTION: features[_ACTION]}
@@ -133,6 +136,8 @@ def _write_settings(folder: Path, policy: PolicyConfig, norm_stats: dict[str, An
         "tokenizer_max_length": model.prompt_length,
         "normalization_mapping": norm_map,
     }
+    if use_peft:
+        config["use_peft"] = True
     if model.variant != "pi0_fast":
         assert isinstance(policy.sampler, Solver)
         config["num_inference_steps"] = policy.sampler.num_steps
@@ -209,7 +214,7 @@ def _open(folder: Path, overrides: Overrides) -> OpenCheckpoint:
         {n.removeprefix("model."): t for n, t in open_safetensors(folder / openpi_torch.WEIGHTS).items()}
     )
     config, guess = read_json(path), openpi_torch.guess_model(tensors)
-    stated, warnings = _read_settings(path, config)
+    stated, warnings = read_settings(path, config)
     if config["type"] != guess.variant:
         raise UserError(
             f"{path} says {config['type']!r} and most tensors are of a {guess.variant!r}. LeRobot would load it and "
@@ -224,14 +229,14 @@ def _open(folder: Path, overrides: Overrides) -> OpenCheckpoint:
             f"{path} resizes images to {image_size} px, and the position embedding is for "
             f"{claimed.model.vision.image_size} px."
         )
-    stats = _read_stats(folder)
+    stats = read_stats(folder)
     return finished("lerobot", folder, policy, claimed, norm_stats=stats, warnings=warnings)
 
 
 def _write(opened: OpenCheckpoint, folder: Path, asset_id: str) -> None:
     tensors = {f"model.{name}": tensor for name, tensor in openpi_torch.torch_tensors(opened, "lerobot").items()}
     write_safetensors(folder / openpi_torch.WEIGHTS, tensors, {"format": "pt"})
-    _write_settings(folder, opened.policy, opened.norm_stats, openpi_torch.dtype_name(opened))
+    write_settings(folder, opened.policy, opened.norm_stats, openpi_torch.dtype_name(opened))
     if opened.tokenizer is not None:
         (folder / "tokenizer.model").write_bytes(opened.tokenizer)
 
@@ -242,6 +247,8 @@ def _lost(opened: OpenCheckpoint) -> list[str]:
         notes.append("LeRobot names its tokenizer and reads no file: tokenizer.model lies beside the weights unused")
     if opened.policy.model.variant == "pi05" and not opened.policy.state_in_prompt:
         notes.append("LeRobot writes the state into every prompt of a π0.5; these weights were trained without it")
+    if relative := relative_dimensions(opened):
+        notes.append(f"{relative} action dimensions are differences to the state, which LeRobot does not add back")
     if delay and opened.policy.model.variant == "pi05":
         notes.append(f'LeRobot after 0.6.1 reads "rtc_training_max_delay": {delay} in config.json of a π0.5')
     return notes
@@ -254,5 +261,6 @@ FORMAT = Format(
     _open,
     _write,
     _lost,
-    verify.RUNNER,
+    card=True,
+    runner=verify.RUNNER,
 )

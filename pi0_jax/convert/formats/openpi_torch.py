@@ -24,11 +24,11 @@ from pi0_jax.errors import UserError
 WEIGHTS = "model.safetensors"
 _PALIGEMMA = "paligemma_with_expert.paligemma"
 _VISION = f"{_PALIGEMMA}.model.vision_tower.vision_model"
-_LANGUAGE = f"{_PALIGEMMA}.model.language_model"
-_EXPERT = "paligemma_with_expert.gemma_expert"
-_EMBEDDING = f"{_LANGUAGE}.embed_tokens.weight"
+LANGUAGE = f"{_PALIGEMMA}.model.language_model"
+EXPERT = "paligemma_with_expert.gemma_expert"
+_EMBEDDING = f"{LANGUAGE}.embed_tokens.weight"
 _LM_HEAD = f"{_PALIGEMMA}.lm_head.weight"
-_EXPERT_HEAD = f"{_EXPERT}.lm_head.weight"
+_EXPERT_HEAD = f"{EXPERT}.lm_head.weight"
 """The action expert's output layer, which exists in the class it is built from and is never used."""
 
 _HEADS = {"gemma_2b": (8, 1), "gemma_300m": (8, 1), "dummy": (8, 1)}
@@ -70,8 +70,8 @@ def rules(variant: str) -> tuple[Rule, ...]:
         *(rule for names in linear for rule in _linear(*names)),
         *(Rule(f"{ours}/scale", f"{theirs}.weight") for ours, theirs in norms.items()),
         *(Rule(f"{ours}/bias", f"{theirs}.bias") for ours, theirs in norms.items()),
-        *_expert("language", _LANGUAGE),
-        *_expert("action", f"{_EXPERT}.model"),
+        *_expert("language", LANGUAGE),
+        *_expert("action", f"{EXPERT}.model"),
     )
 
 
@@ -136,7 +136,7 @@ def claim_tensors(
 def _spare(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Tensors that may be left over: whichever of the tied pair is not read, and the action expert's unused layers."""
     language, action = ((model.vocab_size, expert.width) for expert in (model.language, model.action))
-    expert = {_EXPERT_HEAD: action, f"{_EXPERT}.model.embed_tokens.weight": action}
+    expert = {_EXPERT_HEAD: action, f"{EXPERT}.model.embed_tokens.weight": action}
     return {_EMBEDDING: language, _LM_HEAD: language} | expert
 
 
@@ -196,5 +196,5 @@ FORMAT = Format(
     _open,
     _write,
     lambda opened: assemble.lost_settings(opened, "openpi-torch"),
-    verify.RUNNER,
+    runner=verify.RUNNER,
 )

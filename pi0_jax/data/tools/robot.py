@@ -39,17 +39,18 @@ class Proposal(NamedTuple):
     reason: str
 
 
-def describe_robot(path: str, name: str) -> str:
+def describe_robot(path: str, name: str, offline: bool = False) -> str:
     """Python source that sets `ROBOT` for a LeRobot or RLDS dataset.
 
     Args:
         path: folder of the dataset, or hf://owner/name.
         name: of the robot, where the dataset says none.
+        offline: as of `find_dataset`.
 
     Raises:
         FileNotFoundError, UserError: no dataset, or one without states or actions that can be recognised.
     """
-    root = find_dataset(path)
+    root = find_dataset(path, offline, videos=False)
     info = read_info(root) if (root / "meta/info.json").is_file() else {}
     unknown = Robot(name, {}, (), (), info.get("fps", 1), (224, 224))
     source = open_source(DatasetConfig(str(root)), DataConfig(frames="random"), unknown)
