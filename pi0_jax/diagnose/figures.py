@@ -69,6 +69,8 @@ class Switches:
     """Switches in the demonstrations."""
     found: int
     """How many of them the policy has, too, near that time."""
+    own: int
+    """Switches of the policy, whenever."""
     delay: Interval | None
     """Median, frames; positive is late. None: none was found."""
 

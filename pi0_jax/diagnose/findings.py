@@ -34,6 +34,8 @@ class Thresholds:
     """Jitter or seams over those of the demonstrations."""
     late: float = 2.0
     """Frames."""
+    chatter: float = 1.5
+    """Switches of a gripper over those of the demonstrations, from where on their times mean nothing."""
     missed: float = 0.2
     """Share of a gripper's switches that the policy does not have."""
     unlike: float = 1.5
@@ -123,7 +125,7 @@ def _uses(f: Figures, limits: Thresholds) -> Iterator[Finding]:
             advice = "It has not learned what to make of it: train longer."
             yield Finding("act", f"Reacts to {subject}, and is no better for it.", figure, advice)
         elif verdict == "unclear":
-            advice = f"{f.episodes} episodes do not tell; look at more: --frames {4 * f.chunks}."
+            advice = f"{f.episodes} episodes do not tell; look at more: --frames {4 * f.chunks}, or --data FOLDER."
             yield Finding("unclear", f"May or may not use {subject}.", figure, advice)
     cameras = [verdict for kind, verdict in verdicts.values() if kind == "camera"]
     if cameras and set(cameras) == {"unused"} and verdicts.get("state", ("", ""))[1] == "used":
@@ -157,10 +159,14 @@ def _verdict(uses: Sequence[Use], episodes: int, limits: Thresholds) -> Verdict:
 
 def _grippers(f: Figures, limits: Thresholds) -> Iterator[Finding]:
     for each in f.switches:
-        missed = each.count - each.found
         name = each.name if "gripper" in each.name.lower() else f"gripper {each.name}"
         name = name[:1].upper() + name[1:]
-        if missed / each.count > limits.missed:
+        if each.own > limits.chatter * each.count:
+            figure = f"it {each.motion} {each.own} times, and {each.count} times in the demonstrations"
+            advice = "Train longer; or execute more of each chunk, and average or threshold its commands."
+            yield Finding("act", f"{name} chatters.", figure, advice)
+            continue
+        if (each.count - each.found) / each.count > limits.missed:
             figure = f"of {each.count} times in the demonstrations it {each.motion} {each.found} times near then"
             advice = "Look at the curves: too few demonstrations of it, or a range that normalisation squeezes?"
             yield Finding("act", f"{name} often does not {each.motion[:-1]} when it should.", figure, advice)

@@ -159,23 +159,25 @@ def switches(name: str, dim: int, found: Sequence[Stream], window: int) -> list[
     begins_high = bool(np.mean([expert[0] for _, expert in sides]) > 0.5)
     results = []
     for motion, upwards in (("closes", not begins_high), ("opens", begins_high)):
-        delays = [_delays(_times(ours, upwards), _times(theirs, upwards), window) for ours, theirs in sides]
-        if total := sum(map(len, delays)):
-            results.append(_summary(name, motion, total, delays))
+        times = [(_times(ours, upwards), _times(theirs, upwards)) for ours, theirs in sides]
+        delays = [_delays(ours, theirs, window) for ours, theirs in times]
+        if any(delays):
+            results.append(_summary(name, motion, sum(len(ours) for ours, _ in times), delays))
     return results
 
 
-def _summary(name: str, motion: str, total: int, delays: list[list[int | None]]) -> Switches:
+def _summary(name: str, motion: str, own: int, delays: list[list[int | None]]) -> Switches:
+    total = sum(map(len, delays))
     matched = [[d for d in each if d is not None] for each in delays]
     everything = np.array([d for each in matched for d in each])
     if not len(everything):
-        return Switches(name, motion, total, 0, None)
+        return Switches(name, motion, total, 0, own, None)
     matched = [each for each in matched if each]
     draws = np.random.default_rng(0).integers(len(matched), size=(DRAWS, len(matched)))
     medians = [np.median([d for i in draw for d in matched[i]]) for draw in draws]
     low, high = np.quantile(medians, [0.025, 0.975])
     interval = Interval(float(np.median(everything)), float(low), float(high))
-    return Switches(name, motion, total, len(everything), interval)
+    return Switches(name, motion, total, len(everything), own, interval)
 
 
 def _sides(values: np.ndarray, low: float, high: float) -> Bool[np.ndarray, "t"]:

@@ -157,7 +157,7 @@ def _motion(f: Figures) -> str:
     found = table((), rows)
     if f.switches:
         rows = [
-            (s.name, s.motion, s.count, s.found)
+            (s.name, s.motion, s.count, s.found, s.own)
             + (
                 ("–", "–")
                 if s.delay is None
@@ -165,7 +165,15 @@ def _motion(f: Figures) -> str:
             )
             for s in f.switches
         ]
-        head = ("gripper", "", "times", "found near then", "median delay, frames", "95 % interval")
+        head = (
+            "gripper",
+            "",
+            "times",
+            "found near then",
+            "by the policy in all",
+            "median delay, frames",
+            "95 % interval",
+        )
         found += table(head, rows) + "<p>closes: away from where most episodes begin; opens: back.</p>"
     return found
 

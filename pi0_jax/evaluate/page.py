@@ -23,6 +23,7 @@ BLUE, ORANGE, GREY, PALE, NAVY = "#2563eb", "#ea580c", "#6b7280", "#93c5fd", "#1
 STYLE = f"""
 body {{ font: 16px/1.5 system-ui, sans-serif; color: #111827; max-width: 66rem; margin: 2rem auto; padding: 0 1rem; }}
 h1 {{ font-size: 1.6rem; margin-bottom: 0 }} h2 {{ font-size: 1.15rem; margin: 2.2rem 0 .4rem }}
+h3 {{ font-size: 1rem; margin: 1.4rem 0 .2rem }}
 .lead {{ font-size: 1.15rem; color: #374151 }} .lead b {{ font-size: 2.2rem; color: {BLUE} }}
 img {{ width: 100%; max-width: 60rem }} figure {{ margin: 0 }} figcaption {{ font-size: .85rem; color: {GREY} }}
 .videos {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: 1rem }}

@@ -183,7 +183,7 @@ def _train(
     if signal is not None and step < config.num_steps:
         raise Interrupted(step, folder, signal)
     _log.info("done: %s", folder)
-    _log.info("next: pi0 report %s, or pi0 infer %s --write-example observation.npz", run_dir, run_dir)
+    _log.info("next: pi0 diagnose %s (from held-out episodes), or pi0 report %s (in a simulator)", run_dir, run_dir)
     return folder
 
 

@@ -25,7 +25,7 @@ GOOD = Figures(
     horizon=[0.15, 0.16, 0.18, 0.2, 0.25, 0.4],
     phases=[0.2, 0.2, 0.21],
     roughness=Roughness(1.1, 1.2),
-    switches=[Switches("gripper", "closes", 20, 20, Interval(0.0, -1.0, 1.0))],
+    switches=[Switches("gripper", "closes", 20, 20, 20, Interval(0.0, -1.0, 1.0))],
     uses=[
         use("instruction", "instruction", 0.8, 0.5, 1.1),
         use("camera", "wrist", 0.01, -0.01, 0.1),
@@ -78,17 +78,18 @@ def test_good_figures_give_good_sentences_alone():
             "Acts on the state alone.",
         ),
         (
-            {"switches": [Switches("gripper", "closes", 20, 18, Interval(6.0, 5.0, 7.0))]},
+            {"switches": [Switches("gripper", "closes", 20, 18, 20, Interval(6.0, 5.0, 7.0))]},
             "Gripper closes 6 frames late (0.6 s).",
         ),
         (
-            {"switches": [Switches("claw", "opens", 20, 18, Interval(-3.0, -4.0, -2.0))]},
+            {"switches": [Switches("claw", "opens", 20, 18, 20, Interval(-3.0, -4.0, -2.0))]},
             "Gripper claw opens 3 frames early (0.3 s).",
         ),
         (
-            {"switches": [Switches("left_gripper", "closes", 20, 8, None)]},
+            {"switches": [Switches("left_gripper", "closes", 20, 8, 20, None)]},
             "Left_gripper often does not close when it should.",
         ),
+        ({"switches": [Switches("gripper", "opens", 20, 20, 50, Interval(0.0, -1.0, 1.0))]}, "Gripper chatters."),
         ({"execute_steps": 6}, "Executes steps that are much worse than the first: 6, and 5 are good."),
         ({"phases": [0.1, 0.1, 0.4]}, "Is worst at the end of the episodes."),
         ({"phases": [0.4, None, 0.1]}, "Is worst at the start of the episodes."),
@@ -116,7 +117,7 @@ def test_one_way_in_which_a_camera_is_missed_is_enough():
 
 
 def test_a_delay_that_may_be_none_is_not_told():
-    wide = [Switches("gripper", "closes", 20, 20, Interval(3.0, -2.0, 8.0))]
+    wide = [Switches("gripper", "closes", 20, 20, 20, Interval(3.0, -2.0, 8.0))]
     assert not [x for x in told(switches=wide) if "closes" in x]
 
 

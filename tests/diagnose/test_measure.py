@@ -99,7 +99,7 @@ def test_switches_are_found_with_their_delay_whatever_the_polarity(delay, closed
         found.append(Stream(predicted, demonstrated))
     closes, opens = measure.switches("gripper", 0, found, 15)
     assert (closes.motion, opens.motion) == ("closes", "opens")
-    assert (closes.count, closes.found, opens.found) == (12, 12, 12)
+    assert (closes.count, closes.found, closes.own, opens.found) == (12, 12, 12, 12)
     assert closes.delay.value == opens.delay.value == delay
     assert closes.delay.low == closes.delay.high == delay
 
@@ -108,7 +108,7 @@ def test_a_gripper_that_never_moves_has_no_switches_and_one_that_is_not_followed
     still, moves = np.zeros((20, 1)), np.where(np.arange(20) > 8, 1.0, 0.0)[:, None]
     assert measure.switches("gripper", 0, [Stream(moves, still)], 5) == []
     (found,) = measure.switches("gripper", 0, [Stream(still, moves)], 5)
-    assert (found.count, found.found, found.delay) == (1, 0, None)
+    assert (found.count, found.found, found.own, found.delay) == (1, 0, 0, None)
 
 
 def test_nearest_frames_are_found_and_those_of_the_same_episode_left_out():
