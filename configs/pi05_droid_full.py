@@ -5,7 +5,8 @@ r"""π0.5 on all of DROID from RLDS, joint positions, with openpi's hyperparamet
     pi0 train configs/pi05_droid_full.py --data.path /data/droid/1.0.1
 
 Batch 256 takes 8 large GPUs (`pi0 plan configs/pi05_droid_full.py --topology h100:8`). Failed attempts are
-left out, by the path of their files. openpi leaves out idle frames too, by a list of ranges, which is not done here.
+left out, by the path of their files. To leave out idle frames too, as openpi does, name its file of ranges:
+`datasets=(DatasetConfig("/data/droid/1.0.1", sample_ranges="droid_sample_ranges_v1_0_1.json"),)` in place of the path.
 """
 
 import dataclasses

@@ -59,6 +59,9 @@ class DatasetConfig:
     its own robot, if the features are there."""
     without_episodes: tuple[int, ...] = ()
     """Episodes of a LeRobot dataset to leave out, by their `episode_index`."""
+    sample_ranges: str | None = None
+    """JSON file of the ranges of frames to sample, such as DROID's droid_sample_ranges, which leaves out idle ones;
+    held-out episodes and statistics keep all frames. None: all frames."""
     split: str = "train"
     """Split of an RLDS dataset."""
     task: str | None = None

@@ -117,7 +117,7 @@ def make_loader(
     """
     _check_buckets(config)
     readers = [BatchReader(dataset, transform, config.policy.model) for dataset, transform in datasets]
-    frames = [_learnable(dataset.source, dataset.training) for dataset, _ in datasets]
+    frames = [_learnable(dataset.source, dataset.training, dataset.sampled) for dataset, _ in datasets]
     orders = []
     for number, ((dataset, _), own) in enumerate(zip(datasets, frames, strict=True)):
         shards = dataset.source.shard_ends if config.data.shuffle == "shards" else None
@@ -262,9 +262,9 @@ def valid_steps(source: Source, indices: Indices, horizon: int) -> np.ndarray:
     return np.logical_and.accumulate(source.chunk(indices, horizon, VALID)[0][..., 0] > 0, axis=1)
 
 
-def _learnable(source: Source, episodes: np.ndarray) -> Indices:
-    """Frames of some episodes with at least one step to learn: those whose own step is one."""
-    frames = np.arange(source.num_frames)
+def _learnable(source: Source, episodes: np.ndarray, sampled: np.ndarray | None = None) -> Indices:
+    """Frames of some episodes with at least one step to learn: those whose own step is one. None: all are sampled."""
+    frames = np.arange(source.num_frames) if sampled is None else sampled
     if len(episodes) < source.num_episodes:
         frames = frames[np.isin(source.episode_of(frames), episodes)]
     if VALID in source.features:

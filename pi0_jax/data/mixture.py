@@ -23,6 +23,7 @@ from pi0_jax.data.foreign import explain
 from pi0_jax.data.frames import keep_frames
 from pi0_jax.data.lerobot import LeRobotDataset
 from pi0_jax.data.names import in_robots_order, is_depth, log_recognised, recognise
+from pi0_jax.data.ranges import sampled_frames
 from pi0_jax.data.rlds.reader import RldsDataset, feature_names
 from pi0_jax.data.robots import ROBOTS, Robot, get_robot, semantics_of
 from pi0_jax.data.source import ACTION, STATE, Renamed, Source
@@ -58,6 +59,8 @@ class OpenDataset(NamedTuple):
     """Episodes to train on."""
     held_out: Int[np.ndarray, "v"]
     """Episodes for the validation loss."""
+    sampled: Int[np.ndarray, "n"] | None = None
+    """Frames that training may sample, in order; None: all."""
 
 
 def open_datasets(data: DataConfig, policy: PolicyConfig, *, log_skipped: bool = True) -> list[OpenDataset]:
@@ -131,7 +134,8 @@ def open_dataset(dataset: DatasetConfig, data: DataConfig, policy: PolicyConfig)
         )
     semantics, stats = semantics_of(robot, policy.action_semantics), dataset.stats or robot.name
     training, held_out = episodes[worded & ~held_out], episodes[worded & held_out]
-    return OpenDataset(source, robot, cameras, semantics, dataset.weight, stats, training, held_out)
+    sampled = None if dataset.sample_ranges is None else sampled_frames(source, dataset.sample_ranges)
+    return OpenDataset(source, robot, cameras, semantics, dataset.weight, stats, training, held_out, sampled)
 
 
 def open_source(dataset: DatasetConfig, data: DataConfig, robot: Robot) -> Source:

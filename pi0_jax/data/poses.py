@@ -19,7 +19,6 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from scipy.spatial.transform import Rotation
 
 from pi0_jax.errors import UserError
 
@@ -211,6 +210,8 @@ def _read(values: Values, rotation: str) -> Matrix:
         return _orthonormal(values)
     if rotation == "6d_rows":
         return np.swapaxes(_orthonormal(values), -1, -2)
+    from scipy.spatial.transform import Rotation  # takes a while, and few robots need it
+
     batch, flat = values.shape[:-1], np.asarray(values, np.float64).reshape(-1, values.shape[-1])
     if rotation == "axis_angle":
         turns = Rotation.from_rotvec(flat)
@@ -228,6 +229,8 @@ def _write(matrix: Matrix, rotation: str) -> Values:
         return _columns(matrix)
     if rotation == "6d_rows":
         return _columns(np.swapaxes(matrix, -1, -2))
+    from scipy.spatial.transform import Rotation
+
     turns = Rotation.from_matrix(matrix.reshape(-1, 3, 3))
     if rotation == "axis_angle":
         flat = turns.as_rotvec()

@@ -65,6 +65,8 @@ class Source(abc.ABC):
     """Instructions by task index."""
     episodes: list[str]
     """Name of each episode, for messages."""
+    recordings: list[str] | None = None
+    """Name of each episode's recording as files of ranges call it (`data.ranges`); None: not known."""
     ends: Int[np.ndarray, "e"]
     """For each episode the frame after its last."""
     skipped: dict[str, str]
@@ -237,6 +239,7 @@ class Wrapped(Source):
         self.source = source
         self.root, self.fps, self.tasks, self.features = source.root, source.fps, source.tasks, dict(source.features)
         self.episodes, self.ends, self.skipped = source.episodes, source.ends, source.skipped
+        self.recordings = source.recordings
 
     @property
     def task_index(self) -> Int[np.ndarray, "n"]:

@@ -218,6 +218,9 @@ class RldsDataset(Source):
                 f"{len(every)} in all."
             )
         self._metadata = {name: values[keep] for name, values in metadata.items()}
+        recorded = [self._metadata.get(f"{METADATA}/{name}") for name in ("recording_folderpath", "file_path")]
+        if not any(names is None for names in recorded):
+            self.recordings = ["--".join(names) for names in zip(*recorded, strict=True)]
         self._rows = np.flatnonzero(np.repeat(keep, every))
         self.ends = np.cumsum(every[keep])
         self.episodes = [name for name, kept in zip(names, keep, strict=True) if kept]
