@@ -228,7 +228,7 @@ def _data(f: Figures, limits: Thresholds) -> Iterator[Finding]:
         yield Finding(
             "act", "The held-out scenes are unlike those of training.", figure, "Train on more varied scenes."
         )
-    if near.correlation > limits.correlation:
+    if near.correlation > limits.correlation and f.episodes >= limits.episodes:
         figure = f"rank correlation of the error with the distance to the nearest training frame {near.correlation:.2f}"
         advice = "Record demonstrations of scenes such as the worst moments above."
         yield Finding("act", "Errs where pictures are unlike any training frame.", figure, advice)

@@ -12,6 +12,8 @@ from pi0_jax.config import DataConfig
 from pi0_jax.data.files import find_dataset
 from pi0_jax.data.mixture import open_datasets
 from pi0_jax.data.robots import get_robot
+from pi0_jax.training.inputs import load_inputs
+from pi0_jax.training.resolve import resolve
 
 constants = pytest.importorskip("huggingface_hub.constants", reason="needs the extra hub")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -45,11 +47,13 @@ def test_a_robot_is_described_and_its_data_opened_from_the_cache(cached, tmp_pat
 
     model = dataclasses.replace(config.policy.model, cameras=cameras)
     policy = dataclasses.replace(config.policy, robot=str(robot), model=model)
-    (opened,) = open_datasets(DataConfig("hf://owner/arm", offline=bool(flags)), policy)
-    assert opened.source.num_episodes == 5
-    assert opened.source.root == cached
-    image = opened.source.image(3, next(iter(opened.cameras)))
-    assert image.shape == (48, 48, 3)
+    data = DataConfig("hf://owner/arm", offline=bool(flags))
+    inputs = load_inputs(resolve(dataclasses.replace(config, policy=policy, data=data, batch_size=8)))
+    batch = next(iter(inputs.loader))
+    assert batch.actions.shape[0] == 8
+    assert "action_semantics" in inputs.assets.norm_stats
+    (opened,) = open_datasets(data, policy)
+    assert (opened.source.root, opened.source.num_episodes) == (cached, 5)
 
 
 def test_what_is_not_in_the_cache_is_named_with_the_way_to_it(cached, capsys):

@@ -121,6 +121,10 @@ def test_a_delay_that_may_be_none_is_not_told():
     assert not [x for x in told(switches=wide) if "closes" in x]
 
 
+def test_few_episodes_say_nothing_of_where_errors_are():
+    assert not told("act", nearness=Nearness(1000, 1.0, 0.9), episodes=THRESHOLDS.episodes - 1)
+
+
 def test_what_could_not_be_tried_is_said():
     assert told("unclear", not_tried={"camera": "the policy has no camera"}) == [
         "Whether it uses the camera was not tried."

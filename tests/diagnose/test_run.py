@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from pi0_jax.data.transform import relative_actions
 from pi0_jax.diagnose.findings import findings
-from pi0_jax.diagnose.run import examine, gripper_dims, worst_moments
+from pi0_jax.diagnose.run import examine, gripper_dims, to_robot, worst_moments
 from tests.diagnose import made
 
 
@@ -61,6 +62,14 @@ def test_a_policy_that_always_does_one_of_the_tasks_ignores_the_instruction():
 
 def test_data_of_one_instruction_do_not_tell_whether_the_policy_listens():
     assert "Whether it uses the instruction was not tried." in sentences(made.policy(), ["left", "left"])
+
+
+def test_relative_actions_come_back_from_the_states_they_refer_to():
+    normalised = np.ones((2, 3, 2), np.float32)
+    state = np.array([[10.0, 0.0], [20.0, 0.0]], np.float32)
+    back = to_robot(relative_actions(("relative", "absolute")), normalised, {"anchor": state})
+    assert back[:, :, 0].tolist() == [[11.0] * 3, [21.0] * 3]
+    assert back[:, :, 1].tolist() == [[1.0] * 3] * 2
 
 
 def test_worst_moments_are_of_different_episodes_and_the_worst_first():

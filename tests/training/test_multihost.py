@@ -86,7 +86,10 @@ def start(
     """`pi0 train` (without a config: votes alone) in a process of its own, which sends itself a signal, or fails, in
     step `at`."""
     shared = re.sub("--xla_force_host_platform_device_count=[0-9]+", "", os.environ["XLA_FLAGS"])
-    environment = os.environ | {"XLA_FLAGS": f"{shared} --xla_force_host_platform_device_count={devices}"}
+    environment = os.environ | {
+        "XLA_FLAGS": f"{shared} --xla_force_host_platform_device_count={devices}",
+        "JAX_ENABLE_COMPILATION_CACHE": "true",  # of this session alone (PI0_CACHE): most of these runs share programs
+    }
     program, own = PROGRAM, ("train", str(config), "--run-dir", str(run_dir))
     if config is None:
         program, own = STEPS_ALONE.format(heartbeat=HEARTBEAT), ()
