@@ -22,7 +22,7 @@ compare compare-quick: data/tabletop/meta/info.json data/tabletop-validation/met
 	$(BIN)/pi0 compare configs/compare_tabletop.py $(if $(findstring quick,$@),--quick) --jobs $(JOBS)
 
 test: $(VENV)/dev
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ import math
 from pi0_jax.config import TrainConfig
 from pi0_jax.plan.cost import Plan, make_plan
 from pi0_jax.plan.fit import find_fitting
+from pi0_jax.training.resolve import wide_enough
 
 
 def plan(config: TrainConfig, topology: str | None) -> None:
@@ -15,6 +16,7 @@ def plan(config: TrainConfig, topology: str | None) -> None:
     Raises:
         UserError: see `plan.cost.make_plan`.
     """
+    config = wide_enough(config)
     first = make_plan(config, topology)
     print(describe(first), flush=True)
     if first.fits:

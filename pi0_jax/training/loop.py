@@ -27,7 +27,7 @@ from pi0_jax.training.metrics import Reporter, seconds_at_peak
 from pi0_jax.training.partition import partition, table
 from pi0_jax.training.profiling import Profile
 from pi0_jax.training.program import Program, build
-from pi0_jax.training.resolve import Run, resolve
+from pi0_jax.training.resolve import Run, resolve, wide_enough
 from pi0_jax.training.run_dir import delete_run, open_run
 from pi0_jax.training.state import TrainState, join, split
 from pi0_jax.training.tracker import Tracker, open_service, package
@@ -60,7 +60,7 @@ def run(config: TrainConfig) -> Path:
     multihost.connect(config.hosts)
     advice = "Continue with --resume, once all processes are gone."
     with multihost.ended_together((Diverged, Interrupted), advice):
-        return _run(resolve(config))
+        return _run(resolve(wide_enough(config)))
 
 
 def _run(run: Run) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,8 @@ from pi0_jax.objective import Objective, for_validation, make_objective
 from pi0_jax.training import optimizer, sharding
 from pi0_jax.training.partition import flat, frozen_names, partition, with_adapters
 from pi0_jax.training.profiling import Span, parse_span
+
+_log = logging.getLogger(__name__)
 
 
 class Cameras(NamedTuple):
@@ -108,6 +111,17 @@ def resolve(config: TrainConfig, devices: Sequence[Any] | None = None) -> Run:
         optimizer=optimizer.make_optimizer(config.optim, schedule, partition(weights, frozen)[0]),
         profile=parse_span(config.profile),
     )
+
+
+def wide_enough(config: TrainConfig) -> TrainConfig:
+    """The configuration with a model that has room for its robots' dimensions, where no trained weights have a say."""
+    model, teacher = config.policy.model, getattr(config.policy.objective, "teacher", None)
+    width = max(len(names) for robot in _robots(config) for names in (robot.model_state, robot.model_actions))
+    if width <= model.action_dim or config.init_from is not None or teacher is not None:
+        return config
+    _log.info("model.action_dim becomes %d in place of %d: a robot has %d dimensions", width, model.action_dim, width)
+    model = dataclasses.replace(model, action_dim=width)
+    return dataclasses.replace(config, policy=dataclasses.replace(config.policy, model=model))
 
 
 def batch_shapes(model: ModelConfig, size: int) -> Batch:

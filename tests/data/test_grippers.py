@@ -62,10 +62,10 @@ def test_one_that_is_inverted_is_seen_by_the_other(check):
     assert "the state opens, by the `grippers` of so101, where the actions close (correlation -1.00)" in found
 
 
-def test_both_inverted_are_asked_about(check):
+def test_both_inverted_are_to_be_seen_by_how_episodes_begin(check):
     problems, notes = check(100 - 100 * OPEN)
     assert problems == []
-    assert all(note.endswith("100% of the episodes begin with it closed; is it inverted?") for note in notes)
+    assert all(note.endswith("100% of the episodes begin with it closed") for note in notes)
 
 
 def test_without_a_declaration_nothing_is_a_problem(check):

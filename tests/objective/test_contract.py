@@ -20,7 +20,8 @@ from pi0_jax.config import (
     Uniform,
 )
 from pi0_jax.objective import for_validation
-from pi0_jax.pi0 import make_objective
+from pi0_jax.pi0 import SampleOptions, loss, make_objective, sample_actions
+from pi0_jax.sampler import Euler, Greedy
 from tests.batches import random_batch
 from tests.conftest import tiny_config
 from tests.objective.cases import CASES, COMPACT, weights
@@ -70,6 +71,29 @@ def test_losses_of_microbatches_add_up_and_nothing_recompiles(name):
     # The first axes count examples: those of the batch, or of a fraction of it, which divides alike.
     assert 8 in sizes[0]
     assert all(size % NUM_MICROBATCHES == 0 and size <= 8 for size in sizes[0])
+
+
+@pytest.mark.parametrize("name", ["gaussian", "max_delay", "sinkhorn", "shortcut", "compact", "bin_sequence", "reflow"])
+def test_no_tracer_outlives_the_trace_of_a_gradient_or_of_a_sampler(name):
+    model, config = ALL[name]
+    model = tiny_config(**model)
+    objective = make_objective(config, model)
+    params = weights(objective)
+    teacher = () if objective.teacher is None else (params,)
+    batch = random_batch(model, 4, 0)
+    sampler = Greedy() if isinstance(config, Tokens) else Euler(2)
+
+    def update(params, batch, key):
+        return jax.grad(loss, 1, has_aux=True)(objective, params, batch, key, 1, *teacher)
+
+    def sample(params, observation, noise):
+        return sample_actions(objective, params, observation, noise, SampleOptions(sampler))
+
+    with jax.checking_leaks():
+        gradient, _ = jax.eval_shape(update, params, batch, jax.random.key(0))
+        actions = jax.eval_shape(sample, params, batch.observation, batch.actions)
+    assert jax.tree.map(jnp.shape, gradient) == jax.tree.map(jnp.shape, params)
+    assert actions.shape == batch.actions.shape
 
 
 @pytest.mark.parametrize("name", ALL)

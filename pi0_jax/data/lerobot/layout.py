@@ -20,6 +20,7 @@ pictures instead of video.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 from pathlib import Path
@@ -42,6 +43,8 @@ VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.m
 FILES_PER_CHUNK = 1000
 SMALL = 2**14
 """Rows of a parquet file up to which it is read in one thread."""
+INFO = ("fps", "features", "total_frames", "data_path")
+"""What meta/info.json has to say."""
 BOOKKEEPING: dict[str, dict[str, Any]] = {
     name: {"dtype": "float32" if name == "timestamp" else "int64", "shape": (1,), "names": None}
     for name in ("timestamp", "frame_index", "episode_index", "index", "task_index")
@@ -87,6 +90,10 @@ def read_info(root: Path) -> dict[str, Any]:
     if (version := info.get("codebase_version")) not in VERSIONS:
         known = f"{root} is a LeRobot dataset of version {version}; {', '.join(VERSIONS)} can be read."
         raise UserError(f"{known} {V1}" if str(version).startswith("v1") else known)
+    if missing := [name for name in INFO if name not in info]:
+        raise UserError(
+            f"{root}/meta/info.json lacks {missing}, which every LeRobot dataset has. Copy the dataset again."
+        )
     info["features"] = {name: {**entry, "shape": _shape(entry)} for name, entry in info["features"].items()}
     return info
 
@@ -110,10 +117,10 @@ def read_tasks(root: Path, version: str) -> list[str]:
         rows = {row["task_index"]: row[column] for row in table.to_pylist()}
     else:
         path = root / "meta/tasks.jsonl"
-        rows = {row["task_index"]: row["task"] for row in _read_lines(path)}
+        rows = {row["task_index"]: row["task"] for row in _read_lines(path, ("task_index", "task"))}
     if sorted(rows) != list(range(len(rows))):
         raise UserError(f"{path} numbers its tasks {sorted(rows)}; expected 0 to {len(rows) - 1}.")
-    return [rows[i] for i in range(len(rows))]
+    return ["" if rows[i] is None else str(rows[i]) for i in range(len(rows))]
 
 
 def read_episodes(root: Path, info: dict[str, Any]) -> list[Episode]:
@@ -125,7 +132,15 @@ def read_episodes(root: Path, info: dict[str, Any]) -> list[Episode]:
     """
     cameras = [name for name, feature in info["features"].items() if feature["dtype"] == "video"]
     read = _read_episodes if info["codebase_version"] == VERSION else _read_episodes_v2
-    return read(root, info, cameras)
+    episodes = read(root, info, cameras)
+    numbers = [episode.number for episode in episodes]
+    if twice := sorted({a for a, b in itertools.pairwise(numbers) if a == b}):
+        raise UserError(
+            f"{root} lists episodes {twice[:5]} more than once in meta/; an index stands for one episode. If datasets "
+            "were joined by copying files together, name them apart in `data.datasets`; otherwise remove the second "
+            "entry."
+        )
+    return episodes
 
 
 def _read_episodes(root: Path, info: dict[str, Any], cameras: list[str]) -> list[Episode]:
@@ -177,11 +192,12 @@ def _places(files: list[str], starts: list[float], lengths: list[int]) -> list[P
 
 def _read_episodes_v2(root: Path, info: dict[str, Any], cameras: list[str]) -> list[Episode]:
     episodes = []
-    for row in sorted(_read_lines(root / "meta/episodes.jsonl"), key=lambda row: row["episode_index"]):
+    rows = _read_lines(root / "meta/episodes.jsonl", ("episode_index", "length"))
+    for row in sorted(rows, key=lambda row: row["episode_index"]):
         number = int(row["episode_index"])
         if int(row["length"]) < 1:
             raise UserError(f"{root}/meta/episodes.jsonl gives episode {number} {row['length']} frames.")
-        where = {"episode_chunk": number // info["chunks_size"], "episode_index": number}
+        where = {"episode_chunk": number // info.get("chunks_size", FILES_PER_CHUNK), "episode_index": number}
         length = int(row["length"])
         videos = {
             camera: Place(info["video_path"].format(video_key=camera, **where), 0.0, 0, length) for camera in cameras
@@ -190,15 +206,21 @@ def _read_episodes_v2(root: Path, info: dict[str, Any], cameras: list[str]) -> l
     return episodes
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
+def _read_lines(path: Path, keys: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Objects of a file of JSON lines, each of which has the `keys`."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}; a LeRobot dataset of version 2 has one. Copy the dataset again.")
     rows = []
     for number, line in enumerate(path.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
         try:
-            rows += [json.loads(line)] if line.strip() else []
+            row = json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(f"line {number} of {path} is not JSON ({error}). {advice(path)}") from error
+        if not isinstance(row, dict) or not set(keys) <= set(row):
+            raise UserError(f"line {number} of {path} is {line[:80]}; expected an object with {' and '.join(keys)}.")
+        rows.append(row)
     return rows
 
 

@@ -21,8 +21,6 @@ BEYOND = 0.25
 """Share of the declared range beyond which values have other units."""
 AGAINST = -0.5
 """Correlation of commanded and measured opening below which one of them is inverted."""
-MOSTLY = 0.9
-"""Share of the episodes."""
 
 
 def check_grippers(dataset: OpenDataset) -> tuple[list[str], list[str]]:
@@ -77,8 +75,7 @@ def _compare(
     if low < least - margin or high > most + margin or other:
         return [f"{note}, and {by}: convert the dataset, or declare another range in the robot's `grippers`"], note
     shut = float((np.abs(first - closed) < np.abs(first - opened)).mean())
-    doubt = "; is it inverted?" if shut > MOSTLY else ""
-    return [], f"{note}; {by}, so that {shut:.0%} of the episodes begin with it closed{doubt}"
+    return [], f"{note}; {by}, so that {shut:.0%} of the episodes begin with it closed"
 
 
 def _usual(low: float, high: float) -> str | None:

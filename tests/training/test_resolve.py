@@ -1,0 +1,23 @@
+"""What a configuration decides by itself."""
+
+import dataclasses
+
+from pi0_jax.config import DataConfig, DatasetConfig, PolicyConfig, Reflow, TrainConfig
+from pi0_jax.training.resolve import wide_enough
+from tests.conftest import tiny_config
+
+
+def test_a_model_of_random_weights_becomes_as_wide_as_its_widest_robot(caplog):
+    caplog.set_level("INFO")
+    policy = PolicyConfig(robot="tabletop", model=tiny_config("pi0", action_dim=8))
+    fits = TrainConfig(policy=policy)
+    assert wide_enough(fits) == fits
+    assert not caplog.text
+    wide = dataclasses.replace(fits, data=DataConfig(datasets=(DatasetConfig("x", robot="aloha"), DatasetConfig("y"))))
+    assert wide_enough(wide).policy.model == dataclasses.replace(policy.model, action_dim=14)
+    assert "14 dimensions" in caplog.text
+    for trained in (
+        dataclasses.replace(wide, init_from="weights"),
+        dataclasses.replace(wide, policy=dataclasses.replace(policy, objective=Reflow(teacher="run"))),
+    ):
+        assert wide_enough(trained) == trained
