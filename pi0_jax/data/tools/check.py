@@ -10,6 +10,7 @@ from tqdm import tqdm
 from pi0_jax.data.lerobot import LeRobotDataset
 from pi0_jax.data.mixture import OpenDataset
 from pi0_jax.data.normalization import RANGE_SHARE, NormStats, Stats
+from pi0_jax.data.pool import run_tasks
 from pi0_jax.data.sketch import summarise
 from pi0_jax.data.source import ACTION, STATE, Source, Wrapped
 from pi0_jax.data.tools.grippers import check_grippers
@@ -21,6 +22,8 @@ NEARLY_CONSTANT = 1e-6
 BEYOND = 1.5
 """Quantile-normalised values beyond ± this count as outside."""
 SHOWN = 5
+DECODED = 16
+"""Episodes that a process decodes at a time."""
 
 
 class Findings(NamedTuple):
@@ -32,12 +35,14 @@ class Findings(NamedTuple):
     """Worth a look."""
 
 
-def check_dataset(dataset: OpenDataset, stats: Stats, *, outside: float = 0.05, decode: bool = False) -> Findings:
+def check_dataset(
+    dataset: OpenDataset, stats: Stats, *, outside: float = 0.05, decode: bool = False, ray: bool = False
+) -> Findings:
     """Problems of a dataset, and what is worth a look.
 
     The dataset is opened without the episodes that cannot be read, which are among the problems. `stats` are those of
     the demonstrations. `outside` is the largest share of values beyond `BEYOND` times the range of the quantiles;
-    `decode` decodes every frame.
+    `decode` decodes every frame, in one process per core, or on a Ray cluster with `ray`.
 
     Raises:
         UserError, FileNotFoundError: a column cannot be read at all, or holds what is not finite.
@@ -69,7 +74,7 @@ def check_dataset(dataset: OpenDataset, stats: Stats, *, outside: float = 0.05, 
     if isinstance(inner, LeRobotDataset):
         found += _check_timestamps(inner)
     if decode:
-        found += _decode_all(source, [key for key in dataset.cameras if key not in missing])
+        found += _decode_all(source, [key for key in dataset.cameras if key not in missing], ray)
     return Findings(found, notes)
 
 
@@ -152,14 +157,26 @@ def _check_timestamps(dataset: LeRobotDataset) -> list[str]:
     return [f"{off.sum()} timestamps are off {dataset.fps} frames per second, in {', '.join(names[:SHOWN])}"]
 
 
-def _decode_all(source: Source, cameras: list[str]) -> list[str]:
+def _decode_all(source: Source, cameras: list[str], ray: bool) -> list[str]:
+    tasks = [
+        (source, camera, range(first, min(first + DECODED, source.num_episodes)))
+        for camera in cameras
+        for first in range(0, source.num_episodes, DECODED)
+    ]
     found = []
     with tqdm(total=source.num_episodes * len(cameras), desc="decoding", unit="episode") as bar:
-        for camera in cameras:
-            for episode in range(source.num_episodes):
-                try:
-                    source.images(camera, np.arange(*source.episode_range(episode)))
-                except (ValueError, OSError) as error:
-                    found.append(str(error))
-                bar.update()
+        for (_, _, episodes), errors in zip(tasks, run_tasks(_decode, tasks, ray=ray), strict=True):
+            found += errors
+            bar.update(len(episodes))
+    return found
+
+
+def _decode(source: Source, camera: str, episodes: range) -> list[str]:
+    """Errors of decoding the frames of some episodes."""
+    found = []
+    for episode in episodes:
+        try:
+            source.images(camera, np.arange(*source.episode_range(episode)))
+        except (ValueError, OSError) as error:
+            found.append(str(error))
     return found
