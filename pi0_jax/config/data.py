@@ -65,7 +65,7 @@ class DatasetConfig:
     split: str = "train"
     """Split of an RLDS dataset."""
     task: str | None = None
-    """Feature of an RLDS dataset with the instruction; None: the preset's, or language_instruction."""
+    """Feature of an RLDS dataset with the instruction; None: the preset's, language_instruction, or the only text."""
     prompt: str | None = None
     """Instruction of episodes that have none, which may be empty; None: they are left out, and the log names them."""
     prompt_from: PromptFrom = "task"

@@ -260,6 +260,8 @@ def robot_(args: Robot, _: None) -> None:
     """Runs `pi0 data robot`; errors as of `stats`."""
     if args.output.exists():
         raise FileExistsError(f"{args.output} exists. Choose another file with --output.")
+    if args.output.suffix != ".py":
+        raise UserError(f"--output is {args.output}; expected a Python file, such as {args.output}.py.")
     text = describe_robot(args.path, args.output.stem, args.offline)
     args.output.write_text(text)
     print(text)

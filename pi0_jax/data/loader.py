@@ -227,7 +227,7 @@ class BatchReader:
 
     def prompt_lengths(self, rows: Indices) -> Indices:
         """Tokens of the prompt of each row."""
-        state, prompts = self._source.columns(STATE)[rows], self._tasks[self._source.task_index[rows]]
+        state, prompts = self._source.values(STATE, rows), self._tasks[self._source.task_numbers(rows)]
         sample = self._transform.forward({"images": {}, "state": state, "prompt": prompts})
         return sample["prompt_mask"].sum(-1)
 
@@ -236,7 +236,7 @@ class BatchReader:
         marks = [time.perf_counter()]
         actions, step_mask = self._source.chunk(rows, self._horizon)
         step_mask &= valid_steps(self._source, rows, self._horizon)
-        state, prompts = self._source.columns(STATE)[rows], self._tasks[self._source.task_index[rows]]
+        state, prompts = self._source.values(STATE, rows), self._tasks[self._source.task_numbers(rows)]
         marks.append(time.perf_counter())
         images = {camera: self._source.images(feature, rows) for feature, camera in self._cameras.items()}
         marks.append(time.perf_counter())
@@ -278,17 +278,21 @@ def _learnable(source: Source, episodes: np.ndarray, sampled: np.ndarray | None 
 
 
 def _check_dataset(source: Source, robot: Robot) -> None:
+    describe = f"For a robot file that fits: pi0 data robot {source.root}"
     if missing := [key for key in robot.cameras if key not in source.cameras]:
         raise UserError(
-            f"{source.root} lacks video {missing} of {robot.name}; it has {list(source.cameras)}. "
-            "Set `policy.robot` to the robot of this dataset, or name the dataset's cameras in its `keys`."
+            f"{source.root} lacks video {missing} of {robot.name}; it has {list(source.cameras)}. {describe}, or name "
+            "its cameras in the dataset's `keys`."
         )
     for key, names in ((STATE, robot.state), (ACTION, robot.actions)):
-        shape = source.columns(key).shape[1:]
+        shape = source.values(key, np.zeros(1, int)).shape[1:]
         if shape != (len(names),):
-            raise UserError(f"column {key!r} of {source.root} has shape {shape}; {robot.name} has {', '.join(names)}.")
+            raise UserError(
+                f"column {key!r} of {source.root} has shape {shape}; {robot.name} has {len(names)}: "
+                f"{', '.join(names)}. {describe}."
+            )
     if robot.fps is not None and source.fps != robot.fps:
         raise UserError(
             f"{source.root} has {source.fps} frames per second; {robot.name} acts at {robot.fps}. "
-            "Actions learnt at one rate do not fit another."
+            f"Actions learnt at one rate do not fit another. {describe}."
         )

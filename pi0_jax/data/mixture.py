@@ -167,14 +167,14 @@ def open_source(dataset: DatasetConfig, data: DataConfig, robot: Robot) -> Sourc
         fps = dataset.fps or (preset.fps if preset else robot.fps)
         if fps is None:
             raise UserError(
-                f"{root} is an RLDS dataset, which does not store its rate, and {robot.name} has no fixed one: set the "
-                "dataset's `fps`."
+                f"{root} is an RLDS dataset, which does not store its rate, and {robot.name} has no fixed one: set "
+                "`fps` in the robot's file, or of the DatasetConfig."
             )
         source: Source = RldsDataset(
             root,
             fps,
             split=dataset.split,
-            task=dataset.task or (preset.task if preset else "language_instruction"),
+            task=dataset.task or (preset.task if preset else None),
             only=preset.only if preset else None,
             skip_bad_episodes=data.skip_bad_episodes,
         )

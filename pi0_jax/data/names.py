@@ -75,21 +75,24 @@ def in_robots_order(source: Source, robot: Robot) -> Source:
     """The dataset with its state and actions in the order of the robot's names, where it has the same names.
 
     Names that are the robot's in another order are put right, and other names are left as they stand; either is logged.
+    Where the dataset names the state alone, or the actions, and the robot calls both alike, the order is that of both.
     """
     orders = {}
-    for feature, ours in ((STATE, robot.state), (ACTION, robot.actions)):
-        theirs = dimension_names(source.features[feature])
-        if theirs is None or len(theirs) != len(ours):
+    named = {feature: dimension_names(source.features[feature]) for feature in (STATE, ACTION)}
+    for feature, other, ours in ((STATE, ACTION, robot.state), (ACTION, STATE, robot.actions)):
+        borrowed = named[feature] is None and robot.state == robot.actions
+        theirs = named[other] if borrowed else named[feature]
+        if theirs is None or len(theirs) != len(ours) or tuple(source.features[feature]["shape"]) != (len(ours),):
             continue
         order = _order(theirs, ours)
-        if order is None:
+        if order is None and not borrowed:
             pairs = [f"{a} is read as {b}" for a, b in zip(theirs, ours, strict=True) if _plain(a) != _plain(b)]
             more = f" and {len(pairs) - SHOWN} more" if len(pairs) > SHOWN else ""
             what = ", ".join(pairs[:SHOWN]) + more
             _log.info("%s: %s has other names than %s, taken as they stand: %s", source.root, feature, robot.name, what)
-        elif order != sorted(order):
+        elif order is not None and order != sorted(order):
             orders[feature] = order
-            what = ", ".join(theirs)
+            what = ", ".join(theirs) + (f" (the names of {other}, as it has none)" if borrowed else "")
             _log.info("%s: %s is in the order %s; put into that of %s", source.root, feature, what, robot.name)
     return Reordered(source, orders) if orders else source
 

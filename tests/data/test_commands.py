@@ -352,6 +352,8 @@ def test_a_robot_file_made_from_a_dataset_can_be_trained_with(dataset, tmp_path,
     assert (robot.fps, robot.image_size) == (5, (48, 48))
     assert cli.main(["data", "robot", str(dataset.root)]) == 1
     assert "exists" in capsys.readouterr().err
+    assert cli.main(["data", "robot", str(dataset.root), "--output", "arm"]) == 1
+    assert "such as arm.py" in capsys.readouterr().err
 
 
 def test_an_unknown_subcommand_gets_a_suggestion(capsys):

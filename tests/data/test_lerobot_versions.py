@@ -12,6 +12,7 @@ from pi0_jax.data.files import find_dataset
 from pi0_jax.data.lerobot import LeRobotDataset
 from pi0_jax.data.source import BadEpisode, Renamed
 from pi0_jax.data.video import VideoWriter
+from pi0_jax.errors import UserError
 from tests.data.conftest import FEATURES, LENGTHS, TASKS, all_frames, episode, write
 from tests.data.formats import CAMERAS, write_v2
 
@@ -252,3 +253,26 @@ def test_the_hub_is_asked_only_for_its_own_paths(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ValueError, match=r"pip install -e '\.\[hub\]'"):
         find_dataset("hf://owner/name")
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "message"),
+    [
+        ("episodes.jsonl", '"episode_index": 2', '"episode_index": 1', r"lists episodes \[1\] more than once"),
+        (
+            "episodes.jsonl",
+            '"length": 5',
+            '"len": 5',
+            r"line 2 of .*episodes\.jsonl is .* with episode_index and length",
+        ),
+        ("tasks.jsonl", '"task": "push', '"text": "push', r"line 2 of .*tasks\.jsonl is .* with task_index and task"),
+        ("info.json", '"fps"', '"rate"', r"info\.json lacks \['fps'\]"),
+    ],
+)
+def test_metadata_that_contradict_the_format_are_named(v21, tmp_path, file, old, new, message):
+    root = shutil.copytree(v21, tmp_path / "data")
+    text = (root / "meta" / file).read_text()
+    assert old in text
+    (root / "meta" / file).write_text(text.replace(old, new, 1))
+    with pytest.raises(UserError, match=message):
+        LeRobotDataset(root)

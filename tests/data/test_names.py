@@ -93,10 +93,25 @@ def test_dimensions_in_another_order_are_put_into_the_robots(tmp_path, caplog):
     for name in ("observation.state", "action"):
         found, there = moved.columns(name), source.columns(name)
         np.testing.assert_array_equal(found[:, order], there)
-        np.testing.assert_array_equal(moved.read(name, 1, 2)[:, order], source.read(name, 1, 2))
+        np.testing.assert_array_equal(moved.read(name, np.array([1]))[:, order], source.read(name, np.array([1])))
         assert moved.features[name]["names"][:2] == ["main_shoulder_pan", "main_shoulder_lift"]
         assert caplog.text.count(f"{name} is in the order main_shoulder_lift, main_shoulder_pan") == 1
     np.testing.assert_array_equal(moved.chunk(0, 3)[0][:, order], source.chunk(0, 3)[0])
+
+
+def test_actions_without_names_are_in_the_order_of_the_state(tmp_path, caplog):
+    caplog.set_level("INFO")
+    root, robot = record(tmp_path / "data"), get_robot("so101")
+    straight = open_source(DatasetConfig(str(root)), DataConfig(), robot)
+    info = json.loads((root / "meta/info.json").read_text())
+    order = [1, 0, 5, 2, 3, 4]
+    info["features"]["observation.state"]["names"] = [NAMES[i] for i in order]
+    info["features"]["action"]["names"] = None
+    (root / "meta/info.json").write_text(json.dumps(info))
+    moved = open_source(DatasetConfig(str(root)), DataConfig(), robot)
+    for name in ("observation.state", "action"):
+        np.testing.assert_array_equal(moved.columns(name)[:, order], straight.columns(name))
+    assert "the names of observation.state, as it has none" in caplog.text
 
 
 def test_other_names_are_said_once_and_taken_as_they_stand(tmp_path, caplog):

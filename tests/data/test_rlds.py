@@ -1,6 +1,7 @@
 """RLDS without tensorflow: both file formats give the recorded episodes, and damage names its record."""
 
 import dataclasses
+import json
 import pickle
 import shutil
 import sys
@@ -20,6 +21,7 @@ from pi0_jax.data.source import BadEpisode, Renamed
 from pi0_jax.data.tokenizer import Tokenizer
 from pi0_jax.data.tools.stats import compute_normalizations
 from pi0_jax.data.transform import make_transform
+from pi0_jax.errors import UserError
 from tests.data.conftest import TASKS, episode
 from tests.data.formats import CAMERAS, RLDS_KEYS, write_rlds
 
@@ -82,7 +84,7 @@ def test_a_pickled_dataset_reads_the_same(roots, form):
 
 def test_columns_are_read_by_episode(roots):
     dataset = opened(roots["tfrecord"])
-    np.testing.assert_array_equal(dataset.read("action", 1, 4), expected("action", ORDER[1:4]))
+    np.testing.assert_array_equal(dataset.read("action", np.array([1, 2, 3])), expected("action", ORDER[1:4]))
 
 
 def test_episodes_can_be_chosen_by_their_path(roots):
@@ -155,6 +157,37 @@ def test_a_robots_published_names_are_used_where_the_features_are_there(roots):
     other = dataclasses.replace(robot, rlds=RldsNames({**RLDS_KEYS, "action": "action/joints"}, 5))
     with pytest.raises(ValueError, match=r"has no observation\.state"):
         open_source(DatasetConfig(str(roots["tfrecord"])), DataConfig(), other)
+
+
+def without_instruction(root, tmp_path):
+    """A copy of a dataset whose description has no text."""
+    copy = shutil.copytree(root, tmp_path / root.parent.name / root.name)
+    content = json.loads((copy / "features.json").read_text())
+    steps = content["content"]["features"]["steps"]["sequence"]["feature"]["featuresDict"]["features"]
+    del steps["language_instruction"]
+    (copy / "features.json").write_text(json.dumps(content))
+    return copy
+
+
+def test_without_any_text_episodes_have_no_instruction(roots, tmp_path):
+    dataset = RldsDataset(without_instruction(roots["tfrecord"], tmp_path), 5)
+    assert dataset.tasks == [""]
+    assert dataset.task(dataset.num_frames - 1) == ""
+
+
+def test_an_instruction_of_another_name_is_found(roots):
+    dataset = RldsDataset(roots["tfrecord"], 5)
+
+    def found(*names, task=None):
+        dataset.features = {name: {"dtype": "string", "shape": ()} for name in names}
+        return dataset._find_task(task)
+
+    assert found("language_instruction", "language_instruction_2") == "language_instruction"
+    assert found("observation/natural_language_instruction", "note") == "observation/natural_language_instruction"
+    assert found("words") == "words"
+    assert found("a", "b", task="b") == "b"
+    with pytest.raises(UserError, match=r"its text is \['a', 'b'\]\. Set `task`"):
+        found("a", "b")
 
 
 @pytest.mark.parametrize("form", FORMATS)

@@ -32,6 +32,11 @@ def made(path, text: str) -> Robot:
         (("right_hand", "left_hand"), ("right_wrist_0_rgb", "left_wrist_0_rgb")),
         (("observation/exterior_image_1_left", "observation/wrist_image_left"), ("base_0_rgb", "left_wrist_0_rgb")),
         (("wrist", "wrist_2"), ("left_wrist_0_rgb", "wrist_2_rgb")),
+        (
+            ("observation.head.rgb", "observation.side.rgb", "observation.right_wrist.rgb"),
+            ("base_0_rgb", "side_rgb", "right_wrist_0_rgb"),
+        ),
+        (("a.rgb", "b.rgb", "a.b.rgb"), ("base_0_rgb", "b_rgb", "a_b_rgb")),
     ],
 )
 def test_only_cameras_on_a_hand_get_the_slots_of_wrists(cameras, names):
@@ -179,6 +184,20 @@ def test_a_pose_that_the_actions_follow_is_relative_and_a_change_of_one_is_none(
         else:
             assert robot.poses == Poses(pose, ())
             assert robot.semantics == (*["absolute"] * 6, "gripper")
+
+
+def test_actions_without_names_have_those_of_the_state(tmp_path):
+    names = ["shoulder", "elbow", "gripper"]
+    vectors = {"observation.state": names, "action": None}
+    features = {key: {"dtype": "float32", "shape": (3,), "names": value} for key, value in vectors.items()}
+    state = np.cumsum(np.random.default_rng(0).normal(size=(60, 3)), axis=0).astype(np.float32)
+    with LeRobotWriter(tmp_path / "data", 10, "arm", features) as writer:
+        writer.add_episode({"observation.state": state, "action": state}, "go")
+    text = describe_robot(str(tmp_path / "data"), "mine")
+    assert "does not name its actions" in text
+    robot = made(tmp_path, text)
+    assert robot.actions == robot.state == tuple(names)
+    assert robot.semantics == ("relative", "relative", "gripper")
 
 
 def test_what_cannot_be_recognised_is_said(tmp_path):

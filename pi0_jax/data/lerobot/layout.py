@@ -19,6 +19,8 @@ pictures instead of video.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import math
 from pathlib import Path
@@ -39,6 +41,10 @@ VERSIONS = ("v2.0", "v2.1", VERSION)
 DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 FILES_PER_CHUNK = 1000
+SMALL = 2**14
+"""Rows of a parquet file up to which it is read in one thread."""
+INFO = ("fps", "features", "total_frames", "data_path")
+"""What meta/info.json has to say."""
 BOOKKEEPING: dict[str, dict[str, Any]] = {
     name: {"dtype": "float32" if name == "timestamp" else "int64", "shape": (1,), "names": None}
     for name in ("timestamp", "frame_index", "episode_index", "index", "task_index")
@@ -84,6 +90,10 @@ def read_info(root: Path) -> dict[str, Any]:
     if (version := info.get("codebase_version")) not in VERSIONS:
         known = f"{root} is a LeRobot dataset of version {version}; {', '.join(VERSIONS)} can be read."
         raise UserError(f"{known} {V1}" if str(version).startswith("v1") else known)
+    if missing := [name for name in INFO if name not in info]:
+        raise UserError(
+            f"{root}/meta/info.json lacks {missing}, which every LeRobot dataset has. Copy the dataset again."
+        )
     info["features"] = {name: {**entry, "shape": _shape(entry)} for name, entry in info["features"].items()}
     return info
 
@@ -107,10 +117,10 @@ def read_tasks(root: Path, version: str) -> list[str]:
         rows = {row["task_index"]: row[column] for row in table.to_pylist()}
     else:
         path = root / "meta/tasks.jsonl"
-        rows = {row["task_index"]: row["task"] for row in _read_lines(path)}
+        rows = {row["task_index"]: row["task"] for row in _read_lines(path, ("task_index", "task"))}
     if sorted(rows) != list(range(len(rows))):
         raise UserError(f"{path} numbers its tasks {sorted(rows)}; expected 0 to {len(rows) - 1}.")
-    return [rows[i] for i in range(len(rows))]
+    return ["" if rows[i] is None else str(rows[i]) for i in range(len(rows))]
 
 
 def read_episodes(root: Path, info: dict[str, Any]) -> list[Episode]:
@@ -122,7 +132,15 @@ def read_episodes(root: Path, info: dict[str, Any]) -> list[Episode]:
     """
     cameras = [name for name, feature in info["features"].items() if feature["dtype"] == "video"]
     read = _read_episodes if info["codebase_version"] == VERSION else _read_episodes_v2
-    return read(root, info, cameras)
+    episodes = read(root, info, cameras)
+    numbers = [episode.number for episode in episodes]
+    if twice := sorted({a for a, b in itertools.pairwise(numbers) if a == b}):
+        raise UserError(
+            f"{root} lists episodes {twice[:5]} more than once in meta/; an index stands for one episode. If datasets "
+            "were joined by copying files together, name them apart in `data.datasets`; otherwise remove the second "
+            "entry."
+        )
+    return episodes
 
 
 def _read_episodes(root: Path, info: dict[str, Any], cameras: list[str]) -> list[Episode]:
@@ -139,42 +157,47 @@ def _read_episodes(root: Path, info: dict[str, Any], cameras: list[str]) -> list
     begin, end = table["dataset_from_index"], table["dataset_to_index"]
     if begin[0] != 0 or (begin[1:] != end[:-1]).any() or (end <= begin).any():
         raise UserError(f"{root}: the episodes in meta/episodes do not follow one another without gaps.")
-    episodes = []
-    for i, number in enumerate(table["episode_index"].tolist()):
-        videos = {}
-        for camera in cameras:
-            chunk, file, start = (
-                table[f"videos/{camera}/{key}"][i] for key in ("chunk_index", "file_index", "from_timestamp")
-            )
-            name = info["video_path"].format(video_key=camera, chunk_index=chunk, file_index=file)
-            videos[camera] = Place(name, float(start), 0, 0)
-        chunk, file = table["data/chunk_index"][i], table["data/file_index"][i]
-        data = info["data_path"].format(chunk_index=chunk, file_index=file)
-        episodes.append(Episode(number, int(end[i] - begin[i]), data, videos))
-    return _counted(episodes, cameras)
+    lengths = (end - begin).tolist()
 
+    @functools.cache
+    def file_name(template: str, camera: str, chunk: int, file: int) -> str:
+        return template.format(video_key=camera, chunk_index=chunk, file_index=file)
 
-def _counted(episodes: list[Episode], cameras: list[str]) -> list[Episode]:
-    """The episodes with the numbers of their first frames."""
+    def file_names(key: str, template: str, camera: str = "") -> list[str]:
+        indices = (table[f"{key}/{index}"].tolist() for index in ("chunk_index", "file_index"))
+        return [file_name(template, camera, *where) for where in zip(*indices, strict=True)]
+
+    places = []
     for camera in cameras:
-        files: dict[str, list[Episode]] = {}
-        for episode in episodes:
-            files.setdefault(episode.videos[camera].file, []).append(episode)
-        for inside in files.values():
-            total, first = sum(episode.length for episode in inside), 0
-            for episode in sorted(inside, key=lambda episode: episode.videos[camera].start):
-                episode.videos[camera] = episode.videos[camera]._replace(first=first, total=total)
-                first += episode.length
-    return episodes
+        starts = table[f"videos/{camera}/from_timestamp"].tolist()
+        places.append(_places(file_names(f"videos/{camera}", info["video_path"], camera), starts, lengths))
+    videos = [dict(zip(cameras, each, strict=True)) for each in zip(*places, strict=True)] or [{} for _ in lengths]
+    data = file_names("data", info["data_path"])
+    return [Episode(*each) for each in zip(table["episode_index"].tolist(), lengths, data, videos, strict=True)]
+
+
+def _places(files: list[str], starts: list[float], lengths: list[int]) -> list[Place]:
+    """Where the frames of all episodes are of one camera, whose files and starts are given, by counting."""
+    inside: dict[str, list[int]] = {}
+    for i, file in enumerate(files):
+        inside.setdefault(file, []).append(i)
+    places: dict[int, Place] = {}
+    for file, members in inside.items():
+        total, first = sum(lengths[i] for i in members), 0
+        for i in sorted(members, key=starts.__getitem__):
+            places[i] = Place(file, float(starts[i]), first, total)
+            first += lengths[i]
+    return [places[i] for i in range(len(files))]
 
 
 def _read_episodes_v2(root: Path, info: dict[str, Any], cameras: list[str]) -> list[Episode]:
     episodes = []
-    for row in sorted(_read_lines(root / "meta/episodes.jsonl"), key=lambda row: row["episode_index"]):
+    rows = _read_lines(root / "meta/episodes.jsonl", ("episode_index", "length"))
+    for row in sorted(rows, key=lambda row: row["episode_index"]):
         number = int(row["episode_index"])
         if int(row["length"]) < 1:
             raise UserError(f"{root}/meta/episodes.jsonl gives episode {number} {row['length']} frames.")
-        where = {"episode_chunk": number // info["chunks_size"], "episode_index": number}
+        where = {"episode_chunk": number // info.get("chunks_size", FILES_PER_CHUNK), "episode_index": number}
         length = int(row["length"])
         videos = {
             camera: Place(info["video_path"].format(video_key=camera, **where), 0.0, 0, length) for camera in cameras
@@ -183,15 +206,21 @@ def _read_episodes_v2(root: Path, info: dict[str, Any], cameras: list[str]) -> l
     return episodes
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
+def _read_lines(path: Path, keys: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Objects of a file of JSON lines, each of which has the `keys`."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}; a LeRobot dataset of version 2 has one. Copy the dataset again.")
     rows = []
     for number, line in enumerate(path.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
         try:
-            rows += [json.loads(line)] if line.strip() else []
+            row = json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(f"line {number} of {path} is not JSON ({error}). {advice(path)}") from error
+        if not isinstance(row, dict) or not set(keys) <= set(row):
+            raise UserError(f"line {number} of {path} is {line[:80]}; expected an object with {' and '.join(keys)}.")
+        rows.append(row)
     return rows
 
 
@@ -246,7 +275,10 @@ class RowIndex:
 
 def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
     try:
-        return pq.ParquetFile(path).read(columns=columns)
+        file = pq.ParquetFile(path, memory_map=True)
+        return file.read(
+            columns=columns, use_threads=file.metadata.num_rows > SMALL
+        )  # threads cost more than they give
     except FileNotFoundError as error:
         raise FileNotFoundError(f"there is no {path}. Copy the dataset again.") from error
     except (pa.ArrowInvalid, OSError) as error:

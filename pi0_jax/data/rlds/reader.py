@@ -48,7 +48,7 @@ class RldsDataset(Source):
         root: folder of one version, or of the dataset, whose newest version is taken.
         fps: frames per second, which the format does not store.
         split: name of the split.
-        task: feature with the instruction.
+        task: feature with the instruction; None: `language_instruction`, or the only text that can be it.
         only: regular expression that an episode's `episode_metadata/file_path` has to contain.
         cache: folder for the index; by default one in the user's cache (`data.files.user_cache`).
         skip_bad_episodes: leave out records that cannot be read, and log them.
@@ -65,7 +65,7 @@ class RldsDataset(Source):
         fps: int | float,
         *,
         split: str = "train",
-        task: str = "language_instruction",
+        task: str | None = None,
         only: str | None = None,
         cache: str | os.PathLike[str] | None = None,
         skip_bad_episodes: bool = False,
@@ -78,9 +78,7 @@ class RldsDataset(Source):
         self.features = {
             name: {"dtype": dtype_of(leaf), "shape": tuple(leaf.shape), "names": None} for name, leaf in leaves.items()
         }
-        if task not in self.features:
-            texts = [name for name, feature in self.features.items() if feature["dtype"] == "string"]
-            raise UserError(f"{self.root} has no instruction {task!r}; its text is {texts}. Set `task` of the dataset.")
+        task = self._find_task(task)
         folder = cache_folder(self.root, None if cache is None else Path(cache))
         name = self.root.parent.name
         self._index = build_index(name, self._paths, self.format, self._json, folder, workers)
@@ -95,17 +93,36 @@ class RldsDataset(Source):
                     raise BadEpisode(f"{message} Copy the shard again, or pass skip_bad_episodes.")
                 self.skipped[f"episode {number} of {path.name}"] = message
         self._choose(only)
+        if task is None:
+            self.tasks, self._task_index = [""], np.zeros(self.num_frames, np.int64)
+            return
         texts = np.concatenate([shard[f"column/{task}"] for shard in self._index])[self._rows]
         encoded = pa.array(texts).dictionary_encode()
         self.tasks, self._task_index = encoded.dictionary.to_pylist(), encoded.indices.to_numpy().astype(np.int64)
 
+    def _find_task(self, task: str | None) -> str | None:
+        """The feature with the instruction; None where there is no text."""
+        texts = [name for name, feature in self.features.items() if feature["dtype"] == "string"]
+        if task in texts:
+            return task
+        if task is None and "language_instruction" in texts:
+            return "language_instruction"
+        likely = [name for name in texts if "instruction" in name.rsplit("/", 1)[-1]] or texts
+        if task is not None or len(likely) > 1:
+            raise UserError(
+                f"{self.root} has no instruction {task or 'language_instruction'!r}; its text is {texts}. Set `task` "
+                "of the dataset."
+            )
+        if likely:
+            _log.info("%s: the instruction is %s; the dataset's `task` can say otherwise", self.root, likely[0])
+        return likely[0] if likely else None
+
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in super().__getstate__().items() if name != "_steps"}
 
-    def read(self, name: str, first: int, end: int) -> np.ndarray:
+    def read(self, name: str, episodes: Int[np.ndarray, "k"]) -> np.ndarray:
         self.check_column(name)
-        start = self.episode_range(first)[0] if first < self.num_episodes else self.num_frames
-        rows = self._rows[start : int(self.ends[end - 1]) if end else 0]
+        rows = self._rows[self.frames_of(episodes)]
         shards = self._shard_of(rows)
         values = [
             self._index[s][f"column/{name}"][rows[shards == s] - self._starts[s]] for s in np.unique(shards).tolist()

@@ -55,8 +55,10 @@ def describe_robot(path: str, name: str, offline: bool = False) -> str:
     unknown = Robot(name, {}, (), (), info.get("fps", 1), (224, 224))
     source = open_source(DatasetConfig(str(root)), DataConfig(frames="random"), unknown)
     state, actions = read_some(source)
-    state_names = dimension_names(source.features[STATE]) or _numbered("state", state.shape[1])
-    action_names = dimension_names(source.features[ACTION]) or _numbered("action", actions.shape[1])
+    named, named_actions = (dimension_names(source.features[name]) for name in (STATE, ACTION))
+    state_names = named or _numbered("state", state.shape[1])
+    alike = named is not None and named_actions is None and state.shape[1] == actions.shape[1]
+    action_names = state_names if alike else named_actions or _numbered("action", actions.shape[1])
     poses, found = propose_poses(state, actions, state_names, action_names)
     semantics = propose_semantics(state, actions, state_names, action_names, poses)
     depth = [camera for camera in source.cameras if is_depth(source.features[camera])]
@@ -78,6 +80,7 @@ def describe_robot(path: str, name: str, offline: bool = False) -> str:
         *(f"        # {json.dumps(camera)} is left out: it is depth." for camera in depth),
         "    },",
         *_vector("state", state_names),
+        *["    # The dataset does not name its actions: these are the state's names, a guess."] * alike,
         *_vector("actions", action_names),
         *_pose_lines(found),
         f"    fps={info.get('fps')!r},",
@@ -118,8 +121,8 @@ def _pose_lines(found: Mapping[str, Sequence[FoundPose]]) -> list[str]:
 
 def propose_cameras(cameras: Sequence[str]) -> dict[str, Proposal]:
     """The model's name for each camera of a dataset. Only a camera on a hand gets the slot of a wrist."""
-    words = {camera: last_word(camera).lower() for camera in cameras}
-    on_hand = [camera for camera in cameras if any(word in words[camera] for word in HAND)]
+    words = _short_names(cameras)
+    on_hand = [camera for camera in cameras if any(word in camera.lower() for word in HAND)]
     scene = [camera for camera in cameras if camera not in on_hand]
     known = [camera for camera in scene if any(word in words[camera] for word in SCENE)]
     found: dict[str, Proposal] = {}
@@ -138,6 +141,18 @@ def propose_cameras(cameras: Sequence[str]) -> dict[str, Proposal]:
     return {camera: found[camera] for camera in cameras}
 
 
+def _short_names(cameras: Sequence[str]) -> dict[str, str]:
+    """The last word of each camera; or, where some have the same, such as `head.rgb` and `wrist.rgb`, what differs."""
+    words = {camera: last_word(camera).lower() for camera in cameras}
+    if len(set(words.values())) == len(words):
+        return words
+    parts = {camera: camera.lower().replace("/", ".").split(".") for camera in cameras}
+    shared = set.intersection(*map(set, parts.values()))
+    names = {camera: "_".join(word for word in parts[camera] if word not in shared) for camera in cameras}
+    distinct = len(set(names.values())) == len(names) and all(names.values())
+    return names if distinct else {camera: "_".join(words) for camera, words in parts.items()}
+
+
 def _own(word: str) -> str:
     return word if word.endswith("_rgb") else f"{word}_rgb"
 
@@ -151,7 +166,7 @@ def read_some(source: Source) -> tuple[Float[np.ndarray, "n d"], Float[np.ndarra
     found, tried = [], min(source.num_episodes, TRIED)
     for episode in range(tried):
         try:
-            found.append([source.read(name, episode, episode + 1) for name in (STATE, ACTION)])
+            found.append([source.read(name, np.array([episode])) for name in (STATE, ACTION)])
         except (UserError, FileNotFoundError):
             if episode == tried - 1 and not found:
                 raise
