@@ -158,15 +158,15 @@ class Memory(Source):
 
     def __init__(self, frames: int, dims: int = 14):
         random = np.random.default_rng(0)
-        self.values = {key: random.normal(size=(frames, dims)).astype(np.float32)
+        self.numbers = {key: random.normal(size=(frames, dims)).astype(np.float32)
                        for key in ("observation.state", "action")}  # fmt: skip
-        self.features = {key: {"dtype": "float32", "shape": (dims,)} for key in self.values}
+        self.features = {key: {"dtype": "float32", "shape": (dims,)} for key in self.numbers}
         self.root, self.fps, self.tasks, self.skipped = Path("memory"), FPS, ["move"], {}
         self.ends = np.arange(500, frames + 1, 500)
         self.episodes = [str(i) for i in range(len(self.ends))]
 
-    def read(self, name, first, end):
-        return self.values[name][first * 500 : end * 500]
+    def read(self, name, episodes):
+        return self.numbers[name][self.frames_of(episodes)]
 
     task_index = property(lambda self: np.zeros(self.num_frames, int))
 

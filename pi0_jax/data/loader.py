@@ -227,7 +227,7 @@ class BatchReader:
 
     def prompt_lengths(self, rows: Indices) -> Indices:
         """Tokens of the prompt of each row."""
-        state, prompts = self._source.columns(STATE)[rows], self._tasks[self._source.task_index[rows]]
+        state, prompts = self._source.values(STATE, rows), self._tasks[self._source.task_numbers(rows)]
         sample = self._transform.forward({"images": {}, "state": state, "prompt": prompts})
         return sample["prompt_mask"].sum(-1)
 
@@ -236,7 +236,7 @@ class BatchReader:
         marks = [time.perf_counter()]
         actions, step_mask = self._source.chunk(rows, self._horizon)
         step_mask &= valid_steps(self._source, rows, self._horizon)
-        state, prompts = self._source.columns(STATE)[rows], self._tasks[self._source.task_index[rows]]
+        state, prompts = self._source.values(STATE, rows), self._tasks[self._source.task_numbers(rows)]
         marks.append(time.perf_counter())
         images = {camera: self._source.images(feature, rows) for feature, camera in self._cameras.items()}
         marks.append(time.perf_counter())
@@ -285,7 +285,7 @@ def _check_dataset(source: Source, robot: Robot) -> None:
             "its cameras in the dataset's `keys`."
         )
     for key, names in ((STATE, robot.state), (ACTION, robot.actions)):
-        shape = source.columns(key).shape[1:]
+        shape = source.values(key, np.zeros(1, int)).shape[1:]
         if shape != (len(names),):
             raise UserError(
                 f"column {key!r} of {source.root} has shape {shape}; {robot.name} has {len(names)}: "

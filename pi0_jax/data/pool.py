@@ -1,10 +1,12 @@
-"""Worker processes: a function of many argument tuples, started fresh, so that threads and devices are never copied."""
+"""Worker processes: a function of many argument tuples, started fresh, so that threads and devices are never copied.
+And a thread for what is not needed yet."""
 
 from __future__ import annotations
 
 import concurrent.futures
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -37,3 +39,22 @@ def run_tasks(
         finally:
             for future in futures:
                 future.cancel()
+
+
+_ONE_BEHIND = threading.Lock()
+
+
+def behind(function: Callable[[], Result]) -> concurrent.futures.Future[Result]:
+    """The result to be of a function that runs in a thread of its own, one such at a time. Nobody waits for it when the
+    program ends."""
+    future: concurrent.futures.Future[Result] = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            with _ONE_BEHIND:
+                future.set_result(function())
+        except Exception as error:  # for whoever asks for the result
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future

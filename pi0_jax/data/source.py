@@ -7,6 +7,7 @@ pictures are read for the frames that are asked for.
 from __future__ import annotations
 
 import abc
+import functools
 import hashlib
 import logging
 import threading
@@ -17,11 +18,15 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int, Shaped, UInt8
 
+from pi0_jax.data.pool import behind
 from pi0_jax.errors import UserError, did_you_mean
 
 STATE, ACTION, VALID = "observation.state", "action", "valid"
 """Names of the columns we read. `valid`, shape (1,), is optional: 0 where something other than the demonstrator chose
 the action, so that it must not be learnt."""
+
+FEW_FRAMES = 2**18
+"""Frames up to which columns are read whole before training; of more, what the first batches need is read first."""
 
 _log = logging.getLogger(__name__)
 
@@ -101,9 +106,19 @@ class Source(abc.ABC):
     def num_frames(self) -> int:
         return int(self.ends[-1])
 
+    @property
+    def lengths(self) -> Int[np.ndarray, "e"]:
+        """Frames of each episode."""
+        return np.diff(self.ends, prepend=0)
+
     def episode_range(self, episode: Number) -> tuple[int, int]:
         """First frame of an episode, and the one after its last."""
         return int(self.ends[episode - 1]) if episode else 0, int(self.ends[episode])
+
+    def frames_of(self, episodes: Int[np.ndarray, "k"]) -> Int[np.ndarray, "n"]:
+        """Frames of some episodes, one episode after the other."""
+        lengths = self.lengths[episodes]
+        return np.arange(lengths.sum()) + np.repeat(self.ends[episodes] - np.cumsum(lengths), lengths)
 
     def episode_of(self, rows: Rows) -> Rows:
         """Number of the episode of each frame."""
@@ -117,17 +132,39 @@ class Source(abc.ABC):
         """
         kept = vars(self).setdefault("_columns", {})
         if name not in kept:
-            kept[name] = self.read(name, 0, self.num_episodes)
+            kept[name] = self.read(name, np.arange(self.num_episodes))
         return kept[name]
 
+    def values(self, name: str, rows: Rows) -> Shaped[np.ndarray, "*b *shape"]:
+        """Values of one feature for some frames; errors as of `columns`.
+
+        Of a dataset of more than `FEW_FRAMES`, whose columns take long to read, their episodes alone are read until the
+        whole column is there, which is read behind.
+        """
+        kept = vars(self).setdefault("_columns", {})
+        if name in kept or self.num_frames <= FEW_FRAMES:
+            return self.columns(name)[rows]
+        if ("behind", name) not in kept:
+            kept["behind", name] = behind(functools.partial(self.columns, name))
+        if kept["behind", name].done():
+            return kept["behind", name].result()[rows]
+        episodes, number = np.unique(self.episode_of(rows), return_inverse=True)
+        lengths = self.lengths[episodes]
+        moved = (np.cumsum(lengths) - lengths) - (self.ends[episodes] - lengths)
+        return self.read(name, episodes)[moved[number].reshape(np.shape(rows)) + rows]
+
     @abc.abstractmethod
-    def read(self, name: str, first: int, end: int) -> Shaped[np.ndarray, "n *shape"]:
-        """Values of one feature for the episodes `first` to `end` - 1; errors as of `columns`."""
+    def read(self, name: str, episodes: Int[np.ndarray, "k"]) -> Shaped[np.ndarray, "n *shape"]:
+        """Values of one feature for the frames of some episodes, in ascending order; errors as of `columns`."""
 
     @property
     @abc.abstractmethod
     def task_index(self) -> Int[np.ndarray, "n"]:
         """Index into `tasks` of each frame."""
+
+    def task_numbers(self, rows: Rows) -> Rows:
+        """Index into `tasks` of some frames, read as `values` are."""
+        return self.task_index[rows]
 
     @property
     def shard_ends(self) -> Int[np.ndarray, "s"]:
@@ -161,7 +198,7 @@ class Source(abc.ABC):
 
     def task(self, i: Number) -> str:
         """Instruction of frame `i`."""
-        return self.tasks[int(self.task_index[i])]
+        return self.tasks[int(self.task_numbers(np.array([i]))[0])]
 
     def image(self, i: Number, camera: str) -> UInt8[np.ndarray, "h w 3"]:
         """Frame `i` of a camera, RGB."""
@@ -177,7 +214,7 @@ class Source(abc.ABC):
         start = np.asarray(i)
         end = self.ends[self.episode_of(start)][..., None]
         steps = start[..., None] + np.arange(horizon)
-        return self.columns(column)[np.minimum(steps, end - 1)], steps < end
+        return self.values(column, np.minimum(steps, end - 1)), steps < end
 
     def episode_keys(self) -> list[int]:
         """A number of 64 bits for each episode that depends on its states and actions alone.
@@ -249,8 +286,11 @@ class Wrapped(Source):
     def shard_ends(self) -> Int[np.ndarray, "s"]:
         return self.source.shard_ends
 
-    def read(self, name: str, first: int, end: int) -> Shaped[np.ndarray, "n *shape"]:
-        return self.source.read(name, first, end)
+    def task_numbers(self, rows: Rows) -> Rows:
+        return self.source.task_numbers(rows)
+
+    def read(self, name: str, episodes: Int[np.ndarray, "k"]) -> Shaped[np.ndarray, "n *shape"]:
+        return self.source.read(name, episodes)
 
     def images(self, camera: str, rows: Rows) -> UInt8[np.ndarray, "*b h w 3"]:
         return self.source.images(camera, rows)
@@ -307,9 +347,9 @@ class Renamed(Wrapped):
         names = [feature.get("names") for feature in features]
         return {"dtype": features[0]["dtype"], "shape": (width,), "names": None if None in names else _flat(names)}
 
-    def read(self, name: str, first: int, end: int) -> np.ndarray:
+    def read(self, name: str, episodes: Int[np.ndarray, "k"]) -> np.ndarray:
         self.check_column(name)
-        parts = [self.source.read(part, first, end) for part in self._keys.get(name, [name])]
+        parts = [self.source.read(part, episodes) for part in self._keys.get(name, [name])]
         if len(parts) == 1 and parts[0].ndim > 1:
             return parts[0]
         return np.concatenate([part.reshape(len(part), -1) for part in parts], 1)
@@ -351,6 +391,6 @@ class Reordered(Wrapped):
             names = dimension_names(feature)
             self.features[name] = {**feature, "names": None if names is None else [names[i] for i in order]}
 
-    def read(self, name: str, first: int, end: int) -> np.ndarray:
-        values = self.source.read(name, first, end)
+    def read(self, name: str, episodes: Int[np.ndarray, "k"]) -> np.ndarray:
+        values = self.source.read(name, episodes)
         return values[:, self._orders[name]] if name in self._orders else values

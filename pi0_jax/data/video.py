@@ -23,6 +23,8 @@ KEY_FRAME_EVERY = 2
 PRESET = "veryfast"
 """Of the H.264 encoder x264."""
 _DECODING_ERRORS = (FFmpegError, IndexError, EOFError)
+PACKETS_COMPARED = 64
+"""Packets of a file that are held against its own table of frames."""
 PIXELS_FOR_THREADS = 256 * 256
 """Frames below this size cost less than handing them to other threads, on a busy machine by far."""
 
@@ -99,13 +101,14 @@ class _Index(NamedTuple):
 class FrameReader:
     """Decodes single frames of video files by their number, and keeps the files open that it used last.
 
-    A file's frames are listed once, without decoding. Frames are decoded from the key frame before them; a few that
+    A file's frames are listed once, without decoding; `indices` has those lists, which readers of several threads may
+    share. Frames are decoded from the key frame before them; a few that
     follow one another cost one such start.
     """
 
-    def __init__(self, max_open: int = 32):
+    def __init__(self, max_open: int = 32, indices: dict[Path, _Index] | None = None):
         self._max_open = max_open
-        self._indices: dict[Path, _Index] = {}
+        self._indices = {} if indices is None else indices
         self._opened: dict[Path, _OpenVideo] = {}
 
     def seconds(self, path: Path) -> Float[np.ndarray, "n"]:
@@ -261,6 +264,30 @@ def _check_upright(frame: VideoFrame, path: Path) -> None:
 
 
 def _list_frames(path: Path) -> _Index:
+    return _listed_by_container(path) or _listed_by_packets(path)
+
+
+def _listed_by_container(path: Path) -> _Index | None:
+    """The frames by the file's own table, which takes no reading of the file; None where frames are not stored in the
+    order they are shown, the table is not complete, or PyAV is too old to give it."""
+    with av.open(str(path)) as container:
+        stream = next(iter(container.streams.video), None)
+        entries = getattr(stream, "index_entries", None)
+        if stream is None or not entries or len(entries) != stream.frames:
+            return None
+        if stream.codec_context is None or stream.codec_context.has_b_frames:
+            return None
+        table = [(each.timestamp, each.is_keyframe, each.pos + each.size, each.is_discard) for each in entries]
+        times, is_key, ends, left_out = (np.array(column) for column in zip(*table, strict=True))
+        if (np.diff(times) <= 0).any() or left_out.any() or not is_key[0] or ends.max() > path.stat().st_size:
+            return None
+        for packet, time in zip(container.demux(stream), times[:PACKETS_COMPARED].tolist(), strict=False):
+            if (packet.pts, packet.dts) != (time, time) and packet.size:
+                return None
+        return _Index(times, times[is_key], times[is_key], float(stream.time_base or 0))
+
+
+def _listed_by_packets(path: Path) -> _Index:
     times, keys, seek = [], [], []
     with av.open(str(path)) as container:
         if not container.streams.video:

@@ -152,7 +152,7 @@ def _normalizations(
                     f"{semantics[name]} here. Compute the statistics again: pi0 data stats"
                 )
     else:
-        return compute_normalizations(datasets, config.policy.model.action_horizon)
+        return compute_normalizations(datasets, config.policy.model.action_horizon, sampled=True)
     found = {each.stats: normalization_from_json(content, each.robot, semantics, each.stats) for each in datasets}
     if resumed is None or resumed.norm_stats is None:
         for each in datasets:

@@ -93,7 +93,7 @@ def test_dimensions_in_another_order_are_put_into_the_robots(tmp_path, caplog):
     for name in ("observation.state", "action"):
         found, there = moved.columns(name), source.columns(name)
         np.testing.assert_array_equal(found[:, order], there)
-        np.testing.assert_array_equal(moved.read(name, 1, 2)[:, order], source.read(name, 1, 2))
+        np.testing.assert_array_equal(moved.read(name, np.array([1]))[:, order], source.read(name, np.array([1])))
         assert moved.features[name]["names"][:2] == ["main_shoulder_pan", "main_shoulder_lift"]
         assert caplog.text.count(f"{name} is in the order main_shoulder_lift, main_shoulder_pan") == 1
     np.testing.assert_array_equal(moved.chunk(0, 3)[0][:, order], source.chunk(0, 3)[0])

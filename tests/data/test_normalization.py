@@ -27,12 +27,12 @@ class InMemory(Source):
     """Columns of numbers in episodes of given lengths, without pictures."""
 
     def __init__(self, lengths, **columns):
-        self.root, self.values = Path("memory"), columns
+        self.root, self.numbers = Path("memory"), columns
         self.features = {name: {"dtype": "float32", "shape": v.shape[1:], "names": None} for name, v in columns.items()}
         self.ends, self.episodes = np.cumsum(lengths), [f"episode {i}" for i in range(len(lengths))]
 
-    def read(self, name, first, end):
-        return self.values[name][self.episode_range(first)[0] : self.ends[end - 1]]
+    def read(self, name, episodes):
+        return self.numbers[name][self.frames_of(episodes)]
 
     @property
     def task_index(self):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import numpy as np
 import pytest
@@ -66,7 +67,7 @@ def test_relative_actions_are_summarised_over_whole_chunks_as_training_sees_them
     source, robot, horizon = dataset_in_memory(), get_robot("ur5"), 4
     semantics = (*["relative"] * 6, "gripper")
     stats = compute_stats(source, robot, semantics, horizon)["actions"]
-    state, actions, valid = (source.values[name] for name in ("observation.state", "action", "valid"))
+    state, actions, valid = (source.numbers[name] for name in ("observation.state", "action", "valid"))
     seen = []
     for episode in range(3):
         first, end = source.episode_range(episode)
@@ -110,3 +111,23 @@ def test_a_group_whose_dimensions_differ_in_number_or_meaning_is_refused(dataset
     ):
         with pytest.raises(UserError, match="Give them different names in `stats`"):
             compute_normalizations([one, other], 4)
+
+
+def test_before_training_large_datasets_are_sampled_and_the_log_says_so(dataset, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    whole = opened(dataset)
+    assert not caplog.text
+    monkeypatch.setattr("pi0_jax.data.tools.stats.FEW_FRAMES", 33)
+    monkeypatch.setattr("pi0_jax.data.tools.stats.SAMPLED", 20)
+    found, again = (compute_normalizations([whole], 4, sampled=True)["tabletop"].stats for _ in range(2))
+    assert "statistics are of 3 of 5 episodes, taken at random" in caplog.text
+    np.testing.assert_array_equal(found["state"].q99, again["state"].q99)
+    states = [dataset.read("observation.state", np.array(three)) for three in itertools.combinations(range(5), 3)]
+    assert sum(np.array_equal(found["state"].max, each.max(0)) for each in states) >= 1
+    caplog.clear()
+    np.testing.assert_array_equal(compute_normalizations([whole], 4)["tabletop"].stats["state"].max, whole_max(dataset))
+    assert "at random" not in caplog.text
+
+
+def whole_max(dataset):
+    return dataset.columns("observation.state").max(0)

@@ -69,10 +69,10 @@ class Hdf5Dataset(Source):
     def task_index(self) -> Int[np.ndarray, "n"]:
         return self._tasks
 
-    def read(self, name: str, first: int, end: int) -> np.ndarray:
+    def read(self, name: str, episodes: Int[np.ndarray, "k"]) -> np.ndarray:
         self.check_column(name)
         rows = []
-        for number in range(first, end):
+        for number in episodes.tolist():
             parts = [self._stored(number, path, slice(None)) for path in self._layout.paths[name]]
             rows.append(np.concatenate([part.reshape(len(part), -1) for part in parts], 1))
         return np.concatenate(rows).astype(self.features[name]["dtype"])

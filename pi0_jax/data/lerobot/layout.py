@@ -19,6 +19,7 @@ pictures instead of video.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -40,6 +41,8 @@ VERSIONS = ("v2.0", "v2.1", VERSION)
 DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 FILES_PER_CHUNK = 1000
+SMALL = 2**14
+"""Rows of a parquet file up to which it is read in one thread."""
 INFO = ("fps", "features", "total_frames", "data_path")
 """What meta/info.json has to say."""
 BOOKKEEPING: dict[str, dict[str, Any]] = {
@@ -169,33 +172,37 @@ def _read_episodes(root: Path, info: dict[str, Any], cameras: list[str]) -> list
     begin, end = table["dataset_from_index"], table["dataset_to_index"]
     if begin[0] != 0 or (begin[1:] != end[:-1]).any() or (end <= begin).any():
         raise UserError(f"{root}: the episodes in meta/episodes do not follow one another without gaps.")
-    episodes = []
-    for i, number in enumerate(table["episode_index"].tolist()):
-        videos = {}
-        for camera in cameras:
-            chunk, file, start = (
-                table[f"videos/{camera}/{key}"][i] for key in ("chunk_index", "file_index", "from_timestamp")
-            )
-            name = info["video_path"].format(video_key=camera, chunk_index=chunk, file_index=file)
-            videos[camera] = Place(name, float(start), 0, 0)
-        chunk, file = table["data/chunk_index"][i], table["data/file_index"][i]
-        data = info["data_path"].format(chunk_index=chunk, file_index=file)
-        episodes.append(Episode(number, int(end[i] - begin[i]), data, videos))
-    return _counted(episodes, cameras)
+    lengths = (end - begin).tolist()
 
+    @functools.cache
+    def file_name(template: str, camera: str, chunk: int, file: int) -> str:
+        return template.format(video_key=camera, chunk_index=chunk, file_index=file)
 
-def _counted(episodes: list[Episode], cameras: list[str]) -> list[Episode]:
-    """The episodes with the numbers of their first frames."""
+    def file_names(key: str, template: str, camera: str = "") -> list[str]:
+        indices = (table[f"{key}/{index}"].tolist() for index in ("chunk_index", "file_index"))
+        return [file_name(template, camera, *where) for where in zip(*indices, strict=True)]
+
+    places = []
     for camera in cameras:
-        files: dict[str, list[Episode]] = {}
-        for episode in episodes:
-            files.setdefault(episode.videos[camera].file, []).append(episode)
-        for inside in files.values():
-            total, first = sum(episode.length for episode in inside), 0
-            for episode in sorted(inside, key=lambda episode: episode.videos[camera].start):
-                episode.videos[camera] = episode.videos[camera]._replace(first=first, total=total)
-                first += episode.length
-    return episodes
+        starts = table[f"videos/{camera}/from_timestamp"].tolist()
+        places.append(_places(file_names(f"videos/{camera}", info["video_path"], camera), starts, lengths))
+    videos = [dict(zip(cameras, each, strict=True)) for each in zip(*places, strict=True)] or [{} for _ in lengths]
+    data = file_names("data", info["data_path"])
+    return [Episode(*each) for each in zip(table["episode_index"].tolist(), lengths, data, videos, strict=True)]
+
+
+def _places(files: list[str], starts: list[float], lengths: list[int]) -> list[Place]:
+    """Where the frames of all episodes are of one camera, whose files and starts are given, by counting."""
+    inside: dict[str, list[int]] = {}
+    for i, file in enumerate(files):
+        inside.setdefault(file, []).append(i)
+    places: dict[int, Place] = {}
+    for file, members in inside.items():
+        total, first = sum(lengths[i] for i in members), 0
+        for i in sorted(members, key=starts.__getitem__):
+            places[i] = Place(file, float(starts[i]), first, total)
+            first += lengths[i]
+    return [places[i] for i in range(len(files))]
 
 
 def _read_episodes_v2(root: Path, info: dict[str, Any], cameras: list[str]) -> list[Episode]:
@@ -283,7 +290,10 @@ class RowIndex:
 
 def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
     try:
-        return pq.ParquetFile(path).read(columns=columns)
+        file = pq.ParquetFile(path, memory_map=True)
+        return file.read(
+            columns=columns, use_threads=file.metadata.num_rows > SMALL
+        )  # threads cost more than they give
     except FileNotFoundError as error:
         raise FileNotFoundError(f"there is no {path}. Copy the dataset again.") from error
     except (pa.ArrowInvalid, OSError) as error:

@@ -113,7 +113,7 @@ def _write_piece(source: Source, folder: Path, robot_type: str, fps: int, crf: i
                 if name in source.cameras:
                     frames[stored] = source.images(name, rows)[:, : shape[0], : shape[1]]
                 else:
-                    frames[stored] = source.read(name, episode, episode + 1).reshape(len(rows), *shape)
+                    frames[stored] = source.read(name, np.array([episode])).reshape(len(rows), *shape)
             try:
                 writer.add_episode(frames, [source.tasks[i] for i in source.task_index[rows].tolist()])
             except UserError as error:

@@ -95,9 +95,14 @@ class LeRobotDataset(Source):
     def annotations(self) -> dict[str, int]:
         return self._language().styles()
 
-    def read(self, name: str, first: int, end: int) -> np.ndarray:
+    def read(self, name: str, episodes: Int[np.ndarray, "k"]) -> np.ndarray:
         self.check_column(name)
-        return self._read(name, first, end)
+        return self._read(name, episodes)
+
+    def task_numbers(self, rows: Rows) -> Rows:
+        if self._prompts is not None or "task_index" not in self.features:
+            return self.task_index[rows]
+        return self.values("task_index", rows).reshape(np.shape(rows))
 
     @property
     def task_index(self) -> Int[np.ndarray, "n"]:
@@ -140,7 +145,7 @@ class LeRobotDataset(Source):
     def key_distance(self, camera: str) -> float:
         if self.features[camera]["dtype"] == "image":
             return super().key_distance(camera)
-        reader, path = self._reader(), self.picture_files(camera)[0]
+        reader, path = self._reader(), self.root / self._table[0].videos[camera].file
         return len(reader.seconds(path)) / reader.num_groups(path)
 
     def picture_files(self, camera: str) -> list[Path]:
@@ -161,24 +166,25 @@ class LeRobotDataset(Source):
     def _bookkeeping(self, name: str) -> np.ndarray:
         kept = vars(self).setdefault("_columns", {})
         if name not in kept:
-            kept[name] = self._read(name, 0, self.num_episodes, shape=(1,))
+            kept[name] = self._read(name, np.arange(self.num_episodes), shape=(1,))
         return kept[name].reshape(-1)
 
-    def _read(self, name: str, first: int, end: int, shape: tuple[int, ...] | None = None) -> np.ndarray:
+    def _read(self, name: str, episodes: Int[np.ndarray, "k"], shape: tuple[int, ...] | None = None) -> np.ndarray:
         width: tuple[int, ...] = self.features[name]["shape"] if shape is None else shape
-        wanted = self._table[first:end]
-        files = list(dict.fromkeys(episode.data for episode in wanted))
-        numbers = {file: np.array([e.number for e in wanted if e.data == file]) for file in files}
+        wanted: dict[str, list[int]] = {}
+        for place in episodes.tolist():
+            wanted.setdefault(self._table[place].data, []).append(self._table[place].number)
 
         def read_file(file: str) -> np.ndarray:
             index, _ = self._rows.locate(file)
-            return layout.read_column(self.root / file, name, width, np.isin(index, numbers[file]))
+            return layout.read_column(self.root / file, name, width, np.isin(index, wanted[file]))
 
-        with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            return np.concatenate(list(pool.map(read_file, files)))
+        with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            return np.concatenate(list(pool.map(read_file, wanted)))
 
     def _reader(self) -> FrameReader:
-        return self.opened().setdefault("reader", FrameReader())
+        indices = vars(self).setdefault("_columns", {}).setdefault("frames", {})
+        return self.opened().setdefault("reader", FrameReader(indices=indices))
 
     def _numbers(self, camera: str, rows: Rows) -> Rows:
         """Numbers of frames in their video files, by counting."""
@@ -203,7 +209,7 @@ class LeRobotDataset(Source):
         found = []
         if place.first < len(seconds) and abs(shown := seconds[place.first] - place.start) > 0.5 / self.fps:
             found.append(f"from_timestamp is {shown:+.3f} s off the frame that counting gives")
-        stamps = self._read("timestamp", episode, episode + 1, (1,))[:, 0].astype(np.float64)
+        stamps = self._read("timestamp", np.array([episode]), (1,))[:, 0].astype(np.float64)
         if np.abs(stamps - np.arange(len(stamps)) / self.fps).max() > 0.5 / self.fps:
             found.append(f"timestamps run from {stamps[0]:.3f} to {stamps[-1]:.3f} s in {len(stamps)} frames")
         rate = (len(seconds) - 1) / (seconds[-1] - seconds[0]) if len(seconds) > 1 else self.fps
@@ -344,7 +350,7 @@ def _missing(root: Path, episodes: Sequence[layout.Episode], cameras: Sequence[s
         files: dict[str, list[int]] = {}
         for episode in episodes:
             files.setdefault(file(episode), []).append(episode.number)
-        if missing := [name for name in files if not (root / name).is_file()]:
+        if missing := [name for name in files if not os.path.isfile(f"{root}/{name}")]:
             numbers = {number for name in missing for number in files[name]}
             words = f"lacks {len(missing)} of {len(files)} {kind}, such as {missing[0]}, of {len(numbers)} episodes"
             found[words] = numbers

@@ -120,10 +120,9 @@ class RldsDataset(Source):
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in super().__getstate__().items() if name != "_steps"}
 
-    def read(self, name: str, first: int, end: int) -> np.ndarray:
+    def read(self, name: str, episodes: Int[np.ndarray, "k"]) -> np.ndarray:
         self.check_column(name)
-        start = self.episode_range(first)[0] if first < self.num_episodes else self.num_frames
-        rows = self._rows[start : int(self.ends[end - 1]) if end else 0]
+        rows = self._rows[self.frames_of(episodes)]
         shards = self._shard_of(rows)
         values = [
             self._index[s][f"column/{name}"][rows[shards == s] - self._starts[s]] for s in np.unique(shards).tolist()

@@ -167,7 +167,7 @@ def read_some(source: Source) -> tuple[Float[np.ndarray, "n d"], Float[np.ndarra
     found, tried = [], min(source.num_episodes, TRIED)
     for episode in range(tried):
         try:
-            found.append([source.read(name, episode, episode + 1) for name in (STATE, ACTION)])
+            found.append([source.read(name, np.array([episode])) for name in (STATE, ACTION)])
         except (UserError, FileNotFoundError):
             if episode == tried - 1 and not found:
                 raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from pi0_jax.data.pool import run_tasks
 from pi0_jax.data.poses import Poses
 from pi0_jax.data.robots import Robot
 from pi0_jax.data.sketch import Sketch, merge, summarise
-from pi0_jax.data.source import ACTION, STATE, VALID, Source
+from pi0_jax.data.source import ACTION, FEW_FRAMES, STATE, VALID, Source
 from pi0_jax.data.transform import Sample, adapt, relative_actions, relative_dims
 from pi0_jax.errors import UserError, require_package
 
@@ -28,8 +29,8 @@ FRAMES_PER_TASK = 2**19
 """Frames that one task of a worker covers, at least one episode."""
 ROWS_AT_ONCE = 2**20
 """Rows summarised at a time, which bounds memory."""
-GAP = 16
-"""Episodes that are read with those around them, though they are not asked for: one read is cheaper than two."""
+SAMPLED = 2**17
+"""Frames that statistics before a training are of, where the datasets have more than `FEW_FRAMES`."""
 
 
 class Summary(NamedTuple):
@@ -44,12 +45,18 @@ class Summary(NamedTuple):
 
 
 def compute_normalizations(
-    datasets: Sequence[OpenDataset], horizon: int, *, workers: int = 1, ray: bool = False
+    datasets: Sequence[OpenDataset],
+    horizon: int,
+    *,
+    workers: int = 1,
+    ray: bool = False,
+    sampled: bool = False,
 ) -> dict[str, Normalization]:
     """Statistics of each group of datasets, over their training episodes, by the group's name.
 
     The result is the same for any number of `workers`, processes, up to rounding of means. `ray` hands the work to a
-    Ray cluster instead.
+    Ray cluster instead. `sampled` takes episodes of some `SAMPLED` frames at random from each group of more than
+    `FEW_FRAMES`, and the log says so: then it takes seconds, however large a dataset is.
 
     Raises:
         UserError: as of `summarise_source`; datasets of one group have different dimensions, or actions of different
@@ -66,9 +73,10 @@ def compute_normalizations(
                 "dimensions of state and actions, which differ in number or meaning. Give them different names in "
                 "`stats`."
             )
-        frames = np.cumsum(np.diff(dataset.source.ends, prepend=0)[dataset.training])
+        training = _sample(dataset, datasets) if sampled else dataset.training
+        frames = np.cumsum(dataset.source.lengths[training])
         cuts = np.flatnonzero(np.diff(frames // FRAMES_PER_TASK)) + 1
-        splits = np.split(dataset.training, cuts)
+        splits = np.split(training, cuts)
         tasks += [(dataset, number, horizon, episodes) for episodes in splits if len(episodes)]
     totals: dict[str, Summary] = {}
     count = sum(len(episodes) for *_, episodes in tasks)
@@ -82,6 +90,22 @@ def compute_normalizations(
         name: Normalization(_bounded(finish(total), first[name]), first[name].semantics)
         for name, total in totals.items()
     }
+
+
+def _sample(dataset: OpenDataset, datasets: Sequence[OpenDataset]) -> np.ndarray:
+    """A dataset's part of the episodes that stand for those of its group."""
+    total = sum(int(each.source.lengths[each.training].sum()) for each in datasets if each.stats == dataset.stats)
+    if total <= FEW_FRAMES:
+        return dataset.training
+    count = math.ceil(len(dataset.training) * SAMPLED / total)
+    chosen = np.sort(np.random.default_rng(0).choice(dataset.training, count, replace=False))
+    _log.info(
+        "%s: statistics are of %d of %d episodes, taken at random; `pi0 data stats` and data.norm_stats take all",
+        dataset.source.root,
+        count,
+        len(dataset.training),
+    )
+    return chosen
 
 
 def _bounded(stats: Stats, dataset: OpenDataset) -> Stats:
@@ -118,10 +142,8 @@ def summarise_source(
         UserError: a value is not finite, or no action is valid.
     """
     chosen = np.arange(source.num_episodes) if episodes is None else np.asarray(list(episodes), int)
-    lengths = np.diff(source.ends, prepend=0)
     limit = ROWS_AT_ONCE // (horizon if relative_dims(semantics, _poses(robot)) else 1)
-    full, apart = np.diff(np.cumsum(lengths[chosen]) // limit) > 0, np.diff(chosen) > GAP
-    groups = np.split(chosen, np.flatnonzero(full | apart) + 1)
+    groups = np.split(chosen, np.flatnonzero(np.diff(np.cumsum(source.lengths[chosen]) // limit)) + 1)
     total = merge_summaries(
         _summarise_episodes(source, robot, semantics, horizon, group, identity) for group in groups if len(group)
     )
@@ -170,14 +192,13 @@ def _summarise(dataset: OpenDataset, number: int, horizon: int, episodes: np.nda
 def _summarise_episodes(
     source: Source, robot: Robot | None, semantics: tuple[str, ...], horizon: int, episodes: np.ndarray, number: int
 ) -> Summary:
-    first, end = int(episodes[0]), int(episodes[-1]) + 1
-    offset = source.episode_range(first)[0]
-    ends = source.ends[first:end] - offset
+    ends = np.cumsum(source.lengths[episodes])
     names = [STATE, ACTION] + [VALID] * (VALID in source.features)
-    columns = {name: source.read(name, first, end) for name in names}
+    columns = {name: source.read(name, episodes) for name in names}
     for name, values in columns.items():
         if (bad := ~np.isfinite(values).all(1)).any():
-            where = [source.episodes[first + e] for e in np.unique(np.searchsorted(ends, np.flatnonzero(bad), "right"))]
+            rows = np.unique(np.searchsorted(ends, np.flatnonzero(bad), side="right"))
+            where = [source.episodes[episode] for episode in episodes[rows].tolist()]
             more = f" and {len(where) - 5} more" if len(where) > 5 else ""
             raise UserError(
                 f"{source.root}: column {name!r} holds NaN or infinity in {bad.sum()} frames, in {', '.join(where[:5])}"
@@ -186,11 +207,10 @@ def _summarise_episodes(
     sample: Sample = {"state": columns[STATE], "actions": columns[ACTION]}
     sample = sample if robot is None else adapt(robot).forward(sample)
     state, actions = sample["state"], sample["actions"]
-    kept = np.isin(first + np.searchsorted(ends, np.arange(len(state)), side="right"), episodes)
     valid = columns[VALID][:, 0] > 0 if VALID in columns else np.ones(len(state), bool)
-    rows = (np.uint64(number) << np.uint64(48)) + np.arange(offset, offset + len(state), dtype=np.uint64)
-    starts, dims = np.flatnonzero(kept & valid), relative_dims(semantics, _poses(robot))
-    whole = summarise(state[kept], rows[kept])
+    rows = (np.uint64(number) << np.uint64(48)) + source.frames_of(episodes).astype(np.uint64)
+    starts, dims = np.flatnonzero(valid), relative_dims(semantics, _poses(robot))
+    whole = summarise(state, rows)
     if not len(starts):
         return Summary(whole, None, None, dims)
     single = summarise(actions[starts], rows[starts])
