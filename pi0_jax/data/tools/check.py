@@ -67,9 +67,9 @@ def check_dataset(dataset: OpenDataset, stats: Stats, *, outside: float = 0.05, 
     missing = [key for key in dataset.cameras if key not in source.cameras]
     found += [f"camera {key!r} is missing; it has {list(source.cameras)}" for key in missing]
     if isinstance(inner, LeRobotDataset):
-        found += _check_timestamps(inner)
-    if decode:
-        found += _decode_all(source, [key for key in dataset.cameras if key not in missing])
+        found += ([inner.miscounted] if inner.miscounted else []) + _check_timestamps(inner)
+    cameras = [key for key in dataset.cameras if key not in missing]
+    found += _decode(source, cameras, range(source.num_episodes) if decode else range(1), whole=decode)
     return Findings(found, notes)
 
 
@@ -100,16 +100,16 @@ def _bounds(entry: NormStats) -> tuple[np.ndarray, ...]:
 def _check_ranges(entry: NormStats, names: tuple[str, ...]) -> list[str]:
     low, high, q01, q99 = _bounds(entry)
     spread, middle = high - low, q99 - q01
-    found = []
+    found, constant = [], []
     for i, name in enumerate(names):
         if spread[i] < NEARLY_CONSTANT:
-            found.append(f"{name} is constant, {entry.mean[i]:.6g}: leave it out of the robot's dimensions")
+            constant.append(f"{name} {entry.mean[i]:.6g}")
         elif min(middle[i], entry.std[i]) < RANGE_SHARE * spread[i]:
             found.append(
                 f"{name} is nearly constant: its 1 % to 99 % range is {middle[i]:.3g}, its standard deviation "
                 f"{entry.std[i]:.3g}, of a range of {spread[i]:.3g}; look for outliers"
             )
-    return found
+    return found + ([f"that are constant, of which nothing is learnt: {', '.join(constant)}"] if constant else [])
 
 
 def _check_outside(values: np.ndarray, entry: NormStats, names: tuple[str, ...], key: str, limit: float) -> list[str]:
@@ -152,13 +152,15 @@ def _check_timestamps(dataset: LeRobotDataset) -> list[str]:
     return [f"{off.sum()} timestamps are off {dataset.fps} frames per second, in {', '.join(names[:SHOWN])}"]
 
 
-def _decode_all(source: Source, cameras: list[str]) -> list[str]:
+def _decode(source: Source, cameras: list[str], episodes: range, *, whole: bool) -> list[str]:
+    """What is wrong with the pictures of some episodes, or with the first of each."""
     found = []
-    with tqdm(total=source.num_episodes * len(cameras), desc="decoding", unit="episode") as bar:
+    with tqdm(total=len(episodes) * len(cameras), desc="decoding", unit="episode", disable=not whole) as bar:
         for camera in cameras:
-            for episode in range(source.num_episodes):
+            for episode in episodes:
+                first, end = source.episode_range(episode)
                 try:
-                    source.images(camera, np.arange(*source.episode_range(episode)))
+                    source.images(camera, np.arange(first, end if whole else first + 1))
                 except (ValueError, OSError) as error:
                     found.append(str(error))
                 bar.update()
