@@ -77,14 +77,16 @@ def plot_chunk(actions: np.ndarray, names: tuple[str, ...], path: str | Path, ti
     require_package("matplotlib", "report", "plotting a chunk")
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    columns = -(-len(names) // 20)  # the names stand at the right, however many and long they are
+    width = 6.4 + columns * (0.5 + 0.07 * max(map(len, names)))
+    figure = Figure(figsize=(width, 3.6), layout="constrained")
     axes = figure.subplots()
     steps = np.arange(1, len(actions) + 1)
     for name, values in zip(names, actions.T, strict=True):
         axes.plot(steps, values, marker="o", markersize=3, label=name)
     axes.set(xlabel="step of the chunk", ylabel="action (robot units)", title=title)
     axes.axhline(0, color="0.8", linewidth=0.8, zorder=0)
-    axes.legend(frameon=False, ncols=min(len(names), 7))
+    axes.legend(frameon=False, fontsize=7, ncols=columns, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=150)
 
 

@@ -1,4 +1,5 @@
 import json
+import warnings
 
 import numpy as np
 import PIL.Image
@@ -58,3 +59,10 @@ def test_a_chunk_prints_and_plots(tmp_path):
     assert text.splitlines()[2].split() == ["2", "3.0000", "4.0000", "5.0000"]
     plot_chunk(chunk, ("dx", "dy", "dz"), tmp_path / "chunk.png", "reach")
     assert PIL.Image.open(tmp_path / "chunk.png").size[0] > 300
+
+
+def test_many_long_names_leave_room_for_the_curves(tmp_path):
+    names = tuple(f"left_forearm_rotation_{i}" for i in range(34))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of curves that have no room
+        plot_chunk(np.zeros((2, 34)), names, tmp_path / "chunk.png", "reach")
