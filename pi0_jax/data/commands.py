@@ -27,8 +27,7 @@ from pi0_jax.data.tools.stats import compute_normalizations
 from pi0_jax.data.transform import check_fits
 from pi0_jax.errors import UserError
 
-Path_ = Annotated[Path, tyro.conf.Positional]
-Config = Annotated[Path, tyro.conf.Positional]
+Config = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,9 +117,9 @@ class Convert:
         pi0 data convert data/episodes data/mine-v3 --prompt "fold the towel"
     """
 
-    source: Path_
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG|HDF5")]
     """Python file that sets `config`, one of whose datasets is converted; or an HDF5 file or a folder of them."""
-    output: Path_
+    output: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
     """Folder to create."""
     dataset: int = 0
     """Number of the dataset in the config's mixture."""
@@ -147,7 +146,7 @@ class Robot:
         pi0 data robot hf://owner/name
     """
 
-    path: tyro.conf.Positional[str]
+    path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATASET")]
     """Folder of the dataset, or hf://owner/name."""
     output: Path = Path("my_robot.py")
     """File to create."""

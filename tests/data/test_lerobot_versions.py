@@ -289,3 +289,14 @@ def test_a_column_that_nobody_uses_and_is_not_there_does_no_harm(v21, tmp_path):
     info["features"]["next.reward"] = {"dtype": "float32", "shape": [1], "names": None}
     (root / "meta/info.json").write_text(json.dumps(info))
     assert LeRobotDataset(root, skip_bad_episodes=True).skipped == {}
+
+
+@pytest.mark.parametrize("number", [-1, 3])
+def test_a_task_that_there_is_not_is_named_with_its_episode(v21, tmp_path, number):
+    root = shutil.copytree(v21, tmp_path / "data")
+    path = root / "data/chunk-001/episode_000002.parquet"
+    table = pq.read_table(path)
+    at = table.column_names.index("task_index")
+    pq.write_table(table.set_column(at, "task_index", pa.array([number] * table.num_rows)), path)
+    with pytest.raises(UserError, match=rf"episode 2 has task_index {number}; meta/ has 3 tasks"):
+        _ = LeRobotDataset(root).task_index

@@ -106,7 +106,17 @@ class LeRobotDataset(Source):
 
     @property
     def task_index(self) -> Int[np.ndarray, "n"]:
-        return self._bookkeeping("task_index") if self._prompts is None else self._prompts
+        if self._prompts is not None:
+            return self._prompts
+        known = "task_index" in vars(self).get("_columns", {})
+        index = self._bookkeeping("task_index")
+        if not known and (wrong := (index < 0) | (index >= len(self.tasks))).any():
+            first = int(np.flatnonzero(wrong)[0])
+            raise UserError(
+                f"{self.root}: {self.episodes[int(self.episode_of(np.array(first)))]} has task_index {index[first]}; "
+                f"meta/ has {len(self.tasks)} tasks, counted from 0. Copy the dataset again."
+            )
+        return index
 
     @property
     def shard_ends(self) -> Int[np.ndarray, "s"]:
