@@ -18,16 +18,16 @@ from pi0_jax.data.lerobot.merge import convert
 from pi0_jax.data.mixture import OpenDataset, dataset_configs, open_datasets, open_source
 from pi0_jax.data.normalization import read_stats_file, save_json, stats_from_json, stats_to_json
 from pi0_jax.data.robots import ROBOTS, get_robot
-from pi0_jax.data.source import Source
+from pi0_jax.data.source import ACTION, STATE, Source
 from pi0_jax.data.tools.check import check_dataset
 from pi0_jax.data.tools.given import fit_given
 from pi0_jax.data.tools.robot import describe_robot
 from pi0_jax.data.tools.show import show
 from pi0_jax.data.tools.stats import compute_normalizations
+from pi0_jax.data.transform import check_fits
 from pi0_jax.errors import UserError
 
-Path_ = Annotated[Path, tyro.conf.Positional]
-Config = Annotated[Path, tyro.conf.Positional]
+Config = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,9 +121,9 @@ class Convert:
         pi0 data convert data/episodes data/mine-v3 --prompt "fold the towel"
     """
 
-    source: Path_
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG|HDF5")]
     """Python file that sets `config`, one of whose datasets is converted; or an HDF5 file or a folder of them."""
-    output: Path_
+    output: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
     """Folder to create."""
     dataset: int = 0
     """Number of the dataset in the config's mixture."""
@@ -150,10 +150,14 @@ class Robot:
         pi0 data robot hf://owner/name
     """
 
-    path: tyro.conf.Positional[str]
+    path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATASET")]
     """Folder of the dataset, or hf://owner/name."""
     output: Path = Path("my_robot.py")
     """File to create."""
+    state: str | None = None
+    """Feature that is the state, where it is not recognised; " + " joins several, as in "observation/xyz + gripper"."""
+    actions: str | None = None
+    """The same of the actions."""
     offline: bool = False
     """Do not ask the network, as HF_HUB_OFFLINE=1 does: a dataset of the hub has to be in its cache. (--data.offline is
     that of pi0 train.)"""
@@ -195,6 +199,7 @@ def check(args: Check, config: TrainConfig) -> None:
         stats = groups[dataset.stats].stats
         problems, notes = check_dataset(dataset, stats, outside=args.outside, decode=args.decode, ray=args.ray)
         problems += [] if given is None else _check_given(dataset, given, config)
+        problems += _check_fits(dataset, config)
         found += [f"{dataset.source.root}: {problem}" for problem in problems]
         for note in notes:
             print(f"note: {dataset.source.root}: {note}")
@@ -213,6 +218,19 @@ def _check_given(dataset: OpenDataset, given: dict[str, Any], config: TrainConfi
     except UserError as error:
         return [f"{config.data.norm_stats}: {error}"]
     return [f"{config.data.norm_stats} is far off: {each}" for each in fit.far_off]
+
+
+def _check_fits(dataset: OpenDataset, config: TrainConfig) -> list[str]:
+    """What keeps the robot from the model; one with random weights becomes as wide as it has to be."""
+    model = config.policy.model
+    if config.init_from is None:
+        width = max(len(names) for names in (dataset.robot.model_state, dataset.robot.model_actions))
+        model = dataclasses.replace(model, action_dim=max(width, model.action_dim))
+    try:
+        check_fits(dataset.robot, model)
+    except UserError as error:
+        return [str(error)]
+    return []
 
 
 def show_(args: Show, config: TrainConfig) -> None:
@@ -271,11 +289,16 @@ def robot_(args: Robot, _: None) -> None:
         raise FileExistsError(f"{args.output} exists. Choose another file with --output.")
     if args.output.suffix != ".py":
         raise UserError(f"--output is {args.output}; expected a Python file, such as {args.output}.py.")
-    text = describe_robot(args.path, args.output.stem, args.offline)
+    keys = {name: value for name, value in ((STATE, args.state), (ACTION, args.actions)) if value is not None}
+    text = describe_robot(args.path, args.output.stem, args.offline, keys)
     args.output.write_text(text)
     print(text)
     print(f"wrote {args.output}; look through it, and set policy.robot to its path. With a recipe of configs/:")
-    print(f"pi0 train CONFIG --data.path {args.path} --policy.robot {args.output}")
+    if keys:
+        print(f"data=DataConfig(datasets=(DatasetConfig({args.path!r}, keys={keys}),)) in the config, and")
+        print(f"pi0 train CONFIG --policy.robot {args.output}")
+    else:
+        print(f"pi0 train CONFIG --data.path {args.path} --policy.robot {args.output}")
 
 
 def _open(

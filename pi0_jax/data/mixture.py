@@ -94,7 +94,7 @@ def _check_rates(datasets: Sequence[OpenDataset], mixed: bool) -> None:
     raise UserError(
         f"the datasets have different rates: {rates}. As many actions take longer in one than in the other, and a "
         "robot acts at one rate. Bring them to one rate, or, where they are of different robots, mix them as they are: "
-        "--data.mixed-rates."
+        "mixed_rates=True in the DataConfig, or `pi0 train CONFIG --data.mixed-rates`."
     )
 
 
@@ -129,8 +129,8 @@ def open_dataset(dataset: DatasetConfig, data: DataConfig, policy: PolicyConfig)
     worded = np.ones(len(episodes), bool) if dataset.prompt is not None else ~_wordless(source)
     if not worded.any():
         raise UserError(
-            f"no episode of {source.root} has an instruction: give them one with the dataset's `prompt`, or prompt='' "
-            "to train without."
+            f"no episode of {source.root} has an instruction: give them one, "
+            f"datasets=(DatasetConfig({str(dataset.path)!r}, prompt='fold the towel'),), or prompt='' to train without."
         )
     semantics, stats = semantics_of(robot, policy.action_semantics), dataset.stats or robot.name
     training, held_out = episodes[worded & ~held_out], episodes[worded & held_out]
@@ -195,7 +195,8 @@ def open_source(dataset: DatasetConfig, data: DataConfig, robot: Robot) -> Sourc
         columns = [name for name in source.features if name not in source.cameras]
         raise UserError(
             f"{root} has no {' and no '.join(missing)}; it has {list(source.features)}. Name them in the dataset's "
-            f"`keys`, such as keys={{{missing[0]!r}: 'NAME'}}.{did_you_mean(missing[0], columns)}"
+            f"`keys`, such as keys={{{missing[0]!r}: 'NAME'}} (`pi0 data robot`: --state, --actions)."
+            f"{did_you_mean(missing[0], columns)}"
         )
     for name in robot.cameras:
         if name not in named and is_depth(source.features.get(name, {})):

@@ -133,7 +133,7 @@ def check_stats(stats: Stats, names: dict[str, tuple[str, ...]]) -> None:
         if len(stats[key].mean) != len(dims):
             raise UserError(
                 f"normalisation statistics of {key!r} have {len(stats[key].mean)} dimensions; the robot has "
-                f"{len(dims)}: {', '.join(dims)}. Compute them from this robot's demonstrations."
+                f"{len(dims)}: {', '.join(dims)}. Compute them from this robot's demonstrations: pi0 data stats CONFIG."
             )
 
 
@@ -186,7 +186,10 @@ def stats_from_json(content: dict[str, Any], group: str | None = None) -> Stats:
     for key, entry in entries.items():
         if missing := [field for field in ("mean", "std") if entry.get(field) is None]:
             raise UserError(f"normalisation statistics of {key!r} lack {missing}; they have {sorted(entry)}.")
-        fields = {name: np.array(entry[name], np.float64) for name in NormStats._fields if entry.get(name) is not None}
+        try:
+            fields = {name: np.array(entry[name], float) for name in NormStats._fields if entry.get(name) is not None}
+        except (TypeError, ValueError) as error:
+            raise UserError(f"normalisation statistics of {key!r} are not lists of numbers ({error}).") from error
         stats[key] = NormStats(**fields)
         _check_finite(stats[key], key)
     return stats

@@ -23,7 +23,7 @@ import PIL.Image
 from jaxtyping import UInt8
 
 from pi0_jax.batch import Observation
-from pi0_jax.config import PolicyConfig
+from pi0_jax.config import ModelConfig, PolicyConfig
 from pi0_jax.data.normalization import (
     Mode,
     Normalization,
@@ -138,19 +138,8 @@ def make_transform(policy: PolicyConfig, robot: Robot, normalization: Normalizat
             cameras is the robot's, or the tokenizer has more tokens than the model.
     """
     model = policy.model
-    widths = len(robot.model_state), len(robot.model_actions)
     check_stats(normalization.stats, {"state": robot.model_state, "actions": robot.model_actions})
-    if max(widths) > model.action_dim:
-        nine = ", nine of each pose" if robot.poses != Poses() else ""
-        raise UserError(
-            f"{robot.name} has {widths[0]} state and {widths[1]} action dimensions{nine}; the model has room for "
-            f"{model.action_dim}. Raise `model.action_dim`; for trained weights, `pi0 convert --action-dim` does."
-        )
-    if not robot.select_cameras(model.cameras):
-        raise UserError(
-            f"the model's cameras are {list(model.cameras)}, those of {robot.name} {list(robot.cameras.values())}. "
-            "Name at least one of the robot's in `model.cameras`."
-        )
+    check_fits(robot, model)
     if tokenizer.vocab_size > model.vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model {model.vocab_size}. Raise `model.vocab_size`, "
@@ -164,6 +153,27 @@ def make_transform(policy: PolicyConfig, robot: Robot, normalization: Normalizat
         select_images(model.cameras, model.vision.image_size),
         pad(model.action_dim, robot),
     )
+
+
+def check_fits(robot: Robot, model: ModelConfig) -> None:
+    """Refuses a robot of more dimensions than the model has, or none of whose cameras the model reads.
+
+    Raises:
+        UserError: what does not fit, and what to do.
+    """
+    widths = len(robot.model_state), len(robot.model_actions)
+    if (wide := max(widths)) > model.action_dim:
+        nine = ", nine of each pose" if robot.poses != Poses() else ""
+        raise UserError(
+            f"{robot.name} has {widths[0]} state and {widths[1]} action dimensions{nine}; the model has room for "
+            f"{model.action_dim}. Raise `model.action_dim`; trained weights grow by `pi0 convert CHECKPOINT TARGET "
+            f"--action-dim {wide}`."
+        )
+    if not robot.select_cameras(model.cameras):
+        raise UserError(
+            f"the model's cameras are {list(model.cameras)}, those of {robot.name} {list(robot.cameras.values())}. "
+            "Name at least one of the robot's in `model.cameras`."
+        )
 
 
 def adapt(robot: Robot) -> Transform:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -72,6 +73,9 @@ class Infer:
     """Above 1, more of the solver's steps are near the data; the checkpoint's own by default."""
     guidance_scale: float | None = None
     """Classifier-free guidance, for policies trained with dropped conditions; 1 is none."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of matrices and activations; by default float32 on a CPU, which bfloat16 makes no faster, and elsewhere as it was
+    trained."""
     bits: Literal["int8", "fp8"] | None = None
     """Round the weights to eight bits; what that changes is logged. fp8 is quick on GPUs that multiply float8."""
     execute_steps: int | None = None
@@ -88,7 +92,9 @@ class Infer:
     drop: float = 0.0
     """Probability that an answer is lost, and asked for again after a second."""
     repeat: int = 20
-    """On an observation: calls to measure the time of, after the one that compiles."""
+    """On an observation: at most so many further calls, to measure the time of; 0: none."""
+    repeat_seconds: float = 10.0
+    """No further call begins later than this after the first chunk; one is made in any case, unless --repeat is 0."""
     output: Path | None = None
     """Folder for what is saved; <run>/infer by default."""
 
@@ -165,43 +171,56 @@ def infer(args: Infer) -> None:
         load_observation(args.observation)  # fails before the weights are read
     if args.strategy is None and (args.latency or args.jitter or args.drop):
         raise UserError("--latency, --jitter and --drop need a --strategy, which says what the robot does meanwhile.")
-    policy = Policy.load(args.run, bits=args.bits, **_changes(args))
     if args.write_example is not None:
-        save_observation(args.write_example, {**policy.robot.example()})
+        save_observation(args.write_example, {**get_robot(load_assets(args.run).policy.robot).example()})
         print(f"wrote {args.write_example}; fill it in, then: pi0 infer {args.run} --observation {args.write_example}")
         return
+    if args.repeat < 0:
+        raise UserError(f"--repeat is {args.repeat}; it has to be at least 0.")
+    policy = Policy.load(args.run, dtype=args.dtype, bits=args.bits, **_changes(args))
     if simulator is not None:
         (_evaluate if args.strategy is None else _evaluate_in_time)(simulator, policy, args)
         return
+    _act(policy, args)
+
+
+def evaluate(args: Evaluate) -> None:
+    """Runs `pi0 evaluate`; errors as of `infer`."""
+    infer(args)
+
+
+def _act(policy: Policy, args: Infer) -> None:
+    """Prints and saves a chunk for an observation in a file as soon as there is one, and then measures the time."""
     assert args.observation is not None
     observation = cast(RawObservation, load_observation(args.observation))  # the policy checks it
     if args.prompt is not None:
         observation["prompt"] = args.prompt
-    if args.repeat < 1:
-        raise UserError(f"--repeat is {args.repeat}; it has to be at least 1.")
     output = _folder(args.output or run_folder(args.run) / "infer")
-    policy.infer(observation, args.seed)  # compiles
-    policy.forget_latency()
-    for _ in range(args.repeat):
-        actions = policy.infer(observation, args.seed)
+    start = time.perf_counter()
+    actions = policy.infer(observation, args.seed)
+    first = time.perf_counter()
     names = policy.robot.actions
     print(format_chunk(actions, names))
+    print(f"first chunk after {first - start:.1f} s, with compilation", flush=True)
     np.savez(output / "actions.npz", actions=actions, names=np.array(names))
-    stages = policy.latency()
-    total = ", ".join(f"{name} {value:.1f}" for name, value in stages.pop("total").items())
-    print(f"ms per chunk, over {args.repeat} calls after compilation: {total}", end=" (median ")
-    print(", ".join(f"{name} {values['p50']:.1f}" for name, values in stages.items()) + ")")
     print(f"saved {output / 'actions.npz'}")
     try:
         plot_chunk(actions, names, output / "actions.png", str(observation["prompt"]))
         print(f"saved {output / 'actions.png'}")
     except UserError as error:  # the plot is an extra
         print(error)
-
-
-def evaluate(args: Evaluate) -> None:
-    """Runs `pi0 evaluate`; errors as of `infer`."""
-    infer(args)
+    if args.repeat == 0:
+        return
+    print(f"measuring: up to {args.repeat} calls, in {args.repeat_seconds:g} s", flush=True)
+    policy.forget_latency()
+    calls, start = 0, time.perf_counter()
+    while calls < args.repeat and (calls == 0 or time.perf_counter() - start < args.repeat_seconds):
+        policy.infer(observation, args.seed)
+        calls += 1
+    stages = policy.latency()
+    total = ", ".join(f"{name} {value:.1f}" for name, value in stages.pop("total").items())
+    medians = ", ".join(f"{name} {values['p50']:.1f}" for name, values in stages.items())
+    print(f"ms per chunk, over {calls} calls after compilation: {total} (median {medians})")
 
 
 def _evaluate(simulator: Simulator, policy: Policy, args: Infer) -> None:

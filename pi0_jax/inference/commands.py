@@ -43,8 +43,10 @@ class Export:
 def export(args: Export) -> None:
     """Runs `pi0 export`; errors as of `Policy.load` and `export.export`."""
     exporting.check(args.folder)
-    sampler = with_steps(load_assets(args.run).policy.sampler, args.num_steps)
-    policy = Policy.load(args.run, bits=args.bits, sampler=sampler)
+    trained = load_assets(args.run).policy
+    sampler = with_steps(trained.sampler, args.num_steps)
+    # The programs are for other machines, whatever this one has.
+    policy = Policy.load(args.run, bits=args.bits, sampler=sampler, dtype=trained.model.dtype)
     folder = exporting.export(policy, args.folder, args.batch_sizes, args.platforms)
     for path in sorted(folder.iterdir()):
         print(f"{path.stat().st_size / 1e6:10.1f} MB  {path}")

@@ -13,6 +13,9 @@ from pi0_jax.errors import UserError, require_package
 FORMATS = """an .npz with the arrays images/<camera>, state and prompt, or a .json
   {"images": {"<camera>": "<picture beside the file>", ...}, "state": [...], "prompt": "..."}"""
 
+_LEGEND_ROWS = 18
+"""Names below each other that fit into a plot."""
+
 
 def load_observation(path: str | Path) -> dict[str, Any]:
     """Reads a raw observation.
@@ -73,18 +76,21 @@ def save_observation(path: str | Path, observation: dict[str, Any]) -> None:
 
 
 def plot_chunk(actions: np.ndarray, names: tuple[str, ...], path: str | Path, title: str) -> None:
-    """Draws a chunk `[ah, d]`, one line a dimension, and saves the picture."""
+    """Draws a chunk `[ah, d]`, one line per dimension, and saves the picture; it is as wide as its legend needs."""
     require_package("matplotlib", "report", "plotting a chunk")
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    columns = -(-len(names) // _LEGEND_ROWS)
+    legend = columns * (0.6 + 0.08 * max(map(len, names)))  # inches: a sample of the line, and letters
+    figure = Figure(figsize=(5.6 + legend, 3.6), layout="constrained")
     axes = figure.subplots()
     steps = np.arange(1, len(actions) + 1)
-    for name, values in zip(names, actions.T, strict=True):
-        axes.plot(steps, values, marker="o", markersize=3, label=name)
+    for i, (name, values) in enumerate(zip(names, actions.T, strict=True)):
+        style = ("-", "--", ":", "-.")[i // 10 % 4]  # there are ten colours
+        axes.plot(steps, values, style, marker="o", markersize=3, label=name)
     axes.set(xlabel="step of the chunk", ylabel="action (robot units)", title=title)
     axes.axhline(0, color="0.8", linewidth=0.8, zorder=0)
-    axes.legend(frameon=False, ncols=min(len(names), 7))
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8, ncols=columns)
     figure.savefig(path, dpi=150)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from jaxtyping import Array, Float, Key
 from pi0_jax import checkpoint
 from pi0_jax.batch import Observation
 from pi0_jax.config import Guidance, ModelConfig, PolicyConfig, RealTimeConfig
-from pi0_jax.config.model import Kernel
+from pi0_jax.config.model import Dtype, Kernel
 from pi0_jax.config.replace import replace
 from pi0_jax.data.normalization import Normalization, Stats, semantics_from_json, stats_from_json
 from pi0_jax.data.robots import Robot, get_robot, semantics_of
@@ -94,6 +95,7 @@ class Policy:
         execute_steps: int | None = None,
         model: ModelConfig | None = None,
         attention: Kernel | None = None,
+        dtype: Dtype | None = None,
         bits: Bits | None = None,
         folded: bool = True,
     ) -> Policy:
@@ -104,6 +106,8 @@ class Policy:
             sampler, guidance, real_time, execute_steps, model: fields of `PolicyConfig` to use in place of the
                 checkpoint's own.
             attention: `ModelConfig.attention`; None: as it was trained.
+            dtype: of matrices and activations (`ModelConfig.dtype`). None: as it was trained, but float32 on CPUs,
+                where XLA widens bfloat16 weights to float32 and keeps both: more memory, and no time saved.
             bits: round the weights to eight bits (`quantize`).
             folded: see `Policy`.
 
@@ -122,7 +126,10 @@ class Policy:
                 "tokenizer by `pi0 convert SOURCE TARGET --tokenizer FILE`."
             )
         semantics = assets.policy.action_semantics | semantics_from_json(assets.norm_stats)
-        changes = {"model": model, "model.attention": attention, "sampler": sampler, "guidance": guidance}
+        if dtype is None and jax.default_backend() == "cpu":
+            dtype = "float32"
+        changes = {"model": model, "model.attention": attention, "model.dtype": dtype}
+        changes |= {"sampler": sampler, "guidance": guidance}
         changes |= {"real_time": real_time, "execute_steps": execute_steps, "action_semantics": semantics}
         config = replace(assets.policy, {name: value for name, value in changes.items() if value is not None})
         report_kernel(config.model.attention, config.model.dtype)
@@ -225,28 +232,39 @@ class Policy:
         """
         return self.sampler(Inputs(observation, keys, noise, self._guidance_scale(None)), self.config.sampler)
 
-    def warm_up(self, batch_sizes: Sequence[int] = (1,), *, real_time: bool = False) -> None:
-        """Compiles what calls will need, so that none of them waits for a compiler.
+    def warm_up(self, batch_sizes: Sequence[int] = (1,), *, real_time: bool = False) -> dict[int, float]:
+        """Compiles what calls will need, so that none of them waits for a compiler, and runs each program once.
 
         Args:
             batch_sizes: from now on, observations come in these numbers to the network: smaller batches are filled up,
                 larger ones than the largest are divided.
             real_time: compile for observations with `previous`, too.
+
+        Returns:
+            Seconds of a call of the network by batch size, those of the slowest program.
         """
         self._batch_sizes = check_batch_sizes(batch_sizes)
         example = self.robot.example()
         unplayed = np.tile(self.robot.example_action(), (self.config.model.action_horizon, 1))
         examples = [example, {**example, "previous": unplayed}] if real_time else [example]
-        for size in self._batch_sizes:
-            for length in prompt_lengths(self.config.model.prompt_length):
-                start = time.perf_counter()
-                for raw in examples:
-                    prepared = self._prepare([cast(RawObservation, raw)] * size, length)
-                    keys, scale = jax.random.split(jax.random.key(0), size), self._guidance_scale(None)
-                    inputs = Inputs(prepared.observation, keys, None, scale, prepared.previous)
-                    self.sampler(inputs, self.config.sampler)
-                _log.info("batch of %d, prompt of %d: ready after %.1f s", size, length, time.perf_counter() - start)
+        lengths = prompt_lengths(self.config.model.prompt_length)
+        programs = list(itertools.product(self._batch_sizes, lengths, examples))
+        _log.info("compiling %d programs, for batches of %s", len(programs), ", ".join(map(str, self._batch_sizes)))
+        seconds = dict.fromkeys(self._batch_sizes, 0.0)
+        for number, (size, length, raw) in enumerate(programs, 1):
+            prepared = self._prepare([cast(RawObservation, raw)] * size, length)
+            keys, scale = jax.random.split(jax.random.key(0), size), self._guidance_scale(None)
+            inputs = Inputs(prepared.observation, keys, None, scale, prepared.previous)
+            start = time.perf_counter()
+            self.sampler.compiled(inputs, self.config.sampler)
+            compiled = time.perf_counter()
+            self.sampler(inputs, self.config.sampler)
+            seconds[size] = max(seconds[size], ran := time.perf_counter() - compiled)
+            kind = f"batch of {size}, prompt of {length} tokens" + (", real time" if "previous" in raw else "")
+            times = (compiled - start, ran)
+            _log.info("program %d of %d (%s): compiled in %.1f s, runs in %.3g s", number, len(programs), kind, *times)
         self.forget_latency()
+        return seconds
 
     @property
     def compiled(self) -> int:

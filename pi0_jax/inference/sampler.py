@@ -79,12 +79,16 @@ class ChunkSampler:
             sampler: from noise to actions.
             path: give all points from noise to actions, along the first axis.
         """
+        return np.asarray(self.compiled(inputs, sampler, path=path)(self.params, inputs))
+
+    def compiled(self, inputs: Inputs, sampler: Sampler, *, path: bool = False) -> jax.stages.Compiled:
+        """The program of such a call, a function of parameters and inputs; compiled once."""
         avals = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)
         leaves, tree = jax.tree.flatten(avals)
         key = ProgramKey(sampler, path, (tuple(leaves), tree))
         if key not in self.programs:
             self.programs[key] = jax.jit(self.function(sampler, path=path)).lower(self.params, inputs).compile()
-        return np.asarray(self.programs[key](self.params, inputs))
+        return self.programs[key]
 
     def function(self, sampler: Sampler, *, path: bool = False) -> Callable[[Params, Inputs], Float[Array, "..."]]:
         """What is compiled: a function of parameters and inputs."""

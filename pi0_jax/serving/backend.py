@@ -34,8 +34,8 @@ class PolicyBackend(Protocol):
     parallel: int
     """Batches that can be computed at once."""
 
-    def warm_up(self) -> None:
-        """Compiles everything; after it, no request compiles."""
+    def warm_up(self) -> dict[int, float]:
+        """Compiles everything, so that no request compiles; returns a batch's seconds by batch size."""
         ...
 
     def validate(self, request: Any) -> Any:

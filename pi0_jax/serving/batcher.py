@@ -17,6 +17,7 @@ import numpy as np
 
 from pi0_jax.serving.backend import Session
 from pi0_jax.serving.metrics import Metrics
+from pi0_jax.serving.settings import DEADLINE
 
 log = logging.getLogger(__name__)
 
@@ -52,11 +53,12 @@ class Batcher:
         *,
         window: float,
         max_waiting: int,
-        deadline: float,
         clients: Callable[[], int],
         metrics: Metrics,
     ):
-        self._policy, self._window, self._max_waiting, self._deadline = policy, window, max_waiting, deadline
+        self._policy, self._window, self._max_waiting = policy, window, max_waiting
+        self.deadline = DEADLINE
+        """Seconds from a request's arrival to its answer."""
         self._clients, self._metrics = clients, metrics
         self._waiting: collections.deque[_Pending] = collections.deque()
         self._arrived = asyncio.Event()
@@ -83,10 +85,10 @@ class Batcher:
         self._metrics.waiting.set(len(self._waiting))
         self._arrived.set()
         try:
-            async with asyncio.timeout(self._deadline - (time.perf_counter() - since)):
+            async with asyncio.timeout(self.deadline - (time.perf_counter() - since)):
                 return await item.answer
         except TimeoutError:
-            message = f"no answer within the deadline of {self._deadline:g} s. Ask again with a new one."
+            message = f"no answer within the deadline of {self.deadline:g} s. Ask again with a new one."
             raise Refused("late", message) from None
         finally:
             item.answer.cancel()

@@ -62,6 +62,9 @@ class Serve:
     """Instruction for clients that send none."""
     seed: int = 0
     """Noise seed. The n-th answer to a client is a function of this, of n and of the observation."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of matrices and activations; by default float32 on a CPU, which bfloat16 makes no faster, and elsewhere as it was
+    trained."""
     bits: Literal["int8", "fp8"] | None = None
     """Round the weights to eight bits; the effect is logged. fp8 is fast on GPUs that multiply float8."""
     attention: Literal["xla", "cudnn"] | None = None
@@ -110,7 +113,7 @@ def _backend(args: Serve, stack: contextlib.ExitStack) -> RobotPolicy | Fleet:
     from pi0_jax.inference.sampler import with_steps
     from pi0_jax.serving.robot_policy import RobotPolicy, describe_for_roboarena
 
-    load: dict[str, Any] = {"bits": args.bits, "attention": args.attention}
+    load: dict[str, Any] = {"bits": args.bits, "attention": args.attention, "dtype": args.dtype}
     if args.num_steps is not None:
         load["sampler"] = with_steps(load_assets(args.run).policy.sampler, args.num_steps)
     options = {name: getattr(args, name) for name in ("batch_sizes", "prompt", "seed", "real_time")}

@@ -30,7 +30,11 @@ class Replica:
 
     def __init__(self, run: Path, load: dict[str, Any], options: dict[str, Any]):
         self._served = RobotPolicy(Policy.load(run, **load), **options)
-        self._served.warm_up()
+        self._seconds = self._served.warm_up()
+
+    def seconds(self) -> dict[int, float]:
+        """Seconds by batch size, measured at the start."""
+        return self._seconds
 
     def infer_batch(
         self, observations: Sequence[ValidatedRequest], sessions: Sequence[Session]
@@ -68,8 +72,9 @@ class Fleet:
         log.info("starting %d replicas", replicas)
         self._handle = serve.run(deployment.bind(Path(run).absolute(), load, options), name="pi0", route_prefix=None)
 
-    def warm_up(self) -> None:
-        """Does nothing: replicas have compiled before they accept requests."""
+    def warm_up(self) -> dict[int, float]:
+        """Seconds by batch size of a replica; replicas have compiled before they accept requests."""
+        return self._handle.seconds.remote().result()
 
     def validate(self, request: Any) -> ValidatedRequest:
         """As `PolicyBackend.validate`."""

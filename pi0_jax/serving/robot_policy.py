@@ -76,11 +76,11 @@ class RobotPolicy:
         self.config, self.batch_sizes = policy.config, check_batch_sizes(batch_sizes)
         self.metadata = describe(policy.config, real_time)
 
-    def warm_up(self) -> None:
-        """Compiles programs for each batch size and length of prompts."""
-        self.policy.warm_up(self.batch_sizes, real_time=self.real_time)
+    def warm_up(self) -> dict[int, float]:
+        """Compiles programs for each batch size and length of prompts; returns seconds by batch size."""
         for size in self.batch_sizes:
             noise_keys([(0,)] * size, self.seed)
+        return self.policy.warm_up(self.batch_sizes, real_time=self.real_time)
 
     def validate(self, request: Any) -> ValidatedRequest:
         """Checks a decoded request; raises as `PolicyBackend.validate` does."""

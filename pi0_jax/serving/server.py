@@ -33,7 +33,7 @@ from pi0_jax.serving.auth import check_address, is_authorized, is_loopback
 from pi0_jax.serving.backend import PolicyBackend, Session
 from pi0_jax.serving.batcher import Batcher, Refused
 from pi0_jax.serving.metrics import Metrics
-from pi0_jax.serving.settings import Settings
+from pi0_jax.serving.settings import Settings, choose_deadline
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,6 @@ class PolicyServer:
             policy,
             window=self.settings.window_ms / 1000,
             max_waiting=self.settings.max_waiting,
-            deadline=self.settings.deadline,
             clients=lambda: self._clients,
             metrics=self.metrics,
         )
@@ -86,7 +85,8 @@ class PolicyServer:
 
     async def start(self) -> None:
         """Compiles the policy's programs, and then listens; OSError if the address is taken, or not this machine's."""
-        await asyncio.to_thread(self.policy.warm_up)
+        seconds = await asyncio.to_thread(self.policy.warm_up)
+        self._batcher.deadline = choose_deadline(self.settings.deadline, seconds)
         self._spawn(self._batcher.run())
         settings = self.settings
         self._listener = await serve(

@@ -122,7 +122,7 @@ def test_a_constant_dimension_is_listed_and_no_problem(copy, run):
     code, out, err = run("check", copy)
     assert code == 0, err
     assert "note: " in out
-    assert "actions dy is constant, 2.5" in out
+    assert "actions that are constant, of which nothing is learnt: dy 2.5" in out
 
 
 def test_an_outlier_that_makes_a_dimension_nearly_constant_is_found(dataset):
@@ -154,6 +154,20 @@ def test_the_check_finds_missing_frames_and_tasks_without_text(copy, run):
     assert code == 1
     assert "tasks [0] have no text; they are those of episode 0" in err
     assert "episode 2, " in err
+
+
+def test_the_check_finds_what_training_would_refuse(copy, run):
+    info = json.loads((copy / "meta/info.json").read_text())
+    info["features"][CAMERAS[0]]["shape"] = [96, 96, 3]
+    info["total_frames"] += 1
+    (copy / "meta/info.json").write_text(json.dumps(info))
+    code, _, err = run("check", copy)
+    assert code == 1
+    assert "holds images of shape (48, 48, 3); meta/info.json says (96, 96, 3)" in err
+    assert "counts 35 frames" in err
+    config = copy.parent / "config.py"
+    config.write_text(config.read_text().replace('"top", "tool"', '"front"'))
+    assert cli.main(["data", "check", "config.py"]) == 1
 
 
 def test_the_check_lists_all_episodes_that_cannot_be_read(tmp_path, run):

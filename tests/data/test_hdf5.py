@@ -16,7 +16,9 @@ from pi0_jax.data.hdf5.reader import Hdf5Dataset
 from pi0_jax.data.lerobot import LeRobotDataset, LeRobotWriter
 from pi0_jax.data.lerobot.merge import convert
 from pi0_jax.data.mixture import open_source
+from pi0_jax.data.poses import Pose
 from pi0_jax.data.robots import get_robot
+from pi0_jax.data.tools.pose_names import find_poses
 from tests.data.conftest import all_frames, scene
 from tests.data.formats import png
 from tests.data.test_lerobot_versions import own_frame_is_nearest
@@ -146,6 +148,11 @@ def test_pictures_of_libero_that_stay_upside_down_are_said(tmp_path, caplog):
     assert "--rotate-180 turns them" in caplog.text
 
 
+def _turned(state):
+    """A state whose quaternion is one."""
+    return np.concatenate([state[:, :3], np.tile([0, 0, 0, 1], (len(state), 1)), state[:, 7:]], axis=1)
+
+
 def test_robomimic_joins_its_usual_state_and_asks_for_words(tmp_path, run):
     write_robomimic(tmp_path / "a.hdf5")
     code, _, err = run("a.hdf5")
@@ -161,6 +168,9 @@ def test_robomimic_joins_its_usual_state_and_asks_for_words(tmp_path, run):
     assert (made.tasks, made.fps) == (["lift the cube"], 20)
     info = json.loads((tmp_path / "out/meta/info.json").read_text())
     assert info["robot_type"] == "panda"
+    names = info["features"]["observation.state"]["names"]
+    assert names[:4] == ["robot0_eef_pos_x", "robot0_eef_pos_y", "robot0_eef_pos_z", "robot0_eef_quat_x"]
+    assert [each.pose for each in find_poses(names, _turned(state))] == [Pose(0, "quaternion_xyzw")]
 
 
 @pytest.mark.parametrize("kind", ["raw", "jpeg", "rows", "text"])

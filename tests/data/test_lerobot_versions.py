@@ -1,5 +1,6 @@
 """Versions 2.0, 2.1 and 3.0 read alike, frames are the right frames in every codec, and damage names its episode."""
 
+import json
 import pickle
 import shutil
 
@@ -267,6 +268,10 @@ def test_the_hub_is_asked_only_for_its_own_paths(tmp_path, monkeypatch):
         ),
         ("tasks.jsonl", '"task": "push', '"text": "push', r"line 2 of .*tasks\.jsonl is .* with task_index and task"),
         ("info.json", '"fps"', '"rate"', r"info\.json lacks \['fps'\]"),
+        ("info.json", '"fps": 5', '"fps": 0', r"gives 0 frames per second"),
+        ("info.json", '"video_path"', '"path"', r"video, and no `video_path`"),
+        ("info.json", '"shape"', '"size"', r"dtype and shape of the features \['observation\.images\.top'\]"),
+        ("info.json", '"total_frames": 34', '"total_frames": 35', r"or correct `total_frames`"),
     ],
 )
 def test_metadata_that_contradict_the_format_are_named(v21, tmp_path, file, old, new, message):
@@ -276,3 +281,22 @@ def test_metadata_that_contradict_the_format_are_named(v21, tmp_path, file, old,
     (root / "meta" / file).write_text(text.replace(old, new, 1))
     with pytest.raises(UserError, match=message):
         LeRobotDataset(root)
+
+
+def test_a_column_that_nobody_uses_and_is_not_there_does_no_harm(v21, tmp_path):
+    root = shutil.copytree(v21, tmp_path / "data")
+    info = json.loads((root / "meta/info.json").read_text())
+    info["features"]["next.reward"] = {"dtype": "float32", "shape": [1], "names": None}
+    (root / "meta/info.json").write_text(json.dumps(info))
+    assert LeRobotDataset(root, skip_bad_episodes=True).skipped == {}
+
+
+@pytest.mark.parametrize("number", [-1, 3])
+def test_a_task_that_there_is_not_is_named_with_its_episode(v21, tmp_path, number):
+    root = shutil.copytree(v21, tmp_path / "data")
+    path = root / "data/chunk-001/episode_000002.parquet"
+    table = pq.read_table(path)
+    at = table.column_names.index("task_index")
+    pq.write_table(table.set_column(at, "task_index", pa.array([number] * table.num_rows)), path)
+    with pytest.raises(UserError, match=rf"episode 2 has task_index {number}; meta/ has 3 tasks"):
+        _ = LeRobotDataset(root).task_index

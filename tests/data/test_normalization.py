@@ -195,3 +195,9 @@ def test_values_that_are_not_finite_and_actions_that_are_all_invalid_are_reporte
         compute_stats(in_memory(spoilt, values))
     with pytest.raises(ValueError, match="no action is left to learn"):
         compute_stats(in_memory(values, values, np.zeros((1000, 1))))
+
+
+@pytest.mark.parametrize("mean", ["x", ["a"], {"a": 1}])
+def test_statistics_that_are_no_numbers_are_named(mean):
+    with pytest.raises(ValueError, match="of 'state' are not lists of numbers"):
+        stats_from_json({"norm_stats": {"state": {"mean": mean, "std": [1.0]}}})

@@ -1,6 +1,7 @@
 """RLDS without tensorflow: both file formats give the recorded episodes, and damage names its record."""
 
 import dataclasses
+import errno
 import json
 import pickle
 import shutil
@@ -72,6 +73,13 @@ def test_the_index_is_made_once_and_again_for_changed_shards(tmp_path, monkeypat
     shard = next(root.glob("*-00000-of-*"))
     shutil.copy(next(root.glob("*-00001-of-*")), shard)
     np.testing.assert_array_equal(opened(root).columns("action"), expected("action", (1, 3, 1, 3)))
+
+
+def test_a_full_disk_is_named_with_the_way_out(roots, tmp_path, monkeypatch):
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr("pi0_jax.data.rlds.index.written", lambda _: (_ for _ in ()).throw(full))
+    with pytest.raises(UserError, match=r"no room for the index of tiny\. Set PI0_CACHE"):
+        RldsDataset(roots["tfrecord"], 5, cache=tmp_path)
 
 
 @pytest.mark.parametrize("form", FORMATS)

@@ -9,6 +9,7 @@ import pytest
 from pi0_jax.data.lerobot import LeRobotWriter
 from pi0_jax.data.poses import from_model, to_model
 from pi0_jax.data.robots import Pose, Poses, Robot, check_robot
+from pi0_jax.data.source import ACTION, STATE
 from pi0_jax.data.tools.pose_names import find_poses
 from pi0_jax.data.tools.robot import describe_robot, propose_cameras, propose_semantics
 from pi0_jax.errors import UserError
@@ -206,3 +207,5 @@ def test_what_cannot_be_recognised_is_said(tmp_path):
         writer.add_episode({"picture": np.zeros((4, 16, 16, 3), np.uint8), "a": np.zeros((4, 3), np.float32)}, "go")
     with pytest.raises(UserError, match=r"has no observation\.state and no action; it has"):
         describe_robot(str(tmp_path / "odd"), "mine")
+    robot = made(tmp_path, describe_robot(str(tmp_path / "odd"), "mine", keys={STATE: "a", ACTION: "a"}))
+    assert (len(robot.state), len(robot.actions)) == (3, 3)

@@ -1,4 +1,5 @@
 import json
+import warnings
 
 import numpy as np
 import PIL.Image
@@ -58,3 +59,10 @@ def test_a_chunk_prints_and_plots(tmp_path):
     assert text.splitlines()[2].split() == ["2", "3.0000", "4.0000", "5.0000"]
     plot_chunk(chunk, ("dx", "dy", "dz"), tmp_path / "chunk.png", "reach")
     assert PIL.Image.open(tmp_path / "chunk.png").size[0] > 300
+
+
+def test_a_plot_has_room_for_the_names_of_many_dimensions(tmp_path):
+    names = tuple(f"left_arm_waist_joint_{i}" for i in range(14))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib's, where a legend leaves the axes no room
+        plot_chunk(np.zeros((2, 14)), names, tmp_path / "chunk.png", "reach")

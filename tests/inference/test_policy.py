@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import logging
 import shutil
 
 import jax
@@ -128,6 +129,17 @@ def test_cudnn_attention_says_why_it_is_not_used(checkpoint_folder, caplog):
     assert "cudnn needs an NVIDIA GPU, and this is cpu" in caplog.text
 
 
+def test_on_a_cpu_weights_are_float32_unless_told(tmp_path, checkpoint_folder):
+    run = shutil.copytree(checkpoint_folder, tmp_path / "run")
+    path = run / "checkpoints/3/assets/config.json"
+    content = json.loads(path.read_text())
+    content["policy"]["model"]["dtype"] = "bfloat16"
+    path.write_text(json.dumps(content))
+    for asked, expected in ((None, "float32"), ("bfloat16", "bfloat16"), ("float32", "float32")):
+        loaded = Policy.load(run, dtype=asked)
+        assert loaded.config.model.dtype == loaded.sampler.params["embedding"].dtype == expected
+
+
 def test_a_config_that_does_not_fit_the_weights_is_refused(tmp_path, checkpoint_folder):
     run = shutil.copytree(checkpoint_folder, tmp_path / "run")
     path = run / "checkpoints/3/assets/config.json"
@@ -217,9 +229,13 @@ def test_action_tokens_need_quantile_normalisation_and_take_no_guidance():
         check_policy(dataclasses.replace(TINY, real_time=RealTimeConfig("trained")))
 
 
-def test_after_warm_up_nothing_is_compiled_whatever_comes(checkpoint_folder, policy, observation):
+def test_after_warm_up_nothing_is_compiled_whatever_comes(checkpoint_folder, policy, observation, caplog):
     warm = Policy.load(checkpoint_folder)
-    warm.warm_up([1, 3], real_time=True)
+    with caplog.at_level(logging.INFO):
+        seconds = warm.warm_up([1, 3], real_time=True)
+    assert set(seconds) == {1, 3}
+    assert min(seconds.values()) > 0
+    assert "program 4 of 4 (batch of 3, prompt of 24 tokens, real time): compiled in" in caplog.text
     before = warm.compiled
     assert before == 2 * 2  # batch sizes; with and without `previous`
     keys = jax.random.split(jax.random.key(0), 5)

@@ -47,8 +47,9 @@ class FakePolicy:
         self.batches: list[int] = []
         self.warm = False
 
-    def warm_up(self) -> None:
+    def warm_up(self) -> dict[int, float]:
         self.warm = True
+        return dict.fromkeys(self.batch_sizes, self.seconds)
 
     def validate(self, request: Any) -> dict[str, Any]:
         if not isinstance(request, dict) or "state" not in request:

@@ -103,7 +103,7 @@ def test_it_compiles_before_it_listens():
     class Slow(FakePolicy):
         def warm_up(self):
             assert server._listener is None
-            super().warm_up()
+            return super().warm_up()
 
     policy = Slow()
     server = PolicyServer(policy, Settings(port=0))

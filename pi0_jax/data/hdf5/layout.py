@@ -240,8 +240,15 @@ def _vector(datasets: Sequence[Any]) -> dict[str, Any]:
     }
     types = {dataset.dtype.name for dataset in datasets}
     (dtype,) = types if len(types) == 1 and datasets[0].dtype.kind != "f" else {"float32"}
-    names = [f"{name}_{i}" for name, width in widths.items() for i in range(width)]
+    names = [f"{name}_{i}" for name, width in widths.items() for i in _dimensions(name, width)]
     return {"dtype": dtype, "shape": (len(names),), "names": names}
+
+
+def _dimensions(name: str, width: int) -> Sequence[str | int]:
+    """What the dimensions of an observation are called: robosuite's positions and quaternions by letters."""
+    if name.endswith(("eef_pos", "ee_pos")) and width == 3:
+        return "xyz"
+    return "xyzw" if name.endswith("eef_quat") and width == 4 else range(width)
 
 
 def _picture_shape(dataset: Any) -> tuple[int, int, int] | None:

@@ -85,8 +85,17 @@ def read_info(root: Path) -> dict[str, Any]:
         UserError: the file is damaged, or another version of the format.
     """
     if not root.is_dir():
-        raise FileNotFoundError(f"there is no folder {root}. Record demonstrations into it, or set `data.path`.")
+        raise FileNotFoundError(f"there is no folder {root}; expected that of a LeRobot or RLDS dataset.")
     info = read_json(root / "meta/info.json", "the folder of a LeRobot dataset")
+    _check_info(root, info)
+    info["features"] = {name: {**entry, "shape": _shape(entry)} for name, entry in info["features"].items()}
+    return info
+
+
+def _check_info(root: Path, info: Any) -> None:
+    """Refuses a `meta/info.json` of another version, or without what reading needs."""
+    if not isinstance(info, dict):
+        raise UserError(f"{root}/meta/info.json holds no object. Copy the dataset again.")
     if (version := info.get("codebase_version")) not in VERSIONS:
         known = f"{root} is a LeRobot dataset of version {version}; {', '.join(VERSIONS)} can be read."
         raise UserError(f"{known} {V1}" if str(version).startswith("v1") else known)
@@ -94,8 +103,14 @@ def read_info(root: Path) -> dict[str, Any]:
         raise UserError(
             f"{root}/meta/info.json lacks {missing}, which every LeRobot dataset has. Copy the dataset again."
         )
-    info["features"] = {name: {**entry, "shape": _shape(entry)} for name, entry in info["features"].items()}
-    return info
+    if bad := [name for name, entry in info["features"].items() if not {"dtype", "shape"} <= set(entry)]:
+        raise UserError(f"{root}/meta/info.json does not say dtype and shape of the features {bad}.")
+    if any(entry["dtype"] == "video" for entry in info["features"].values()) and not info.get("video_path"):
+        raise UserError(
+            f"{root}/meta/info.json has features that are video, and no `video_path`. Copy the dataset again."
+        )
+    if not isinstance(info["fps"], int | float) or not info["fps"] > 0:
+        raise UserError(f"{root}/meta/info.json gives {info['fps']!r} frames per second; expected a number above 0.")
 
 
 def _shape(feature: dict[str, Any]) -> tuple[int, ...]:

@@ -75,11 +75,15 @@ class LeRobotDataset(Source):
         self.episodes = [f"episode {episode.number}" for episode in self._table]
         self.ends = np.cumsum([episode.length for episode in self._table])
         total = sum(episode.length for episode in everything)
-        if total != info["total_frames"] and not skip_bad_episodes:
-            raise UserError(
+        self.miscounted: str | None = None
+        """Contradiction between `meta/info.json` and the episodes, which is an error without `skip_bad_episodes`."""
+        if total != info["total_frames"]:
+            self.miscounted = (
                 f"{self.root} is damaged: meta/info.json counts {info['total_frames']} frames, the episodes in "
-                f"meta/episodes {total}. Copy the dataset again."
+                f"meta/episodes {total}. Copy the dataset again, or correct `total_frames` if all episodes are there."
             )
+        if self.miscounted and not skip_bad_episodes:
+            raise UserError(self.miscounted)
         self._prompts: np.ndarray | None = None
         if prompt_from != "task":
             subtasks = self._language().subtasks(self._bookkeeping("timestamp"))
@@ -102,7 +106,17 @@ class LeRobotDataset(Source):
 
     @property
     def task_index(self) -> Int[np.ndarray, "n"]:
-        return self._bookkeeping("task_index") if self._prompts is None else self._prompts
+        if self._prompts is not None:
+            return self._prompts
+        known = "task_index" in vars(self).get("_columns", {})
+        index = self._bookkeeping("task_index")
+        if not known and (wrong := (index < 0) | (index >= len(self.tasks))).any():
+            first = int(np.flatnonzero(wrong)[0])
+            raise UserError(
+                f"{self.root}: {self.episodes[int(self.episode_of(np.array(first)))]} has task_index {index[first]}; "
+                f"meta/ has {len(self.tasks)} tasks, counted from 0. Copy the dataset again."
+            )
+        return index
 
     @property
     def shard_ends(self) -> Int[np.ndarray, "s"]:
@@ -304,7 +318,8 @@ def _find_bad(rows: layout.RowIndex, features: dict[str, dict], fps: int | float
             continue
         try:
             rows.locate(file)
-            for name in numeric:
+            there = pq.read_schema(rows.root / file).names  # one that is promised and not used does no harm
+            for name in (name for name in numeric if name in there):
                 bad |= _find_uneven(rows, file, name, features[name]["shape"])
             usable.append(file)
         except (ValueError, OSError) as error:

@@ -5,6 +5,7 @@ The index of a shard is an `.npz` file, made when the dataset is first opened. t
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import json
@@ -49,8 +50,15 @@ def build_index(
             tasks.append((path, form, features, target))
     large = sum(path.stat().st_size for path, *_ in tasks) > PARALLEL_BYTES
     with tqdm(total=len(tasks), desc=f"indexing {name}", unit="shard", disable=not tasks) as bar:
-        for _ in run_tasks(_index_shard, tasks, workers if large else 1):
-            bar.update()
+        try:
+            for _ in run_tasks(_index_shard, tasks, workers if large else 1):
+                bar.update()
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise UserError(
+                f"{folder} has no room for the index of {name}. Set PI0_CACHE to a folder with room."
+            ) from error
     return [_load(target) for target in targets]
 
 

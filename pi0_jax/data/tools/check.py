@@ -72,9 +72,12 @@ def check_dataset(
     missing = [key for key in dataset.cameras if key not in source.cameras]
     found += [f"camera {key!r} is missing; it has {list(source.cameras)}" for key in missing]
     if isinstance(inner, LeRobotDataset):
-        found += _check_timestamps(inner)
+        found += ([inner.miscounted] if inner.miscounted else []) + _check_timestamps(inner)
+    cameras = [key for key in dataset.cameras if key not in missing]
     if decode:
-        found += _decode_all(source, [key for key in dataset.cameras if key not in missing], ray)
+        found += _decode_all(source, cameras, ray)
+    else:
+        found += [error for camera in cameras for error in _decode(source, camera, range(1), whole=False)]
     return Findings(found, notes)
 
 
@@ -105,16 +108,16 @@ def _bounds(entry: NormStats) -> tuple[np.ndarray, ...]:
 def _check_ranges(entry: NormStats, names: tuple[str, ...]) -> list[str]:
     low, high, q01, q99 = _bounds(entry)
     spread, middle = high - low, q99 - q01
-    found = []
+    found, constant = [], []
     for i, name in enumerate(names):
         if spread[i] < NEARLY_CONSTANT:
-            found.append(f"{name} is constant, {entry.mean[i]:.6g}: leave it out of the robot's dimensions")
+            constant.append(f"{name} {entry.mean[i]:.6g}")
         elif min(middle[i], entry.std[i]) < RANGE_SHARE * spread[i]:
             found.append(
                 f"{name} is nearly constant: its 1 % to 99 % range is {middle[i]:.3g}, its standard deviation "
                 f"{entry.std[i]:.3g}, of a range of {spread[i]:.3g}; look for outliers"
             )
-    return found
+    return found + ([f"that are constant, of which nothing is learnt: {', '.join(constant)}"] if constant else [])
 
 
 def _check_outside(values: np.ndarray, entry: NormStats, names: tuple[str, ...], key: str, limit: float) -> list[str]:
@@ -134,8 +137,6 @@ def _check_outside(values: np.ndarray, entry: NormStats, names: tuple[str, ...],
 
 def _check_tasks(source: Source) -> list[str]:
     used = np.unique(source.task_index)
-    if len(used) and (used[0] < 0 or used[-1] >= len(source.tasks)):
-        return [f"task indices reach {used[-1]}; there are {len(source.tasks)} tasks"]
     empty = [int(i) for i in used if not source.tasks[i].strip()]
     if not empty:
         return []
@@ -171,12 +172,13 @@ def _decode_all(source: Source, cameras: list[str], ray: bool) -> list[str]:
     return found
 
 
-def _decode(source: Source, camera: str, episodes: range) -> list[str]:
-    """Errors of decoding the frames of some episodes."""
+def _decode(source: Source, camera: str, episodes: range, *, whole: bool = True) -> list[str]:
+    """What is wrong with the pictures of some episodes, or with the first of each."""
     found = []
     for episode in episodes:
+        first, end = source.episode_range(episode)
         try:
-            source.images(camera, np.arange(*source.episode_range(episode)))
+            source.images(camera, np.arange(first, end if whole else first + 1))
         except (ValueError, OSError) as error:
             found.append(str(error))
     return found

@@ -21,7 +21,7 @@ from pi0_jax.data.source import ACTION, STATE, Source, dimension_names
 from pi0_jax.data.tools.pose_names import FoundPose, find_poses
 from pi0_jax.errors import UserError
 
-SCENE = ("front", "top", "high", "head", "exterior", "overhead", "third", "base", "ego", "image", "scene", "side")
+SCENE = ("scene", "front", "top", "high", "head", "exterior", "over", "third", "agent", "base", "ego", "image", "side")
 HAND = ("wrist", "hand", "gripper", "tool")
 ENOUGH, TRIED = 32, 500
 """Episodes that are read, and looked for."""
@@ -39,13 +39,14 @@ class Proposal(NamedTuple):
     reason: str
 
 
-def describe_robot(path: str, name: str, offline: bool = False) -> str:
+def describe_robot(path: str, name: str, offline: bool = False, keys: Mapping[str, str] = {}) -> str:
     """Python source that sets `ROBOT` for a LeRobot or RLDS dataset.
 
     Args:
         path: folder of the dataset, or hf://owner/name.
         name: of the robot, where the dataset says none.
         offline: as of `find_dataset`.
+        keys: as of `DatasetConfig`.
 
     Raises:
         FileNotFoundError, UserError: no dataset, or one without states or actions that can be recognised.
@@ -53,7 +54,7 @@ def describe_robot(path: str, name: str, offline: bool = False) -> str:
     root = find_dataset(path, offline, videos=False)
     info = read_info(root) if (root / "meta/info.json").is_file() else {}
     unknown = Robot(name, {}, (), (), info.get("fps", 1), (224, 224))
-    source = open_source(DatasetConfig(str(root)), DataConfig(frames="random"), unknown)
+    source = open_source(DatasetConfig(str(root), keys=dict(keys)), DataConfig(frames="random"), unknown)
     state, actions = read_some(source)
     named, named_actions = (dimension_names(source.features[name]) for name in (STATE, ACTION))
     state_names = named or _numbered("state", state.shape[1])

@@ -250,10 +250,12 @@ def _summarise_episodes(
     columns = {name: source.read(name, episodes) for name in names}
     for name, values in columns.items():
         if (bad := ~np.isfinite(values).all(1)).any():
-            where = source.episodes[episodes[np.searchsorted(ends, np.flatnonzero(bad)[0], side="right")]]
+            rows = np.unique(np.searchsorted(ends, np.flatnonzero(bad), side="right"))
+            where = [source.episodes[episode] for episode in episodes[rows].tolist()]
+            more = f" and {len(where) - 5} more" if len(where) > 5 else ""
             raise UserError(
-                f"{source.root}: column {name!r} holds NaN or infinity in {bad.sum()} frames, the first of them in "
-                f"{where}. Record it again without them."
+                f"{source.root}: column {name!r} holds NaN or infinity in {bad.sum()} frames, in {', '.join(where[:5])}"
+                f"{more}. Leave these episodes out (`without_episodes` of a DatasetConfig), or record them again."
             )
     sample: Sample = {"state": columns[STATE], "actions": columns[ACTION]}
     sample = sample if robot is None else adapt(robot).forward(sample)
