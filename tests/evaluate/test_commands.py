@@ -9,6 +9,7 @@ import pytest
 
 from pi0_jax import cli
 from pi0_jax.data.robots import get_robot
+from pi0_jax.evaluate import commands
 from pi0_jax.inference.files import load_observation, save_observation
 from pi0_jax.inference.policy import Policy
 
@@ -42,6 +43,7 @@ def slow(capsys, monkeypatch):
         return policy
 
     monkeypatch.setattr(Policy, "load", load)
+    monkeypatch.setattr(commands, "plot_chunk", lambda *_: None)
     return policy
 
 
