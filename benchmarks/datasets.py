@@ -89,7 +89,7 @@ class Args:
     horizon: int = 50
     """Actions per chunk."""
     real: tuple[str, ...] = ()
-    """Real datasets, FOLDER:ROBOT."""
+    """Real datasets, FOLDER:ROBOT, or FOLDER:ROBOT:skip to leave out episodes that cannot be read."""
 
 
 def make_dataset(root: Path, episodes: int) -> None:
@@ -200,11 +200,13 @@ def main(args: Args) -> None:
         kind = "relative" if args.relative else "absolute"
         robot.write_text(ROBOT.format(dims=DIMS, fps=FPS, size=SIZE, kind=kind))
         datasets = [(kept / f"made-{count}", str(robot), count) for count in args.episodes]
-        datasets += [(Path(folder), robot, 0) for folder, robot in (each.rsplit(":", 1) for each in args.real)]
+        datasets += [(Path(each.split(":")[0]), each.split(":")[1], 0) for each in args.real]
         for path, robot_of_it, count in datasets:
             if count and not path.exists():
                 make_dataset(path, count)
-            figures[path.name] = measure(path.absolute(), robot_of_it, args.horizon, Path(scratch), not count)
+            figures[path.name] = measure(
+                path.absolute(), robot_of_it, args.horizon, Path(scratch), f"{path}:{robot_of_it}:skip" in args.real
+            )
             for what, row in figures[path.name].items():
                 if "error" in row:
                     print(f"| {path.name} | {what} | refused: {row['error']} |")

@@ -38,12 +38,20 @@ SHARDS_OPEN = 256
 
 
 def build_cache(
-    source: Source, folder: Path, cameras: list[str], size: int, quality: int | None = None, workers: int | None = None
+    source: Source,
+    folder: Path,
+    cameras: list[str],
+    size: int,
+    quality: int | None = None,
+    workers: int | None = None,
+    *,
+    ray: bool = False,
 ) -> int:
     """Decodes and resizes all frames that are not in the cache yet. A build that was stopped goes on where it was.
 
     Images are square, of `size` pixels, resized as `resize_with_pad` does. `quality` is that of JPEG, 1 to 100; None
-    keeps the pixels as they are. `workers` are processes; None: one per core.
+    keeps the pixels as they are. `workers` are processes; None: one per core. `ray` works on
+    a Ray cluster instead, whose nodes have to see both folders.
 
     Returns:
         Bytes that the cache of these cameras has.
@@ -80,7 +88,7 @@ def build_cache(
             "--jpeg 95 it takes about a tenth."
         )
     with tqdm(total=count, desc=f"caching {source.root.name}", unit="frame", disable=not tasks) as bar:
-        for frames in run_tasks(_write_shard, tasks, workers):
+        for frames in run_tasks(_write_shard, tasks, workers, ray=ray):
             bar.update(frames)
     return sum(path.stat().st_size for target in targets for path in target.iterdir())
 

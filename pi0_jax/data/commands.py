@@ -34,7 +34,7 @@ Config = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
 class Stats:
     """Computes the statistics that normalise states and actions, from columns alone: no picture is read.
 
-    Those of the episodes to train on, where the config holds some out.
+    Those of the episodes to train on, where the config holds some out. When stopped, run it again: it goes on.
     Example: pi0 data stats configs/mine.py --output norm_stats.json
     """
 
@@ -45,7 +45,7 @@ class Stats:
     workers: int | None = None
     """Processes; one a core by default."""
     ray: bool = False
-    """Run on a Ray cluster (pip install -e '.[ray]'); without an address on this machine."""
+    """Stream the work through a Ray cluster (pip install -e '.[ray]'), that of RAY_ADDRESS or one on this machine."""
     skip_bad_episodes: bool = False
     """Leave out episodes that cannot be read, and say which."""
 
@@ -67,6 +67,8 @@ class Check:
     """Largest share of frames beyond 1.5 times the 1 % to 99 % range of a dimension."""
     decode: bool = False
     """Decode every frame as well, which takes as long as it takes."""
+    ray: bool = False
+    """Stream statistics and decoding through a Ray cluster, as `pi0 data stats --ray` does."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +106,8 @@ class Cache:
     """Quality of JPEG, 1 to 100; by default pixels are kept as they are."""
     workers: int | None = None
     """Processes; one a core by default."""
+    ray: bool = False
+    """Stream the work through a Ray cluster (pip install -e '.[ray]'), that of RAY_ADDRESS or one on this machine."""
     skip_bad_episodes: bool = False
     """Leave out episodes that cannot be read, and say which."""
 
@@ -167,7 +171,8 @@ def stats(args: Stats, config: TrainConfig) -> None:
     """
     datasets = _open(config, args.skip_bad_episodes, config.data.validation_share)
     workers, horizon = args.workers or os.cpu_count() or 1, config.policy.model.action_horizon
-    groups = compute_normalizations(datasets, horizon, workers=workers, ray=args.ray)
+    kept = args.output.with_name(f".{args.output.name}.part")
+    groups = compute_normalizations(datasets, horizon, workers=workers, ray=args.ray, kept=kept)
     semantics = {dataset.robot.name: dataset.semantics for dataset in datasets}
     own = groups.get(get_robot(config.policy.robot).name, next(iter(groups.values())))
     save_json(stats_to_json(own.stats, groups, semantics), args.output)
@@ -185,12 +190,14 @@ def stats(args: Stats, config: TrainConfig) -> None:
 def check(args: Check, config: TrainConfig) -> None:
     """Runs `pi0 data check`; raises UserError with all that was found."""
     datasets = _open(config, True, log_skipped=False)
-    groups = compute_normalizations(datasets, config.policy.model.action_horizon, workers=os.cpu_count() or 1)
+    groups = compute_normalizations(
+        datasets, config.policy.model.action_horizon, workers=os.cpu_count() or 1, ray=args.ray
+    )
     given = None if config.data.norm_stats is None else read_stats_file(config.data.norm_stats)
     found = []
     for dataset in datasets:
         stats = groups[dataset.stats].stats
-        problems, notes = check_dataset(dataset, stats, outside=args.outside, decode=args.decode)
+        problems, notes = check_dataset(dataset, stats, outside=args.outside, decode=args.decode, ray=args.ray)
         problems += [] if given is None else _check_given(dataset, given, config)
         problems += _check_fits(dataset, config)
         found += [f"{dataset.source.root}: {problem}" for problem in problems]
@@ -237,7 +244,9 @@ def cache(args: Cache, config: TrainConfig) -> None:
     size = config.policy.model.vision.image_size
     total = frames = 0
     for dataset in _open(config, args.skip_bad_episodes):
-        total += build_cache(dataset.source, args.output, list(dataset.cameras), size, args.jpeg, args.workers)
+        total += build_cache(
+            dataset.source, args.output, list(dataset.cameras), size, args.jpeg, args.workers, ray=args.ray
+        )
         frames += dataset.source.num_frames * len(dataset.cameras)
     print(f"{frames} frames of {size} px, {total / 1e6:.1f} MB, {total / frames:.0f} bytes per frame: {args.output}")
     print("set data.cache to it")

@@ -128,7 +128,7 @@ def demonstrations(source: Source, num_episodes: int, workers: int | None = None
     workers = min(workers or os.cpu_count() or 1, -(-num_episodes // MIN_SHARE))
     for start in range(0, num_episodes, BLOCK):
         tasks = [(number,) for number in range(start, min(start + BLOCK, num_episodes))]
-        yield from run_tasks(collect, tasks, workers, ordered=True)
+        yield from run_tasks(collect, tasks, workers)
 
 
 def features(demonstration: Demonstration, robot: Robot) -> dict[str, dict[str, Any]]:

@@ -9,6 +9,7 @@ import pytest
 
 from pi0_jax.data.robots import get_robot
 from pi0_jax.data.sketch import SAMPLE, merge, scramble, summarise
+from pi0_jax.data.tools import stats
 from pi0_jax.data.tools.stats import compute_normalizations, finish, merge_summaries, summarise_source
 from pi0_jax.errors import UserError
 from tests.data.stats import compute_stats
@@ -66,7 +67,7 @@ def dataset_in_memory(lengths=(30, 50, 20)):
 def test_relative_actions_are_summarised_over_whole_chunks_as_training_sees_them():
     source, robot, horizon = dataset_in_memory(), get_robot("ur5"), 4
     semantics = (*["relative"] * 6, "gripper")
-    stats = compute_stats(source, robot, semantics, horizon)["actions"]
+    entry = compute_stats(source, robot, semantics, horizon)["actions"]
     state, actions, valid = (source.numbers[name] for name in ("observation.state", "action", "valid"))
     seen = []
     for episode in range(3):
@@ -77,9 +78,9 @@ def test_relative_actions_are_summarised_over_whole_chunks_as_training_sees_them
                     break
                 seen.append(actions[step] - state[i])
     seen = np.array(seen, float)
-    np.testing.assert_allclose(stats.mean[:6], seen.mean(0)[:6], rtol=1e-5, atol=1e-7)
-    np.testing.assert_allclose(stats.q01[:6], np.quantile(seen, 0.01, axis=0)[:6], rtol=1e-5)
-    np.testing.assert_allclose(stats.std[6], actions[valid[:, 0] > 0, 6].astype(float).std(), rtol=1e-9)
+    np.testing.assert_allclose(entry.mean[:6], seen.mean(0)[:6], rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(entry.q01[:6], np.quantile(seen, 0.01, axis=0)[:6], rtol=1e-5)
+    np.testing.assert_allclose(entry.std[6], actions[valid[:, 0] > 0, 6].astype(float).std(), rtol=1e-9)
 
 
 def test_episodes_can_be_summarised_apart_and_merged(monkeypatch):
@@ -131,3 +132,35 @@ def test_before_training_large_datasets_are_sampled_and_the_log_says_so(dataset,
 
 def whole_max(dataset):
     return dataset.columns("observation.state").max(0)
+
+
+def test_a_computation_that_was_stopped_goes_on(dataset, monkeypatch, tmp_path):
+    monkeypatch.setattr(stats, "FRAMES_PER_TASK", 10)
+    whole, kept, one = (
+        compute_normalizations([opened(dataset)], 4)["tabletop"].stats,
+        tmp_path / "kept",
+        stats._summarise,
+    )
+    calls = []
+
+    def stop(*task):
+        calls.append(task)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return one(*task)
+
+    monkeypatch.setattr(stats, "_summarise", stop)
+    with pytest.raises(KeyboardInterrupt):
+        compute_normalizations([opened(dataset)], 4, kept=kept)
+    assert kept.is_file()
+    again = compute_normalizations([opened(dataset)], 4, kept=kept)["tabletop"].stats
+    assert len(calls) == 1 + 4  # the third task twice
+    assert not kept.exists()
+    for key in ("state", "actions"):
+        np.testing.assert_array_equal(again[key].q99, whole[key].q99)
+        np.testing.assert_allclose(again[key].mean, whole[key].mean, rtol=1e-12)
+    calls[:] = calls[:2]
+    with pytest.raises(KeyboardInterrupt):
+        compute_normalizations([opened(dataset)], 4, kept=kept)
+    compute_normalizations([opened(dataset)], 5, kept=kept)  # another one begins anew
+    assert len(calls) > 1 + 4

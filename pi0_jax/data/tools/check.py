@@ -10,6 +10,7 @@ from tqdm import tqdm
 from pi0_jax.data.lerobot import LeRobotDataset
 from pi0_jax.data.mixture import OpenDataset
 from pi0_jax.data.normalization import RANGE_SHARE, NormStats, Stats
+from pi0_jax.data.pool import run_tasks
 from pi0_jax.data.sketch import summarise
 from pi0_jax.data.source import ACTION, STATE, Source, Wrapped
 from pi0_jax.data.tools.grippers import check_grippers
@@ -21,6 +22,8 @@ NEARLY_CONSTANT = 1e-6
 BEYOND = 1.5
 """Quantile-normalised values beyond ± this count as outside."""
 SHOWN = 5
+DECODED = 16
+"""Episodes that a process decodes at a time."""
 
 
 class Findings(NamedTuple):
@@ -32,12 +35,14 @@ class Findings(NamedTuple):
     """Worth a look."""
 
 
-def check_dataset(dataset: OpenDataset, stats: Stats, *, outside: float = 0.05, decode: bool = False) -> Findings:
+def check_dataset(
+    dataset: OpenDataset, stats: Stats, *, outside: float = 0.05, decode: bool = False, ray: bool = False
+) -> Findings:
     """Problems of a dataset, and what is worth a look.
 
     The dataset is opened without the episodes that cannot be read, which are among the problems. `stats` are those of
     the demonstrations. `outside` is the largest share of values beyond `BEYOND` times the range of the quantiles;
-    `decode` decodes every frame.
+    `decode` decodes every frame, in one process per core, or on a Ray cluster with `ray`.
 
     Raises:
         UserError, FileNotFoundError: a column cannot be read at all, or holds what is not finite.
@@ -69,7 +74,10 @@ def check_dataset(dataset: OpenDataset, stats: Stats, *, outside: float = 0.05, 
     if isinstance(inner, LeRobotDataset):
         found += ([inner.miscounted] if inner.miscounted else []) + _check_timestamps(inner)
     cameras = [key for key in dataset.cameras if key not in missing]
-    found += _decode(source, cameras, range(source.num_episodes) if decode else range(1), whole=decode)
+    if decode:
+        found += _decode_all(source, cameras, ray)
+    else:
+        found += [error for camera in cameras for error in _decode(source, camera, range(1), whole=False)]
     return Findings(found, notes)
 
 
@@ -150,16 +158,27 @@ def _check_timestamps(dataset: LeRobotDataset) -> list[str]:
     return [f"{off.sum()} timestamps are off {dataset.fps} frames per second, in {', '.join(names[:SHOWN])}"]
 
 
-def _decode(source: Source, cameras: list[str], episodes: range, *, whole: bool) -> list[str]:
+def _decode_all(source: Source, cameras: list[str], ray: bool) -> list[str]:
+    tasks = [
+        (source, camera, range(first, min(first + DECODED, source.num_episodes)))
+        for camera in cameras
+        for first in range(0, source.num_episodes, DECODED)
+    ]
+    found = []
+    with tqdm(total=source.num_episodes * len(cameras), desc="decoding", unit="episode") as bar:
+        for (_, _, episodes), errors in zip(tasks, run_tasks(_decode, tasks, ray=ray), strict=True):
+            found += errors
+            bar.update(len(episodes))
+    return found
+
+
+def _decode(source: Source, camera: str, episodes: range, *, whole: bool = True) -> list[str]:
     """What is wrong with the pictures of some episodes, or with the first of each."""
     found = []
-    with tqdm(total=len(episodes) * len(cameras), desc="decoding", unit="episode", disable=not whole) as bar:
-        for camera in cameras:
-            for episode in episodes:
-                first, end = source.episode_range(episode)
-                try:
-                    source.images(camera, np.arange(first, end if whole else first + 1))
-                except (ValueError, OSError) as error:
-                    found.append(str(error))
-                bar.update()
+    for episode in episodes:
+        first, end = source.episode_range(episode)
+        try:
+            source.images(camera, np.arange(first, end if whole else first + 1))
+        except (ValueError, OSError) as error:
+            found.append(str(error))
     return found

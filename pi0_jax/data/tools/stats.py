@@ -3,16 +3,21 @@
 # pyright: reportTypedDictNotRequiredAccess=false
 from __future__ import annotations
 
+import contextlib
 import functools
+import hashlib
 import logging
 import math
-import os
+import pickle
+import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
+from pi0_jax.atomic import written
 from pi0_jax.data.mixture import OpenDataset
 from pi0_jax.data.normalization import Normalization, NormStats, Stats, bounded
 from pi0_jax.data.pool import run_tasks
@@ -21,7 +26,7 @@ from pi0_jax.data.robots import Robot
 from pi0_jax.data.sketch import Sketch, merge, summarise
 from pi0_jax.data.source import ACTION, FEW_FRAMES, STATE, VALID, Source
 from pi0_jax.data.transform import Sample, adapt, relative_actions, relative_dims
-from pi0_jax.errors import UserError, require_package
+from pi0_jax.errors import UserError
 
 _log = logging.getLogger(__name__)
 
@@ -29,6 +34,8 @@ FRAMES_PER_TASK = 2**19
 """Frames that one task of a worker covers, at least one episode."""
 ROWS_AT_ONCE = 2**20
 """Rows summarised at a time, which bounds memory."""
+KEEP_EVERY = 60.0
+"""Seconds after which what is done is kept on the disk."""
 SAMPLED = 2**17
 """Frames that statistics before a training are of, where the datasets have more than `FEW_FRAMES`."""
 
@@ -51,20 +58,21 @@ def compute_normalizations(
     workers: int = 1,
     ray: bool = False,
     sampled: bool = False,
+    kept: Path | None = None,
 ) -> dict[str, Normalization]:
     """Statistics of each group of datasets, over their training episodes, by the group's name.
 
     The result is the same for any number of `workers`, processes, up to rounding of means. `ray` hands the work to a
     Ray cluster instead. `sampled` takes episodes of some `SAMPLED` frames at random from each group of more than
-    `FEW_FRAMES`, and the log says so: then it takes seconds, however large a dataset is.
+    `FEW_FRAMES`, and the log says so: then it takes seconds, however large a dataset is. `kept` is a file for what is
+    done when the computation is stopped, with which the next call goes on.
 
     Raises:
         UserError: as of `summarise_source`; datasets of one group have different dimensions, or actions of different
             meaning; Ray is not installed.
     """
-    tasks: list[tuple[OpenDataset, int, int, np.ndarray]] = []
     first: dict[str, OpenDataset] = {}
-    for number, dataset in enumerate(datasets):
+    for dataset in datasets:
         one = first.setdefault(dataset.stats, dataset)
         shapes = [(len(each.robot.state), each.semantics, each.robot.poses) for each in (one, dataset)]
         if shapes[0] != shapes[1]:
@@ -73,23 +81,68 @@ def compute_normalizations(
                 "dimensions of state and actions, which differ in number or meaning. Give them different names in "
                 "`stats`."
             )
-        training = _sample(dataset, datasets) if sampled else dataset.training
-        frames = np.cumsum(dataset.source.lengths[training])
-        cuts = np.flatnonzero(np.diff(frames // FRAMES_PER_TASK)) + 1
-        splits = np.split(training, cuts)
-        tasks += [(dataset, number, horizon, episodes) for episodes in splits if len(episodes)]
-    totals: dict[str, Summary] = {}
-    count = sum(len(episodes) for *_, episodes in tasks)
-    results = _with_ray(tasks) if ray else run_tasks(_summarise, tasks, workers, ordered=True)
-    with tqdm(total=count, desc="statistics", unit="episode", disable=len(tasks) < 2 or None) as bar:
-        for (dataset, *_, episodes), summary in zip(tasks, results, strict=True):
+    episodes = [_sample(dataset, datasets) if sampled else dataset.training for dataset in datasets]
+    tasks = list(_split(datasets, horizon, episodes))
+    done, totals = _read_kept(kept, key := _describe(datasets, horizon, episodes))
+    counts, since = [len(chosen) for *_, chosen in tasks], time.monotonic()
+    results = run_tasks(_summarise, tasks[done:], workers, ray=ray)
+    bar = tqdm(total=sum(counts), desc="statistics", unit="episode", disable=len(tasks) < 2 or None)
+    with bar, contextlib.ExitStack() as stopped:
+        bar.update(sum(counts[:done]))
+        stopped.callback(lambda: _write_kept(kept, key, done, totals))
+        for (dataset, *_), summary in zip(tasks[done:], results, strict=True):
             found = totals.get(dataset.stats)
             totals[dataset.stats] = summary if found is None else merge_summaries([found, summary])
-            bar.update(len(episodes))
+            bar.update(counts[done])
+            done += 1
+            if time.monotonic() - since > KEEP_EVERY:
+                _write_kept(kept, key, done, totals)
+                since = time.monotonic()
+        stopped.pop_all()
+    if kept is not None:
+        kept.unlink(missing_ok=True)
     return {
         name: Normalization(_bounded(finish(total), first[name]), first[name].semantics)
         for name, total in totals.items()
     }
+
+
+def _split(
+    datasets: Sequence[OpenDataset], horizon: int, episodes: Sequence[np.ndarray]
+) -> Iterator[tuple[OpenDataset, int, int, np.ndarray]]:
+    """Arguments of `_summarise` for the chosen episodes of each dataset, some `FRAMES_PER_TASK` frames at a time."""
+    for number, (dataset, chosen) in enumerate(zip(datasets, episodes, strict=True)):
+        frames = np.cumsum(dataset.source.lengths[chosen])
+        for part in np.split(chosen, np.flatnonzero(np.diff(frames // FRAMES_PER_TASK)) + 1):
+            if len(part):
+                yield dataset, number, horizon, part
+
+
+def _describe(datasets: Sequence[OpenDataset], horizon: int, episodes: Sequence[np.ndarray]) -> str:
+    """What statistics are of: another one is another computation."""
+    found = hashlib.sha256(repr((horizon, FRAMES_PER_TASK)).encode())
+    for dataset, chosen in zip(datasets, episodes, strict=True):
+        what = str(dataset.source.root), dataset.stats, dataset.robot.name, dataset.robot.poses, dataset.semantics
+        found.update(repr(what).encode() + chosen.tobytes() + dataset.source.ends.tobytes())
+    return found.hexdigest()
+
+
+def _read_kept(path: Path | None, key: str) -> tuple[int, dict[str, Summary]]:
+    """Number of tasks that a stopped computation had done, and what it had found."""
+    if path is None or not path.is_file():
+        return 0, {}
+    with path.open("rb") as file:
+        known, done, totals = pickle.load(file)
+    if known != key:
+        return 0, {}
+    _log.info("goes on where it was stopped, by %s", path)
+    return done, totals
+
+
+def _write_kept(path: Path | None, key: str, done: int, totals: dict[str, Summary]) -> None:
+    if path is not None and done:
+        with written(path) as partial, partial.open("wb") as file:
+            pickle.dump((key, done, totals), file)
 
 
 def _sample(dataset: OpenDataset, datasets: Sequence[OpenDataset]) -> np.ndarray:
@@ -228,18 +281,3 @@ def _summarise_episodes(
 
 def _poses(robot: Robot | None) -> Poses:
     return Poses() if robot is None else robot.poses
-
-
-def _with_ray(tasks: list[tuple[OpenDataset, int, int, np.ndarray]]) -> Iterator[Summary]:
-    ray: Any = require_package("ray", "ray", "computing statistics on a cluster")
-    started = not ray.is_initialized()
-    if started:
-        ray.init(num_cpus=None if "RAY_ADDRESS" in os.environ else os.cpu_count(), include_dashboard=False)
-    try:
-        # The index of a dataset may be large: it goes to a node once, not with every task.
-        shared = {number: ray.put(dataset) for number, dataset in {task[1]: task[0] for task in tasks}.items()}
-        run = ray.remote(_summarise)
-        yield from map(ray.get, [run.remote(shared[number], number, *rest) for _, number, *rest in tasks])
-    finally:
-        if started:
-            ray.shutdown()
