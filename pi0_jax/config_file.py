@@ -67,7 +67,13 @@ def load_config(path: str | Path, kind: type[Config]) -> Config:
     """
     path = Path(path)
     if path.is_dir():
-        raise FileNotFoundError(f"{path} is a folder; expected a config, a Python file such as configs/tabletop.py.")
+        dataset = any((path / name).is_file() for name in ("meta/info.json", "features.json"))
+        hint = (
+            f" It is a dataset: name it in a config's `data.path`; `pi0 data robot {path}` begins." if dataset else ""
+        )
+        raise FileNotFoundError(
+            f"{path} is a folder; expected a config, a Python file such as configs/tabletop.py.{hint}"
+        )
     if not path.is_file():
         folder = path.parent if path.parent.is_dir() else Path("configs")
         names = sorted(str(p) for p in folder.glob("*.py"))

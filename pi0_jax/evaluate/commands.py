@@ -172,8 +172,10 @@ def infer(args: Infer) -> None:
     if args.strategy is None and (args.latency or args.jitter or args.drop):
         raise UserError("--latency, --jitter and --drop need a --strategy, which says what the robot does meanwhile.")
     if args.write_example is not None:
-        save_observation(args.write_example, {**get_robot(load_assets(args.run).policy.robot).example()})
-        print(f"wrote {args.write_example}; fill it in, then: pi0 infer {args.run} --observation {args.write_example}")
+        example = args.write_example
+        example = example if example.suffix == ".npz" else Path(f"{example}.npz")
+        save_observation(example, {**get_robot(load_assets(args.run).policy.robot).example()})
+        print(f"wrote {example}; fill it in, then: pi0 infer {args.run} --observation {example}")
         return
     if args.repeat < 0:
         raise UserError(f"--repeat is {args.repeat}; it has to be at least 0.")

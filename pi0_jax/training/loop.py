@@ -183,7 +183,8 @@ def _train(
     if signal is not None and step < config.num_steps:
         raise Interrupted(step, folder, signal)
     _log.info("done: %s", folder)
-    _log.info("next: pi0 diagnose %s (from held-out episodes), or pi0 report %s (in a simulator)", run_dir, run_dir)
+    unseen = "from held-out episodes" if inputs.validation is not None else "--data FOLDER: none were held out"
+    _log.info("next: pi0 diagnose %s (%s), or pi0 report %s (in a simulator)", run_dir, unseen, run_dir)
     return folder
 
 

@@ -142,6 +142,15 @@ def test_libero_has_its_cameras_state_words_and_rate(tmp_path, run, caplog):
     assert set(robot.cameras) <= set(source.cameras)
 
 
+def test_a_dataset_that_needs_a_config_is_named(tmp_path, run):
+    (tmp_path / "made/meta").mkdir(parents=True)
+    (tmp_path / "made/meta/info.json").write_text("{}")
+    code, _, err = run("made")
+    assert code == 1
+    assert "is a dataset already" in err
+    assert cli.main(["data", "check", "made"]) == 1
+
+
 def test_pictures_of_libero_that_stay_upside_down_are_said(tmp_path, caplog):
     write_libero(tmp_path / "a.hdf5")
     Hdf5Dataset(tmp_path / "a.hdf5", Hdf5Options())

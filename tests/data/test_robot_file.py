@@ -37,6 +37,7 @@ def made(path, text: str) -> Robot:
             ("observation.head.rgb", "observation.side.rgb", "observation.right_wrist.rgb"),
             ("base_0_rgb", "side_rgb", "right_wrist_0_rgb"),
         ),
+        (("left_hand_side", "hand_held", "eye_in_hand"), ("base_0_rgb", "hand_held_rgb", "left_wrist_0_rgb")),
         (("a.rgb", "b.rgb", "a.b.rgb"), ("base_0_rgb", "b_rgb", "a_b_rgb")),
     ],
 )

@@ -71,7 +71,7 @@ def test_a_template_of_an_observation_reads_no_weights(checkpoint_folder, tmp_pa
     for file in (run / "checkpoints/3/params").rglob("*"):
         if file.is_file():
             file.write_bytes(b"")
-    assert cli.main(["infer", str(run), "--write-example", str(tmp_path / "x.npz")]) == 0
+    assert cli.main(["infer", str(run), "--write-example", str(tmp_path / "x")]) == 0
     written = load_observation(tmp_path / "x.npz")
     assert set(written["images"]) == {"top", "tool"}
     assert written["state"].shape == (6,)

@@ -136,6 +136,11 @@ def find_files(root: Path) -> list[Path]:
     if not root.exists():
         raise FileNotFoundError(f"there is no {root}; expected a Python file that sets `config`, or HDF5 files.")
     files = [path for path in ([root] if root.is_file() else root.rglob("*")) if path.suffix in HDF5]
+    if not files and any((root / name).is_file() for name in ("meta/info.json", "features.json")):
+        raise UserError(
+            f"{root} is a dataset already. To bring it to LeRobot 3.0, write a config with this `data.path` and its "
+            "`policy.robot` (docs/your_robot.md): pi0 data convert CONFIG TARGET"
+        )
     if not files:
         raise FileNotFoundError(f"there are no HDF5 files to convert. {explain(root)}")
     return sorted(files, key=lambda path: natural(str(path)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +23,7 @@ from pi0_jax.data.tools.pose_names import FoundPose, find_poses
 from pi0_jax.errors import UserError
 
 SCENE = ("scene", "front", "top", "high", "head", "exterior", "over", "third", "agent", "base", "ego", "image", "side")
-HAND = ("wrist", "hand", "gripper", "tool")
+ON_HAND = re.compile(r"wrist|gripper|tool|hand(?!_?(side|held))")
 ENOUGH, TRIED = 32, 500
 """Episodes that are read, and looked for."""
 FOLLOWS, TOGETHER = 0.3, 0.8
@@ -123,7 +124,7 @@ def _pose_lines(found: Mapping[str, Sequence[FoundPose]]) -> list[str]:
 def propose_cameras(cameras: Sequence[str]) -> dict[str, Proposal]:
     """The model's name for each camera of a dataset. Only a camera on a hand gets the slot of a wrist."""
     words = _short_names(cameras)
-    on_hand = [camera for camera in cameras if any(word in camera.lower() for word in HAND)]
+    on_hand = [camera for camera in cameras if ON_HAND.search(camera.lower())]
     scene = [camera for camera in cameras if camera not in on_hand]
     known = [camera for camera in scene if any(word in words[camera] for word in SCENE)]
     found: dict[str, Proposal] = {}
