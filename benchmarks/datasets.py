@@ -9,8 +9,8 @@ as processes of their own, with a fresh cache folder:
 
     stats           pi0 data stats CONFIG
     first batch     opening, statistics and the first batch, as training does it, after imports
-    first step      pi0 train CONFIG --num-steps 1, a small model: with imports and a checkpoint. The second of two runs,
-                    whose programs are compiled
+    first step      pi0 train CONFIG --num-steps 1, a small model, with imports and a checkpoint: the second of two
+                    runs, whose programs are compiled
 
 Each is a row of a table, and everything is printed as JSON: seconds, CPU seconds (user), the largest resident memory of
 the process, and bytes written outside the run's folder. Files have been read before; made ones were written just now.
