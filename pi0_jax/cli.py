@@ -140,9 +140,10 @@ def _experiment(command: str, args: list[str]) -> tuple[typing.Any, ...]:
     return (config, own.topology) if command == "plan" else (config,)
 
 
-def _flags(kind: type, args: list[str], prog: str) -> typing.Any:
-    """Flags as a dataclass; its docstring, examples included, is the help."""
-    return tyro.cli(kind, args=args, prog=prog, description=(inspect.getdoc(kind) or "").replace("\n\n    ", "\n    "))
+def _flags(kind: type, args: list[str], prog: str, *, fields: bool = False) -> typing.Any:
+    """Flags as a dataclass, whose docstring is the help; with `fields` also the arguments that are no flag of it."""
+    text = (inspect.getdoc(kind) or "").replace("\n\n    ", "\n    ")
+    return tyro.cli(kind, args=args, prog=prog, description=text, return_unknown_args=fields)
 
 
 def _data(args: list[str]) -> int:
@@ -153,9 +154,15 @@ def _data(args: list[str]) -> int:
     if (code := _usage("pi0 data", args, summaries)) is not None:
         return code
     kind, function = SUBCOMMANDS[args[0]]
-    flags = _flags(kind, args[1:], f"pi0 data {args[0]}")
-    config = getattr(flags, "config", None)
-    function(flags, None if config is None else load_config(config, TrainConfig))
+    prog = f"pi0 data {args[0]}"
+    flags, fields = _flags(kind, args[1:], prog, fields=True)
+    path = getattr(flags, "config", None)
+    if fields and (path is None or not any("." in each for each in fields if each.startswith("--"))):
+        _flags(kind, args[1:], prog)  # refuses what is neither a flag nor a field
+    config = None if path is None else load_config(path, TrainConfig)
+    if config is not None and fields:
+        config = parse(config, fields, prog=f"{prog} {path}", description="Fields of the config.")
+    function(flags, config)
     return 0
 
 

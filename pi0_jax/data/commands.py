@@ -39,7 +39,7 @@ class Stats:
     """
 
     config: Config
-    """Python file that sets `config`."""
+    """Python file that sets `config`; its fields can be set behind it, as in --data.path data/mine."""
     output: Path = Path("norm_stats.json")
     """File to write; name it in the config's `data.norm_stats`. openpi reads it too."""
     workers: int | None = None
@@ -62,7 +62,7 @@ class Check:
     """
 
     config: Config
-    """Python file that sets `config`."""
+    """Python file that sets `config`; its fields can be set behind it, as in --data.path data/mine."""
     outside: float = 0.05
     """Largest share of frames beyond 1.5 times the 1 % to 99 % range of a dimension."""
     decode: bool = False
@@ -79,7 +79,7 @@ class Show:
     """
 
     config: Config
-    """Python file that sets `config`."""
+    """Python file that sets `config`; its fields can be set behind it, as in --data.path data/mine."""
     output: Path = Path("data.html")
     """File to write."""
     episodes: int = 4
@@ -99,7 +99,7 @@ class Cache:
     """
 
     config: Config
-    """Python file that sets `config`."""
+    """Python file that sets `config`; its fields can be set behind it, as in --data.path data/mine."""
     output: Path = Path("cache")
     """Folder to write; name it in the config's `data.cache`."""
     jpeg: int | None = None
@@ -296,9 +296,8 @@ def robot_(args: Robot, _: None) -> None:
     print(f"wrote {args.output}; look through it, and set policy.robot to its path. With a recipe of configs/:")
     if keys:
         print(f"data=DataConfig(datasets=(DatasetConfig({args.path!r}, keys={keys}),)) in the config, and")
-        print(f"pi0 train CONFIG --policy.robot {args.output}")
-    else:
-        print(f"pi0 train CONFIG --data.path {args.path} --policy.robot {args.output}")
+    fields = ("" if keys else f"--data.path {args.path} ") + f"--policy.robot {args.output}"
+    print(f"pi0 data check CONFIG {fields}\npi0 train CONFIG {fields}")
 
 
 def _open(

@@ -156,6 +156,17 @@ def test_the_check_finds_missing_frames_and_tasks_without_text(copy, run):
     assert "episode 2, " in err
 
 
+def test_fields_of_the_config_can_be_set_behind_it(dataset, run, capsys):
+    flags = ("--data.path", str(dataset.root))
+    assert run("check", "nowhere", *flags)[0] == run("check", dataset.root)[0]
+    code, printed, _ = run("stats", "nowhere", "--workers", "1", *flags, "--output", "s.json")
+    assert (code, printed.count("wrote s.json")) == (0, 1)
+    for wrong in ("--decod", "--data.pth"):
+        with pytest.raises(SystemExit, match="2"):
+            run("check", dataset.root, wrong, "x")
+        assert wrong in capsys.readouterr().err
+
+
 def test_the_check_finds_what_training_would_refuse(copy, run):
     info = json.loads((copy / "meta/info.json").read_text())
     info["features"][CAMERAS[0]]["shape"] = [96, 96, 3]
