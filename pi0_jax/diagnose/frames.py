@@ -144,12 +144,13 @@ def training_batches(
     rng: np.random.Generator,
 ) -> Iterator[TrainingBatch]:
     """About `count` evenly spaced training frames in random order; other arguments and errors as of `read_chunks`."""
-    with tqdm(total=count, desc="training frames", unit="frame") as bar:
-        for member, dataset in enumerate(datasets):
-            source = dataset.source
-            rows = np.arange(source.num_frames)
-            rows = rows[np.isin(source.episode_of(rows), dataset.training)]
-            rows = rng.permutation(rows[_evenly(len(rows), max(1, count // len(datasets)))])
+    chosen = []
+    for dataset in datasets:
+        rows = np.arange(dataset.source.num_frames)
+        rows = rows[np.isin(dataset.source.episode_of(rows), dataset.training)]
+        chosen.append(rng.permutation(rows[_evenly(len(rows), max(1, count // len(datasets)))]))
+    with tqdm(total=sum(map(len, chosen)), desc="training frames", unit="frame") as bar:
+        for member, (dataset, rows) in enumerate(zip(datasets, chosen, strict=True)):
             reader = BatchReader(dataset, transform, model)
             for part in np.split(rows, range(batch_size, len(rows), batch_size)):
                 yield TrainingBatch(reader(part, np.zeros(len(STAGES))), member, part)
