@@ -195,7 +195,7 @@ def open_source(dataset: DatasetConfig, data: DataConfig, robot: Robot) -> Sourc
         columns = [name for name in source.features if name not in source.cameras]
         raise UserError(
             f"{root} has no {' and no '.join(missing)}; it has {list(source.features)}. Name them in the dataset's "
-            f"`keys`, such as keys={{{missing[0]!r}: 'NAME'}} (`pi0 data robot`: --state, --actions)."
+            f"`keys`, such as keys={{{missing[0]!r}: 'NAME'}}; `pi0 data robot` takes --state and --actions."
             f"{did_you_mean(missing[0], columns)}"
         )
     for name in robot.cameras:

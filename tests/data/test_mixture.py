@@ -275,7 +275,7 @@ def test_names_that_a_dataset_lacks_are_to_be_said_in_its_keys(config, folders):
     datasets = (DatasetConfig(folders[1], keys={"action": "action/xyz"}),)
     with pytest.raises(
         ValueError,
-        match=r"has no observation\.state;.*keys=\{'observation\.state': 'NAME'\}\. Did you mean 'observation/",
+        match=r"has no observation\.state;.*keys=\{'observation\.state': 'NAME'\};.*Did you mean 'observation/",
     ):
         open_datasets(DataConfig(datasets=datasets), config.policy)
 
