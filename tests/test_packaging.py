@@ -9,6 +9,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
@@ -95,3 +97,10 @@ assert cli.main(["serve", {str(tmp_path)!r}]) == 1
     assert done.returncode == 0, done.stderr
     assert "pi0 serve needs prometheus_client, which is not installed: pip install -e '.[serve]'" in done.stderr
     assert "weights of other projects needs einops, which is not installed: pip install -e '.[convert]'" in done.stderr
+
+
+def test_no_link_is_part_of_the_project():
+    listed = subprocess.run(["git", "ls-files", "-s"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    assert [line for line in listed.stdout.splitlines() if line.startswith("120000")] == []
