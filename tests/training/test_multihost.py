@@ -24,6 +24,8 @@ from tests.data.conftest import write
 ROOT = Path(__file__).parents[2]
 STEPS, SAVED = 12, 8
 HEARTBEAT = 10
+PATIENT = ("--hosts.heartbeat-timeout", "100")
+"""For processes that are not to fail while several of them compile at once."""
 
 CONFIG = """
 from pi0_jax.config import *
@@ -159,7 +161,7 @@ def test_two_processes_of_four_devices_give_the_losses_of_one_device_and_their_c
 ):
     run_dir = tmp_path / "eight"
     preset = ("--sharding", str(ROOT / "configs" / "sharding" / "multi_slice.py"))
-    codes, texts, _ = together(config, run_dir, *preset, devices=4)
+    codes, texts, _ = together(config, run_dir, *preset, *PATIENT, devices=4)
     assert codes == [0, 0], texts
     assert "8 x cpu of 2 processes, mesh data 2 x fsdp 4" in texts[0]
     assert f"step {STEPS} of {STEPS}" not in texts[1]  # the first process alone says what both do
@@ -175,8 +177,7 @@ def test_two_processes_of_four_devices_give_the_losses_of_one_device_and_their_c
 
 def test_four_processes_of_two_devices_give_the_losses_of_one_device(config, reference, tmp_path):
     preset = ("--sharding", str(ROOT / "configs" / "sharding" / "fsdp_tensor.py"))
-    patient = ("--hosts.heartbeat-timeout", "100")  # four processes compile at once
-    codes, texts, _ = together(config, tmp_path / "run", *preset, *patient, count=4, devices=2)
+    codes, texts, _ = together(config, tmp_path / "run", *preset, *PATIENT, count=4, devices=2)
     assert codes == [0, 0, 0, 0], texts
     assert "8 x cpu of 4 processes, mesh data 1 x fsdp 4 x tensor 2" in texts[0]
     assert_same_losses(tmp_path / "run", reference, STEPS)
