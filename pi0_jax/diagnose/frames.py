@@ -91,7 +91,7 @@ def read_chunks(
     """
     owner = np.concatenate([np.full(len(each.held_out), i) for i, each in enumerate(datasets)])
     number = np.concatenate([each.held_out for each in datasets])
-    lengths = np.concatenate([np.diff(each.source.ends, prepend=0)[each.held_out] for each in datasets])
+    lengths = np.concatenate([each.source.lengths[each.held_out] for each in datasets])
     chosen, every = choose(lengths, frames, execute, model.action_horizon)
     parts, names = [], []
     with tqdm(total=int((-(-lengths[chosen] // every)).sum()), desc="reading held-out episodes", unit="frame") as bar:

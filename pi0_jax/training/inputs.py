@@ -133,7 +133,7 @@ def open_held_out(
 
 
 def _frames(dataset: OpenDataset, episodes: np.ndarray) -> int:
-    return int(np.diff(dataset.source.ends, prepend=0)[episodes].sum())
+    return int(dataset.source.lengths[episodes].sum())
 
 
 def _normalizations(

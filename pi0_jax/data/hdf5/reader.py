@@ -62,7 +62,7 @@ class Hdf5Dataset(Source):
                 'what the robot does in them: --prompt "fold the towel". Convert folders of several tasks one by one.'
             )
         self.tasks = list(dict.fromkeys(prompts))
-        self._tasks = np.repeat([self.tasks.index(text) for text in prompts], np.diff(self.ends, prepend=0))
+        self._tasks = np.repeat([self.tasks.index(text) for text in prompts], self.lengths)
         _report(root, self._table[0], options)
 
     @property

@@ -201,7 +201,7 @@ class LeRobotDataset(Source):
         kept = vars(self).setdefault("_columns", {})
         if ("offset", camera) not in kept:  # of an episode's frames in the file to those in the dataset
             first = np.array([each.videos[camera].first for each in self._table])
-            kept["offset", camera] = first - np.concatenate([[0], self.ends[:-1]])
+            kept["offset", camera] = first - (self.ends - self.lengths)
         return kept["offset", camera][self.episode_of(rows)] + rows
 
     def _check_video(self, reader: FrameReader, camera: str, episode: int) -> None:

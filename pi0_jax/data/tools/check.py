@@ -150,7 +150,7 @@ def _check_timestamps(dataset: LeRobotDataset) -> list[str]:
     """Rows whose timestamp is not their number in the episode over the rate."""
     stamps, rows = dataset.columns("timestamp").reshape(-1), np.arange(dataset.num_frames)
     episode = dataset.episode_of(rows)
-    starts = np.concatenate([[0], dataset.ends[:-1]])
+    starts = dataset.ends - dataset.lengths
     off = np.abs(stamps - (rows - starts[episode]) / dataset.fps) > 0.5 / dataset.fps
     if not off.any():
         return []

@@ -63,7 +63,7 @@ def some_episodes(dataset: OpenDataset) -> Int[np.ndarray, "e"]:
     """Episodes, evenly spaced, that stand for those to train on where time counts."""
     places = np.linspace(0, len(dataset.training) - 1, min(EPISODES, len(dataset.training)))
     chosen = dataset.training[places.astype(int)]
-    frames = np.cumsum(np.diff(dataset.source.ends, prepend=0)[chosen])
+    frames = np.cumsum(dataset.source.lengths[chosen])
     return chosen[: max(1, int((frames <= FRAMES).sum()))]
 
 

@@ -64,7 +64,7 @@ def _compare(
         low, high = float(values.min()), float(values.max())
     usual = _usual(low, high)
     note = f"{what} is from {low:.3g} to {high:.3g}{f' (a range of {usual})' if usual else ''}"
-    first = values[np.concatenate([[0], dataset.source.ends[:-1]])]
+    first = values[dataset.source.ends - dataset.source.lengths]
     if declared is None:
         return [], f"{note}, at the beginning of most episodes {np.median(first):.3g}"
     opened, closed = declared

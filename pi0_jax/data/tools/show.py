@@ -61,7 +61,7 @@ def _chosen(source: Source, episodes: int) -> list[int]:
 
 def _section(dataset: OpenDataset, episodes: int) -> str:
     source, robot = dataset.source, dataset.robot
-    lengths = np.diff(source.ends, prepend=0)
+    lengths = source.lengths
     facts = {
         "robot": robot.name,
         "episodes": source.num_episodes,
