@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 
@@ -34,6 +34,11 @@ def did_you_mean(name: object, names: Iterable[object], cutoff: float = 0.6) -> 
     """
     close = difflib.get_close_matches(str(name), [str(n) for n in names], n=1, cutoff=cutoff)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def listed(names: Sequence[str], shown: int = 5) -> str:
+    """The first names with commas between them, and how many more there are."""
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
 
 
 def require_package(name: str, extra: str, purpose: str = "this") -> Any:

@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from pi0_jax.errors import UserError, did_you_mean, require_package
+from pi0_jax.errors import UserError, did_you_mean, listed, require_package
 
 
 def test_user_error_is_a_value_error_with_exit_code_one():
@@ -39,3 +39,9 @@ def test_require_package_says_why_an_installed_package_fails(tmp_path, monkeypat
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     with pytest.raises(UserError, match=r"broken_package_of_a_test, which cannot be imported \(No module"):
         require_package("broken_package_of_a_test", "viz")
+
+
+def test_a_long_list_is_cut_with_how_many_are_left():
+    assert listed([]) == ""
+    assert listed(["a", "b"], 2) == "a, b"
+    assert listed(["a", "b", "c", "d"], 2) == "a, b and 2 more"

@@ -27,7 +27,7 @@ from pi0_jax.data.ranges import sampled_frames
 from pi0_jax.data.rlds.reader import RldsDataset, feature_names
 from pi0_jax.data.robots import ROBOTS, Robot, get_robot, semantics_of
 from pi0_jax.data.source import ACTION, STATE, Renamed, Source
-from pi0_jax.errors import UserError, did_you_mean
+from pi0_jax.errors import UserError, did_you_mean, listed
 
 BLOCK = 2**16
 """Samples after which the datasets have had exactly their shares. Shares are multiples of one in so many."""
@@ -224,14 +224,12 @@ def _name_wordless(source: Source, prompt: str | None) -> None:
     names = [source.episodes[e] for e in np.flatnonzero(_wordless(source)).tolist()]
     if not names:
         return
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     _log.warning(
-        "%s: %d of %d episodes have no instruction: %s%s; training leaves them out, unless the dataset has a `prompt`",
+        "%s: %d of %d episodes have no instruction: %s; training leaves them out, unless the dataset has a `prompt`",
         source.root,
         len(names),
         source.num_episodes,
-        ", ".join(names[:5]),
-        more,
+        listed(names),
     )
 
 

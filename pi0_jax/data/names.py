@@ -13,6 +13,7 @@ from typing import Any
 
 from pi0_jax.data.robots import Robot
 from pi0_jax.data.source import ACTION, STATE, Reordered, Source, dimension_names
+from pi0_jax.errors import listed
 
 STATES = ("state", "states", "proprio", "qpos")
 ACTIONS = ("action", "actions")
@@ -87,8 +88,7 @@ def in_robots_order(source: Source, robot: Robot) -> Source:
         order = _order(theirs, ours)
         if order is None and not borrowed:
             pairs = [f"{a} is read as {b}" for a, b in zip(theirs, ours, strict=True) if _plain(a) != _plain(b)]
-            more = f" and {len(pairs) - SHOWN} more" if len(pairs) > SHOWN else ""
-            what = ", ".join(pairs[:SHOWN]) + more
+            what = listed(pairs, SHOWN)
             _log.info("%s: %s has other names than %s, taken as they stand: %s", source.root, feature, robot.name, what)
         elif order is not None and order != sorted(order):
             orders[feature] = order

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Bool, Int, Shaped, UInt8
 
 from pi0_jax.data.pool import behind
-from pi0_jax.errors import UserError, did_you_mean
+from pi0_jax.errors import UserError, did_you_mean, listed
 
 STATE, ACTION, VALID = "observation.state", "action", "valid"
 """Names of the columns we read. `valid`, shape (1,), is optional: 0 where something other than the demonstrator chose
@@ -256,10 +256,7 @@ class Source(abc.ABC):
         reasons: dict[str, list[str]] = {}
         for name, reason in self.skipped.items():
             reasons.setdefault(reason, []).append(name)
-        return [
-            f"{', '.join(names[:shown])}{f' and {len(names) - shown} more' if len(names) > shown else ''}: {reason}"
-            for reason, names in reasons.items()
-        ]
+        return [f"{listed(names, shown)}: {reason}" for reason, names in reasons.items()]
 
     def annotations(self) -> dict[str, int]:
         """Words beside the instructions, such as subtasks: kind → how many there are."""

@@ -19,7 +19,7 @@ from pi0_jax.data.lerobot import layout
 from pi0_jax.data.lerobot.language import Language, make_prompts
 from pi0_jax.data.source import BadEpisode, Number, Rows, Source
 from pi0_jax.data.video import FrameReader, VideoError, decode_picture
-from pi0_jax.errors import UserError
+from pi0_jax.errors import UserError, listed
 
 TIMES_LOOKED_AT = 3
 """Episodes per thread whose times are held against the count of their frames."""
@@ -262,9 +262,8 @@ class LeRobotDataset(Source):
     def _explained(self, error: VideoError, rows: np.ndarray) -> BadEpisode:
         """The error with the episodes of the rows that it concerns."""
         names = [self.episodes[e] for e in np.unique(self.episode_of(rows)).tolist()]
-        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         return BadEpisode(
-            f"{error} This concerns {', '.join(names[:5])}{more} of {self.root}; `without_episodes` of a DatasetConfig "
+            f"{error} This concerns {listed(names)} of {self.root}; `without_episodes` of a DatasetConfig "
             "leaves episodes out."
         )
 

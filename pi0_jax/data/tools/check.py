@@ -16,6 +16,7 @@ from pi0_jax.data.source import ACTION, STATE, Source, Wrapped
 from pi0_jax.data.tools.grippers import check_grippers
 from pi0_jax.data.tools.robot import propose_semantics
 from pi0_jax.data.tools.stats import stats_of
+from pi0_jax.errors import listed
 
 NEARLY_CONSTANT = 1e-6
 """Range, in the robot's units, below which a dimension is constant."""
@@ -142,8 +143,7 @@ def _check_tasks(source: Source) -> list[str]:
         return []
     rows = np.flatnonzero(np.isin(source.task_index, empty))
     episodes = [source.episodes[e] for e in np.unique(source.episode_of(rows))]
-    more = "" if len(episodes) <= SHOWN else f" and {len(episodes) - SHOWN} more"
-    return [f"tasks {empty} have no text; they are those of {', '.join(episodes[:SHOWN])}{more}"]
+    return [f"tasks {empty} have no text; they are those of {listed(episodes, SHOWN)}"]
 
 
 def _check_timestamps(dataset: LeRobotDataset) -> list[str]:

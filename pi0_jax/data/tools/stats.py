@@ -26,7 +26,7 @@ from pi0_jax.data.robots import Robot
 from pi0_jax.data.sketch import Sketch, merge, summarise
 from pi0_jax.data.source import ACTION, FEW_FRAMES, STATE, VALID, Source
 from pi0_jax.data.transform import Sample, adapt, relative_actions, relative_dims
-from pi0_jax.errors import UserError
+from pi0_jax.errors import UserError, listed
 
 _log = logging.getLogger(__name__)
 
@@ -252,10 +252,9 @@ def _summarise_episodes(
         if (bad := ~np.isfinite(values).all(1)).any():
             rows = np.unique(np.searchsorted(ends, np.flatnonzero(bad), side="right"))
             where = [source.episodes[episode] for episode in episodes[rows].tolist()]
-            more = f" and {len(where) - 5} more" if len(where) > 5 else ""
             raise UserError(
-                f"{source.root}: column {name!r} holds NaN or infinity in {bad.sum()} frames, in {', '.join(where[:5])}"
-                f"{more}. Leave these episodes out (`without_episodes` of a DatasetConfig), or record them again."
+                f"{source.root}: column {name!r} holds NaN or infinity in {bad.sum()} frames, in {listed(where)}. "
+                "Leave these episodes out (`without_episodes` of a DatasetConfig), or record them again."
             )
     sample: Sample = {"state": columns[STATE], "actions": columns[ACTION]}
     sample = sample if robot is None else adapt(robot).forward(sample)
