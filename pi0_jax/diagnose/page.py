@@ -11,6 +11,7 @@ import numpy as np
 import PIL.Image
 from jaxtyping import Float, UInt8
 
+from pi0_jax.data.tools.show import small_plots
 from pi0_jax.diagnose.figures import Figures, Use
 from pi0_jax.diagnose.findings import THRESHOLDS, Finding
 from pi0_jax.diagnose.run import Evidence, Moment
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLUMNS = 4
-"""Curves side by side."""
 SIDE = 192
 """Least side of a picture, pixels."""
 PHASES = ("start", "middle", "end")
@@ -134,7 +133,7 @@ def _episode(evidence: Evidence, names: Sequence[str]) -> tuple[bytes, str]:
     means = np.bincount(chunks.episode, evidence.errors, count) / np.bincount(chunks.episode, minlength=count)
     chosen = int(np.argsort(means)[count // 2])
     rows = np.flatnonzero(chunks.episode == chosen)
-    figure, axes = _small_plots(names)
+    figure, axes = _curves(names)
     length = int(chunks.lengths[chosen])
     for i, axis in enumerate(axes):
         demonstrated = evidence.expert[rows, : chunks.every, i].ravel()[:length]
@@ -192,7 +191,7 @@ def _moment(evidence: Evidence, moment: Moment, names: Sequence[str]) -> str:
         for each in moment.neighbours
         for k, (camera, picture) in enumerate(each.pictures.items())
     ]
-    figure, axes = _small_plots(names)
+    figure, axes = _curves(names)
     steps = np.flatnonzero(chunks.valid[i])
     for dim, axis in enumerate(axes):
         axis.plot(steps + 1, evidence.expert[i, steps, dim], color=ORANGE, linewidth=1.2, marker=".")
@@ -231,20 +230,13 @@ def _findings(found: Sequence[Finding]) -> str:
     return f"<ul style='list-style: none; padding: 0'>{lines}</ul><p>Thresholds: {limits}.</p>"
 
 
-def _small_plots(names: Sequence[str]) -> tuple[Figure, list[Axes]]:
+def _curves(names: Sequence[str]) -> tuple[Figure, list[Axes]]:
     """A figure with one small plot per dimension."""
-    from matplotlib.figure import Figure
-
-    lines = -(-len(names) // COLUMNS)
-    figure = Figure(figsize=(9, 1.5 * lines + 0.2), layout="constrained")
-    axes = figure.subplots(lines, COLUMNS, squeeze=False).ravel().tolist()
-    for axis in axes[len(names) :]:
-        axis.set_axis_off()
-    for axis, name in zip(axes, names, strict=False):
-        axis.set_title(name, fontsize=8)
-        axis.tick_params(labelsize=6)
-        axis.locator_params(nbins=4)
-    return figure, axes[: len(names)]
+    figure, axes = small_plots(names, width=9.0, height=1.5, font=8)
+    figure.set_figheight(figure.get_figheight() + 0.2)
+    for axis in axes:
+        axis.locator_params(axis="y", nbins=4)
+    return figure, axes
 
 
 def _enlarged(picture: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "_h _w 3"]:

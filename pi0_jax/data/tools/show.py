@@ -118,7 +118,7 @@ def _sheet(source: Source, first: int, end: int) -> str:
 
 
 def _histograms(values: np.ndarray, names: Sequence[str]) -> str:
-    figure, axes = _small_plots(_labels(names, values))
+    figure, axes = small_plots(_labels(names, values))
     for axis, column in zip(axes, values.T, strict=True):
         axis.hist(column, bins=60, color="tab:blue")
         for quantile in np.quantile(column, [0.01, 0.99]):
@@ -135,7 +135,7 @@ def _curves(dataset: OpenDataset, first: int, end: int) -> str:
         values = source.columns(feature)[first:end]
         for name, column in zip(_labels(names, values), values.T, strict=True):
             lines.setdefault(name, {})[color] = column
-    figure, axes = _small_plots(list(lines))
+    figure, axes = small_plots(list(lines))
     for axis, curves in zip(axes, lines.values(), strict=True):
         for color, column in curves.items():
             axis.plot(seconds, column, color=color, linewidth=1)
@@ -148,18 +148,20 @@ def _labels(names: Sequence[str], values: np.ndarray) -> list[str]:
     return [names[i] if i < len(names) else str(i) for i in range(values.shape[1])]
 
 
-def _small_plots(titles: Sequence[str]) -> tuple[Figure, list[Axes]]:
-    """A figure with one small plot for each title."""
+def small_plots(
+    titles: Sequence[str], width: float = 11.5, height: float = 1.8, font: int = 9
+) -> tuple[Figure, list[Axes]]:
+    """A figure with one small plot for each title. `width` of the figure and `height` of a row are in inches."""
     from matplotlib.figure import Figure
 
     lines = -(-len(titles) // COLUMNS)
-    figure = Figure(figsize=(11.5, 1.8 * lines), layout="constrained")
+    figure = Figure(figsize=(width, height * lines), layout="constrained")
     axes = figure.subplots(lines, COLUMNS, squeeze=False).ravel().tolist()
     for axis in axes[len(titles) :]:
         axis.set_axis_off()
     for axis, title in zip(axes, titles, strict=False):
-        axis.set_title(title, fontsize=9)
-        axis.tick_params(labelsize=7)
+        axis.set_title(title, fontsize=font)
+        axis.tick_params(labelsize=font - 2)
         axis.locator_params(axis="x", nbins=4)
     return figure, axes[: len(titles)]
 
