@@ -1,23 +1,23 @@
-"""π0 on one page: what is learned, and how it acts.
+"""π0 on one page: the training loss and the sampling of a policy.
 
-A policy is an objective on a network. The objective draws, for a batch of demonstrations, points between noise and
-actions; the network says at each of them which way to go; the loss is how wrong it was. To act, a solver follows what
-the network says from noise (t = 1) to actions (t = 0); the paper's τ is 1 - t.
+The network predicts the velocity dx/dt at a noisy action chunk x_t, given the observation and t. In training the
+objective draws noise and a time t per demonstrated chunk: x_t = (1 - t) · actions + t · noise; the loss is the mean
+squared error. To act, a solver integrates the velocity from noise (t = 1) to actions (t = 0). The paper's τ is 1 - t.
 
-The network is a transformer with two sets of weights. The language expert (Gemma 2B) has the tokens of the observation,
-image patches from SigLIP and the prompt; the smaller action expert has the robot's state and a token per action. In
-each layer the tokens of an action attend to the observation's and to one another, and the observation's never to them.
-So training is one pass over everything (`network.joint`), and sampling computes keys and values of the observation once
-(`network.prefill`), against which each solver step runs the action expert alone (`network.velocity`).
+With the default head the network is a transformer with two sets of weights. The language expert (Gemma 2B) has the
+prefix, image patches from SigLIP and the prompt, which see one another only. The smaller action expert has a token per
+action, which sees all tokens, and π0's state token, which sees no actions (π0.5 has the state in the prompt). So
+training is one pass over all tokens (`network.joint`). Sampling computes the prefix's keys and values once
+(`network.prefill`), and each evaluation of the velocity runs the action expert against them (`network.velocity`).
 
     objective = make_objective(policy.objective, policy.model)
     params    = init_params(objective, key)
     value, _  = loss(objective, params, batch, key)
     actions   = sample_actions(objective, params, observation, noise, SampleOptions(sampler=Euler(num_steps=10)))
 
-`objective/__init__.py` says what an `Objective` is, and `objective/gaussian.py` is that of the released weights;
-`model/layers.py` has the network's layers; `sampler/` has the solvers; `training/step.py` is one update, which calls
-draw and loss itself, for microbatches of the draws. Nothing here knows about training runs or robots.
+`objective/gaussian.py` is the objective above; `objective/__init__.py` says what any objective consists of. The network
+is in `model/head/expert.py`, its layers are in `model/layers.py`, the solvers in `sampler/`. `training/step.py` is one
+update: it calls `objective.draw` once per batch and `objective.loss` once per microbatch.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pi0_jax.batch import Batch, Observation
 from pi0_jax.config import PolicyConfig
 from pi0_jax.errors import UserError
 from pi0_jax.objective import Metrics, Objective, Params, SampleOptions
-from pi0_jax.objective import make_objective as make_objective  # for users of this page
+from pi0_jax.objective import make_objective as make_objective  # re-exported
 from pi0_jax.objective.sampling import solver_of
 from pi0_jax.sampler import trajectory
 
@@ -53,7 +53,7 @@ def loss(
 
     Args:
         objective: of `make_objective`.
-        params: of its network.
+        params: of its network, trainable and frozen.
         batch: normalised examples; images uint8 or in [-1, 1].
         key: for noise, times, and whatever else is drawn.
         step: updates made so far; some objectives have a warm-up.
@@ -77,7 +77,7 @@ def sample_actions(
 
     Args:
         objective: of `make_objective`.
-        params: of its network, as trained or folded for sampling (`model.fold`).
+        params: of its network, as trained or rewritten for faster inference (`model/fold.py`).
         observation: images uint8 or in [-1, 1].
         noise: standard normal; the caller draws it.
         options: sampler (10 Euler steps by default), guidance, and for real-time chunking the actions of the previous
@@ -87,7 +87,7 @@ def sample_actions(
         Normalised, padded actions, float32.
 
     Raises:
-        UserError: options that do not suit what was learned.
+        UserError: the objective does not support these options.
     """
     return objective.sample(params, observation, noise, options)
 
@@ -99,20 +99,20 @@ def sample_path(
     noise: Float[Array, "b ah ad"],
     options: SampleOptions,
 ) -> Float[Array, "n b ah ad"]:
-    """The steps + 1 points that noise passes on its way to actions, noise first; arguments of `sample_actions`.
+    """The num_steps + 1 points of a solver from noise to actions, noise first; arguments of `sample_actions`.
 
     Raises:
-        UserError: what was learned is no flow, or the sampler no solver.
+        UserError: the objective or the sampler decodes action tokens.
     """
     if objective.flow is None:
         raise UserError("action tokens are decoded one by one: there is no path from noise to actions.")
-    flow, project = objective.flow(params, observation, options)
+    flow, project = objective.flow(params, observation, options)  # `project` sets the actions that are certain
     keywords: dict[str, Any] = {"features": options.features, "keys": options.keys, "project": project}
     return trajectory(flow, noise, solver_of(options.sampler), **keywords)
 
 
 def sampling_options(policy: PolicyConfig) -> SampleOptions:
-    """How a policy's configuration samples."""
+    """The options that a policy's configuration sets."""
     guidance = policy.guidance
     options = SampleOptions(policy.sampler, real_time=policy.real_time)
     if guidance is None:

@@ -1,15 +1,16 @@
 """The layers as functions of (weights, inputs).
 
-`gemma.py` puts them together: in each layer every expert norms its own tokens and makes queries, keys and values of
-them; all tokens attend to those keys that `mask.py` lets them see, of either expert and of an earlier pass; and every
-expert puts its own feed-forward on top. `siglip.py` stacks `encoder_block`.
+`gemma.py` composes them: in each layer every expert normalises its own tokens and projects them to queries, keys and
+values; attention is shared, over the keys of both experts and those that `prefill` cached, as `mask.py` allows; then
+every expert applies its own output projection and feed-forward. `siglip.py` stacks `encoder_block`.
 
-Weights are dictionaries of arrays as `declare.py` makes them, for training, or folded, as `fold.py` rewrites them for
-faster inference: one matrix of queries, keys and values, no scales of norms, LoRA pairs merged, matrices flattened and
-perhaps in eight bits. Which leaves are there says which it is; the mathematics is the same.
+Weights are dictionaries of arrays, in one of two forms: as `declare.py` makes them, for training, or folded, as
+`fold.py` rewrites them for faster inference: queries, keys and values in one matrix, scales of norms multiplied into
+the matrix that follows, LoRA pairs merged, matrices flattened and perhaps in eight bits. Functions tell the two apart
+by names and shapes of the leaves, and compute the same for both.
 
-Axis letters: b batch · t tokens · d width · n query heads · k key/value heads · h head dim · m modulation, 3 d ·
-l layers · s patches of the image encoder. `_` is any number, such as that of all keys.
+Axis letters: b batch · t tokens · d width · n query heads · k key/value heads · h head dim · m modulation (scale, shift
+and gate, 3 d) · l layers · s patches of the image encoder. `_` is any number, such as that of all keys.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ Weights = dict[str, Any]
 
 
 def linear(x: Float[Array, "..."], w: Weights, dtype: jnp.dtype | None = None) -> Float[Array, "..."]:
-    """x times a kernel, plus a bias; all of the kernel's leading axes but those of the bias are contracted.
+    """x times a kernel `[*inputs, *outputs]`, plus a bias `[*outputs]`.
 
     Args:
-        x: its last axes are the contracted ones.
+        x: its last axes are the inputs, which are contracted.
         w: `kernel` and `bias`.
         dtype: of the product; None: the widest of the three.
     """
@@ -50,25 +51,25 @@ def linear(x: Float[Array, "..."], w: Weights, dtype: jnp.dtype | None = None) -
 
 
 def add(x: Float[Array, "..."], bias: Float[Array, "..."]) -> Float[Array, "..."]:
-    """x plus a bias of its last axes, in the dtype of x."""
+    """x plus a bias, which has its last axes, in the dtype of x."""
     return x + per_channel(bias.astype(x.dtype), x.ndim)
 
 
 def per_channel(w: Float[Array, "..."], ndim: int) -> Float[Array, "..."]:
-    """A weight of the last axes with as many axes as what it goes to."""
+    """A weight with leading axes of size 1 added, up to `ndim` axes: explicit broadcasting along the last axes."""
     return w.reshape((1,) * (ndim - w.ndim) + w.shape)
 
 
 def dot(name: str, x: Float[Array, "b t *d"], w: Weights, scale: float = 1.0) -> Float[Array, "b t *f"]:
-    """Tokens times a weight of an expert, x·W + scale·(x·A)·B with a LoRA pair A, B.
+    """Tokens times a weight of an expert: x·W, and where it has a LoRA pair A, B, x·W + scale·(x·A)·B.
 
     Args:
-        name: of the weight within its layer, as in `lora.EINSUMS`. The result is tagged with it, so that
+        name: of the weight within its layer, such as "attn/q" (`lora.EINSUMS`). The result is tagged with it, so that
             rematerialisation can choose to keep it.
         x: tokens.
-        w: weights of that part of the layer. Of a folded weight, a matrix, the result is `[b t f]`; of others it has
-            the weight's axes.
-        scale: of the pair's product.
+        w: weights of the attention or of the feed-forward. A folded weight is a matrix and gives `[b t f]`; any other
+            gives its own output axes, such as `[b t n h]`.
+        scale: of the LoRA pair's product.
     """
     leaf = name.split("/")[1]
     weight = w[leaf]
@@ -87,7 +88,7 @@ def dot(name: str, x: Float[Array, "b t *d"], w: Weights, scale: float = 1.0) ->
 def layer_norm(
     x: Float[Array, "... d"], w: Weights | None = None, dtype: jnp.dtype | None = None
 ) -> Float[Array, "... d"]:
-    """LayerNorm with statistics in float32; without weights where these are folded into the matrix that follows."""
+    """LayerNorm with statistics in float32; w is None where it is folded into the matrix that follows."""
     x32 = x.astype(jnp.float32)
     mean = jnp.mean(x32, axis=-1, keepdims=True)
     variance = jnp.maximum(0.0, jnp.mean(jnp.square(x32), axis=-1, keepdims=True) - jnp.square(mean))
@@ -101,14 +102,14 @@ def rms_norm(
 ) -> tuple[Float[Array, "b t d"], Float[Array, "#b _ d"] | None]:
     """Root-mean-square norm (arXiv 1910.07467) with Gemma's zero-centred scale: x / rms(x) · (1 + scale).
 
-    Adaptive, as in π0.5: a modulation gives scale, shift and a gate for the residual branch, after adaLN-Zero (Peebles
-    and Xie 2022, arXiv 2212.09748). Statistics are float32.
+    Adaptive, as in π0.5's action expert: scale, shift and a gate for the residual branch come from the flow time
+    (adaLN-Zero, Peebles and Xie 2022, arXiv 2212.09748). Statistics are float32.
 
     Args:
         x: tokens.
-        w: `scale`; without it, it is folded into the matrix that follows. Not read where there is a modulation.
-        modulation: scale, shift and gate side by side: `[m]` for all tokens, `[b m]` per example, or `[b g m]` for g
-            equal runs of tokens, such as one per draw, or one per token.
+        w: `scale`; None where it is folded into the matrix that follows. Not read where there is a modulation.
+        modulation: scale, shift and gate side by side: `[m]` for all tokens, `[b m]` per example, or `[b g m]`, where
+            each of the g serves t / g successive tokens: those of a draw, or one token.
 
     Returns:
         The normalised tokens, and the gate, by which the branch's output is multiplied (None unless adaptive).
@@ -125,7 +126,7 @@ def rms_norm(
 
 
 def per_token(x: Float[Array, "*time m"]) -> Float[Array, "#b #t m"]:
-    """`[m]`, `[b m]` or `[b t m]` with all three axes."""
+    """`[m]`, `[b m]` or `[b t m]` with all three axes, absent ones of size 1."""
     return x[None, None] if x.ndim == 1 else x[:, None] if x.ndim == 2 else x
 
 
@@ -152,7 +153,7 @@ KeysValues = tuple[Float[Array, "b _ k h"], Float[Array, "b _ k h"]]
 
 
 def keys_values(x: Float[Array, "b t d"], w: Weights, by: Rotation, kv_heads: int, lora_scale: float) -> KeysValues:
-    """Keys and values of tokens that are only attended to: without queries."""
+    """Keys and values of tokens that need no queries: in the last layer, the prefix is only attended to."""
     kv = dot("attn/kv", x, w, lora_scale).reshape(*x.shape[:2], 2, kv_heads, -1)
     return _by_heads(rotate(kv[:, :, 0], by), "kv_heads"), _by_heads(kv[:, :, 1], "kv_heads")
 
@@ -160,7 +161,8 @@ def keys_values(x: Float[Array, "b t d"], w: Weights, by: Rotation, kv_heads: in
 def queries_keys_values(
     x: Float[Array, "b t d"], w: Weights, by: Rotation, heads: tuple[int, int], lora_scale: float
 ) -> tuple[Float[Array, "b t n h"], KeysValues]:
-    """Rotated queries, and keys and values. Folded queries carry 1 / sqrt(head dim); `attend` scales others.
+    """Rotated queries, and keys and values. Queries are to be scaled by 1 / sqrt(head dim): folded weights include
+    that factor, otherwise `attend` applies it.
 
     Args:
         x: normalised tokens.
@@ -218,7 +220,7 @@ def _by_heads(x: Float[Array, "b t n h"], axis: str) -> Float[Array, "b t n h"]:
 
 
 Record = Callable[[str, Float[Array, "l b t d"]], None]
-"""Called as record(path of the layers' parameters, residual stream after every layer)."""
+"""Takes activations for analysis: record(path of the layers' parameters, residual stream after every layer)."""
 
 
 def through(layer: Callable[[Any, Any], tuple[Any, Any]], x: Any, weights: Any) -> tuple[Any, Any]:

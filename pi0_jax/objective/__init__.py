@@ -16,7 +16,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from pi0_jax.batch import Batch, Observation
 from pi0_jax.config import ConditionDropout, Independent, ModelConfig, ObjectiveConfig, RealTimeConfig
@@ -28,7 +28,7 @@ from pi0_jax.sampler import Euler, Flow, Sampler
 Params = Any
 """Nested dicts of arrays: a network's parameters."""
 Draws = Any
-"""Tree of arrays, whose first axes count examples and are divided into microbatches alike."""
+"""Tree of arrays. The first axis of each is over examples, and is the one that microbatches divide."""
 Metrics = dict[str, Array]
 
 
@@ -46,7 +46,7 @@ class SampleOptions(NamedTuple):
     keys: Key[Array, "b"] | None = None
     """Random keys, one per chunk, for samplers that draw noise on the way."""
     features: Any = None
-    """What the network computed of the sampler's times beforehand (`Objective.features`)."""
+    """`Objective.features` of the sampler, computed beforehand; None: each step computes its own."""
 
 
 class Objective(NamedTuple):
@@ -54,18 +54,20 @@ class Objective(NamedTuple):
 
     network: Any
     """With `init(key)`, the parameters in boxes that carry logical axis names."""
-    draw: Callable[[Batch, Key[Array, ""], Array | int], tuple[Draws, Float[Array, ""]]]
-    """All randomness of a batch at a step of training: the draws, and how many entries of them the loss counts."""
+    draw: Callable[[Batch, Key[Array, ""], Array | int], tuple[Draws, Int[Array, ""]]]
+    """All randomness of a batch at a step of training. Returns the draws, and the count: the number of entries that
+    are in the loss, which is divided by it."""
     loss: Callable[..., tuple[Float[Array, ""], Metrics]]
     """Of parameters, the draws of any microbatch, the count of the whole batch, and the teacher's parameters if there
     is one. Losses of microbatches add up to that of the batch."""
     sample: Callable[[Params, Observation, Float[Array, "b ah ad"], SampleOptions], Float[Array, "b ah ad"]]
     """Normalised, padded actions, float32, from observations and standard normal noise."""
     flow: Callable[[Params, Observation, SampleOptions], tuple[Flow, Callable[[Chunk], Chunk]]] | None = None
-    """Computes the observation's keys and values, and gives what a solver integrates against them, guidance included;
-    and a function that puts actions that are certain into each point. None: there is nothing to integrate."""
+    """Runs `network.prefill`, and returns what a solver integrates against it, guidance included, and `project`, which
+    sets the certain actions in each point (real-time chunking). None: there is nothing to integrate."""
     features: Callable[[Params, Sampler], Any] | None = None
-    """What the network computes of the sampler's times alone, one row per step: known before any observation."""
+    """What the network computes from the flow time alone (time embedding, modulations of norms), one row per step of
+    the sampler: it is the same for every observation."""
     teacher: str | None = None
     """Checkpoint whose parameters `loss` reads besides."""
 

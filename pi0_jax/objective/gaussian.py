@@ -1,13 +1,13 @@
-"""Flow matching and diffusion: the network says, at a random point between actions and noise, which way the path goes.
+"""Flow matching and diffusion: the network predicts the velocity, noise or data at a random point of a path.
 
-    x_t = alpha(t) · actions + sigma(t) · noise          t drawn at random, noise standard normal
-    loss = | network(observation, x_t, t) - target |²    summed over the entries that count, over their number
+    x_t = alpha(t) · actions + sigma(t) · noise          t drawn at random (`flow/time.py`), noise standard normal
+    loss = | network(observation, x_t, t) - target |²    mean over the entries in the loss mask, of the whole batch
 
-On the straight path of π0, alpha = 1 - t, sigma = t and the target is noise - actions. So t = 1 is noise, and t runs
-against the τ of the paper.
+On π0's straight path alpha = 1 - t and sigma = t, and its target is the velocity dx/dt = noise - actions. So t = 1 is
+noise, and the paper's τ is 1 - t. By default the loss leaves out steps after an episode's end, not padded dimensions.
 
-Several draws of (noise, t) per observation share its tokens, which are most of the work: these are computed once, and
-the action tokens of each draw attend to them and to one another, never to those of another draw.
+An observation may have several draws of (noise, t). Its tokens, most of the work, are then computed once, and the
+action tokens of a draw attend to them and to those of the same draw.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from pi0_jax.objective.sampling import make_flow, sample_flow, time_features
 
 
 class Draws(NamedTuple):
-    """Examples, and what was drawn at random for them. The first axis of every array counts examples."""
+    """Examples, and what was drawn at random for them. The first axis of every array is over examples."""
 
     batch: Batch
     dropout: Float[Array, "b"]
-    """In [0, 1): decides what of the observation is dropped."""
+    """Uniform in [0, 1): decides whether the prompt, the images or both are masked (classifier-free guidance)."""
     noise: Float[Array, "b s ah ad"]
-    """Of s draws per example, for ah actions of ad dimensions."""
+    """Of s draws per example, for ah actions of ad dimensions (padded)."""
     time: Float[Array, "b s"]
     delay: Int[Array, "b s"]
-    """Actions at the chunk's beginning that are given without noise and are not in the loss, so that the network learns
-    to go on from those of a chunk that is being executed (`Gaussian.max_delay`)."""
+    """Number of clean actions: the first of a chunk, given without noise (t = 0) and not in the loss. So the network
+    learns to continue a chunk that is being executed (training-time real-time chunking, `Gaussian.max_delay`)."""
 
 
 def network(config: Gaussian, model: ModelConfig) -> Network:
-    """The network of the model's head.
+    """Checks the settings, and makes the network with the model's head.
 
     Raises:
         UserError: settings that do not go together.
@@ -70,10 +70,10 @@ def network(config: Gaussian, model: ModelConfig) -> Network:
 
 
 def make(config: Gaussian, network: Network) -> Objective:
-    """The objective's functions."""
+    """The objective: how to draw, the loss, and how to sample."""
 
-    def counted(draws: Draws, clean: Bool[Array, "b s ah"]) -> Bool[Array, "b s ah ad"]:
-        """Entries of the chunks that the loss counts."""
+    def mask(draws: Draws, clean: Bool[Array, "b s ah"]) -> Bool[Array, "b s ah ad"]:
+        """The loss mask: that of padding, without clean actions."""
         return chunk_mask(config, draws.batch, draws.noise.shape) & ~clean[..., None]
 
     def draw(batch: Batch, key: Key[Array, ""], step: Int[Array, ""] | int) -> tuple[Draws, Int[Array, ""]]:
@@ -85,25 +85,25 @@ def make(config: Gaussian, network: Network) -> Objective:
             observation = drop(scale_images(batch.observation), draws.dropout, config.dropout)  # as in the loss
             noise = coupled_noise(config.coupling, noise, batch.actions, observation, jax.random.fold_in(key, 3))
         if config.regression_draw or config.regression_warmup_steps:
-            # Without noise and at t = 1 the chunk tells nothing: what is left to learn is the mean of the actions for
-            # that observation, which is plain regression.
+            # At t = 1 without noise x_t is 0 and tells nothing of the actions: what is learned is their mean given the
+            # observation (for a velocity, minus it), which is plain regression.
             first = (jnp.arange(noise.shape[1]) == 0) & config.regression_draw
             regress = first | (jnp.asarray(step) < config.regression_warmup_steps)
             noise = jnp.where(regress[None, :, None, None], 0.0, noise)
             time = jnp.where(regress[None], 1.0, time)
         draws = draws._replace(noise=noise, time=time, delay=delay)
-        return draws, jnp.sum(counted(draws, is_clean(delay, horizon)))
+        return draws, jnp.sum(mask(draws, is_clean(delay, horizon)))
 
     def loss(params: Params, draws: Draws, count: Int[Array, ""]) -> tuple[Float[Array, ""], Metrics]:
         observation = drop(scale_images(draws.batch.observation), draws.dropout, config.dropout)
         noise, time = draws.noise, draws.time
         actions = jnp.broadcast_to(draws.batch.actions[:, None], noise.shape)
         clean = is_clean(draws.delay, noise.shape[2])
-        if config.max_delay:  # a time per action, [b s ah]
+        if config.max_delay:  # a time per action, [b s ah]: clean ones are at t = 0
             time = jnp.where(clean, 0.0, time[..., None])
         x, target = interpolate(config.path, actions, noise, time, config.predicts)
         predicted = network.joint(params, observation, x, time)  # one pass over the observation and all draws
-        return flow_loss(predicted, target, counted(draws, clean), count), {}
+        return flow_loss(predicted, target, mask(draws, clean), count), {}
 
     def flow(params: Params, observation, options: SampleOptions):
         return make_flow(
@@ -123,12 +123,13 @@ def make(config: Gaussian, network: Network) -> Objective:
 
 
 def draw_points(config, batch: Batch, key: Key[Array, ""]) -> Draws:
-    """Noise and times of a batch, as every objective on a path draws them; no action is clean yet.
+    """Noise, times and dropout of a batch, for every objective that learns on a path; with no clean actions.
 
     Args:
         config: with `draws` and `time`.
         batch: normalised examples.
-        key: of this step. Numbers that are folded into it: 2 dropout, 3 coupling, 5 delay, 6 the moving average.
+        key: of this step. Numbers folded into it, here and elsewhere, have to differ: 2 dropout, 3 coupling, 4 spans
+            of shortcut models, 5 delay, 6 rounding of the moving average.
     """
     noise_key, time_key = jax.random.split(key)
     b, horizon, dim = batch.actions.shape
@@ -139,11 +140,11 @@ def draw_points(config, batch: Batch, key: Key[Array, ""]) -> Draws:
 
 
 def chunk_mask(config, batch: Batch, shape: tuple[int, ...]):
-    """Entries of the draws' chunks that the loss counts.
+    """The loss mask as far as padding decides it: True for entries that are in the loss.
 
     Args:
         config: with `mask_padded_steps` and `mask_padded_dims`.
-        batch: with the masks.
+        batch: whose masks say what is padding.
         shape: of the noise, `[b, s, ah, ad]`.
     """
     return loss_mask(
