@@ -28,6 +28,9 @@ class Assets(NamedTuple):
     """SentencePiece model file; None where the user has to bring it."""
     train: TrainConfig | None = None
     """Experiment that made the weights; None for converted ones."""
+    robot: dict[str, Any] | None = None
+    """JSON object of `robot.json`, with the text of the robot's own file as `source` (`data.robot_json`); None where
+    the policy's robot comes with the package."""
 
 
 def load_assets(path: str | Path) -> Assets:
@@ -42,7 +45,10 @@ def load_assets(path: str | Path) -> Assets:
     policy, train, names = _from_json(content, str(step / "assets" / "config.json"))
     stats = read(step, "assets/norm_stats.json") if "norm_stats.json" in names else None
     tokenizer = read(step, "assets/tokenizer.model", bytes) if "tokenizer.model" in names else None
-    return Assets(policy, stats, tokenizer, train)
+    robot = read(step, "assets/robot.json") if "robot.json" in names else None
+    if robot is not None:
+        robot["source"] = read(step, "assets/robot.py", bytes.decode)
+    return Assets(policy, stats, tokenizer, train, robot)
 
 
 def write_assets(folder: str | Path, assets: Assets) -> None:
@@ -58,6 +64,9 @@ def asset_files(assets: Assets) -> dict[str, bytes]:
         files["norm_stats.json"] = to_json(assets.norm_stats)
     if assets.tokenizer is not None:
         files["tokenizer.model"] = assets.tokenizer
+    if assets.robot is not None:
+        files["robot.json"] = to_json({key: value for key, value in assets.robot.items() if key != "source"})
+        files["robot.py"] = str(assets.robot["source"]).encode()
     train = None if assets.train is None else config_json.dump(assets.train)
     if train is not None:
         train.pop("policy")

@@ -86,6 +86,9 @@ class DataConfig:
     """Folder of held-out demonstrations for the validation loss; None skips it, unless `validation_share` says more."""
     datasets: tuple[DatasetConfig, ...] = ()
     """A mixture of datasets."""
+    resample_fps: float | None = None
+    """Frames per second that all datasets are brought to: positions are interpolated, changes summed, pictures those of
+    the nearest frame. None: as they were recorded, and they have to agree."""
     mixed_rates: bool = False
     """Mix datasets of different frames per second as they are: the same number of actions then takes longer in one."""
     validation_share: float = 0.0

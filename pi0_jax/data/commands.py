@@ -20,12 +20,12 @@ from pi0_jax.data.normalization import read_stats_file, save_json, stats_from_js
 from pi0_jax.data.robots import ROBOTS, get_robot
 from pi0_jax.data.source import ACTION, STATE, Source
 from pi0_jax.data.tools.check import check_dataset
-from pi0_jax.data.tools.given import fit_given
+from pi0_jax.data.tools.given import SHOWN, fit_given
 from pi0_jax.data.tools.robot import describe_robot
 from pi0_jax.data.tools.show import show
 from pi0_jax.data.tools.stats import compute_normalizations
 from pi0_jax.data.transform import check_fits
-from pi0_jax.errors import UserError
+from pi0_jax.errors import UserError, listed
 
 Config = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
 
@@ -217,7 +217,7 @@ def _check_given(dataset: OpenDataset, given: dict[str, Any], config: TrainConfi
         fit = fit_given(dataset, stats, policy.normalization, policy.model.action_horizon, dataset.training)
     except UserError as error:
         return [f"{config.data.norm_stats}: {error}"]
-    return [f"{config.data.norm_stats} is far off: {each}" for each in fit.far_off]
+    return [f"{config.data.norm_stats} is far off: {listed(fit.far_off, SHOWN)}"] if fit.far_off else []
 
 
 def _check_fits(dataset: OpenDataset, config: TrainConfig) -> list[str]:
@@ -243,7 +243,8 @@ def cache(args: Cache, config: TrainConfig) -> None:
     """Runs `pi0 data cache`; errors as of `stats`."""
     size = config.policy.model.vision.image_size
     total = frames = 0
-    for dataset in _open(config, args.skip_bad_episodes):
+    as_recorded = dataclasses.replace(config.data, resample_fps=None, mixed_rates=True)
+    for dataset in _open(dataclasses.replace(config, data=as_recorded), args.skip_bad_episodes):
         total += build_cache(
             dataset.source, args.output, list(dataset.cameras), size, args.jpeg, args.workers, ray=args.ray
         )

@@ -23,12 +23,17 @@ def find_dataset(path: str, offline: bool = False, *, videos: bool = True) -> Pa
 
     Raises:
         FileNotFoundError: a dataset of the hub is not in the cache, and the network is not to be asked or out of reach.
-        UserError: `huggingface_hub` is not installed, or the hub refuses.
+        UserError: `huggingface_hub` is not installed, the hub refuses, or the name is none of the hub's.
     """
     if not path.startswith("hf://"):
         return Path(path).expanduser()
+    name = path.removeprefix("hf://").removeprefix("datasets/").strip("/")
+    if name.count("/") != 1:
+        raise UserError(
+            f"{path} names no dataset of the hub; expected hf://owner/name, as in the address of its page, "
+            "huggingface.co/datasets/owner/name."
+        )
     hub: Any = require_package("huggingface_hub", "hub", f"reading {path} from the Hugging Face hub")
-    name = path.removeprefix("hf://").removeprefix("datasets/")
     left_out = None if videos else ["videos/*"]
     try:
         folder = hub.snapshot_download(name, repo_type="dataset", local_files_only=offline, ignore_patterns=left_out)

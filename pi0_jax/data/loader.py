@@ -24,6 +24,7 @@ from jaxtyping import Int
 from pi0_jax.batch import Batch
 from pi0_jax.config import ModelConfig, TrainConfig
 from pi0_jax.data.mixture import FrameOrder, OpenDataset, Stream
+from pi0_jax.data.rates import same_rate
 from pi0_jax.data.robots import Robot
 from pi0_jax.data.source import ACTION, STATE, VALID, Source
 from pi0_jax.data.transform import Transform, to_observation
@@ -291,8 +292,9 @@ def _check_dataset(source: Source, robot: Robot) -> None:
                 f"column {key!r} of {source.root} has shape {shape}; {robot.name} has {len(names)}: "
                 f"{', '.join(names)}. {describe}."
             )
-    if robot.fps is not None and source.fps != robot.fps:
+    if robot.fps is not None and not same_rate(source.fps, robot.fps):
         raise UserError(
-            f"{source.root} has {source.fps} frames per second; {robot.name} acts at {robot.fps}. "
-            f"Actions learnt at one rate do not fit another. {describe}."
+            f"{source.root} has {source.fps} frames per second; {robot.name} acts at {robot.fps}. Actions learnt at "
+            f"one rate do not fit another. --data.resample-fps {robot.fps:g} brings the dataset to that rate. "
+            f"{describe}."
         )

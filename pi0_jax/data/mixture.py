@@ -7,6 +7,7 @@ on anywhere in it.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ from pi0_jax.data.frames import keep_frames
 from pi0_jax.data.lerobot import LeRobotDataset
 from pi0_jax.data.names import in_robots_order, is_depth, log_recognised, recognise
 from pi0_jax.data.ranges import sampled_frames
+from pi0_jax.data.rates import Resampled, log_rate, same_rate
 from pi0_jax.data.rlds.reader import RldsDataset, feature_names
 from pi0_jax.data.robots import ROBOTS, Robot, get_robot, semantics_of
 from pi0_jax.data.source import ACTION, STATE, Renamed, Source
@@ -32,8 +34,6 @@ from pi0_jax.errors import UserError, did_you_mean, listed
 BLOCK = 2**16
 """Samples after which the datasets have had exactly their shares. Shares are multiples of one in so many."""
 
-SAME_RATE = 1.01
-"""Ratio of two rates up to which they are the same, such as 29.97 and 30 frames per second."""
 RLDS_FILES = ("features.json", "*/features.json")
 
 _log = logging.getLogger(__name__)
@@ -81,20 +81,20 @@ def open_datasets(data: DataConfig, policy: PolicyConfig, *, log_skipped: bool =
     found = [open_dataset(dataset, data, policy) for dataset in datasets]
     for dataset in found if log_skipped else ():
         dataset.source.report_skipped()
-    _check_rates(found, data.mixed_rates)
+    _check_rates(found, data.mixed_rates, get_robot(policy.robot))
     return found
 
 
-def _check_rates(datasets: Sequence[OpenDataset], mixed: bool) -> None:
+def _check_rates(datasets: Sequence[OpenDataset], mixed: bool, robot: Robot) -> None:
     """Refuses datasets of different rates, unless they are to be mixed."""
     roots = {float(each.source.fps): each.source.root for each in datasets}
-    if mixed or max(roots) <= SAME_RATE * min(roots):
+    if mixed or same_rate(max(roots), min(roots)):
         return
     rates = ", ".join(f"{fps:g} frames per second in {root}" for fps, root in roots.items())
     raise UserError(
         f"the datasets have different rates: {rates}. As many actions take longer in one than in the other, and a "
-        "robot acts at one rate. Bring them to one rate, or, where they are of different robots, mix them as they are: "
-        "mixed_rates=True in the DataConfig, or `pi0 train CONFIG --data.mixed-rates`."
+        f"robot acts at one rate. Bring them to one, --data.resample-fps {robot.fps or min(roots):g} (resample_fps "
+        "in the DataConfig), or mix them as they are, --data.mixed-rates."
     )
 
 
@@ -126,7 +126,7 @@ def open_dataset(dataset: DatasetConfig, data: DataConfig, policy: PolicyConfig)
     episodes = np.arange(source.num_episodes)
     keys = source.episode_keys() if data.validation_share > 0 else [0] * source.num_episodes
     held_out = np.array([key < data.validation_share * 2**64 for key in keys])
-    worded = np.ones(len(episodes), bool) if dataset.prompt is not None else ~_wordless(source)
+    worded = np.ones(len(episodes), bool) if dataset.prompt is not None else _worded(source)
     if not worded.any():
         raise UserError(
             f"no episode of {source.root} has an instruction: give them one, "
@@ -135,6 +135,12 @@ def open_dataset(dataset: DatasetConfig, data: DataConfig, policy: PolicyConfig)
     semantics, stats = semantics_of(robot, policy.action_semantics), dataset.stats or robot.name
     training, held_out = episodes[worded & ~held_out], episodes[worded & held_out]
     sampled = None if dataset.sample_ranges is None else sampled_frames(source, dataset.sample_ranges)
+    if data.resample_fps is not None and not same_rate(source.fps, data.resample_fps):
+        source = Resampled(source, data.resample_fps, robot, semantics)
+        log_rate(source, robot)
+        sampled = None if sampled is None else source.keeps(sampled)
+        if robot.name != get_robot(policy.robot).name:  # another robot's demonstrations, at the rate of the policy's
+            robot = dataclasses.replace(robot, fps=data.resample_fps)
     return OpenDataset(source, robot, cameras, semantics, dataset.weight, stats, training, held_out, sampled)
 
 
@@ -185,7 +191,8 @@ def open_source(dataset: DatasetConfig, data: DataConfig, robot: Robot) -> Sourc
             without=dataset.without_episodes,
             prompt_from=dataset.prompt_from,
         )
-    _name_wordless(source, dataset.prompt)
+    if dataset.prompt is not None:
+        source.tasks = [task if task.strip() else dataset.prompt for task in source.tasks]
     named = {**(preset.keys if preset else {}), **dataset.keys}
     found = {ours: theirs for ours, theirs in recognise(source.features, robot).items() if ours not in named}
     log_recognised(root, found)
@@ -207,30 +214,23 @@ def open_source(dataset: DatasetConfig, data: DataConfig, robot: Robot) -> Sourc
     return in_robots_order(source, robot)
 
 
-def _wordless(source: Source) -> Bool[np.ndarray, "e"]:
-    """Whether an episode has no instruction in any of its frames."""
+def _worded(source: Source) -> Bool[np.ndarray, "e"]:
+    """Whether an episode has an instruction in any of its frames; the log names those that have none."""
     empty = [i for i, task in enumerate(source.tasks) if not task.strip()]
     if not empty:
-        return np.zeros(source.num_episodes, bool)
+        return np.ones(source.num_episodes, bool)
     with_words = source.episode_of(np.flatnonzero(~np.isin(source.task_index, empty)))
-    return ~np.isin(np.arange(source.num_episodes), with_words)
-
-
-def _name_wordless(source: Source, prompt: str | None) -> None:
-    """Gives episodes without an instruction the one of the configuration, or says which they are."""
-    if prompt is not None:
-        source.tasks = [task if task.strip() else prompt for task in source.tasks]
-        return
-    names = [source.episodes[e] for e in np.flatnonzero(_wordless(source)).tolist()]
-    if not names:
-        return
-    _log.warning(
-        "%s: %d of %d episodes have no instruction: %s; training leaves them out, unless the dataset has a `prompt`",
-        source.root,
-        len(names),
-        source.num_episodes,
-        listed(names),
-    )
+    worded = np.isin(np.arange(source.num_episodes), with_words)
+    if names := [source.episodes[e] for e in np.flatnonzero(~worded).tolist()]:
+        _log.warning(
+            "%s: %d of %d episodes have no instruction: %s; training leaves them out, unless the dataset has a "
+            "`prompt`",
+            source.root,
+            len(names),
+            source.num_episodes,
+            listed(names),
+        )
+    return worded
 
 
 class Stream:

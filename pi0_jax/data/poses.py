@@ -171,6 +171,22 @@ def absolute(poses: Float[np.ndarray, "... 9"], anchor: Float[np.ndarray, "... 9
     return rows.reshape(poses.shape)
 
 
+def between(
+    before: Float[np.ndarray, "n 9"], after: Float[np.ndarray, "n 9"], weight: Float[np.ndarray, "n"]
+) -> Float[np.ndarray, "n 9"]:
+    """Poses in the model's numbers on the way from one to another: a straight line, and an even turn the short way.
+
+    `weight` is the share of the way, 0 to 1.
+    """
+    from scipy.spatial.transform import Rotation
+
+    first, last = _orthonormal(before[:, 3:]), _orthonormal(after[:, 3:])
+    turn = Rotation.from_matrix(np.swapaxes(first, -1, -2) @ last).as_rotvec()
+    matrix = first @ Rotation.from_rotvec(weight[:, None] * turn).as_matrix()
+    position = before[:, :3] + weight[:, None] * (after[:, :3] - before[:, :3])
+    return np.concatenate([position, _columns(matrix)], axis=-1)
+
+
 def _rows(poses: Float[np.ndarray, "... 9"]) -> Float[np.ndarray, "... 3 3"]:
     """Position and the two columns as rows: vectors that a rotation turns alike."""
     return np.array(poses, np.float64).reshape(*poses.shape[:-1], 3, 3)

@@ -16,7 +16,7 @@ from pi0_jax import checkpoint
 from pi0_jax.atomic import written
 from pi0_jax.config import DataConfig
 from pi0_jax.data.mixture import OpenDataset, open_datasets
-from pi0_jax.data.robots import get_robot
+from pi0_jax.data.robot_json import kept_robot
 from pi0_jax.diagnose import run
 from pi0_jax.diagnose.findings import findings
 from pi0_jax.diagnose.page import ICONS, diagnosis_page
@@ -113,7 +113,7 @@ def open_data(assets: checkpoint.Assets, args: Diagnose) -> tuple[list[OpenDatas
         UserError: there are no held-out episodes.
         FileNotFoundError: they are not here.
     """
-    policy, robot = assets.policy, get_robot(assets.policy.robot)
+    policy, robot = assets.policy, kept_robot(assets.policy.robot, assets.robot)
     data = DataConfig() if assets.train is None else assets.train.data
     training: list[OpenDataset] | None = None
     try:

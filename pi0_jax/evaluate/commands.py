@@ -16,7 +16,8 @@ import tyro
 
 from pi0_jax.checkpoint import load_assets, resolve, run_folder
 from pi0_jax.config_file import parse
-from pi0_jax.data.robots import RawObservation, get_robot
+from pi0_jax.data.robot_json import kept_robot
+from pi0_jax.data.robots import RawObservation, Robot
 from pi0_jax.errors import UserError, require_package
 from pi0_jax.evaluate.latency import STRATEGIES, Latency, describe, simulate, summary
 from pi0_jax.evaluate.page import encode_mp4, hold_last
@@ -174,7 +175,7 @@ def infer(args: Infer) -> None:
     if args.write_example is not None:
         example = args.write_example
         example = example if example.suffix == ".npz" else Path(f"{example}.npz")
-        save_observation(example, {**get_robot(load_assets(args.run).policy.robot).example()})
+        save_observation(example, {**_robot(args.run).example()})
         print(f"wrote {example}; fill it in, then: pi0 infer {args.run} --observation {example}")
         return
     if args.repeat < 0:
@@ -279,7 +280,12 @@ def record(args: Record) -> None:
 
 def _env(args: Infer | Report) -> str:
     """The simulator that is named, or the first of the policy's robot."""
-    return args.env or find_simulator(get_robot(load_assets(args.run).policy.robot).name)
+    return args.env or find_simulator(_robot(args.run).name)
+
+
+def _robot(run: Path) -> Robot:
+    assets = load_assets(run)
+    return kept_robot(assets.policy.robot, assets.robot)
 
 
 def _changes(args: Infer) -> dict[str, Any]:

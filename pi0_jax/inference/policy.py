@@ -22,6 +22,7 @@ from pi0_jax.config import Guidance, ModelConfig, PolicyConfig, RealTimeConfig
 from pi0_jax.config.model import Dtype, Kernel
 from pi0_jax.config.replace import replace
 from pi0_jax.data.normalization import Normalization, Stats, semantics_from_json, stats_from_json
+from pi0_jax.data.robot_json import kept_robot
 from pi0_jax.data.robots import Robot, get_robot, semantics_of
 from pi0_jax.data.tokenizer import Tokenizer
 from pi0_jax.data.transform import ANCHORS, RawObservation, Sample, check_observation, make_transform, to_observation
@@ -66,14 +67,24 @@ class Policy:
         stats: normalisation statistics of the robot's demonstrations.
         tokenizer: the one that the weights were trained with.
         folded: run folded parameters (`model.fold`); the numbers are the same.
+        robot: as a checkpoint keeps it; None: the one that `config` names.
 
     Raises:
         UserError: statistics, tokenizer or cameras do not fit the robot or the model, or settings do not go together.
     """
 
-    def __init__(self, config: PolicyConfig, read: Read, stats: Stats, tokenizer: Tokenizer, *, folded: bool = True):
+    def __init__(
+        self,
+        config: PolicyConfig,
+        read: Read,
+        stats: Stats,
+        tokenizer: Tokenizer,
+        *,
+        folded: bool = True,
+        robot: Robot | None = None,
+    ):
         self.config = config
-        self.robot: Robot = get_robot(config.robot)
+        self.robot: Robot = robot or get_robot(config.robot)
         self.tokenizer, self.stats = tokenizer, stats
         self.normalization = Normalization(stats, semantics_of(self.robot, config.action_semantics))
         self._transform = make_transform(config, self.robot, self.normalization, tokenizer)
@@ -133,8 +144,9 @@ class Policy:
         changes |= {"real_time": real_time, "execute_steps": execute_steps, "action_semantics": semantics}
         config = replace(assets.policy, {name: value for name, value in changes.items() if value is not None})
         report_kernel(config.model.attention, config.model.dtype)
-        stats, tokenizer = stats_from_json(assets.norm_stats, config.robot), Tokenizer(assets.tokenizer)
-        policy = cls(config, from_checkpoint(path, config), stats, tokenizer, folded=folded)
+        robot = kept_robot(config.robot, assets.robot)
+        stats, tokenizer = stats_from_json(assets.norm_stats, robot.name), Tokenizer(assets.tokenizer)
+        policy = cls(config, from_checkpoint(path, config), stats, tokenizer, folded=folded, robot=robot)
         if bits is not None:
             policy.quantize(bits)
         return policy

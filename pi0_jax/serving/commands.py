@@ -126,7 +126,7 @@ def _backend(args: Serve, stack: contextlib.ExitStack) -> RobotPolicy | Fleet:
     else:
         backend = RobotPolicy(Policy.load(args.run, **load), **options)
     if args.protocol == "roboarena":
-        backend.metadata = describe_for_roboarena(backend.config)
+        backend.metadata = describe_for_roboarena(backend.config, backend.robot)
     return backend
 
 

@@ -17,7 +17,7 @@ from ray import serve  # pyright: ignore[reportMissingImports]
 from ray.exceptions import RayActorError  # pyright: ignore[reportMissingImports]
 
 from pi0_jax import checkpoint
-from pi0_jax.data.robots import get_robot
+from pi0_jax.data.robot_json import kept_robot
 from pi0_jax.inference.policy import Policy, check_batch_sizes
 from pi0_jax.serving.backend import Session
 from pi0_jax.serving.robot_policy import RobotPolicy, ValidatedRequest, describe, validate_request
@@ -58,10 +58,11 @@ class Fleet:
     """
 
     def __init__(self, run: Path, replicas: int, gpus: float = 0.0, *, load: dict[str, Any], options: dict[str, Any]):
-        config = checkpoint.load_assets(run).policy
-        self._robot, self._options = get_robot(config.robot), options
+        assets = checkpoint.load_assets(run)
+        config = assets.policy
+        self.robot, self._options = kept_robot(config.robot, assets.robot), options
         self.config, self.parallel, self.batch_sizes = config, replicas, check_batch_sizes(options["batch_sizes"])
-        self.metadata = describe(config, options.get("real_time", False))
+        self.metadata = describe(config, self.robot, options.get("real_time", False))
         # A cluster of our own listens on this machine alone, since Ray's ports have no token.
         own: dict[str, Any] = {} if "RAY_ADDRESS" in os.environ else {"_node_ip_address": "127.0.0.1"}
         ray.init(include_dashboard=False, log_to_driver=False, ignore_reinit_error=True, **own)
@@ -78,9 +79,7 @@ class Fleet:
 
     def validate(self, request: Any) -> ValidatedRequest:
         """As `PolicyBackend.validate`."""
-        return validate_request(
-            request, self._robot, self._options.get("prompt"), self._options.get("real_time", False)
-        )
+        return validate_request(request, self.robot, self._options.get("prompt"), self._options.get("real_time", False))
 
     def infer_batch(
         self, observations: Sequence[ValidatedRequest], sessions: Sequence[Session]

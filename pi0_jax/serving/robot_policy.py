@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pi0_jax.config import PolicyConfig
-from pi0_jax.data.robots import Robot, get_robot
+from pi0_jax.data.robots import Robot
 from pi0_jax.data.transform import RawObservation, check_observation
 from pi0_jax.errors import UserError
 from pi0_jax.inference.policy import Policy, check_batch_sizes
@@ -73,8 +73,8 @@ class RobotPolicy:
         real_time: bool = False,
     ):
         self.policy, self.prompt, self.seed, self.real_time = policy, prompt, seed, real_time
-        self.config, self.batch_sizes = policy.config, check_batch_sizes(batch_sizes)
-        self.metadata = describe(policy.config, real_time)
+        self.config, self.robot, self.batch_sizes = policy.config, policy.robot, check_batch_sizes(batch_sizes)
+        self.metadata = describe(policy.config, policy.robot, real_time)
 
     def warm_up(self) -> dict[int, float]:
         """Compiles programs for each batch size and length of prompts; returns seconds by batch size."""
@@ -126,9 +126,8 @@ def _noise_keys(kind, words):
     return jnp.stack([jax.random.fold_in(key, words[1]), key, jax.random.wrap_key_data(words)])[kind]
 
 
-def describe(config: PolicyConfig, real_time: bool = False) -> dict[str, Any]:
+def describe(config: PolicyConfig, robot: Robot, real_time: bool = False) -> dict[str, Any]:
     """A policy's metadata for clients: its robot, what to send and what comes back."""
-    robot = get_robot(config.robot)
     metadata = {
         "robot": robot.name,
         "cameras": [camera for camera in robot.cameras.values() if camera in config.model.cameras],
@@ -144,11 +143,11 @@ def describe(config: PolicyConfig, real_time: bool = False) -> dict[str, Any]:
     return metadata | ({"reset_pose": list(robot.clients.reset_pose)} if robot.clients.reset_pose else {})
 
 
-def describe_for_roboarena(config: PolicyConfig) -> dict[str, Any]:
+def describe_for_roboarena(config: PolicyConfig, robot: Robot) -> dict[str, Any]:
     """The metadata in RoboArena's words; its clients allow no others. UserError if the robot is not RoboArena's."""
-    space = get_robot(config.robot).clients.action_space
+    space = robot.clients.action_space
     if space is None:
-        raise UserError(f"RoboArena's robots are DROID's; this policy is for {config.robot!r}.")
+        raise UserError(f"RoboArena's robots are DROID's; this policy is for {robot.name!r}.")
     size = config.model.vision.image_size
     return {
         "image_resolution": [size, size],

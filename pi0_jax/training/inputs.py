@@ -24,11 +24,12 @@ from pi0_jax.data.normalization import (
     semantics_from_json,
     stats_to_json,
 )
+from pi0_jax.data.robot_json import robot_to_json
 from pi0_jax.data.tokenizer import Tokenizer
-from pi0_jax.data.tools.given import fit_given, some_episodes
+from pi0_jax.data.tools.given import SHOWN, fit_given, some_episodes
 from pi0_jax.data.tools.stats import compute_normalizations
 from pi0_jax.data.transform import make_transform
-from pi0_jax.errors import UserError
+from pi0_jax.errors import UserError, listed
 from pi0_jax.training.resolve import Run
 from pi0_jax.training.step import Augment
 
@@ -97,7 +98,13 @@ def load_inputs(run: Run, *, resumed: Assets | None = None, initial: Assets | No
         validation()  # decodes the videos, and fails, now rather than in the middle of the run
     return Inputs(
         stats=stats,
-        assets=Assets(config.policy, stats_to_json(stats, groups, semantics), tokenizer.model, config),
+        assets=Assets(
+            config.policy,
+            stats_to_json(stats, groups, semantics),
+            tokenizer.model,
+            config,
+            robot_to_json(config.policy.robot),
+        ),
         loader=make_loader(transformed(datasets), config, run.rows),
         validation=validation,
         augment=make_augment(config.augment, robot, stats, policy.normalization, config.policy.model.cameras),
@@ -170,7 +177,7 @@ def _check_given(dataset: OpenDataset, stats: Stats, config: TrainConfig) -> Non
     _log.info("%s: %.0f %% of the values outside [-1, 1], the largest %.3g", what, 100 * fit.outside, fit.largest)
     if not fit.far_off:
         return
-    found = f"{what} far off: {', '.join(fit.far_off)}"
+    found = f"{what} far off: {listed(fit.far_off, SHOWN)}"
     if config.data.trust_norm_stats:
         _log.warning("%s; data.trust_norm_stats is set", found)
         return

@@ -72,7 +72,7 @@ def _run(run: Run) -> Path:
     everywhere = dataclasses.replace(config, hosts=HostsConfig())  # each process has its own address
     multihost.require_same("configuration and newest checkpoint", repr((everywhere, source)).encode())
     resumed = None if source is None else checkpoint.load_assets(source)
-    initial = None if config.init_from is None or source is not None else checkpoint.load_assets(config.init_from)
+    initial = None if config.init_from is None or source is not None else _initial(config.init_from)
     with multihost.first_before_others("demonstrations"):
         inputs = load_inputs(run, resumed=resumed, initial=initial)
     multihost.require_same("the demonstrations", repr((inputs.assets.norm_stats, inputs.assets.tokenizer)).encode())
@@ -94,6 +94,17 @@ def _run(run: Run) -> Path:
             state = restore(source, program.shapes)
             inputs.loader.set_state(checkpoint.load_data_state(source))
         return _train(run, program, state, teacher_params, inputs, writer)
+
+
+def _initial(path: str) -> checkpoint.Assets:
+    """The assets of the checkpoint that a run starts from."""
+    try:
+        return checkpoint.load_assets(path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"`init_from`: {error}. Released weights are converted once: pi0 convert pi05_base {path} --tokenizer "
+            "paligemma_tokenizer.model (docs/checkpoints.md)."
+        ) from error
 
 
 def restore(folder: Path, shapes: TrainState) -> TrainState:

@@ -67,6 +67,17 @@ def test_a_far_dimension_is_named_with_its_numbers(dataset, own):
     assert found.startswith("actions gripper.pos (")
 
 
+@pytest.mark.parametrize("mode", ["zscore", "quantile"])
+def test_statistics_that_squeeze_most_dimensions_are_named(dataset, own, mode):
+    """Radians by statistics of degrees; a single joint that a task leaves alone is none of it."""
+    wide = {key: entry._replace(**{k: 57.3 * v for k, v in entry._asdict().items()}) for key, entry in own.items()}
+    found = fit(dataset, wide, mode).far_off
+    assert {name.split(" (")[0] for name in found} == {f"{key} {name}" for key in own for name in NAMES}
+    assert re.fullmatch(r"state \S+ \(98 % of the values in 0\.0\d+ of \[-1, 1\]\)", found[0])
+    alone = own["state"]._replace(**{k: np.array([57.3 * v[0], *v[1:]]) for k, v in own["state"]._asdict().items()})
+    assert fit(dataset, own | {"state": alone}, mode).far_off == []
+
+
 def test_relative_actions_are_held_against_their_differences(dataset, own):
     absolute = dataset._replace(semantics=(*["absolute"] * 5, "gripper"))
     assert fit(absolute, own).largest > 1.5 * fit(dataset, own).largest
@@ -126,3 +137,18 @@ def test_the_check_command_names_them(dataset, own, tmp_path, monkeypatch, capsy
     error = capsys.readouterr().err
     assert "norm_stats.json is far off: state elbow_flex.pos (100% outside" in error
     assert NAMES[0] not in error
+
+
+def test_many_far_dimensions_are_one_problem(dataset, own, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    moved = {key: entry._replace(mean=entry.mean + 50 * entry.std) for key, entry in own.items()}
+    save_json(stats_to_json(moved), tmp_path / "norm_stats.json")
+    (tmp_path / "config.py").write_text(
+        "from pi0_jax.config import *\n"
+        "config = TrainConfig(policy=PolicyConfig(robot='so101'), "
+        f"data=DataConfig({str(dataset.source.root)!r}, norm_stats='norm_stats.json'))\n"
+    )
+    assert cli.main(["data", "check", "config.py"]) == 1
+    error = capsys.readouterr().err
+    assert error.count("is far off") == 1
+    assert " and 4 more" in error

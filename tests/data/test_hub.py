@@ -66,9 +66,10 @@ def test_what_is_not_in_the_cache_is_named_with_the_way_to_it(cached, capsys):
         find_dataset("hf://owner/other")
 
 
-def test_a_name_that_the_hub_cannot_have_is_named(cached):
-    with pytest.raises(ValueError, match=r"hf://a/b/c cannot be fetched.*hf://owner/name"):
-        find_dataset("hf://a/b/c", offline=True)
+@pytest.mark.parametrize("name", ["a/b/c", "lerobot", "datasets/arm"])
+def test_a_name_that_the_hub_cannot_have_is_named(name):
+    with pytest.raises(ValueError, match=rf"hf://{name} names no dataset of the hub; expected hf://owner/name"):
+        find_dataset(f"hf://{name}", offline=True)
 
 
 def test_a_file_that_the_snapshot_lacks_is_named(cached, config):

@@ -267,6 +267,12 @@ def test_the_hub_is_asked_only_for_its_own_paths(tmp_path, monkeypatch):
             r"line 2 of .*episodes\.jsonl is .* with episode_index and length",
         ),
         ("tasks.jsonl", '"task": "push', '"text": "push', r"line 2 of .*tasks\.jsonl is .* with task_index and task"),
+        (
+            "tasks.jsonl",
+            '"task_index": 1',
+            '"task_index": 3',
+            r"has no task 1, of 0 to 3\. .*{task_index: 1, task: ''}",
+        ),
         ("info.json", '"fps"', '"rate"', r"info\.json lacks \['fps'\]"),
         ("info.json", '"fps": 5', '"fps": 0', r"gives 0 frames per second"),
         ("info.json", '"video_path"', '"path"', r"video, and no `video_path`"),

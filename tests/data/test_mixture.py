@@ -240,6 +240,36 @@ def test_different_rates_are_refused_unless_they_are_to_be_mixed(config, tmp_pat
     assert len(open_datasets(DataConfig(datasets=datasets, mixed_rates=True), config.policy)) == 2
 
 
+def test_a_mixture_is_brought_to_one_rate(config, tmp_path, caplog):
+    caplog.set_level("INFO")
+    slow, fast = write(tmp_path / "slow", (0, 1)), record(tmp_path / "fast")
+    datasets = (DatasetConfig(str(slow)), DatasetConfig(str(fast), robot="so101"))
+    cameras = {"cameras": ("top", "base_0_rgb"), "action_horizon": 4}
+    policy = dataclasses.replace(config.policy, model=dataclasses.replace(config.policy.model, **cameras))
+    data = DataConfig(datasets=datasets, resample_fps=5)
+    own, other = open_datasets(data, policy)
+    assert isinstance(own.source, LeRobotDataset)  # it has that rate
+    assert (other.source.fps, other.robot.fps) == (5, 5)
+    assert "fast: from 30 to 5 frames per second; actions are shoulder_pan.pos" in caplog.text
+    recorded = LeRobotDataset(fast)
+    np.testing.assert_array_equal(
+        other.source.columns("observation.state")[:4], recorded.columns("observation.state")[:24:6]
+    )
+    groups = compute_normalizations([own, other], 4)  # of what a chunk of that rate holds
+    alone = compute_normalizations(open_datasets(DataConfig(str(fast)), dataclasses.replace(policy, robot="so101")), 4)
+    assert (groups["so101"].stats["actions"].std[:5] > 1.5 * alone["so101"].stats["actions"].std[:5]).all()
+    tokenizer = Tokenizer.train(own.source.tasks + other.source.tasks, 512)
+    parts = [(part, make_transform(policy, part.robot, groups[part.stats], tokenizer)) for part in (own, other)]
+    assert take(make_loader(parts, dataclasses.replace(config, policy=policy, data=data)), 1)[0].actions.shape == (
+        6,
+        4,
+        8,
+    )
+    (wrong,) = open_datasets(DataConfig(str(fast), resample_fps=5), dataclasses.replace(policy, robot="so101"))
+    with pytest.raises(UserError, match=r"so101 acts at 30.*--data\.resample-fps 30"):
+        make_loader([(wrong, parts[1][1])], dataclasses.replace(config, policy=policy))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from pi0_jax.config import Compact, Cosine, Gaussian, Guidance, RealTimeConfig, Shortcut, Tokens
-from pi0_jax.data.normalization import stats_to_json
+from pi0_jax.data.normalization import Normalization, NormStats, stats_to_json
+from pi0_jax.data.poses import Pose
+from pi0_jax.data.robot_json import robot_to_json
 from pi0_jax.errors import UserError
 from pi0_jax.inference.policy import Policy, prompt_lengths
 from pi0_jax.inference.sampler import check_policy
@@ -98,6 +100,38 @@ def test_weights_without_statistics_are_refused(tmp_path):
     run = save_tiny_checkpoint(tmp_path, norm_stats=None)
     with pytest.raises(ValueError, match=r"holds weights but no norm_stats\.json"):
         Policy.load(run)
+
+
+ARM = """
+from pi0_jax.data.robots import Pose, Poses, Robot
+
+names = ("x", "y", "z", "rx", "ry", "rz")
+ROBOT = Robot("arm", {"front": "top"}, names, names, 10, (16, 16), semantics=("relative",) * 6,
+              poses=Poses((Pose(0, "axis_angle"),), (Pose(0, "axis_angle"),)))
+"""
+
+
+def test_a_policy_of_poses_is_loaded_without_its_robots_file(tmp_path):
+    path = tmp_path / "arm.py"
+    path.write_text(ARM)
+    policy = dataclasses.replace(TINY, robot=str(path), model=dataclasses.replace(TINY.model, action_dim=9))
+    stats = {key: NormStats(np.zeros(9), np.ones(9)) for key in ("state", "actions")}
+    semantics = {"arm": ("relative",) * 6}
+    groups = {name: Normalization(stats, semantics["arm"]) for name in ("arm", "other")}
+    changes = {"norm_stats": stats_to_json(stats, groups, semantics), "robot": robot_to_json(str(path))}
+    run = save_tiny_checkpoint(tmp_path / "run", policy=policy, **changes)
+    observation = {
+        "images": {"top": np.zeros((16, 16, 3), np.uint8)},
+        "state": np.array([0.1, 0.2, 0.3, 0.0, 3.0, 0.0], np.float32),
+        "prompt": "go",
+    }
+    before = Policy.load(run).infer(observation)
+    path.unlink()
+    loaded = Policy.load(run)
+    assert loaded.robot.poses.state == (Pose(0, "axis_angle"),)
+    np.testing.assert_array_equal(loaded.infer(observation), before)
+    path.write_text(ARM.replace("axis_angle", "euler_xyz"))  # for the next policy
+    np.testing.assert_array_equal(Policy.load(run).infer(observation), before)
 
 
 def test_missing_foreign_and_truncated_checkpoints_are_refused(tmp_path, checkpoint_folder):

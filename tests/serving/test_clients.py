@@ -119,7 +119,7 @@ def test_inspect_robots_franka_acts_by_a_droid_policy(droid, tmp_path):
 
 def test_roboarenas_protocol_works(droid):
     served = RobotPolicy(droid, (1,))
-    served.metadata = describe_for_roboarena(droid.config)
+    served.metadata = describe_for_roboarena(droid.config, droid.robot)
     rng = np.random.default_rng(1)
     names = ("observation/exterior_image_0_left", "observation/exterior_image_1_left", "observation/wrist_image_left")
     frame = {name: rng.integers(0, 256, (16, 16, 3), np.uint8) for name in names[1:]}

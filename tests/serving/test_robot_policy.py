@@ -185,7 +185,7 @@ def test_malformed_requests_are_refused():
 
 def test_roboarenas_metadata_are_for_droid_alone(policy):
     with pytest.raises(ValueError, match="this policy is for 'tabletop'"):
-        describe_for_roboarena(policy.config)
+        describe_for_roboarena(policy.config, policy.robot)
 
 
 def test_the_command_logs_json_and_ends_with_0_on_sigterm(checkpoint_folder, tmp_path):

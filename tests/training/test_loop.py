@@ -184,7 +184,7 @@ def test_overwrite_starts_anew_but_deletes_nothing_before_the_data_is_known_to_b
         ({"batch_size": 12}, "--batch-size 8"),
         ({"optim": OptimConfig(decay_steps=9)}, r"--optim\.warmup-steps"),
         ({"policy": PolicyConfig(robot="tabletpo")}, "Did you mean 'tabletop'"),
-        ({"init_from": "nowhere"}, "no checkpoint at"),
+        ({"init_from": "nowhere"}, "no checkpoint at.*pi0 convert pi05_base nowhere --tokenizer"),
     ],
 )
 def test_a_config_that_cannot_work_is_refused_before_anything_is_compiled(fresh, fields, message):

@@ -23,7 +23,7 @@ from pi0_jax.config import PolicyConfig, TrainConfig
 from pi0_jax.convert import remote
 from pi0_jax.convert.lazy import LazyArray, LazyArrays, read_all
 from pi0_jax.convert.verify import Runner
-from pi0_jax.data.robots import get_robot
+from pi0_jax.data.robot_json import robot_to_json
 from pi0_jax.data.tokenizer import Tokenizer
 from pi0_jax.errors import UserError
 
@@ -62,7 +62,7 @@ class Overrides(Hints):
     lora_scale: float | None = None
     """Factor of attention's adapters, alpha / rank."""
     robot: str | None = None
-    """Name of the robot in `pi0_jax.data.robots`."""
+    """Name of the robot in `pi0_jax.data.robots`, or the Python file of one."""
     state_in_prompt: bool | None = None
     """False for a π0.5 that does not see the state, which no tensor shows: openpi's `pi05_libero`
     (discrete_state_input=False)."""
@@ -92,6 +92,8 @@ class OpenCheckpoint(NamedTuple):
     """The weights that adapters are for: as they were named, and where they are on this machine."""
     names: Mapping[str, str] = MappingProxyType({})
     """Path to what the source calls its tensors, `*` for the layers, where it calls them otherwise."""
+    robot: dict[str, Any] | None = None
+    """What a checkpoint keeps of a robot that a file describes (`data.robot_json`)."""
 
 
 class Format(NamedTuple):
@@ -183,8 +185,8 @@ def open_checkpoint(path: str | Path, overrides: Overrides = Overrides(), offlin
     if overrides.tokenizer is not None:
         opened = opened._replace(tokenizer=Tokenizer.from_file(overrides.tokenizer).model)
     if overrides.robot is not None:
-        get_robot(overrides.robot)
-        opened = opened._replace(policy=dataclasses.replace(opened.policy, robot=overrides.robot))
+        policy = dataclasses.replace(opened.policy, robot=overrides.robot)
+        opened = opened._replace(policy=policy, robot=robot_to_json(overrides.robot))
     if overrides.state_in_prompt is not None:
         changed = dataclasses.replace(opened.policy, state_in_prompt=overrides.state_in_prompt)
         opened = opened._replace(policy=changed)

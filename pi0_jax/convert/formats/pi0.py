@@ -25,13 +25,14 @@ def _open(folder: Path, overrides: Overrides) -> OpenCheckpoint:
     rules, _ = bind([Rule(path, path) for path in wanted], wanted, tensors)
     step = int(folder.name) if folder.name.isdecimal() else None
     ours = to_ours(rules, wanted, tensors)
-    return OpenCheckpoint("pi0", folder, assets.policy, ours, assets.norm_stats, assets.tokenizer, assets.train, step)
+    found = OpenCheckpoint("pi0", folder, assets.policy, ours, assets.norm_stats, assets.tokenizer, assets.train, step)
+    return found._replace(robot=assets.robot)
 
 
 def _write(opened: OpenCheckpoint, folder: Path, asset_id: str) -> None:
     write_orbax(folder / "params", opened.tensors)
     (folder / "assets").mkdir()
-    assets = checkpoint.Assets(opened.policy, opened.norm_stats, opened.tokenizer, opened.train)
+    assets = checkpoint.Assets(opened.policy, opened.norm_stats, opened.tokenizer, opened.train, opened.robot)
     checkpoint.write_assets(folder / "assets", assets)
 
 

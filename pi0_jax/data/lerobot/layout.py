@@ -34,7 +34,7 @@ from jaxtyping import Bool
 from pi0_jax.data.files import advice, read_json
 from pi0_jax.data.foreign import V1
 from pi0_jax.data.source import BadEpisode
-from pi0_jax.errors import UserError
+from pi0_jax.errors import UserError, listed
 
 VERSION = "v3.0"
 VERSIONS = ("v2.0", "v2.1", VERSION)
@@ -133,8 +133,12 @@ def read_tasks(root: Path, version: str) -> list[str]:
     else:
         path = root / "meta/tasks.jsonl"
         rows = {row["task_index"]: row["task"] for row in _read_lines(path, ("task_index", "task"))}
-    if sorted(rows) != list(range(len(rows))):
-        raise UserError(f"{path} numbers its tasks {sorted(rows)}; expected 0 to {len(rows) - 1}.")
+    if missing := sorted(set(range(max(rows, default=0) + 1)) - set(rows)):
+        raise UserError(
+            f"{path} has no task {listed(list(map(str, missing)))}, of 0 to {max(rows, default=0)}. Copy the file "
+            f"again; or, if tasks were removed, give it a row for each, {{task_index: {missing[0]}, task: ''}}: "
+            "episodes of an empty task are then named, and left out."
+        )
     return ["" if rows[i] is None else str(rows[i]) for i in range(len(rows))]
 
 

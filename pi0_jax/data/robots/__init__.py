@@ -129,6 +129,9 @@ class Robot:
     changes: tuple[str, ...] = ()
     """Actions that are a change or a velocity, by name: the robot holds still at 0 of them, and where it is at the
     last of the others."""
+    velocities: tuple[str, ...] = ()
+    """Those of `changes` that are velocities, by name. At another rate (`data.resample_fps`) a change is the sum of
+    those of its time, and a velocity their mean."""
     clients: Clients = dataclasses.field(default_factory=Clients)
     """Names in other projects' clients and benchmarks."""
     rlds: RldsNames | None = None
@@ -265,4 +268,6 @@ def check_robot(robot: Robot) -> Robot:
             raise UserError(f"{robot.name} has no {key} {unknown} that could be grippers; it has {list(names)}.")
     if unknown := sorted(set(robot.changes) - set(robot.actions)):
         raise UserError(f"{robot.name} has no actions {unknown} that could be changes; it has {list(robot.actions)}.")
+    if unknown := sorted(set(robot.velocities) - set(robot.changes)):
+        raise UserError(f"{robot.name} has velocities {unknown} that are not among its `changes`, {robot.changes}.")
     return robot

@@ -13,6 +13,7 @@ ROBOT = dataclasses.replace(
     name="droid_velocity",
     semantics=(*["absolute"] * 7, "gripper"),
     changes=droid.JOINTS,
+    velocities=droid.JOINTS,
     clients=droid.ROBOT.clients._replace(action_space="joint_velocity"),
     rlds=droid.ROBOT.rlds._replace(keys={**droid.ROBOT.rlds.keys, **_ACTION}),
 )

@@ -11,6 +11,7 @@ from pi0_jax.data.lerobot import LeRobotDataset
 from pi0_jax.data.mixture import OpenDataset
 from pi0_jax.data.normalization import RANGE_SHARE, NormStats, Stats
 from pi0_jax.data.pool import run_tasks
+from pi0_jax.data.rates import Resampled, same_rate
 from pi0_jax.data.sketch import summarise
 from pi0_jax.data.source import ACTION, STATE, Source, Wrapped
 from pi0_jax.data.tools.grippers import check_grippers
@@ -65,8 +66,11 @@ def check_dataset(
     against, grippers = check_grippers(dataset)
     found, notes = found + against, notes + grippers
     found += _check_tasks(source)
-    if robot.fps not in (None, source.fps):
-        found.append(f"{source.fps} frames per second; {robot.name} acts at {robot.fps}")
+    if robot.fps is not None and not same_rate(source.fps, robot.fps):
+        found.append(
+            f"{source.fps} frames per second; {robot.name} acts at {robot.fps}. --data.resample-fps {robot.fps:g} "
+            "brings the dataset to that rate"
+        )
     inner = source
     while isinstance(inner, Wrapped):
         inner = inner.source
@@ -89,6 +93,14 @@ def _check_semantics(dataset: OpenDataset) -> list[str]:
     if (state.shape[1:], actions.shape[1:]) != ((len(robot.state),), (len(robot.actions),)):
         return []
     proposed = propose_semantics(state.astype(float), actions.astype(float), robot.state, robot.actions, robot.poses)
+    changes = [name for name, p in zip(robot.actions, proposed, strict=True) if p.value == "absolute"]
+    undeclared = [name for name in changes if name not in robot.changes]
+    if isinstance(source, Resampled) and undeclared:
+        return [
+            f"actions {undeclared} do not follow the state, and would be interpolated at {source.fps:g} frames per "
+            f"second as positions are. If they are changes, name them in `changes` of {robot.name}, and if they are "
+            "velocities in `velocities` too"
+        ]
     relative = [i for i, kind in enumerate(dataset.semantics) if kind in ("relative", "angle")]
     wrong = [robot.actions[i] for i in relative if proposed[i].value == "absolute"]
     if not wrong:

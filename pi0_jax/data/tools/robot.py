@@ -92,6 +92,7 @@ def describe_robot(path: str, name: str, offline: bool = False, keys: Mapping[st
         "    semantics=(",
         *(f"        {json.dumps(p.value)},  # {n}: {p.reason}" for n, p in zip(action_names, semantics, strict=True)),
         "    ),",
+        *_change_lines([n for n, p in zip(action_names, semantics, strict=True) if p.value == "absolute"]),
         ")",
         "",
     ]
@@ -119,6 +120,16 @@ def _pose_lines(found: Mapping[str, Sequence[FoundPose]]) -> list[str]:
         inside = [f"            Pose({pose.start}, {json.dumps(pose.rotation)}),  # {why}" for pose, why in poses]
         lines += [f"        {key}=(", *inside, "        ),"] if poses else []
     return [*lines, "    ),"]
+
+
+def _change_lines(names: Sequence[str]) -> list[str]:
+    """A guess at `changes`, as a comment."""
+    if not names:
+        return []
+    return [
+        "    # If these are changes or velocities, so that the robot holds still at 0 of them, say so:",
+        *(f"    # {line.strip()}" for line in _vector("changes", names)),
+    ]
 
 
 def propose_cameras(cameras: Sequence[str]) -> dict[str, Proposal]:

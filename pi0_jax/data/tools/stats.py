@@ -122,7 +122,14 @@ def _describe(datasets: Sequence[OpenDataset], horizon: int, episodes: Sequence[
     """What statistics are of: another one is another computation."""
     found = hashlib.sha256(repr((horizon, FRAMES_PER_TASK)).encode())
     for dataset, chosen in zip(datasets, episodes, strict=True):
-        what = str(dataset.source.root), dataset.stats, dataset.robot.name, dataset.robot.poses, dataset.semantics
+        what = (
+            str(dataset.source.root),
+            dataset.source.fps,
+            dataset.stats,
+            dataset.robot.name,
+            dataset.robot.poses,
+            dataset.semantics,
+        )
         found.update(repr(what).encode() + chosen.tobytes() + dataset.source.ends.tobytes())
     return found.hexdigest()
 
