@@ -98,6 +98,88 @@ def build(openpi: types.SimpleNamespace, want: dict[str, Any]) -> Callable[[], A
     return lambda: jax.block_until_ready(sample(key, observation, noise=noise, num_steps=steps))
 
 
+def sampler_of_shapes(openpi: types.SimpleNamespace, variant: str, num_steps: int) -> tuple[Callable[..., Any], tuple]:
+    """openpi's sampler at full size as a function, and the shapes of its arguments: nothing is allocated."""
+    import flax.nnx as nnx
+    import jax
+    import jax.numpy as jnp
+
+    config = openpi.pi0_config.Pi0Config(pi05=variant == "pi05")
+    graph, state = nnx.split(nnx.eval_shape(config.create, jax.random.key(0)))
+    # Its policies load parameters in bfloat16, and make images float32 before the program.
+    state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), state)
+    observation, _ = config.inputs_spec(batch_size=1)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+
+    def sample(state, key, observation):
+        return nnx.merge(graph, state).sample_actions(key, observation, num_steps=num_steps)
+
+    return sample, (state, key, observation)
+
+
+def import_for_training(checkout: Path | str) -> types.SimpleNamespace:
+    """openpi's modules with those of its training, without augmentation."""
+    unused = ["wandb", "tqdm_loggable", "tqdm_loggable.auto", "openpi.models_pytorch.pi0_pytorch"]
+    unused += [f"openpi.training.{name}" for name in ("checkpoints", "config", "data_loader", "weight_loaders")]
+    modules = import_openpi(checkout, *unused)
+    plain = modules.model.preprocess_observation
+    modules.model.preprocess_observation = lambda key, observation, *, train=False, **rest: plain(
+        key, observation, train=False, **rest
+    )
+    return modules
+
+
+def training_functions(openpi: types.SimpleNamespace, **fields: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """openpi's initial training state, a function of a key, and its update, a function of key, state and batch.
+
+    Args:
+        openpi: of `import_for_training`.
+        fields: of its `Pi0Config`.
+    """
+    import openpi.training.optimizer as optimizers
+    import openpi.training.utils as training_utils
+    from flax import nnx
+
+    import train  # its scripts/train.py
+
+    config = openpi.pi0_config.Pi0Config(**fields)
+    transform = optimizers.create_optimizer(optimizers.AdamW(), optimizers.CosineDecaySchedule())
+    settings = types.SimpleNamespace(trainable_filter=nnx.Param)
+
+    def start(key):
+        model = config.create(key)
+        params = nnx.state(model)
+        return training_utils.TrainState(
+            step=0, params=params, model_def=nnx.graphdef(model), tx=transform, opt_state=transform.init(params),
+            ema_decay=0.99, ema_params=params,
+        )  # fmt: skip
+
+    return start, lambda key, state, batch: train.train_step(settings, key, state, batch)
+
+
+def lower_update(openpi: types.SimpleNamespace, variant: str, batch_size: int, mesh: Any):
+    """openpi's update at full size, divided over the devices of a mesh as its scripts/train.py does it."""
+    import jax
+    import openpi.training.sharding as sharding
+
+    start, update = training_functions(openpi, pi05=variant == "pi05")
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    whole, split = (
+        jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)) for axes in ((), (mesh.axis_names,))
+    )
+    state = jax.eval_shape(start, key)
+    places = sharding.fsdp_sharding(state, mesh)
+    batch = openpi.pi0_config.Pi0Config(pi05=variant == "pi05").inputs_spec(batch_size=batch_size)
+
+    def put(shapes, where):
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
+
+    everywhere = jax.tree.map(lambda _: split, batch)
+    jitted = jax.jit(update, donate_argnums=1, out_shardings=(places, whole))
+    with sharding.set_mesh(mesh):
+        return jitted.lower(put(key, whole), put(state, places), put(batch, everywhere))
+
+
 def serve(build: Callable[[dict[str, Any]], Callable[[], Any]]) -> None:
     """Answers commands until there are no more; `build` makes of a command what is to be called."""
     import numpy as np

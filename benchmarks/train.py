@@ -27,11 +27,10 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from openpi_jax import import_openpi, resize
+from openpi_jax import import_for_training, resize, training_functions
 from sides import Side, answer, markdown, our_model
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -317,36 +316,15 @@ def their_batch(case: Case) -> tuple[Any, np.ndarray]:
 @functools.cache
 def their_program(openpi: Path, size: str, variant: str, dtype: str, batch: int) -> tuple[Any, list, dict[str, float]]:
     """openpi's compiled update, a list with its state, and what is known of it."""
-    unused = ["wandb", "tqdm_loggable", "tqdm_loggable.auto", "openpi.models_pytorch.pi0_pytorch"]
-    unused += [f"openpi.training.{name}" for name in ("checkpoints", "config", "data_loader", "weight_loaders")]
-    modules = import_openpi(openpi, *unused)
+    modules = import_for_training(openpi)
     import jax
-    import openpi.training.optimizer as optimizers
-    import openpi.training.utils as training_utils
-    from flax import nnx
-
-    import train
 
     case = Case(size, variant, dtype, batch)
     resize(modules, SIZES[size])
-    plain = modules.model.preprocess_observation
-    modules.model.preprocess_observation = lambda key, observation, *, train=False, **rest: plain(
-        key, observation, train=False, **rest
-    )
-    model_config = modules.pi0_config.Pi0Config(dtype=dtype, max_token_len=prompt_length(case), pi05=variant == "pi05")
-    transform = optimizers.create_optimizer(optimizers.AdamW(), optimizers.CosineDecaySchedule())
-    config = SimpleNamespace(trainable_filter=nnx.Param)
-
-    def start(key):
-        model = model_config.create(key)
-        params = nnx.state(model)
-        return training_utils.TrainState(
-            step=0, params=params, model_def=nnx.graphdef(model), tx=transform, opt_state=transform.init(params),
-            ema_decay=0.99, ema_params=params,
-        )  # fmt: skip
-
+    fields = {"dtype": dtype, "max_token_len": prompt_length(case), "pi05": variant == "pi05"}
+    start, step = training_functions(modules, **fields)
     state = jax.jit(start)(jax.random.key(0))
-    update = jax.jit(lambda key, state, batch: train.train_step(config, key, state, batch), donate_argnums=1)
+    update = jax.jit(step, donate_argnums=1)
     program, found = compiled(update.lower(jax.random.key(1), state, their_batch(case)), nbytes(state))
     return program, [state], found
 

@@ -22,7 +22,7 @@ from collections.abc import Iterable
 import tyro
 from tqdm import tqdm
 
-from pi0_jax.checkpoint import CheckpointError, Found
+from pi0_jax.checkpoint import CheckpointError, Found, load_assets
 from pi0_jax.config import MeshConfig, TrainConfig
 from pi0_jax.config_file import load_config, parse
 from pi0_jax.errors import UserError, did_you_mean
@@ -35,7 +35,7 @@ COMMANDS = {
     "diagnose": ("diagnose", "say what a policy learned and what it uses, without a robot: pi0 diagnose runs/mine"),
     "serve": ("serving", "serve a policy to robots, as openpi does: pi0 serve runs/tabletop"),
     "export": ("inference", "write programs and weights for machines without this package: pi0 export RUN DIR"),
-    "plan": ("plan", "say what training takes on devices that need not be there: pi0 plan CONFIG --topology h100:8"),
+    "plan": ("plan", "say what training or acting takes on devices not at hand: pi0 plan CONFIG --topology h100:8"),
     "reflow": ("training", "straighten a policy's flow, for fewer steps: pi0 reflow runs/tabletop runs/straight"),
     "compare": ("compare", "train and compare kinds of policies: pi0 compare configs/compare_tabletop.py"),
     "record": ("evaluate", "record demonstrations in a simulator: pi0 record data/tabletop"),
@@ -58,11 +58,17 @@ FILE is one whose `config` is a `MeshConfig`, as those in configs/sharding/ have
 PLAN_HELP = """
 
   pi0 plan configs/mine.py --topology v5e:4x4 --sharding configs/sharding/fsdp.py
+  pi0 plan runs/mine --sample --cameras 2 --topology rtx4090:1
 
-Compiles the update of `pi0 train` with the same CONFIG and flags, and prints for each device: bytes, work, traffic, a
-bound of the time; and where it does not fit, the nearest flags that do. Nothing is allocated, and no demonstrations are
-read. --topology NAME:SHAPE is a TPU slice (v4, v5e, v5p, v6e; needs libtpu, extra tpu) or GPUs (h100:8, h200, a100,
-l40s, rtx4090), there or not; left out, it means the devices of this machine."""
+Compiles the update of `pi0 train` with the same CONFIG and flags, and prints for each device: bytes, work, traffic,
+kernels, a bound of the time, and the largest costs with the lines of code that they come from; where it does not fit,
+the nearest flags that do. Nothing is allocated, and no demonstrations are read.
+
+--topology NAME:SHAPE is a TPU slice (v4, v5e, v5p, v6e; needs libtpu, extra tpu) or GPUs (h100:8, h200, a100, l40s,
+rtx4090, rtx5090, b200, thor; extra cuda12 has their compiler, else memory is an estimate), there or not; left out, it
+means the devices of this machine.
+--sample compiles the program that computes a chunk of actions, of a config or a checkpoint's folder, for one device.
+--cameras N: with so many of the model's cameras; left out: all."""
 
 
 def main(args: list[str] | None = None) -> int:
@@ -117,27 +123,39 @@ def _run(command: str, args: list[str]) -> int:
     if not args or args[0].startswith("-"):
         print(CONFIG_HELP.format(command=command) + (PLAN_HELP if command == "plan" else ""))
         return 0 if args[:1] in (["-h"], ["--help"]) else 2
-    experiment = _experiment(command, args)  # is read before anything heavy is imported
+    experiment, how = _experiment(command, args)  # is read before anything heavy is imported
     module, name = OF_AN_EXPERIMENT[command]
-    getattr(importlib.import_module(f"pi0_jax.{module}"), name)(*experiment)
+    getattr(importlib.import_module(f"pi0_jax.{module}"), name)(*experiment, **how)
     return 0
 
 
-def _experiment(command: str, args: list[str]) -> tuple[typing.Any, ...]:
-    """The experiment that CONFIG and flags mean, and the values of flags that are of the command itself."""
+def _experiment(command: str, args: list[str]) -> tuple[tuple[typing.Any, ...], dict[str, typing.Any]]:
+    """Arguments of the command's function: the experiment of CONFIG and flags, and flags of the command itself."""
     parser = argparse.ArgumentParser(prog=f"pi0 {command}", add_help=False, allow_abbrev=False)
     parser.add_argument("config")
     parser.add_argument("--sharding")
     if command == "plan":
         parser.add_argument("--topology")
+        parser.add_argument("--sample", action="store_true")
+        parser.add_argument("--cameras", type=int)
     own, flags = parser.parse_known_args(args)
-    config = load_config(own.config, TrainConfig)
+    sample = command == "plan" and own.sample
+    if sample and not own.config.endswith(".py"):
+        config = TrainConfig(policy=load_assets(own.config).policy)
+    else:
+        config = load_config(own.config, TrainConfig)
     if own.sharding is not None:
         config = dataclasses.replace(config, mesh=load_config(own.sharding, MeshConfig))
     prog = f"pi0 {command} {own.config}"
     example = f"Fields of {own.config}, which flags set anew: {prog} --optim.peak-lr 3e-4 --batch-size 64"
     config = parse(config, flags, prog=prog, description=example)
-    return (config, own.topology) if command == "plan" else (config,)
+    if command != "plan":
+        return (config,), {}
+    if own.cameras is not None and not sample:
+        raise UserError(
+            "--cameras says how many there are for a chunk of actions: pi0 plan CONFIG --sample --cameras 2."
+        )
+    return (config, own.topology), {"sample": sample, "cameras": own.cameras}
 
 
 def _flags(kind: type, args: list[str], prog: str, *, fields: bool = False) -> typing.Any:

@@ -38,6 +38,26 @@ def tpu_devices(topology: str, **options: Any) -> list[Any]:
     return list(topologies.get_topology_desc(topology, "tpu", **options).devices)
 
 
+def gpu_devices(shape: str, target: str) -> list[Any]:
+    """Devices of NVIDIA GPUs that need not be there, for XLA's compiler, which comes with `jax[cuda12]`.
+
+    Args:
+        shape: numbers of partitions, hosts per partition and devices per host: "1x2x8".
+        target: XLA's description of the GPU (`GpuTargetConfigProto`), as text.
+
+    Raises:
+        NotImplementedError, RuntimeError: JAX has no compiler for NVIDIA GPUs here.
+    """
+    from jax.experimental import topologies
+
+    return list(topologies.get_topology_desc(platform="cuda", target_config=target, topology=shape).devices)
+
+
+def is_compile_only(device: Any) -> bool:
+    """Whether a device is one that programs can be compiled for, but not run on."""
+    return device.client.runtime_type == "compile_only_runtime"
+
+
 def bytes_of_refused_program(error: Exception) -> float | None:
     """Bytes of memory that a program takes which XLA refused to compile for a TPU; None for any other refusal."""
     used = re.search(r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm", str(error))

@@ -37,13 +37,15 @@ class Device(NamedTuple):
     """Devices that `link` connects; 0: all."""
     network: float = 0.0
     """Bytes/s that each device can send to other nodes."""
+    clock: float = 0.0
+    """Cycles/s, of TPUs; approximate for some."""
 
 
 TPUS = {
-    "v4": Device(30.75 * GIB, 275e12, 1228e9, 300e9),
-    "v5e": Device(15.75 * GIB, 197e12, 819e9, 200e9),
-    "v5p": Device(95 * GIB, 459e12, 2765e9, 600e9),
-    "v6e": Device(31.25 * GIB, 918e12, 1640e9, 400e9),
+    "v4": Device(30.75 * GIB, 275e12, 1228e9, 300e9, clock=1.05e9),
+    "v5e": Device(15.75 * GIB, 197e12, 819e9, 200e9, clock=1.5e9),
+    "v5p": Device(95 * GIB, 459e12, 2765e9, 600e9, clock=1.75e9),
+    "v6e": Device(31.25 * GIB, 918e12, 1640e9, 400e9, clock=1.75e9),
 }
 """By libtpu's name of a topology. Links: half of the bidirectional figure of cloud.google.com/tpu/docs."""
 GPUS = {
@@ -52,11 +54,15 @@ GPUS = {
     "h200": Device(139 * GIB, 989e12, 4800e9, 450e9, 8, 50e9),
     "l40s": Device(44 * GIB, 362e12, 864e9, 32e9, 8, 25e9),
     "rtx4090": Device(23.5 * GIB, 165e12, 1008e9, 32e9, 8, 12.5e9),
+    "rtx5090": Device(31.3 * GIB, 209.5e12, 1792e9, 64e9, 8, 12.5e9),
+    "b200": Device(177 * GIB, 2250e12, 7672e9, 900e9, 8, 50e9),
+    "thor": Device(120 * GIB, 259e12, 273e9, 12.5e9, 1, 12.5e9),
 }
 """SXM where there is a choice; nodes of eight, with one 200 Gb/s (A100) or 400 Gb/s (Hopper) adapter per device."""
 KINDS = {
     **{"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v6": "v6e"},
     **{"A100": "a100", "H100": "h100", "H200": "h200", "L40S": "l40s", "RTX 4090": "rtx4090"},
+    **{"RTX 5090": "rtx5090", "B200": "b200", "Thor": "thor"},
 }
 """What `jax.Device.device_kind` contains, to the device's name above; the first that fits."""
 

@@ -41,7 +41,7 @@ MAY_IMPORT = {
         "pi0",
         "sampler",
     },
-    "plan": {"batch", "compat", "config", "data", "flops", "objective", "training"},
+    "plan": {"batch", "compat", "config", "data", "flops", "inference", "model", "objective", "training"},
     "inference": {
         "atomic",
         "batch",

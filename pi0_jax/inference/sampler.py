@@ -20,7 +20,7 @@ from pi0_jax.errors import UserError
 from pi0_jax.flow.realtime import Previous
 from pi0_jax.model.fold import Read, fold, shapes_of
 from pi0_jax.model.quantize import Bits, quantize
-from pi0_jax.objective import Params, SampleOptions, make_objective
+from pi0_jax.objective import Objective, Params, SampleOptions, make_objective
 from pi0_jax.objective.sampling import check_trained, solver_of
 from pi0_jax.sampler import Sampler, trajectory
 
@@ -92,33 +92,7 @@ class ChunkSampler:
 
     def function(self, sampler: Sampler, *, path: bool = False) -> Callable[[Params, Inputs], Float[Array, "..."]]:
         """What is compiled: a function of parameters and inputs."""
-        objective, config = self.objective, self.config
-
-        def sample(params: Params, inputs: Inputs):
-            shape = (self.model.action_horizon, self.model.action_dim)
-            noise: Any = inputs.noise
-            if noise is None:
-                noise = jax.vmap(lambda key: jax.random.normal(key, shape))(inputs.keys)
-            trained = inputs.previous is not None and config.real_time.method == "trained"
-            options = SampleOptions(
-                sampler,
-                None if inputs.guidance_scale is None else jnp.asarray(inputs.guidance_scale),
-                config.guidance.without if config.guidance else "prompt",
-                inputs.previous,
-                config.real_time,
-                inputs.keys,
-                # Where each action has a time of its own, the sampler's are not all there are.
-                None if objective.features is None or trained else objective.features(params, sampler),
-            )
-            if not path:
-                return objective.sample(params, inputs.observation, noise, options)
-            if objective.flow is None:
-                raise UserError("action tokens are decoded, so there is no way from noise to actions to look at.")
-            flow, project = objective.flow(params, inputs.observation, options)
-            how = {"features": options.features, "keys": options.keys, "project": project}
-            return trajectory(flow, noise, solver_of(sampler), **how)
-
-        return sample
+        return sampling_function(self.objective, self.config, self.model, sampler, path=path)
 
     def quantize(self, bits: Bits) -> None:
         """Rounds the matrices of all layers to eight bits; programs are compiled again.
@@ -130,6 +104,38 @@ class ChunkSampler:
             raise UserError("eight-bit weights need folded parameters: load the policy without folded=False.")
         self.params = quantize(self.params, bits)
         self.programs.clear()
+
+
+def sampling_function(
+    objective: Objective, config: PolicyConfig, model: ModelConfig, sampler: Sampler, *, path: bool = False
+) -> Callable[[Params, Inputs], Float[Array, "..."]]:
+    """A function of parameters and inputs, to normalised, padded actions; arguments of `ChunkSampler`."""
+
+    def sample(params: Params, inputs: Inputs):
+        noise: Any = inputs.noise
+        if noise is None:
+            shape = (model.action_horizon, model.action_dim)
+            noise = jax.vmap(lambda key: jax.random.normal(key, shape))(inputs.keys)
+        trained = inputs.previous is not None and config.real_time.method == "trained"
+        options = SampleOptions(
+            sampler,
+            None if inputs.guidance_scale is None else jnp.asarray(inputs.guidance_scale),
+            config.guidance.without if config.guidance else "prompt",
+            inputs.previous,
+            config.real_time,
+            inputs.keys,
+            # Where each action has a time of its own, the sampler's are not all there are.
+            None if objective.features is None or trained else objective.features(params, sampler),
+        )
+        if not path:
+            return objective.sample(params, inputs.observation, noise, options)
+        if objective.flow is None:
+            raise UserError("action tokens are decoded, so there is no way from noise to actions to look at.")
+        flow, project = objective.flow(params, inputs.observation, options)
+        how = {"features": options.features, "keys": options.keys, "project": project}
+        return trajectory(flow, noise, solver_of(sampler), **how)
+
+    return sample
 
 
 def check_policy(config: PolicyConfig) -> None:

@@ -3,22 +3,44 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from pi0_jax.config import TrainConfig
+from pi0_jax.errors import UserError
+from pi0_jax.flops import GPUS
 from pi0_jax.plan.cost import Plan, make_plan
+from pi0_jax.plan.devices import has_gpu_compiler
 from pi0_jax.plan.fit import find_fitting
+from pi0_jax.plan.kernels import LAUNCH_SECONDS, Cost, Kernel, largest
+from pi0_jax.plan.sample import SamplePlan, make_sample_plan
 from pi0_jax.training.resolve import wide_enough
 
 
-def plan(config: TrainConfig, topology: str | None) -> None:
+def plan(config: TrainConfig, topology: str | None, *, sample: bool = False, cameras: int | None = None) -> None:
     """Runs `pi0 plan`: prints the plan of a run, and where it does not fit, that of the nearest one that does.
 
+    Args:
+        config: of the run.
+        topology: as of `devices.find_devices`.
+        sample: plan a chunk of actions of its policy instead.
+        cameras: how many of the model's cameras there are then.
+
     Raises:
-        UserError: see `plan.cost.make_plan`.
+        UserError: see `plan.cost.make_plan` and `plan.sample.make_sample_plan`.
     """
     config = wide_enough(config)
+    if sample:
+        if topology is None:
+            raise UserError("a chunk is planned for a device that is named: --topology h100:1, or v6e:2x2.")
+        print(describe_sample(make_sample_plan(config.policy, topology, cameras=cameras)))
+        return
     first = make_plan(config, topology)
     print(describe(first), flush=True)
+    if first.estimated and first.topology.partition(":")[0] in GPUS and not has_gpu_compiler():
+        print(
+            "\nTemporaries and bytes through memory are estimates. XLA's compiler for NVIDIA GPUs, which needs no GPU, "
+            "makes them exact:\npip install -e '.[cuda12]'"
+        )
     if first.fits:
         return
     print("\nIt does not fit. Looking for the nearest settings that do ...", flush=True)
@@ -38,15 +60,59 @@ def describe(plan: Plan) -> str:
     room = "" if plan.device is None else f"of {_size(plan.device.memory)}: {'fits' if plan.fits else 'DOES NOT FIT'}"
     rows.append(("peak", _size(plan.peak), room))
     rows.append(("work", f"{plan.flops / 1e12:.4g} TFLOP", "matrix products, rematerialisation included"))
-    rows.append(("through memory", _size(plan.hbm_bytes), "estimated"))
+    rows.append(("through memory", _size(plan.hbm_bytes), "of the compiler" if plan.kernels else "estimated"))
     rows += [(kind, _size(sent), "sent") for kind, sent in plan.comm_bytes.items() if sent]
     lines = [f"{plan.topology}: {math.prod(plan.mesh.values())} devices, mesh {axes}, batch {plan.batch_size}", ""]
-    lines += [f"  {name:18} {value:>14}  {note}".rstrip() for name, value, note in rows]
+    lines += _rows(rows)
     if plan.times:
         times = ", ".join(f"{name} {_duration(seconds)}" for name, seconds in plan.times.items())
         lines += ["", f"a step takes at least {_duration(max(plan.times.values()))} ({times}),"]
         lines[-1] += f" which is at most {plan.samples_per_second:.0f} samples/s"
+    if plan.cost is not None:
+        lines += ["", *_kernels(plan.kernels, plan.cost)]
     return "\n".join(lines)
+
+
+def describe_sample(plan: SamplePlan) -> str:
+    """A plan of a chunk as lines for people."""
+    many = "chunk" if plan.batch_size == 1 else f"batch of {plan.batch_size} chunks"
+    head = f"{plan.topology.partition(':')[0]}, one of them: a {many}, {len(plan.cameras)} cameras, "
+    room = f"of {_size(plan.device.memory)}: {'fits' if plan.fits else 'DOES NOT FIT'}"
+    rows = [
+        ("weights", _size(plan.weights), ""),
+        ("temporaries", _size(plan.compiled.temporaries), f"of the compiler, in {plan.compiled.seconds:.0f} s"),
+        ("peak", _size(plan.compiled.peak), room),
+    ]
+    lines = [f"{head}a prompt of {plan.prompt_length} tokens", ""]
+    if not plan.compiled.kernels:
+        return "\n".join([*lines, *_rows(rows)])
+    cost = plan.cost
+    rows.append(("work", f"{cost.flops / 1e12:.4g} TFLOP", "matrix products"))
+    rows.append(("through memory", _size(cost.bytes), _duration(cost.memory_seconds)))
+    return "\n".join([*lines, *_rows(rows), "", *_kernels(plan.compiled.kernels, cost)])
+
+
+def _kernels(found: Sequence[Kernel], cost: Cost) -> list[str]:
+    """What the kernels take, and the largest of them."""
+    if cost.cycles:
+        lines = [f"{cost.kernels} kernels take about {_duration(cost.seconds)}: {cost.cycles / 1e6:.4g} M cycles,"]
+        lines[0] += " as the compiler estimates them"
+    else:
+        products, launched = _duration(cost.product_seconds), _duration(cost.seconds + cost.launch_seconds)
+        lines = [
+            f"{cost.kernels} kernels take at least {_duration(cost.seconds)} by the data sheet, those with matrix "
+            f"products {products};",
+            f"{launched} if each takes {LAUNCH_SECONDS * 1e6:.0f} µs to start, which is an assumption",
+        ]
+    lines += ["", f"  {'ms':>8} {'kernels':>7} {'GB':>7} {'TFLOP':>7}  the largest costs, and where they come from"]
+    for it in largest(found):
+        sizes = f"{1e3 * it.seconds:8.3f} {it.kernels:7} {it.bytes / 1e9:7.2f} {it.flops / 1e12:7.3f}"
+        lines.append(f"  {sizes}  {it.kind}: {it.place}")
+    return lines
+
+
+def _rows(rows: list[tuple[str, str, str]]) -> list[str]:
+    return [f"  {name:18} {value:>14}  {note}".rstrip() for name, value, note in rows]
 
 
 def _size(size: int | float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,19 +15,31 @@ from pi0_jax import compat
 from pi0_jax.batch import Batch
 from pi0_jax.config import TrainConfig
 from pi0_jax.data.augment import make_augment
+from pi0_jax.flops import Device
+from pi0_jax.plan import hlo
+from pi0_jax.plan.devices import compiler_options
 from pi0_jax.plan.hlo_collectives import KINDS, traffic
+from pi0_jax.plan.kernels import Kernel, kernels
 from pi0_jax.training import sharding
 from pi0_jax.training.program import Program, build
 from pi0_jax.training.resolve import Run, batch_shapes, resolve
 
 
 class Compiled(NamedTuple):
-    """The compiler's account of one update on each device."""
+    """The compiler's account of a program on each device."""
 
     peak: float
     """Bytes of memory."""
+    temporaries: float
+    """Bytes, of these, besides arguments and results; NaN where the program does not fit."""
     comm_bytes: dict[str, float]
     """Bytes sent, by kind of collective; NaN where the program does not fit."""
+    kernels: list[Kernel]
+    """Empty for CPUs, for devices without a data sheet, and where the program does not fit."""
+    seconds: float
+    """To compile."""
+    text: str = ""
+    """The program."""
 
 
 def build_program(config: TrainConfig, devices: Sequence[Any]) -> tuple[Run, Program, Batch]:
@@ -64,16 +77,34 @@ def placed_bytes(shapes) -> int:
     return sharding.bytes_per_device(shapes, jax.tree.map(lambda x: x.sharding, shapes))
 
 
-def compile_update(program: Program, inputs: Sequence[Any]) -> Compiled:
-    """Compiles the update for inputs of the shapes of `update_shapes`."""
-    lowered = program.update.lower(*inputs)  # pyright: ignore[reportFunctionMemberAccess]
+def compile_program(
+    lowered: jax.stages.Lowered,
+    target: Any,
+    device: Device | None,
+    *,
+    triton: bool = True,
+    unknown_rounds: int | None = None,
+) -> Compiled:
+    """Compiles a program, and says what it takes.
+
+    Args:
+        lowered: the program.
+        target: a device that it was lowered for.
+        device: the data sheet.
+        triton: as of `devices.compiler_options`.
+        unknown_rounds: as of `kernels.kernels`.
+    """
+    start = time.monotonic()
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(compiler_options=compiler_options(target, triton=triton))
     except jax.errors.JaxRuntimeError as error:
         if (refused := compat.bytes_of_refused_program(error)) is None:
             raise
-        return Compiled(refused, dict.fromkeys(KINDS, math.nan))
-    memory = compiled.memory_analysis()
+        return Compiled(refused, math.nan, dict.fromkeys(KINDS, math.nan), [], time.monotonic() - start)
+    seconds, text = time.monotonic() - start, compiled.as_text() or ""
+    memory: Any = compiled.memory_analysis()
+    program = hlo.parse(text)
     arguments = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    peak = arguments + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
-    return Compiled(float(peak), traffic(compiled.as_text()))
+    temporaries = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+    found = [] if device is None or target.platform == "cpu" else kernels(program, device, unknown_rounds)
+    return Compiled(float(arguments + temporaries), float(temporaries), traffic(program), found, seconds, text)

@@ -1,19 +1,20 @@
-"""Cost of a run without the hardware: memory, FLOPs, traffic and time of one update, per device.
+"""Cost of a run without the hardware: memory, FLOPs, traffic, kernels and time of one update, per device.
 
-For TPUs the real update is compiled by libtpu for a topology that need not be there: its memory is what the compiler
-allotted and its traffic what the program sends. For GPUs no compiler is at hand, so the same update is compiled for as
-many CPU devices: what each device holds and which collectives there are is the same program's, but activations are
-estimated from what the backward pass keeps (`kept_for_backward`), because a CPU's temporaries are not a GPU's.
+The real update is compiled for the device, which need not be there: for TPUs by libtpu, for NVIDIA GPUs by XLA where
+`jax[cuda12]` is installed. Memory is what the compiler allotted, traffic what the program sends, and kernels are the
+program's (`kernels.py`). Where there is no compiler for GPUs, the same update is compiled for as many CPU devices: what
+each device holds and which collectives there are is the same program's, but activations are estimated from what the
+backward pass keeps (`kept_for_backward`), because a CPU's temporaries are not a GPU's.
 
-Times are bounds: FLOPs at the data sheet's peak, bytes through memory, and bytes sent, each as if the others cost
-nothing. A step takes at least the largest of the three.
+Times are bounds: FLOPs at the data sheet's peak, bytes through memory, each kernel at what bounds it, and bytes sent,
+each as if the others cost nothing. A step takes at least the largest of them.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -24,9 +25,10 @@ from pi0_jax import flops
 from pi0_jax.config import ModelConfig, ObjectiveConfig, PolicyConfig, TrainConfig, TuneConfig
 from pi0_jax.config.replace import replace
 from pi0_jax.objective import make_objective
-from pi0_jax.plan.compile import build_program, compile_update, placed_bytes, resident_bytes, update_shapes
-from pi0_jax.plan.devices import GPUS, Device, find_devices
+from pi0_jax.plan.compile import build_program, compile_program, placed_bytes, resident_bytes, update_shapes
+from pi0_jax.plan.devices import Device, estimates, find_devices
 from pi0_jax.plan.hlo_collectives import KINDS
+from pi0_jax.plan.kernels import Cost, Kernel, total
 from pi0_jax.training import sharding
 from pi0_jax.training.partition import combine, flat, frozen_names, partition
 from pi0_jax.training.program import Program
@@ -51,10 +53,17 @@ class Plan(NamedTuple):
     flops: float
     """Of matrix products."""
     hbm_bytes: float
-    """Bytes through memory; an estimate."""
+    """Bytes through memory: of the compiled program, or an estimate."""
     comm_bytes: dict[str, float]
     """Bytes sent, by kind of collective."""
     seconds_to_compile: float
+    kernels: Sequence[Kernel] = ()
+    """Of the compiled program; empty where it is not known."""
+
+    @property
+    def cost(self) -> Cost | None:
+        """Sums over the kernels."""
+        return total(self.kernels, self.device) if self.kernels and self.device is not None else None
 
     @property
     def fits(self) -> bool:
@@ -71,7 +80,7 @@ class Plan(NamedTuple):
             "compute": self.flops / self.device.flops,
             "memory": self.hbm_bytes / self.device.bandwidth,
             "network": sum(self.comm_bytes.values()) / link,
-        }
+        } | ({} if self.cost is None else {"kernels": self.cost.seconds})
 
     @property
     def samples_per_second(self) -> float:
@@ -91,22 +100,23 @@ def make_plan(config: TrainConfig, topology: str | None = None, *, compiled: boo
         UserError: unknown topology, libtpu is missing, or the mesh or the batch does not fit it.
     """
     name, devices, device = find_devices(topology)
-    # Planned on CPU devices, where there is no other kernel.
+    # Devices that are not there have no other kernel.
     config = replace(config, {"policy.model.attention": "xla"})
     run, program, batch = build_program(config, devices)
     resident, mesh = resident_bytes(program, batch), run.mesh
     inputs = update_shapes(run, program, batch)
     work = flops.count(program.update, *inputs) / mesh.size
     temporaries, estimated = estimate_temporaries(run, program), True
-    peak, seconds = sum(resident.values()) + temporaries, 0.0
+    peak, seconds, kernels = sum(resident.values()) + temporaries, 0.0, ()
     sent: dict[str, float] = dict.fromkeys(KINDS, 0.0)
-    on_gpus = name.partition(":")[0] in GPUS
-    if compiled and not (on_gpus and mesh.size == 1):  # one device sends nothing
-        start = time.monotonic()
-        used, sent = compile_update(program, inputs)
-        seconds = time.monotonic() - start
-        if not on_gpus:
-            peak, temporaries, estimated = used, used - sum(resident.values()), False
+    stand_ins = estimates(devices, device)
+    if compiled and not (stand_ins and mesh.size == 1):  # one device sends nothing
+        lowered = program.update.lower(*inputs)  # pyright: ignore[reportFunctionMemberAccess]
+        found = compile_program(lowered, devices[0], device, triton=False)
+        sent, kernels, seconds = found.comm_bytes, found.kernels, found.seconds
+        if not stand_ins:
+            peak, temporaries, estimated = found.peak, found.peak - sum(resident.values()), False
+    moved = sum(k.times * k.bytes for k in kernels) or _hbm_bytes(run, program, temporaries)
     return Plan(
         topology=name,
         device=device,
@@ -117,9 +127,10 @@ def make_plan(config: TrainConfig, topology: str | None = None, *, compiled: boo
         estimated=estimated,
         peak=peak,
         flops=work,
-        hbm_bytes=_hbm_bytes(run, program, temporaries),
+        hbm_bytes=moved,
         comm_bytes=sent,
         seconds_to_compile=seconds,
+        kernels=kernels,
     )
 
 

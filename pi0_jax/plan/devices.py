@@ -7,7 +7,7 @@ import importlib.util
 import math
 import os
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -16,8 +16,40 @@ from pi0_jax.errors import UserError
 from pi0_jax.flops import GPUS, TPUS, Device, sheet
 
 
+class Chip(NamedTuple):
+    """What XLA asks of an NVIDIA GPU, by its maker's architecture papers."""
+
+    capability: tuple[int, int]
+    cores: int
+    """Streaming multiprocessors."""
+    cache: int
+    """MiB of L2."""
+    clock: float
+    """GHz."""
+    shared: int = 228
+    """KiB of shared memory per core, of which a block can have all but one."""
+    threads: int = 2048
+    """Per core."""
+    lanes: int = 128
+    """Float32 units per core."""
+
+
+CHIPS = {
+    "a100": Chip((8, 0), 108, 40, 1.41, shared=164, lanes=64),
+    "h100": Chip((9, 0), 132, 50, 1.98),
+    "h200": Chip((9, 0), 132, 50, 1.98),
+    "l40s": Chip((8, 9), 142, 96, 2.52, shared=100, threads=1536),
+    "rtx4090": Chip((8, 9), 128, 72, 2.52, shared=100, threads=1536),
+    "rtx5090": Chip((12, 0), 170, 96, 2.41, shared=100, threads=1536),
+    "b200": Chip((10, 0), 148, 126, 1.965),
+    "thor": Chip((11, 0), 20, 32, 1.57),
+}
+
+
 def find_devices(topology: str | None) -> tuple[str, list[Any], Device | None]:
     """Name, devices to compile for, and data sheet of a topology.
+
+    Without XLA's compiler for NVIDIA GPUs, their devices are CPU devices in the same number (`estimates`).
 
     Args:
         topology: "v5e:4x8", "h100:8"; None: the devices of this machine.
@@ -35,9 +67,64 @@ def find_devices(topology: str | None) -> tuple[str, list[Any], Device | None]:
             f"unknown topology {topology!r}. It is a device and how many: {', '.join(TPUS)} with their shape (v5e:4x8, "
             f"v5p:2x2x4), {', '.join(GPUS)} with their number (h100:8)."
         )
+    # Nothing is run: accelerators of this machine are not looked for, and a missing driver is not complained about.
+    settings: Any = jax.config
+    with contextlib.suppress(RuntimeError):  # JAX has its devices already
+        settings.update("jax_platforms", settings.jax_platforms or "cpu")
     if name in TPUS:
         return topology, _tpus(topology), TPUS[name]
-    return topology, _cpus(math.prod(int(n) for n in shape.split("x"))), GPUS[name]
+    count = math.prod(int(n) for n in shape.split("x"))
+    return topology, _gpus(name, count) if has_gpu_compiler() else _cpus(count), GPUS[name]
+
+
+def has_gpu_compiler() -> bool:
+    """Whether XLA's compiler for NVIDIA GPUs is installed; it needs neither a GPU nor a driver."""
+    return any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
+
+
+def estimates(devices: list[Any], device: Device | None) -> bool:
+    """Whether CPU devices stand for GPUs, so that what is known of memory and time is an estimate."""
+    return devices[0].platform == "cpu" and device is not None
+
+
+def compiler_options(device: Any, *, triton: bool = True) -> dict[str, Any]:
+    """XLA's settings for a device; there are some for GPUs that are not there, on which no kernel can be timed.
+
+    Args:
+        device: to compile for.
+        triton: allow Triton's matrix products. Untuned, some of the backward pass cannot be compiled.
+    """
+    if device.platform not in ("cuda", "gpu") or not compat.is_compile_only(device):
+        return {}
+    return {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": triton}
+
+
+def _gpus(name: str, count: int) -> list[Any]:
+    chip, device = CHIPS[name], GPUS[name]
+    major, minor = chip.capability
+    target = f"""
+      gpu_device_info {{
+        cuda_compute_capability {{ major: {major} minor: {minor} }}
+        core_count: {chip.cores} fpus_per_core: {chip.lanes} clock_rate_ghz: {chip.clock}
+        threads_per_core_limit: {chip.threads} threads_per_block_limit: 1024 threads_per_warp: 32
+        registers_per_core_limit: 65536 registers_per_block_limit: 65536
+        shared_memory_per_core: {chip.shared << 10} shared_memory_per_block_optin: {chip.shared - 1 << 10}
+        shared_memory_per_block: 49152 l2_cache_size: {chip.cache << 20}
+        device_memory_size: {int(device.memory)} memory_bandwidth: {int(device.bandwidth)}
+        block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+        thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+      }}
+      platform_name: "CUDA" device_description_str: "{name}"
+      dnn_version_info {{ major: 9 minor: 10 }} runtime_version {{ major: 12 minor: 9 }}
+    """
+    per_host = device.node if device.node and count % device.node == 0 else count
+    try:
+        return compat.gpu_devices(f"1x{count // per_host}x{per_host}", target)
+    except Exception as error:  # whatever the plugin raises
+        raise UserError(
+            f"XLA cannot compile for {name}:{count} here: {str(error).splitlines()[0]} Without the compiler, "
+            "pip uninstall jax-cuda12-plugin, the plan is an estimate."
+        ) from error
 
 
 def _tpus(topology: str) -> list[Any]:
@@ -55,7 +142,7 @@ def _tpus(topology: str) -> list[Any]:
         if importlib.util.find_spec("libtpu") is None:
             raise UserError(
                 f"a plan for {topology} is compiled by libtpu, which is not installed: pip install -e '.[tpu]'. It "
-                "needs no TPU. Plans for GPUs, such as h100:8, need nothing."
+                "needs no TPU. Plans for GPUs, such as h100:8, are estimates without a compiler."
             ) from error
         raise UserError(
             f"no topology {topology}: {str(error).splitlines()[0]} Shapes that exist: 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, "

@@ -14,7 +14,7 @@ import tyro
 from pi0_jax import cli, flops
 from pi0_jax.config import MeshConfig, OptimConfig, PolicyConfig, TrainConfig
 from pi0_jax.config.replace import replace
-from pi0_jax.plan import devices
+from pi0_jax.plan import devices, hlo
 from pi0_jax.plan.commands import describe
 from pi0_jax.plan.compile import build_program, update_shapes
 from pi0_jax.plan.cost import Plan, kept_for_backward, make_plan
@@ -96,7 +96,7 @@ def program(function, *shapes: tuple[int, ...]):
 )
 def test_bytes_of_each_collective(kind, function, sent):
     size = 768 if kind in ("reduce-scatter", "all-to-all") else 800
-    found = traffic(program(function, (size,)))
+    found = traffic(hlo.parse(program(function, (size,))))
     assert found[kind] == pytest.approx(sent)
     assert sum(found.values()) == found[kind]
 
@@ -111,7 +111,7 @@ def test_a_collective_in_a_loop_in_a_loop_counts_every_round():
 
         return jax.lax.scan(outer, x, None, length=3)[0]
 
-    assert traffic(program(rounds, (800,)))["all-reduce"] == pytest.approx(15 * 2 * 100 * 4 * 7 / 8)
+    assert traffic(hlo.parse(program(rounds, (800,))))["all-reduce"] == pytest.approx(15 * 2 * 100 * 4 * 7 / 8)
 
 
 def test_what_an_update_sends_under_fsdp_is_its_weights_and_gradients(plan):
@@ -146,11 +146,11 @@ ENTRY %main (x: f32[4]) -> f32[4] {
 
 
 def test_pieces_of_one_collective_over_fusions_of_a_tpu_count_once():
-    found = traffic(TPU_TEXT)
+    found = traffic(hlo.parse(TPU_TEXT))
     assert found["all-gather"] == 27 * 128 * 16 * 2 * 15 / 16
     assert found["collective-permute"] == pytest.approx(27 * 72 * 2, rel=0.05)  # its two words count too
     with pytest.raises(ValueError, match="rounds are not known"):
-        traffic(TPU_TEXT.replace("constant(27)", "parameter(1)"))
+        traffic(hlo.parse(TPU_TEXT.replace("constant(27)", "parameter(1)")))
 
 
 def test_ways_to_need_less_memory_come_in_order_of_what_they_change():

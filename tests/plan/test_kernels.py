@@ -1,0 +1,129 @@
+"""The kernels that a compiled program's text names, how often they run, and what they cost."""
+
+from __future__ import annotations
+
+import pytest
+
+from pi0_jax.flops import Device
+from pi0_jax.plan import hlo
+from pi0_jax.plan.kernels import LAUNCH_SECONDS, kernels, largest, total
+
+GPU = Device(memory=1e9, flops=1e12, bandwidth=1e9, link=1e9)
+TPU = GPU._replace(clock=1e9)
+
+TEXT = """
+HloModule jit_f, is_scheduled=true
+
+FileNames
+1 "/home/me/pi0_jax/model/layers.py"
+2 "/home/me/pi0_jax/model/gemma.py"
+
+FunctionNames
+1 "dot"
+
+FileLocations
+1 {file_name_id=2 function_name_id=1 line=7 end_line=7 column=1 end_column=2}
+2 {file_name_id=1 function_name_id=1 line=9 end_line=9 column=1 end_column=2}
+
+StackFrames
+1 {file_location_id=1 parent_frame_id=1}
+2 {file_location_id=2 parent_frame_id=2}
+
+%product (a: bf16[8,16], w: bf16[3,16,32], i: s32[]) -> f32[8,32] {
+  %a = bf16[8,16]{1,0} parameter(0)
+  %w = bf16[3,16,32]{2,1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  %one = bf16[1,16,32]{2,1,0} dynamic-slice(%w, %i, %zero, %zero), dynamic_slice_sizes={1,16,32}
+  %m = bf16[16,32]{1,0} bitcast(%one)
+  ROOT %dot = f32[8,32]{1,0} dot(%a, %m), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%in_place (x: f32[100,8], new: f32[1,8], i: s32[]) -> f32[100,8] {
+  %x = f32[100,8]{1,0} parameter(0)
+  %new = f32[1,8]{1,0} parameter(1)
+  %at = s32[] parameter(2)
+  %0 = s32[] constant(0)
+  ROOT %updated = f32[100,8]{1,0} dynamic-update-slice(%x, %new, %at, %0)
+}
+
+%body (p: (s32[], bf16[8,16], bf16[3,16,32], f32[100,8], f32[1,8])) -> (s32[], bf16[8,16], bf16[3,16,32], f32[100,8], f32[1,8]) {
+  %p = (s32[], bf16[8,16]{1,0}, bf16[3,16,32]{2,1,0}, f32[100,8]{1,0}, /*index=4*/f32[1,8]{1,0}) parameter(0)
+  %n = s32[] get-tuple-element(%p), index=0
+  %x.1 = bf16[8,16]{1,0} get-tuple-element(%p), index=1
+  %w.1 = bf16[3,16,32]{2,1,0} get-tuple-element(%p), index=2
+  %kept = f32[100,8]{1,0} get-tuple-element(%p), index=3
+  %row = f32[1,8]{1,0} get-tuple-element(%p), index=4
+  %fusion.1 = f32[8,32]{1,0} fusion(%x.1, %w.1, %n), kind=kCustom, calls=%product, metadata={op_name="jit(f)/dot" stack_frame_id=2}
+  %fusion.2 = f32[100,8]{1,0} fusion(%kept, %row, %n), kind=kLoop, calls=%in_place
+  ROOT %t = (s32[], bf16[8,16]{1,0}, bf16[3,16,32]{2,1,0}, f32[100,8]{1,0}, f32[1,8]{1,0}) tuple(%n, %x.1, %w.1, %fusion.2, %row)
+}
+
+%condition (p: (s32[])) -> pred[] {
+  %q = (s32[]) parameter(0)
+  ROOT %less = pred[] constant(true)
+}
+
+ENTRY %main (a: (s32[]), b: bf16[8,16]) -> bf16[8,16] {
+  %a = (s32[]) parameter(0)
+  %b = bf16[8,16]{1,0} parameter(1)
+  %loop = (s32[]) while(%a), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"10"}}
+  %gemm = (f32[8,8]{1,0}, s8[64]{0}) custom-call(%b, %b), custom_call_target="__cublas$gemm", backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["1"]}}}
+  ROOT %copy = bf16[8,16]{0,1} copy(%b)
+}
+"""  # noqa: E501
+
+
+def test_kernels_are_counted_with_the_rounds_of_their_loop():
+    found = kernels(hlo.parse(TEXT), GPU)
+    assert [(k.kind, k.times) for k in found] == [("product", 10), ("fusion", 10), ("product", 1), ("copy", 1)]
+    assert total(found, GPU).kernels == 22
+    assert total(found, GPU).launch_seconds == 22 * LAUNCH_SECONDS
+
+
+def test_work_and_bytes_of_each_kernel():
+    sliced, in_place, gemm, copy = kernels(hlo.parse(TEXT), GPU)
+    assert sliced.flops == 2 * 8 * 16 * 32
+    assert sliced.bytes == 2 * 8 * 16 + 2 * 16 * 32 + 4 * 8 * 32 + 4  # one layer of the stack, and the index
+    assert in_place.bytes == 4 * 8 + 4 * 8 + 4  # the new row alone is read and written
+    assert gemm.flops == 2 * 8 * 8 * 16
+    assert copy.bytes == 2 * 2 * 8 * 16
+    assert copy.seconds == copy.bytes / GPU.bandwidth
+    slow = GPU._replace(flops=1e3)
+    assert kernels(hlo.parse(TEXT), slow)[0].seconds == sliced.flops / slow.flops
+
+
+def test_the_largest_costs_name_the_lines_of_code():
+    found = largest(kernels(hlo.parse(TEXT), GPU))
+    assert found[0].place == "model/layers.py:9 < model/gemma.py:7"
+    assert found[0].kernels == 10
+    assert found[0].bytes > found[1].bytes
+
+
+def test_a_loop_without_a_known_number_of_rounds_takes_one_that_is_given():
+    program = hlo.parse(TEXT.replace("known_trip_count", "something_else"))
+    with pytest.raises(ValueError, match="rounds are not known: loop"):
+        kernels(program, GPU)
+    assert kernels(program, GPU, unknown_rounds=4)[0].times == 4
+
+
+TPU_TEXT = """
+ENTRY %main (w: bf16[3,256,128], x: bf16[3,8,256]) -> f32[3,8,128] {
+  %w = bf16[3,256,128]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %x = bf16[3,8,256]{2,1,0:T(8,128)(2,1)} parameter(1)
+  %start = (bf16[3,256,128]{2,1,0:T(8,128)(2,1)S(1)}, bf16[3,256,128]{2,1,0:T(8,128)(2,1)}, u32[]{:S(2)}) copy-start(%w)
+  %done = bf16[3,256,128]{2,1,0:T(8,128)(2,1)S(1)} copy-done(%start)
+  ROOT %c = f32[3,8,128]{2,1,0:T(8,128)S(1)} convolution(%x, %done), window={size=3 stride=2 lhs_dilate=3}, dim_labels=0bf_0io->0bf, backend_config={"window_config":{"estimated_cycles":"2000"}}
+}
+"""  # noqa: E501
+
+
+def test_a_tpus_kernels_have_cycles_and_what_is_on_the_chip_is_not_in_main_memory():
+    copy, product = kernels(hlo.parse(TPU_TEXT), TPU)
+    assert (copy.kind, copy.bytes) == ("copy", 2 * 3 * 256 * 128)
+    assert product.bytes == 2 * 3 * 8 * 256
+    assert product.flops == 2 * 3 * 8 * 256 * 128  # a batch of three, though its window meets nine pairs
+    assert product.seconds == 2000 / TPU.clock
+    cost = total([copy, product], TPU)
+    assert cost.cycles == 2000
+    assert cost.total_seconds == cost.memory_seconds == (copy.bytes + product.bytes) / TPU.bandwidth
