@@ -14,7 +14,7 @@ from pi0_jax import checkpoint
 from pi0_jax.config import TrainConfig
 from pi0_jax.convert.files import RECORD, read_json
 from pi0_jax.convert.formats import OpenCheckpoint
-from pi0_jax.data.normalization import semantics_from_json
+from pi0_jax.convert.relative import relative_actions, robot_of
 
 CARD = "README.md"
 _REPORT = "report.json"
@@ -114,8 +114,9 @@ def _robot(opened: OpenCheckpoint) -> dict[str, Any]:
         for what, key in (("state", "state"), ("action", "actions"))
         if key in stats
     }
+    robot = robot_of(opened)
     return {
-        "robot": Path(policy.robot).stem if policy.robot.endswith(".py") else policy.robot,
+        "robot": Path(policy.robot).stem if robot is None else robot.name,
         "cameras": f"{', '.join(model.cameras)}, resized to {model.vision.image_size} px",
         **widths,
         "actions per chunk": model.action_horizon,
@@ -123,18 +124,19 @@ def _robot(opened: OpenCheckpoint) -> dict[str, Any]:
     }
 
 
-def relative_dimensions(opened: OpenCheckpoint) -> int:
-    """Number of action dimensions that the policy predicts as differences to the state."""
-    meaning = {**opened.policy.action_semantics, **semantics_from_json(opened.norm_stats or {})}
-    robot = Path(opened.policy.robot).stem if opened.policy.robot.endswith(".py") else opened.policy.robot
-    return sum(kind in ("relative", "angle") for kind in meaning.get(robot, ()))
-
-
 def _warning(opened: OpenCheckpoint) -> list[str]:
-    if not (count := relative_dimensions(opened)):
+    relative = relative_actions(opened)
+    if not relative.count:
         return []
-    dimensions = "action dimension is a difference" if count == 1 else "action dimensions are differences"
-    return [f"**{count} {dimensions} to the state when the chunk begins. LeRobot does not add it back.**"]
+    what = "action dimension is a difference" if relative.count == 1 else "action dimensions are differences"
+    said = f"{relative.count} {what} to the state when the chunk begins."
+    if relative.names is None:
+        return [f"**{said} LeRobot does not add it back: {relative.reason}.**"]
+    return [
+        f"{said} LeRobot's `absolute_actions_processor` adds it back: `postprocess` takes a whole chunk of "
+        "`predict_action_chunk`, with the state that `preprocess` saw last. A loop that calls `preprocess` before each "
+        "`select_action` adds a later state to what is left of a chunk; LeRobot's own rollout does not since July 2026."
+    ]
 
 
 def _datasets(train: TrainConfig | None) -> list[str]:

@@ -122,6 +122,9 @@ def test_before_training_large_datasets_are_sampled_and_the_log_says_so(dataset,
     monkeypatch.setattr("pi0_jax.data.tools.stats.SAMPLED", 20)
     found, again = (compute_normalizations([whole], 4, sampled=True)["tabletop"].stats for _ in range(2))
     assert "statistics are of 3 of 5 episodes, taken at random" in caplog.text
+    monkeypatch.setattr("pi0_jax.data.tools.stats.SAMPLED_EPISODES", 2)
+    compute_normalizations([whole], 4, sampled=True)
+    assert "statistics are of 2 of 5 episodes, taken at random" in caplog.text
     np.testing.assert_array_equal(found["state"].q99, again["state"].q99)
     states = [dataset.read("observation.state", np.array(three)) for three in itertools.combinations(range(5), 3)]
     assert sum(np.array_equal(found["state"].max, each.max(0)) for each in states) >= 1

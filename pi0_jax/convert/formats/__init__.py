@@ -199,7 +199,7 @@ def write_checkpoint(opened: OpenCheckpoint, folder: Path, to: str, asset_id: st
     if write is None:
         raise UserError(f"{to} can be read and not written; the formats to write are {', '.join(writable())}.")
     folder.mkdir(parents=True)
-    write(opened, folder, asset_id or opened.policy.robot)
+    write(opened, folder, asset_id or (opened.robot or {}).get("name", opened.policy.robot))
 
 
 def params_of(opened: OpenCheckpoint) -> dict[str, Any]:

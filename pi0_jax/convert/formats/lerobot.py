@@ -9,10 +9,10 @@ import numpy as np
 
 from pi0_jax.config import PolicyConfig
 from pi0_jax.convert.assemble import CAMERAS, finished, lost_settings, make_policy
-from pi0_jax.convert.card import relative_dimensions
 from pi0_jax.convert.files import read_json, write_json
 from pi0_jax.convert.formats import Format, OpenCheckpoint, Overrides, openpi_torch
 from pi0_jax.convert.lazy import LazyArrays, all_finite, in_memory, open_safetensors, read_all, write_safetensors
+from pi0_jax.convert.relative import converts_units, relative_actions
 from pi0_jax.convert.verify import lerobot as verify
 from pi0_jax.errors import UserError
 from pi0_jax.sampler import Solver
@@ -56,7 +56,8 @@ def read_settings(path: Path, raw: dict[str, Any]) -> tuple[dict[str, Any], tupl
     warnings = []
     if raw.get("use_relative_actions"):
         warnings.append(
-            "the policy predicts actions relative to the state (use_relative_actions), which pi0_jax does not add back"
+            "the policy predicts actions relative to the state (use_relative_actions), which pi0_jax adds back if the "
+            "`semantics` of the robot (--robot) say so"
         )
     visual = [name for name, entry in (raw.get("input_features") or {}).items() if entry["type"] == "VISUAL"]
     cameras = tuple(n.removeprefix(_IMAGES) for n in visual if not n.startswith(f"{_IMAGES}empty_camera_"))
@@ -108,11 +109,10 @@ def _rounded(norm_stats: dict[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
-def write_settings(
-    folder: Path, policy: PolicyConfig, norm_stats: dict[str, Any] | None, dtype: str, *, use_peft: bool = False
-) -> None:
+def write_settings(folder: Path, opened: OpenCheckpoint, *, use_peft: bool = False) -> None:
     """Writes config.json, both processors and their statistics; `use_peft` where the folder holds adapters."""
-    model = policy.model
+    policy, norm_stats = opened.policy, opened.norm_stats
+    model, relative = policy.model, relative_actions(opened)
     features = _features(policy, norm_stats)
     outputs = {_ACTION: features[_ACTION]}
     mode = {ours: theirs for theirs, ours in _NORMALIZATIONS.items()}[policy.normalization]
@@ -126,7 +126,7 @@ def write_settings(
         "use_amp": False,
         "push_to_hub": False,
         **openpi_torch.VARIANTS,
-        "dtype": dtype,
+        "dtype": openpi_torch.dtype_name(opened),
         "chunk_size": model.action_horizon,
         "n_action_steps": min(policy.execute_steps, model.action_horizon),
         "max_state_dim": model.action_dim,
@@ -141,13 +141,22 @@ def write_settings(
     if model.variant != "pi0_fast":
         assert isinstance(policy.sampler, Solver)
         config["num_inference_steps"] = policy.sampler.num_steps
+    excluded = list(relative.excluded) if relative.names else ["gripper"]
+    if relative.names:
+        config |= {"use_relative_actions": True, "relative_exclude_joints": excluded}
+        config["action_feature_names"] = relative.names
     write_json(folder / "config.json", config)
 
     device = _step("device_processor", device="cpu", float_dtype=None)
     before = {
         "rename": _step("rename_observations_processor", rename_map={}),
         "batch": _step("to_batch_processor"),
-        "relative": _step("relative_actions_processor", enabled=False, exclude_joints=["gripper"], action_names=None),
+        "relative": _step(
+            "relative_actions_processor",
+            enabled=relative.names is not None,
+            exclude_joints=excluded,
+            action_names=relative.names,
+        ),
         "normalize": _step("normalizer_processor", eps=1e-8, features=features, norm_map=norm_map),
         "new_line": _step("pi0_new_line_processor"),
         "state_in_prompt": _step(f"{model.variant}_prepare_state_tokenizer_processor_step"),
@@ -170,7 +179,7 @@ def write_settings(
     )
     after = [
         _step("unnormalizer_processor", eps=1e-8, features=outputs, norm_map=norm_map),
-        _step("absolute_actions_processor", enabled=False),
+        _step("absolute_actions_processor", enabled=relative.names is not None),
         device,
     ]
     tensors = _stat_tensors(norm_stats)
@@ -236,7 +245,7 @@ def _open(folder: Path, overrides: Overrides) -> OpenCheckpoint:
 def _write(opened: OpenCheckpoint, folder: Path, asset_id: str) -> None:
     tensors = {f"model.{name}": tensor for name, tensor in openpi_torch.torch_tensors(opened, "lerobot").items()}
     write_safetensors(folder / openpi_torch.WEIGHTS, tensors, {"format": "pt"})
-    write_settings(folder, opened.policy, opened.norm_stats, openpi_torch.dtype_name(opened))
+    write_settings(folder, opened)
     if opened.tokenizer is not None:
         (folder / "tokenizer.model").write_bytes(opened.tokenizer)
 
@@ -247,8 +256,11 @@ def _lost(opened: OpenCheckpoint) -> list[str]:
         notes.append("LeRobot names its tokenizer and reads no file: tokenizer.model lies beside the weights unused")
     if opened.policy.model.variant == "pi05" and not opened.policy.state_in_prompt:
         notes.append("LeRobot writes the state into every prompt of a π0.5; these weights were trained without it")
-    if relative := relative_dimensions(opened):
-        notes.append(f"{relative} action dimensions are differences to the state, which LeRobot does not add back")
+    if (relative := relative_actions(opened)).count and relative.names is None:
+        what = f"{relative.count} action dimensions are differences to the state, which LeRobot does not add back"
+        notes.append(f"{what}: {relative.reason}")
+    if converts_units(opened):
+        notes.append("the robot's `adapt` converts units, which LeRobot does not: states and actions are the weights'")
     if delay and opened.policy.model.variant == "pi05":
         notes.append(f'LeRobot after 0.6.1 reads "rtc_training_max_delay": {delay} in config.json of a π0.5')
     return notes

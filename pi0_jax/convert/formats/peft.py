@@ -269,7 +269,7 @@ def _write(opened: OpenCheckpoint, folder: Path, asset_id: str) -> None:
         "init_lora_weights": True,
     }
     write_json(folder / CONFIG, config)
-    lerobot.write_settings(folder, opened.policy, opened.norm_stats, openpi_torch.dtype_name(opened), use_peft=True)
+    lerobot.write_settings(folder, opened, use_peft=True)
 
 
 def _whole(alpha: float | int) -> float | int:

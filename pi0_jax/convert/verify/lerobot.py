@@ -83,12 +83,18 @@ def check_processors(folder: Path) -> None:
         to_output=converters.transition_to_policy_action,
     )
     tokenizer = {"tokenizer": lambda *_, **__: None, "tokenizer_name": None}
-    pipeline.from_pretrained(
+    before = pipeline.from_pretrained(
         folder, config_filename="policy_preprocessor.json", overrides={"tokenizer_processor": tokenizer}
     )
+    relative = next((step for step in before.steps if hasattr(step, "get_cached_state")), None)
+    for step in after.steps:
+        if hasattr(step, "relative_step"):  # which is told of its partner after loading
+            step.relative_step = relative
     stats = json.loads((folder / "norm_stats.json").read_text())["norm_stats"]["actions"]
     mode = json.loads((folder / "config.json").read_text())["normalization_mapping"]["ACTION"]
     expected = stats["mean"] if mode == "MEAN_STD" else (np.add(stats["q01"], stats["q99"]) / 2).tolist()
+    if relative is not None:
+        relative._last_state = torch.zeros(1, len(expected))
     found = after(torch.zeros(1, len(expected))).numpy()[0]
     if not np.allclose(found, expected, rtol=1e-5, atol=1e-6):
         raise UserError(f"LeRobot's processor of {folder} turns 0 into {found}, and the statistics say {expected}.")

@@ -23,6 +23,7 @@ import functools
 import itertools
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -265,17 +266,26 @@ class RowIndex:
             BadEpisode: it does not hold the rows that the metadata promise.
         """
         if file not in self._located:
-            self._located[file] = self._locate(file)
+            self._locate(file, [])
         return self._located[file]
 
-    def _locate(self, file: str) -> tuple[np.ndarray, dict[int, int]]:
+    def read(self, file: str, name: str, shape: tuple[int, ...], numbers: Sequence[int]) -> np.ndarray:
+        """One column of a data file in the rows of some episodes, given by number; errors as of `locate` and
+        `read_column`. A file that was not looked into is opened once for both."""
+        table = None if file in self._located else self._locate(file, [name])
+        keep = np.isin(self._located[file][0], numbers)
+        return read_column(self.root / file, name, shape, keep, table)
+
+    def _locate(self, file: str, others: list[str]) -> pa.Table:
+        """Finds the episodes of a data file, and reads its column of them and other ones."""
         path = self.root / file
         expected = self.episodes[file]
         if not path.is_file():
             names = ", ".join(str(episode.number) for episode in expected[:5])
             raise FileNotFoundError(f"{self.root} lacks {file}, which holds episode {names}. Copy the dataset again.")
         try:
-            index = read_column(path, "episode_index", (1,))[:, 0]
+            table = read_table(path, list({"episode_index", *others}))
+            index = read_column(path, "episode_index", (1,), table=table)[:, 0]
         except UserError as error:
             raise BadEpisode(f"{error} It holds episode {expected[0].number}.") from error
         lengths = np.array([episode.length for episode in expected])
@@ -289,7 +299,8 @@ class RowIndex:
                     )
             raise BadEpisode(f"{path} does not hold its episodes one after the other, as the format does.")
         starts = np.cumsum(lengths) - lengths
-        return index, {e.number: int(start) for e, start in zip(expected, starts, strict=True)}
+        self._located[file] = index, {e.number: int(start) for e, start in zip(expected, starts, strict=True)}
+        return table
 
 
 def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
@@ -304,12 +315,19 @@ def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
         raise UserError(f"{path} cannot be read as parquet ({error}). {advice(path)}") from error
 
 
-def read_column(path: Path, name: str, shape: tuple[int, ...], keep: Bool[np.ndarray, "n"] | None = None) -> np.ndarray:
-    """One column of a parquet file, or those rows of it, `[n, *shape]`; text as an array of objects."""
-    table = read_table(path, [name])
-    if name not in table.column_names:
+def read_column(
+    path: Path,
+    name: str,
+    shape: tuple[int, ...],
+    keep: Bool[np.ndarray, "n"] | None = None,
+    table: pa.Table | None = None,
+) -> np.ndarray:
+    """One column of a parquet file, or those rows of it, `[n, *shape]`; text as an array of objects. `table` is what
+    was read of the file already."""
+    read: Any = read_table(path, [name]) if table is None else table
+    if name not in read.column_names:
         raise UserError(f"{path} has no column {name!r}, which meta/info.json or the LeRobot format promises.")
-    column = table[name].combine_chunks()
+    column = read[name].combine_chunks()
     if keep is not None and not keep.all():
         column = column.filter(pa.array(keep))
     flat = column

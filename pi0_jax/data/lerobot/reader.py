@@ -186,8 +186,7 @@ class LeRobotDataset(Source):
             wanted.setdefault(self._table[place].data, []).append(self._table[place].number)
 
         def read_file(file: str) -> np.ndarray:
-            index, _ = self._rows.locate(file)
-            return layout.read_column(self.root / file, name, width, np.isin(index, wanted[file]))
+            return self._rows.read(file, name, width, wanted[file])
 
         with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             return np.concatenate(list(pool.map(read_file, wanted)))

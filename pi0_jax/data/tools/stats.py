@@ -36,8 +36,9 @@ ROWS_AT_ONCE = 2**20
 """Rows summarised at a time, which bounds memory."""
 KEEP_EVERY = 60.0
 """Seconds after which what is done is kept on the disk."""
-SAMPLED = 2**17
-"""Frames that statistics before a training are of, where the datasets have more than `FEW_FRAMES`."""
+SAMPLED, SAMPLED_EPISODES = 2**17, 1024
+"""Frames that statistics before a training are of, where the datasets have more than `FEW_FRAMES`, and at most so many
+episodes, each of which may be a file."""
 
 
 class Summary(NamedTuple):
@@ -63,9 +64,9 @@ def compute_normalizations(
     """Statistics of each group of datasets, over their training episodes, by the group's name.
 
     The result is the same for any number of `workers`, processes, up to rounding of means. `ray` hands the work to a
-    Ray cluster instead. `sampled` takes episodes of some `SAMPLED` frames at random from each group of more than
-    `FEW_FRAMES`, and the log says so: then it takes seconds, however large a dataset is. `kept` is a file for what is
-    done when the computation is stopped, with which the next call goes on.
+    Ray cluster instead. `sampled` takes episodes of some `SAMPLED` frames, or fewer, at random from each group of more
+    than `FEW_FRAMES`, and the log says so: then it takes seconds, however large a dataset is. `kept` is a file for what
+    is done when the computation is stopped, with which the next call goes on.
 
     Raises:
         UserError: as of `summarise_source`; datasets of one group have different dimensions, or actions of different
@@ -157,7 +158,8 @@ def _sample(dataset: OpenDataset, datasets: Sequence[OpenDataset]) -> np.ndarray
     total = sum(int(each.source.lengths[each.training].sum()) for each in datasets if each.stats == dataset.stats)
     if total <= FEW_FRAMES:
         return dataset.training
-    count = math.ceil(len(dataset.training) * SAMPLED / total)
+    episodes = sum(len(each.training) for each in datasets if each.stats == dataset.stats)
+    count = math.ceil(len(dataset.training) * min(SAMPLED / total, SAMPLED_EPISODES / episodes, 1.0))
     chosen = np.sort(np.random.default_rng(0).choice(dataset.training, count, replace=False))
     _log.info(
         "%s: statistics are of %d of %d episodes, taken at random; `pi0 data stats` and data.norm_stats take all",
