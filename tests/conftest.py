@@ -7,6 +7,7 @@ os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")  # what a test co
 # Tests compile far more than they compute: eight small devices, and little effort on optimising their programs.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
 
+import importlib.util
 import tempfile
 from pathlib import Path
 
@@ -17,8 +18,8 @@ _CACHE = tempfile.TemporaryDirectory(prefix="pi0_jax-tests-")
 os.environ["PI0_CACHE"] = _CACHE.name  # what a test derives from its data goes with it
 
 # Read when the first device is asked for. Compiling an update takes a third of the time without the fusion emitters;
-# later versions have no such flag, and XLA ends the process over one that it does not know.
-if jax.__version_info__ < (0, 11):
+# later versions and libtpu have no such flag, and XLA ends the process over one that it does not know.
+if jax.__version_info__ < (0, 11) and importlib.util.find_spec("libtpu") is None:
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 jax.config.update("jax_numpy_rank_promotion", "raise")

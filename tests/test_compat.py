@@ -60,6 +60,17 @@ def test_libtpu_describes_a_topology_that_is_not_there():
     assert len(find_devices("v5e:2x2")[1]) == 4
 
 
+def test_xla_describes_gpus_that_are_not_there():
+    from pi0_jax.plan.devices import find_devices, has_gpu_compiler
+
+    if not has_gpu_compiler():
+        pytest.skip("XLA's compiler for NVIDIA GPUs is not installed: extra cuda12, no GPU needed")
+    found = find_devices("h100:16")[1]
+    assert len(found) == 16
+    assert compat.is_compile_only(found[0])
+    assert not compat.is_compile_only(jax.devices("cpu")[0])
+
+
 def test_xla_says_how_much_memory_a_refused_program_takes():
     text = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.50G of 15.75G hbm. Exceeded hbm capacity"
     assert compat.bytes_of_refused_program(ValueError(text)) == 17.5 * 2**30

@@ -95,9 +95,12 @@ def compile_program(
         unknown_rounds: as of `kernels.kernels`.
     """
     start = time.monotonic()
+    options = compiler_options(target, triton=triton)
     try:
-        compiled = lowered.compile(compiler_options=compiler_options(target, triton=triton))
+        compiled = lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
+        if options.get("xla_gpu_enable_triton_gemm"):  # some products have no tiles that fit unless they are tuned
+            return compile_program(lowered, target, device, triton=False, unknown_rounds=unknown_rounds)
         if (refused := compat.bytes_of_refused_program(error)) is None:
             raise
         return Compiled(refused, math.nan, dict.fromkeys(KINDS, math.nan), [], time.monotonic() - start)

@@ -42,7 +42,7 @@ CHIPS = {
     "rtx4090": Chip((8, 9), 128, 72, 2.52, shared=100, threads=1536),
     "rtx5090": Chip((12, 0), 170, 96, 2.41, shared=100, threads=1536),
     "b200": Chip((10, 0), 148, 126, 1.965),
-    "thor": Chip((11, 0), 20, 32, 1.57),
+    "thor": Chip((10, 0), 20, 32, 1.57),  # it is 11.0, which CUDA 12 does not compile for; 10.0 is the nearest
 }
 
 

@@ -67,15 +67,15 @@ def make_sample_plan(
         UserError: unknown topology, no compiler for it, more cameras than the model has, or a sampler whose number of
             steps is decided while it runs.
     """
+    known = config.model.cameras
+    if cameras is not None and not 1 <= cameras <= len(known):
+        raise UserError(f"--cameras {cameras}: the model has {len(known)}, {', '.join(known)}; take 1 to {len(known)}.")
     name, devices, device = find_devices(topology)
     if device is None or estimates(devices, device):
         raise UserError(
             f"a chunk on {name} is planned from the program that XLA compiles for it, which takes its compiler for "
             "NVIDIA GPUs: pip install -e '.[cuda12]'. It needs no GPU and no driver."
         )
-    known = config.model.cameras
-    if cameras is not None and not 1 <= cameras <= len(known):
-        raise UserError(f"--cameras {cameras}: the model has {len(known)}, {', '.join(known)}; take 1 to {len(known)}.")
     model = dataclasses.replace(config.model, cameras=known[:cameras], attention="xla")
     check_policy(config)
     objective = make_objective(config.objective, model)

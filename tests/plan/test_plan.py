@@ -234,6 +234,8 @@ def test_a_tpu_that_is_not_there_is_compiled_for():
     assert not found.estimated
     assert found.mesh["fsdp"] == 4
     assert found.temporaries > 0
+    assert found.cost is not None
+    assert found.cost.cycles > 0
     assert sum(found.comm_bytes.values()) > 2 * found.resident_bytes["parameters"]
     for topology, chips in {"v4:2x2x1": 4, "v5p:2x2x2": 8, "v6e:1x1": 1}.items():
         assert len(find_devices(topology)[1]) == chips
