@@ -97,7 +97,7 @@ def test_a_plan_of_a_chunk_is_printed_with_launches_or_cycles():
         return SamplePlan(f"{name}:1", device, ("top", "wrist"), 1, 48, 1e9, compiled)
 
     text = describe_sample(planned(TEXT, "h100"))
-    assert text.startswith("h100, one of them: a chunk, 2 cameras, a prompt of 48 tokens")
+    assert text.startswith("a chunk on one h100: 2 cameras, a prompt of 48 tokens")
     assert "peak                     2.000 GB  of 84.826 GB: fits" in text
     assert "22 kernels take at least" in text
     assert "if each takes 2 µs to start, which is an assumption" in text
