@@ -322,7 +322,7 @@ def _by_kernels(c: ModelConfig, placed: Sequence[_Placed], tokens, w: Spec, cach
     """`_layer` of the action expert alone by kernels of our own (`kernels.py`), where these can serve."""
     (segment, allowed, (sin, cos)), x = placed[0], tokens[0]
     expert, condition = w[segment.expert], segment.condition
-    if len(tokens) > 1 or not isinstance(expert["attn"].get("qkv"), jax.Array) or not kernels.take(c, x, cached):
+    if len(tokens) > 1 or "qkv" not in expert["attn"] or not kernels.take(c, x, cached):
         return None
     if isinstance(condition, Modulations) and condition.layers.ndim == 3:
         norms = [kernels.Norm(condition.layers.reshape(-1, condition.layers.shape[-1]), 2 * index + i) for i in (0, 1)]
