@@ -14,6 +14,7 @@ import tyro
 
 from pi0_jax import checkpoint
 from pi0_jax.atomic import written
+from pi0_jax.compilation import keep_programs
 from pi0_jax.config import DataConfig
 from pi0_jax.data.mixture import OpenDataset, open_datasets
 from pi0_jax.data.robot_json import kept_robot
@@ -75,6 +76,7 @@ def diagnose(args: Diagnose) -> None:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {path.parent} to write to. Choose another file with --output.")
     held_out, training = open_data(assets, args)
+    keep_programs("default")
     policy = Policy.load(args.run)
     figures, evidence = run.diagnose(
         policy,

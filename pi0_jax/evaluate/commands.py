@@ -15,6 +15,7 @@ import numpy as np
 import tyro
 
 from pi0_jax.checkpoint import load_assets, resolve, run_folder
+from pi0_jax.compilation import keep_programs
 from pi0_jax.config_file import parse
 from pi0_jax.data.robot_json import kept_robot
 from pi0_jax.data.robots import RawObservation, Robot
@@ -180,6 +181,7 @@ def infer(args: Infer) -> None:
         return
     if args.repeat < 0:
         raise UserError(f"--repeat is {args.repeat}; it has to be at least 0.")
+    keep_programs("default")
     policy = Policy.load(args.run, dtype=args.dtype, bits=args.bits, **_changes(args))
     if simulator is not None:
         (_evaluate if args.strategy is None else _evaluate_in_time)(simulator, policy, args)
@@ -258,6 +260,7 @@ def report(args: Report) -> None:
     counterfactual = get_simulator(name, counterfactual=True) if has_option(name, "counterfactual") else None
     path = args.output or run / "report.html"
     _folder(path.parent)
+    keep_programs("default")
     policy = Policy.load(args.run)
     measured = {"step": _step(args.run), "simulator": Path(name).stem}
     figures = write_report(policy, run, simulator, counterfactual, args.episodes, args.seed, path, measured)

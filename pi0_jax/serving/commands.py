@@ -109,10 +109,12 @@ def serve(args: Serve) -> None:
 def _backend(args: Serve, stack: contextlib.ExitStack) -> RobotPolicy | Fleet:
     """The policy in this process, or replicas that end with `stack`."""
     from pi0_jax.checkpoint import load_assets
+    from pi0_jax.compilation import keep_programs
     from pi0_jax.inference.policy import Policy
     from pi0_jax.inference.sampler import with_steps
     from pi0_jax.serving.robot_policy import RobotPolicy, describe_for_roboarena
 
+    keep_programs("default")
     load: dict[str, Any] = {"bits": args.bits, "attention": args.attention, "dtype": args.dtype}
     if args.num_steps is not None:
         load["sampler"] = with_steps(load_assets(args.run).policy.sampler, args.num_steps)

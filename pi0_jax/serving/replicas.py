@@ -17,6 +17,7 @@ from ray import serve  # pyright: ignore[reportMissingImports]
 from ray.exceptions import RayActorError  # pyright: ignore[reportMissingImports]
 
 from pi0_jax import checkpoint
+from pi0_jax.compilation import keep_programs
 from pi0_jax.data.robot_json import kept_robot
 from pi0_jax.inference.policy import Policy, check_batch_sizes
 from pi0_jax.serving.backend import Session
@@ -29,6 +30,7 @@ class Replica:
     """One copy of the policy, on its own devices, with `Fleet`'s options; it compiles before it accepts requests."""
 
     def __init__(self, run: Path, load: dict[str, Any], options: dict[str, Any]):
+        keep_programs("default")
         self._served = RobotPolicy(Policy.load(run, **load), **options)
         self._seconds = self._served.warm_up()
 

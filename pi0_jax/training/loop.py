@@ -14,11 +14,11 @@ import numpy as np
 from pi0_jax import checkpoint, config_json
 from pi0_jax.batch import Batch
 from pi0_jax.checkpoint import CheckpointWriter
+from pi0_jax.compilation import CompileMonitor, keep_programs
 from pi0_jax.config import HostsConfig, TrainConfig
 from pi0_jax.model.attention import report_kernel
 from pi0_jax.objective import Params
 from pi0_jax.training import multihost, optimizer, sharding
-from pi0_jax.training.compilation import CompileMonitor, keep_programs
 from pi0_jax.training.guard import Diverged
 from pi0_jax.training.init_weights import first_weights
 from pi0_jax.training.inputs import Inputs, load_inputs

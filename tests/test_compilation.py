@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from pi0_jax import compat
-from pi0_jax.training.compilation import CompileMonitor, keep_programs
+from pi0_jax.compilation import CompileMonitor, keep_programs
 from pi0_jax.training.profiling import Profile, parse_span
 
 
