@@ -17,6 +17,7 @@ from pi0_jax.errors import UserError
 from pi0_jax.inference.sampler import Inputs, check_policy, sampling_function
 from pi0_jax.model.fold import folded_shapes, shapes_of
 from pi0_jax.model.quantize import Bits, quantize
+from pi0_jax.model.target import tracing_for
 from pi0_jax.objective import make_objective
 from pi0_jax.plan.compile import Compiled, compile_program, placed_bytes
 from pi0_jax.plan.devices import Device, estimates, find_devices
@@ -88,7 +89,8 @@ def make_sample_plan(
     inputs = Inputs(observation_shapes(model, batch_size, prompt_length), jax.eval_shape(_keys(batch_size)))
     mesh = Mesh(devices[:1], ("x",))
     params, inputs = place((params, inputs), mesh)
-    lowered = jax.jit(sampling_function(objective, config, model, config.sampler)).lower(params, inputs)
+    with tracing_for("tpu" if device.clock else "gpu"):
+        lowered = jax.jit(sampling_function(objective, config, model, config.sampler)).lower(params, inputs)
     try:
         compiled = compile_program(lowered, devices[0], device)
     except ValueError as error:
