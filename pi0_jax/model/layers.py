@@ -270,6 +270,16 @@ def through(layer: Callable[[Any, Any], tuple[Any, Any]], x: Any, weights: Any) 
     return x, outputs
 
 
+def cast_matrices(weights: Any, dtype: jnp.dtype) -> Any:
+    """Stacked weights with their matrices in the dtype that layers multiply in; lists of layers as they are.
+
+    Outside of a scan they are cast once per update, and their gradients are stacked in the dtype that they come in.
+    """
+    if isinstance(weights, list):
+        return weights
+    return jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 2 else x, weights)
+
+
 def stacked(outputs: Any) -> Any:
     """Outputs of `through` with a leading axis over layers."""
     return jax.tree.map(lambda *x: jnp.stack(x), *outputs) if isinstance(outputs, list) else outputs
