@@ -70,5 +70,5 @@ def advice() -> Iterator[None]:
 
 
 def aligned(length: int, to: int) -> int:
-    """The length that an axis is padded to for sampling: on accelerators, whose tiles have fixed sizes, a multiple."""
-    return length if platform() == "cpu" else -(-length // to) * to
+    """The length that an axis is padded to for sampling: a multiple, for TPUs' tiles and for our own kernels."""
+    return -(-length // to) * to if platform() == "tpu" or kernels() else length
