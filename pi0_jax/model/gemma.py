@@ -371,9 +371,8 @@ def _split_last(inputs: Any, dtype: jnp.dtype) -> tuple[Any, Any]:
     """Inputs of all layers but the last, and of the last."""
     if isinstance(inputs, list):
         return inputs[:-1], inputs[-1]
-    # A part of the stack is a copy, which is half as large in the dtype that the layers multiply in.
-    first = jax.tree.map(lambda x: x[:-1].astype(dtype) if x.ndim > 2 else x[:-1], inputs)
-    return first, jax.tree.map(lambda x: x[-1], inputs)
+    first, last = (jax.tree.map(lambda x: x[which], inputs) for which in (slice(-1), -1))
+    return layers.cast_matrices(first, dtype), last
 
 
 def _append(keys_values: Any, last: KeysValues) -> Any:
