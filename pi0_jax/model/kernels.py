@@ -126,7 +126,9 @@ def attention(
     def tile(ref, example, first, count: int, head):
         """Rows of a head, and which of them there are; columns are padded to a power of two by zeros."""
         row, column = first + jnp.arange(count) < ref.shape[1], jnp.arange(width) < h
-        at = ref.at[example, pl.ds(first, count), head, pl.ds(0, width)]
+        at = ref.at[
+            example, pl.ds(first, count), head, pl.ds(0 * head, width)
+        ]  # a traced 0: JAX refuses what sticks out
         if width == h and not ref.shape[1] % count:
             return plgpu.load(at), None
         return plgpu.load(at, mask=row[:, None] & column[None], other=0.0), row
@@ -165,7 +167,7 @@ def attention(
         parts = (qkv_ref, heads + kv), (qkv_ref, heads + k + kv)
         carry = jax.lax.fori_loop(0, pl.cdiv(t, block), functools.partial(look, parts, s), carry)
         _, total, seen = carry
-        at = out_ref.at[example, pl.ds(first, tokens), head, pl.ds(0, width)]
+        at = out_ref.at[example, pl.ds(first, tokens), head, pl.ds(0 * head, width)]
         columns = jnp.arange(width) < h
         inside = None if width == h and not t % tokens else (first + jnp.arange(tokens) < t)[:, None] & columns[None]
         plgpu.store(at, (seen / total[:, None]).astype(qkv.dtype), mask=inside)
