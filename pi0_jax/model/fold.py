@@ -107,7 +107,7 @@ def folded_shapes(network: PrefixNetwork) -> Spec:
         if rule.layers is not None:
             sources = {path: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for path, x in sources.items()}
         made = jax.eval_shape(lambda p, rule=rule: rule.make(p, jnp), sources).update(dtype=dtype)
-        folded |= {_layer_path(target, i): made for i in rule.layers or (None,)}
+        folded |= {_layer_path(target, i): made for i in ((None,) if rule.layers is None else rule.layers)}
     return lists_of_layers(folded)
 
 

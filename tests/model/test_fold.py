@@ -174,3 +174,10 @@ def test_a_chunk_at_full_size_costs_no_more_than_it_has_to(model, bound):
         return sample_actions(objective, params, batch.observation, noise, options)
 
     assert flops.count(sample, fold.folded_shapes(objective.network), batch.actions) / 1e12 <= bound
+
+
+def test_a_model_of_one_layer_folds():
+    network = make_objective(Gaussian(), tiny_config("pi0", depth=1)).network
+    params = random_params(network, np.random.default_rng(0))
+    folded = fold.fold(network, fold.from_tree(params))
+    assert jax.tree.map(jnp.shape, folded) == jax.tree.map(jnp.shape, fold.folded_shapes(network))
