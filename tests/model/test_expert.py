@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from pi0_jax.config import PI0, PI05
+from pi0_jax.config import PI0, PI05, ExpertConfig
 from pi0_jax.model import gemma
 from pi0_jax.model.gemma import Segment
 from pi0_jax.model.head import make_head
@@ -219,6 +219,22 @@ def test_rematerialisation_changes_no_gradient(variant):
         gradients.append(jax.jit(jax.grad(lambda p: jnp.sum(jnp.square(tiny(params=p)))))(tiny.params))
     for other in gradients[1:]:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), gradients[0], other)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_unrolled_layers_have_the_loss_and_gradients_of_scanned_ones(variant):
+    tiny = Tiny(variant, remat="full", depth=3, language=ExpertConfig(width=24, mlp_dim=48, lora_mlp_rank=2))
+
+    def loss(params, prepare):
+        return jnp.sum(jnp.square(tiny(params=prepare(params))))
+
+    scanned, unrolled = (
+        jax.jit(jax.value_and_grad(functools.partial(loss, prepare=prepare)))(tiny.params)
+        for prepare in (lambda params: params, tiny.network.unrolled)
+    )
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), unrolled, scanned)
+    program = str(jax.make_jaxpr(lambda p: tiny(params=tiny.network.unrolled(p)))(tiny.params))
+    assert "prevent_cse=True" in program, "or XLA would merge rematerialisation away"
 
 
 def test_time_embedding_has_the_stated_periods():
