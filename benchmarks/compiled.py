@@ -86,6 +86,8 @@ class Args:
     """A Python that can import it, with this environment's JAX."""
     largest: int = 0
     """Print so many of each program's largest costs, with the lines of code that they come from."""
+    within: tuple[str, ...] = ()
+    """Lines of code, or parts of them (siglip.py): print what the kernels take that come from under each."""
     hlo: Path | None = None
     """Folder for the compiled programs' text."""
     json: Path | None = None
@@ -123,7 +125,11 @@ def measure(row: Row, args: Args) -> dict[str, Any]:
         cost = total(compiled.kernels, device)
         link = device.link if not device.node or examples <= 8 * device.node else device.network
         found |= cost._asdict() | {"total_seconds": max(cost.total_seconds, found["sent_bytes"] / link)}
-    found["largest"] = [group._asdict() for group in largest(compiled.kernels, args.largest or 10)]
+    found["within"] = {
+        part: total([k for k in compiled.kernels if any(part in line for line in k.lines)], device)._asdict()
+        for part in args.within
+    }
+    found["largest"] = [group._asdict() for group in largest(compiled.kernels, args.largest)]
     return found
 
 
@@ -208,6 +214,7 @@ def in_a_process(row: Row, args: Args) -> dict[str, Any]:
     python = args.openpi_python if row.side == "openpi" else sys.executable
     command = [python, __file__, "--worker", json.dumps(dataclasses.asdict(row)), "--largest", str(args.largest)]
     command += [] if args.hlo is None else ["--hlo", str(args.hlo)]
+    command += ["--within", *args.within] if args.within else []
     command += [] if args.openpi is None else ["--openpi", str(args.openpi)]
     # openpi's checks of types at run time refuse newer optax; nothing is to run on an accelerator of this machine.
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAXTYPING_DISABLE": "1"}
@@ -246,11 +253,13 @@ def table(found: list[dict[str, Any]]) -> str:
 
 
 def costs(row: dict[str, Any]) -> str:
-    """The largest costs of a row."""
+    """The parts and the largest costs of a row that were asked for."""
+    parts = [(f"under {part}", cost) for part, cost in row.get("within", {}).items()]
+    parts += [(f"{cost['kind']}: {cost['place']}", cost) for cost in row.get("largest", [])]
     lines = [
-        f"  {1e3 * k['seconds']:8.3f} ms {k['kernels']:6} x {k['bytes'] / 1e9:7.2f} GB {k['flops'] / 1e12:7.3f} TFLOP  "
-        f"{k['kind']}: {k['place']}"
-        for k in row.get("largest", [])
+        f"  {1e3 * cost['seconds']:8.3f} ms {cost['kernels']:6} x {cost['bytes'] / 1e9:7.2f} GB "
+        f"{cost['flops'] / 1e12:7.3f} TFLOP  {name}"
+        for name, cost in parts
     ]
     return "\n".join(lines)
 
@@ -265,7 +274,7 @@ def main(args: Args) -> None:
         print(row.name, flush=True)
         new = {"row": dataclasses.asdict(row), **in_a_process(row, args)}
         found = [old for old in found if old["row"] != new["row"]] + [new]
-        print(table([new]).splitlines()[-1] + (f"\n{costs(new)}" if args.largest else ""), flush=True)
+        print(table([new]).splitlines()[-1] + (f"\n{costs(new)}" if args.largest or args.within else ""), flush=True)
         if args.json:
             args.json.write_text(json.dumps(found, indent=1) + "\n")
     print(f"\n{table(found)}")

@@ -3,7 +3,7 @@
     python benchmarks/plan.py plans.json            # every row that the file does not have yet; minutes each
     python benchmarks/plan.py plans.json --table    # the rows as Markdown
 
-Rows for TPUs are compiled by libtpu (extra tpu), rows for GPUs for as many CPU devices.
+Rows for TPUs are compiled by libtpu (extra tpu), rows for GPUs by XLA (extra cuda12) or, without it, estimated.
 """
 
 from __future__ import annotations

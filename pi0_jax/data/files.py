@@ -23,8 +23,14 @@ def find_dataset(path: str, offline: bool = False, *, videos: bool = True) -> Pa
 
     Raises:
         FileNotFoundError: a dataset of the hub is not in the cache, and the network is not to be asked or out of reach.
-        UserError: `huggingface_hub` is not installed, the hub refuses, or the name is none of the hub's.
+        UserError: `huggingface_hub` is not installed, the hub refuses, or the name is none of the hub's; or the path is
+            another URL.
     """
+    if "://" in path and not path.startswith("hf://"):
+        raise UserError(
+            f"{path} is in an object store, and datasets are read from folders: mount it (gcsfuse, s3fs, rclone "
+            "mount), or copy it (gcloud storage rsync -r, aws s3 sync), and name the folder."
+        )
     if not path.startswith("hf://"):
         return Path(path).expanduser()
     name = path.removeprefix("hf://").removeprefix("datasets/").strip("/")

@@ -215,16 +215,26 @@ class BatchReader:
         _check_dataset(dataset.source, dataset.robot)
         self._horizon = model.action_horizon
         self._dim_mask = np.arange(model.action_dim) < len(dataset.robot.model_actions)
-        for feature in self._cameras:  # decodes video that is decoded once, and fails, now rather than later
-            self._source.images(feature, np.array([0]))
+        self._read_first()
         self._seen = {camera: self._source.camera_mask(feature) for feature, camera in self._cameras.items()}
 
     @functools.cached_property
     def _tasks(self) -> np.ndarray:
         return np.array(self._source.tasks, object)
 
+    def _read_first(self) -> None:
+        """Reads a picture of each camera, so that what is missing is an error now rather than later, and all packages
+        are imported before there are several threads: importing TensorFlow Datasets exchanges Python's `__import__` for
+        moments, and what other threads import then may fail."""
+        for feature in self._cameras:
+            self._source.images(feature, np.array([0]))
+
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_tasks"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._read_first()
 
     def prompt_lengths(self, rows: Indices) -> Indices:
         """Tokens of the prompt of each row."""

@@ -134,15 +134,18 @@ def _call(
 
 
 _ONE_BEHIND = threading.Lock()
+BEHIND_AFTER = 5.0
+"""Seconds for what is needed first, before what is not needed yet."""
 
 
 def behind(function: Callable[[], Result]) -> concurrent.futures.Future[Result]:
-    """The result to be of a function that runs in a thread of its own, one such at a time. Nobody waits for it when the
-    program ends."""
+    """The result to be of a function that runs in a thread of its own, one such at a time, `BEHIND_AFTER` seconds from
+    now. Nobody waits for it when the program ends."""
     future: concurrent.futures.Future[Result] = concurrent.futures.Future()
 
     def run() -> None:
         try:
+            time.sleep(BEHIND_AFTER)
             with _ONE_BEHIND:
                 future.set_result(function())
         except Exception as error:  # for whoever asks for the result

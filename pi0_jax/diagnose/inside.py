@@ -75,7 +75,7 @@ def attention(policy: Policy, observation: Observation, noise: Float[np.ndarray,
         if not weights:
             return None
         tokens = noise.shape[1]
-        means = [w.reshape(*w.shape[:2], model.num_heads // w.shape[1], -1, w.shape[-1]).mean((1, 2)) for w in weights]
+        means = [w.reshape(*w.shape[:2], -1, model.num_heads // w.shape[1], w.shape[-1]).mean((1, 3)) for w in weights]
         return jnp.mean(jnp.stack(means).astype(jnp.float32)[:, :, -tokens:], axis=(0, 2))
 
     found = jax.jit(shares)(policy.sampler.params, observation, jnp.asarray(noise))

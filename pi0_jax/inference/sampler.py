@@ -18,6 +18,7 @@ from pi0_jax.batch import Observation
 from pi0_jax.config import ModelConfig, PolicyConfig
 from pi0_jax.errors import UserError
 from pi0_jax.flow.realtime import Previous
+from pi0_jax.model import target
 from pi0_jax.model.fold import Read, fold, shapes_of
 from pi0_jax.model.quantize import Bits, quantize
 from pi0_jax.objective import Objective, Params, SampleOptions, make_objective
@@ -79,7 +80,8 @@ class ChunkSampler:
             sampler: from noise to actions.
             path: give all points from noise to actions, along the first axis.
         """
-        return np.asarray(self.compiled(inputs, sampler, path=path)(self.params, inputs))
+        with target.advice():
+            return np.asarray(self.compiled(inputs, sampler, path=path)(self.params, inputs))
 
     def compiled(self, inputs: Inputs, sampler: Sampler, *, path: bool = False) -> jax.stages.Compiled:
         """The program of such a call, a function of parameters and inputs; compiled once."""
@@ -87,7 +89,8 @@ class ChunkSampler:
         leaves, tree = jax.tree.flatten(avals)
         key = ProgramKey(sampler, path, (tuple(leaves), tree))
         if key not in self.programs:
-            self.programs[key] = jax.jit(self.function(sampler, path=path)).lower(self.params, inputs).compile()
+            with target.advice():
+                self.programs[key] = jax.jit(self.function(sampler, path=path)).lower(self.params, inputs).compile()
         return self.programs[key]
 
     def function(self, sampler: Sampler, *, path: bool = False) -> Callable[[Params, Inputs], Float[Array, "..."]]:

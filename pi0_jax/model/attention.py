@@ -21,7 +21,7 @@ _watching: list[list[jax.Array]] = []
 
 @contextlib.contextmanager
 def watch_attention() -> Iterator[list[jax.Array]]:
-    """Gives a list to which each `attend` called within appends its weights, `[b k g·t s]`: t queries of g heads.
+    """Gives a list to which each `attend` called within appends its weights, `[b k t·g s]`: t queries of g heads.
 
     For networks whose layers are not scanned, as those of folded parameters: what a scan traces cannot leave it. Fused
     kernels keep no weights.
@@ -31,6 +31,11 @@ def watch_attention() -> Iterator[list[jax.Array]]:
         yield _watching[-1]
     finally:
         _watching.pop()
+
+
+def watching() -> bool:
+    """Whether weights are asked for."""
+    return bool(_watching)
 
 
 def attend(
@@ -55,17 +60,18 @@ def attend(
     # A fused kernel is for many queries: the chunk's few are odd in number, which cuDNN's backward pass refuses.
     if kernel == "cudnn" and t == key.shape[1] and why_not_fused(query.dtype) is None:
         return fused(query, key, value, mask, scale)
-    # The queries that share a key head become rows of one matrix product.
+    # The queries that share a key head become rows of one matrix product, those of a token one after another: where
+    # all share one, as in Gemma, that is the order they have.
     query = query if scale == 1 else query * (h**-0.5 if scale is None else scale)
-    grouped = query.reshape(b, t, k, n // k, h).transpose(0, 2, 3, 1, 4).reshape(b, k, -1, h)
+    grouped = query.reshape(b, t, k, n // k, h).transpose(0, 2, 1, 3, 4).reshape(b, k, -1, h)
     logits = jnp.einsum("BKTH,BSKH->BKTS", grouped, key, preferred_element_type=jnp.float32)
     if mask is not None:
-        logits = jnp.where(jnp.tile(mask, (1, n // k, 1))[:, None], logits, MASKED)
+        logits = jnp.where(jnp.repeat(mask, n // k, axis=1)[:, None], logits, MASKED)
     weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
     if _watching:
         _watching[-1].append(weights)
     attended = jnp.einsum("BKTS,BSKH->BKTH", weights, value)
-    return attended.reshape(b, k, n // k, t, h).transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
+    return attended.reshape(b, k, t, n // k, h).transpose(0, 2, 1, 3, 4).reshape(b, t, n, h)
 
 
 def why_not_fused(dtype) -> str | None:

@@ -1,16 +1,16 @@
 """Parameters rewritten for inference: fewer, larger matrix products that give the same numbers.
 
-    queries, keys and values of a layer   one matrix; queries carry 1 / sqrt(head dim)
+    queries, keys and values of a layer   one matrix; the experts' queries carry 1 / sqrt(head dim)
     gate and up                           one matrix
-    scales of plain norms                 inside the matrix that follows; LayerNorm's offsets inside its bias
     LoRA pairs                            added to their weights
     action_in and the time MLP (π0)       one matrix for the chunk, one for the time
     last language layer                   keys and values alone, where nothing else of it is needed
     stacks of layers                      lists of layers
 
 The result keeps the paths of the parameters, and the same functions run it (`layers.py`). Each rule makes one array
-from a few, in float32, and rounds it once. They are made one after another, the largest first, so that loading needs
-little more memory than the folded parameters themselves.
+from a few, in float32, and rounds it once. Scales of norms stay: inside a matrix of bfloat16 they would round
+weights that are exact there, and actions would be up to 1.6 times as far off. Arrays are made one after another, the
+largest first, so that loading needs little more memory than the folded parameters themselves.
 """
 
 from __future__ import annotations
@@ -163,11 +163,6 @@ def rules(network: PrefixNetwork) -> dict[str, Rule]:
         if c.variant == "pi05":
             for path in ("backbone/action_norm/modulation/kernel", "backbone/action_norm/modulation/bias"):
                 found[path] = _copy(path, exact=False)
-        else:
-            norm = "backbone/action_norm/scale"
-            output = f"{'action_out' if 'action_out' in names else 'logits_out'}/kernel"
-            del found[norm]
-            found[output] = Rule((output, norm), lambda p, xp: (1.0 + p[norm])[:, None] * p[output])
     if c.variant == "pi0" and "time_mlp_in" in names:
         found |= _time_and_actions(c.action.width)
         del found["time_mlp_in/bias"]
@@ -184,37 +179,29 @@ def _vision(config: VisionConfig) -> dict[str, Rule]:
         width = config.stem_width if name == "stem" else config.width
         found[f"{encoder}/{name}/kernel"] = _copy(f"{encoder}/{name}/kernel", (-1, width))
         found[f"{encoder}/{name}/bias"] = _copy(f"{encoder}/{name}/bias")
-    if config.stem_width:
-        found |= {path: _copy(path) for path in (f"{encoder}/stem_norm/scale", f"{encoder}/stem_norm/bias")}
+    for norm in (("stem_norm",) if config.stem_width else ()) + ("norm",):
+        found |= {path: _copy(path) for path in (f"{encoder}/{norm}/scale", f"{encoder}/{norm}/bias")}
     if config.position == "learned":
         found[f"{encoder}/position_embedding"] = _copy(f"{encoder}/position_embedding")
-
-    def after_norm(target: str, norm: str, linears: tuple[str, ...], layers: range | None, scale: float = 1.0) -> None:
-        """A norm's scale and offset inside the matrices that follow; the first of them times a number."""
-        factors = [scale] + [1.0] * (len(linears) - 1)
-        kernels, biases = ([f"{name}/{leaf}" for name in linears] for leaf in ("kernel", "bias"))
-
-        def matrix(p, xp):
-            return xp.concatenate([p[k].reshape(len(p[k]), -1) * f for k, f in zip(kernels, factors, strict=True)], -1)
-
-        def kernel(p, xp):
-            return p[f"{norm}/scale"][:, None] * matrix(p, xp)
-
-        def bias(p, xp):
-            bias = xp.concatenate([p[b].reshape(-1) * f for b, f in zip(biases, factors, strict=True)], -1)
-            return bias + p[f"{norm}/bias"] @ matrix(p, xp)
-
-        found[f"{target}/kernel"] = Rule((f"{norm}/scale", *kernels), kernel, False, layers)
-        found[f"{target}/bias"] = Rule((f"{norm}/bias", *kernels, *biases), bias, True, layers)
-
+    found["image_projector/kernel"] = _copy("image_projector/kernel", exact=False)
+    found["image_projector/bias"] = _copy("image_projector/bias")
     every = range(config.depth)
-    heads = tuple(f"{root}/{name}" for name in ("query", "key", "value"))
-    after_norm(f"{root}/qkv", f"{root}/attn_norm", heads, every, (config.width // config.num_heads) ** -0.5)
-    after_norm(f"{root}/mlp_in", f"{root}/mlp_norm", (f"{root}/mlp_in",), every)
-    after_norm("image_projector", f"{encoder}/norm", ("image_projector",), None)
-    for name in ("out", "mlp_out"):
-        found[f"{root}/{name}/kernel"] = _copy(f"{root}/{name}/kernel", (-1, config.width), exact=False, layers=every)
-        found[f"{root}/{name}/bias"] = _copy(f"{root}/{name}/bias", layers=every)
+    for leaf, exact in (("kernel", False), ("bias", True)):
+        paths = tuple(f"{root}/{name}/{leaf}" for name in ("query", "key", "value"))
+        rows = () if exact else (config.width,)
+
+        def side_by_side(p, xp, paths=paths, rows=rows):
+            return xp.concatenate([p[path].reshape(*rows, -1) for path in paths], -1)
+
+        found[f"{root}/qkv/{leaf}"] = Rule(paths, side_by_side, exact, every)
+        for name in ("out", "mlp_in", "mlp_out"):
+            columns = config.mlp_dim if name == "mlp_in" else config.width
+            path, shape = f"{root}/{name}/{leaf}", (columns,) if exact else (-1, columns)
+            found[path] = _copy(path, shape, exact=exact, layers=every)
+    for norm in ("attn_norm", "mlp_norm"):
+        for leaf in ("scale", "bias"):
+            path = f"{root}/{norm}/{leaf}"
+            found[path] = _copy(path, layers=every)
     return found
 
 
@@ -223,10 +210,9 @@ def _expert(network: PrefixNetwork, name: str, adaptive: bool, last_keys_only: b
     expert: ExpertConfig = getattr(config, name)
     every = range(config.depth - last_keys_only)
 
-    def after_norm(target: str, norm: str | None, weights: tuple[str, ...], make, layers: range = every) -> None:
-        """Weights, pairs added, and the scale of the norm before them as a column; one array of these."""
+    def matrix(target: str, weights: tuple[str, ...], make, layers: range = every) -> None:
+        """Weights, pairs added; one matrix of these."""
         pairs = {w: tuple(f"{root}/{w}_lora_{x}" for x in "ab") for w in weights if _rank(w, expert)}
-        scale = () if adaptive or norm is None else (f"{root}/{norm}/scale",)
 
         def made(p, xp):
             whole = [p[f"{root}/{w}"] for w in weights]
@@ -234,32 +220,31 @@ def _expert(network: PrefixNetwork, name: str, adaptive: bool, last_keys_only: b
                 if w in pairs:
                     a, b = (p[path] for path in pairs[w])
                     whole[i] = lora.merge(w, whole[i], a, b, expert.lora_scale, xp)
-            return make(*whole, 1.0 + p[scale[0]][:, None] if scale else 1.0, xp)
+            return make(*whole, xp)
 
-        paths = *(f"{root}/{w}" for w in weights), *(path for pair in pairs.values() for path in pair), *scale
+        paths = *(f"{root}/{w}" for w in weights), *(path for pair in pairs.values() for path in pair)
         found[f"{root}/{target}"] = Rule(paths, made, False, layers)
 
-    def columns(w, scale, xp):
-        return scale * xp.moveaxis(w, 0, 1).reshape(w.shape[1], -1)
+    def columns(w, xp):
+        return xp.moveaxis(w, 0, 1).reshape(w.shape[1], -1)
 
-    def qkv(q, kv, scale, xp):
-        query = scale * q.reshape(len(q), -1) * config.head_dim**-0.5
-        return xp.concatenate([query, columns(kv, scale, xp)], -1)
+    def qkv(q, kv, xp):
+        return xp.concatenate([q.reshape(len(q), -1) * config.head_dim**-0.5, columns(kv, xp)], -1)
 
-    def flat(w, _, xp):
+    def flat(w, _):
         return w.reshape(-1, w.shape[-1])
 
-    after_norm("attn/qkv", "attn_norm", ("attn/q", "attn/kv"), qkv)
-    after_norm("attn/o", None, ("attn/o",), flat)
-    after_norm("mlp/gate_up", "mlp_norm", ("mlp/gate_up",), columns)
-    after_norm("mlp/down", None, ("mlp/down",), flat)
+    matrix("attn/qkv", ("attn/q", "attn/kv"), qkv)
+    matrix("attn/o", ("attn/o",), flat)
+    matrix("mlp/gate_up", ("mlp/gate_up",), columns)
+    matrix("mlp/down", ("mlp/down",), flat)
     if last_keys_only:
-        after_norm("attn/kv", "attn_norm", ("attn/kv",), columns, range(config.depth - 1, config.depth))
-    if adaptive:
-        for norm in ("attn_norm", "mlp_norm"):
-            for leaf in ("kernel", "bias"):
-                path = f"{root}/{norm}/modulation/{leaf}"
-                found[path] = _copy(path, exact=False, layers=every)
+        matrix("attn/kv", ("attn/kv",), columns, range(config.depth - 1, config.depth))
+    for norm in ("attn_norm", "mlp_norm"):
+        layers = range(config.depth) if norm == "attn_norm" else every
+        for leaf in ("modulation/kernel", "modulation/bias") if adaptive else ("scale",):
+            path = f"{root}/{norm}/{leaf}"
+            found[path] = _copy(path, exact=not adaptive, layers=layers)
     return found
 
 

@@ -22,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from pi0_jax.config import ExpertConfig, ModelConfig
-from pi0_jax.model import layers, lora, mask
+from pi0_jax.model import kernels, layers, lora, mask, target
 from pi0_jax.model.attention import attend
 from pi0_jax.model.declare import Leaf, Spec, Stack, linear
 from pi0_jax.model.layers import KeysValues, Record
@@ -34,9 +34,8 @@ Expert = Literal["language", "action"]
 class Modulations(NamedTuple):
     """Scale, shift and gate of all adaptive norms at some flow times, side by side in the last axis."""
 
-    layers: Any
-    """Of the norms before attention and before the feed-forward: a pair `[*time l 3e]`, or a list over layers of pairs
-    `[*time 3e]` where the weights are a list."""
+    layers: Float[Array, "*time l 2 m"]
+    """Of each layer's norms before attention and before the feed-forward."""
     final: Float[Array, "*time m"]
 
 
@@ -59,9 +58,27 @@ class Segment(NamedTuple):
     needed: bool = True
     """Whether outputs are asked for."""
 
+    def padded(self, length: int) -> Segment:
+        """The segment with tokens at its end that nothing sees."""
+        (b, own, _), added = self.tokens.shape, length - self.tokens.shape[1]
+        if not added:
+            return self
+        group = None if self.group is None else np.pad(self.group, (0, added), mode="edge")
+        valid = jnp.ones((b, own), bool) if self.valid is None else self.valid
+        tokens, valid = (jnp.pad(x, [(0, 0), (0, added)] + [(0, 0)] * (x.ndim - 2)) for x in (self.tokens, valid))
+        return self._replace(tokens=tokens, mask_ar=np.pad(self.mask_ar, (0, added)), group=group, valid=valid)
+
 
 KeysValuesOfLayers = list[KeysValues] | tuple[Float[Array, "l b _ k h"], Float[Array, "l b _ k h"]]
 """Of each layer in a list, or stacked along a leading axis."""
+
+
+class Layout(NamedTuple):
+    """Where tokens stand and what they see."""
+
+    rotation: layers.Rotation
+    mask: Bool[Array, "b t s"]
+    """True where a token (in order) may see a key (cached ones first)."""
 
 
 class Prefix(NamedTuple):
@@ -74,6 +91,20 @@ class Prefix(NamedTuple):
     """Number of valid tokens, the position at which the next ones start."""
     state: Float[Array, "b 1 e"] | None = None
     """π0's state token, which runs along with the actions: that costs them next to nothing, and spares a pass."""
+    layout: Layout | None = None
+    """Of the state and the actions, which is the same in each step of a solver."""
+
+
+def aligned(
+    keys_values: KeysValuesOfLayers, valid: Bool[Array, "b s"]
+) -> tuple[KeysValuesOfLayers, Bool[Array, "b _"]]:
+    """Keys and values of a prefix, and which are valid, at a length that accelerators read without copies."""
+    added = target.aligned(valid.shape[1], 128) - valid.shape[1]
+    if not added:
+        return keys_values, valid
+    padding = [(0, added), (0, 0), (0, 0)]
+    keys_values = jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 3) + padding), keys_values)
+    return keys_values, jnp.pad(valid, [(0, 0), padding[0]])
 
 
 def fan_in(in_axis, out_axis, batch_axis=()):
@@ -136,16 +167,15 @@ def modulations(w: Spec, condition: Float[Array, "*time e"]) -> Modulations:
     def of(norm: Spec) -> Float[Array, "*time m"]:
         return layers.linear(condition, norm["modulation"], condition.dtype)
 
-    def of_layer(layer: Spec) -> tuple[Any, ...]:
-        return tuple(of(layer["action"][norm]) for norm in ("attn_norm", "mlp_norm"))
+    def of_layer(layer: Spec) -> Float[Array, "*time 2 m"]:
+        return jnp.stack([of(layer["action"][norm]) for norm in ("attn_norm", "mlp_norm")], axis=-2)
 
     stack = w["layers"]
-    found = list(map(of_layer, stack)) if isinstance(stack, list) else _after_time(jax.lax.map(of_layer, stack))
+    if isinstance(stack, list):
+        found = jnp.stack([of_layer(layer) for layer in stack], axis=-3)
+    else:
+        found = jnp.moveaxis(jax.lax.map(of_layer, stack), 0, -3)
     return Modulations(found, of(w["action_norm"]))
-
-
-def _after_time(x: Any) -> Any:
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, -2), x)
 
 
 def forward(
@@ -166,21 +196,17 @@ def forward(
         prefix: keys and values of an earlier pass, which come before all segments.
         remat: what the backward pass computes again.
         record: takes the residual streams.
-        layout: in place of what the segments say of positions and masks.
+        layout: of the segments (`layout_of`), where it is known, or is another one.
 
     Returns:
         Outputs of each segment, None where they are not needed; and keys and values of all segments, without those of
         the prefix, as `Prefix.keys_values`.
     """
-    placed = _place(config, segments, prefix, layout)
+    placed = _place(segments, layout or layout_of(config, segments, prefix))
     stack, depth = w["layers"], config.depth
-    modulated = [s.condition.layers if isinstance(s.condition, Modulations) else None for s in segments]
-    inputs: Any = (stack, prefix and prefix.keys_values)
+    inputs: Any = (stack, prefix and prefix.keys_values, jnp.arange(depth))
     if isinstance(stack, list):
-        per_layer = (x or [None] * depth for x in (inputs[1], *modulated))
-        inputs = [(x, cached, modulation) for x, cached, *modulation in zip(stack, *per_layer, strict=True)]
-    else:
-        inputs = (*inputs, [jax.tree.map(lambda x: jnp.moveaxis(x, -2, 0), m) for m in modulated])
+        inputs = list(zip(stack, inputs[1] or [None] * depth, range(depth), strict=True))
 
     def layer(tokens, inputs):
         tokens, own = _layer(config, placed, tokens, *inputs)
@@ -204,14 +230,6 @@ def forward(
     return [_final_norm(w, segment, x) for segment, x in zip(segments, tokens, strict=True)], keys_values
 
 
-class Layout(NamedTuple):
-    """Where tokens stand and what they see, for layouts that `mask_ar` and groups cannot say."""
-
-    positions: Int[Array, "b t"]
-    mask: Bool[Array, "b t s"]
-    """True where a token (in order) may see a key (cached ones first)."""
-
-
 class _Placed(NamedTuple):
     """A segment, what it may see, and where it stands."""
 
@@ -221,28 +239,27 @@ class _Placed(NamedTuple):
     rotation: layers.Rotation
 
 
-def _place(
-    config: ModelConfig, segments: Sequence[Segment], prefix: Prefix | None, layout: Layout | None
-) -> list[_Placed]:
+def _place(segments: Sequence[Segment], layout: Layout) -> list[_Placed]:
     lengths = [segment.tokens.shape[1] for segment in segments]
-    cached = 0 if prefix is None else prefix.mask.shape[1]
-    positions, allowed = layout or _layout(segments, lengths, prefix)
-    sin, cos = layers.rotation(positions, config.head_dim)
+    cached = layout.mask.shape[2] - sum(lengths)
+    sin, cos = layout.rotation
     rows = [slice(end - n, end) for n, end in zip(lengths, np.cumsum(lengths), strict=True)]
     return [
-        _Placed(segment, allowed[:, row, : cached + row.stop], (sin[:, row], cos[:, row]))
+        _Placed(segment, layout.mask[:, row, : cached + row.stop], (sin[:, row], cos[:, row]))
         for segment, row in zip(segments, rows, strict=True)
     ]
 
 
-def _layout(segments: Sequence[Segment], lengths: Sequence[int], prefix: Prefix | None) -> Layout:
-    b = len(segments[0].tokens)
+def layout_of(config: ModelConfig, segments: Sequence[Segment], prefix: Prefix | None = None) -> Layout:
+    """Where the tokens of segments stand, and what they see."""
+    b, lengths = len(segments[0].tokens), [segment.tokens.shape[1] for segment in segments]
     mask_ar = np.concatenate([segment.mask_ar for segment in segments])
     groups = (np.zeros(n, int) if s.group is None else s.group for s, n in zip(segments, lengths, strict=True))
     valid = (jnp.ones((b, n), bool) if s.valid is None else s.valid for s, n in zip(segments, lengths, strict=True))
     group, valid = np.concatenate(list(groups)), jnp.concatenate(list(valid), axis=1)
     cached, start = (None, 0) if prefix is None else (prefix.mask, prefix.length)
-    return Layout(mask.positions(group, valid, start), mask.attention_mask(mask_ar, group, valid, cached))
+    rotation = layers.rotation(mask.positions(group, valid, start), config.head_dim)
+    return Layout(rotation, mask.attention_mask(mask_ar, group, valid, cached))
 
 
 def _layer(
@@ -251,7 +268,7 @@ def _layer(
     tokens: Sequence[Float[Array, "b _ _"]],
     w: Spec,
     cached: KeysValues | None,
-    modulated: Sequence[Any],
+    index: Int[Array, ""] | int,
     needed: Sequence[bool] | None = None,
 ) -> tuple[tuple[Float[Array, "b _ _"] | None, ...], KeysValues]:
     """One layer of all segments.
@@ -259,12 +276,17 @@ def _layer(
     Returns:
         The new tokens, None for a segment whose are not needed; and keys and values of all segments.
     """
+    if cached is not None and (layer := _by_kernels(c, placed, tokens, w, cached, index)):
+        return layer
     seen: list[KeysValues] = [] if cached is None else [cached]
     outputs = []
-    for i, ((segment, allowed, rotation), x, modulation) in enumerate(zip(placed, tokens, modulated, strict=True)):
+    for i, ((segment, allowed, rotation), x) in enumerate(zip(placed, tokens, strict=True)):
         expert, lora_scale = w[segment.expert], getattr(c, segment.expert).lora_scale
         attn, norms = expert["attn"], ("attn_norm", "mlp_norm")
-        if modulation is None:
+        if isinstance(segment.condition, Modulations):
+            of_layer = jnp.take(segment.condition.layers, index, axis=-3)
+            modulation = [of_layer[..., 0, :], of_layer[..., 1, :]]
+        else:
             modulation = [_modulation(expert.get(norm), segment.condition, x.dtype) for norm in norms]
         normed, gate = layers.rms_norm(x, expert.get("attn_norm"), modulation[0])
         if needed is not None and not needed[i]:
@@ -272,6 +294,16 @@ def _layer(
             outputs.append(None)
             continue
         heads = (c.num_heads, c.num_kv_heads)
+        if len(tokens) == 1 and cached is None and "qkv" in attn and kernels.attend_here(x.dtype):
+            qkv = layers.rotated_qkv(normed, attn, rotation, heads)
+            own = qkv[:, :, c.num_heads : -c.num_kv_heads], qkv[:, :, -c.num_kv_heads :]
+            seen.append(own)
+            attended = kernels.attention(qkv, None, allowed.astype(jnp.int8), c.num_heads)
+            x += _gated(layers.dot("attn/o", attended, attn, lora_scale), gate)
+            normed, gate = layers.rms_norm(x, expert.get("mlp_norm"), modulation[1])
+            x += _gated(layers.gated_mlp(normed, expert["mlp"]), gate)
+            outputs.append(x)
+            continue
         query, own = layers.queries_keys_values(normed, attn, rotation, heads, lora_scale)
         earlier = seen if segment.reads_with_gradient else jax.lax.stop_gradient(seen)
         keys, values = (_joined(y, x.dtype) for y in zip(*earlier, own, strict=True))
@@ -284,6 +316,29 @@ def _layer(
         outputs.append(with_logical_constraint(x, ("batch", None, None)))
     keys, values = (_joined(y) for y in zip(*seen[cached is not None :], strict=True))
     return tuple(outputs), (keys, values)
+
+
+def _by_kernels(c: ModelConfig, placed: Sequence[_Placed], tokens, w: Spec, cached: KeysValues, index: Any):
+    """`_layer` of the action expert alone by kernels of our own (`kernels.py`), where these can serve."""
+    (segment, allowed, (sin, cos)), x = placed[0], tokens[0]
+    expert, condition = w[segment.expert], segment.condition
+    if len(tokens) > 1 or not isinstance(expert["attn"].get("qkv"), jax.Array) or not kernels.take(c, x, cached):
+        return None
+    if isinstance(condition, Modulations) and condition.layers.ndim == 3:
+        norms = [kernels.Norm(condition.layers.reshape(-1, condition.layers.shape[-1]), 2 * index + i) for i in (0, 1)]
+    elif condition is None:
+        norms = [kernels.Norm(expert[norm]["scale"][None], 0) for norm in ("attn_norm", "mlp_norm")]
+    else:
+        return None
+    mask, rotation = allowed.astype(jnp.int8), (sin[:, :, 0], cos[:, :, 0])
+    qkv = kernels.norm_qkv(x, norms[0], expert["attn"]["qkv"], rotation, c.num_kv_heads)
+    qkv = qkv.reshape(*qkv.shape[:2], -1, c.head_dim)
+    attended = kernels.attention(qkv, cached, mask, c.num_heads).reshape(*x.shape[:2], -1)
+    x = kernels.add_product(x, attended, expert["attn"]["o"], norms[0])
+    hidden = kernels.norm_geglu(x, norms[1], expert["mlp"]["gate_up"])
+    x = kernels.add_product(x, hidden, expert["mlp"]["down"], norms[1])
+    own = qkv[:, :, c.num_heads :]
+    return (x,), (own[:, :, : c.num_kv_heads], own[:, :, c.num_kv_heads :])
 
 
 def _modulation(norm: Spec | None, condition: Any, dtype: jnp.dtype) -> Float[Array, "b g m"] | None:

@@ -5,9 +5,9 @@ values; attention is shared, over the keys of both experts and those that `prefi
 every expert applies its own output projection and feed-forward. `siglip.py` stacks `encoder_block`.
 
 Weights are dictionaries of arrays, in one of two forms: as `declare.py` makes them, for training, or folded, as
-`fold.py` rewrites them for faster inference: queries, keys and values in one matrix, scales of norms multiplied into
-the matrix that follows, LoRA pairs merged, matrices flattened and perhaps in eight bits. Functions tell the two apart
-by names and shapes of the leaves, and compute the same for both.
+`fold.py` rewrites them for faster inference: queries, keys and values in one matrix, LoRA pairs merged, matrices
+flattened and perhaps in eight bits. Functions tell the two apart by names and shapes of the leaves, and compute the
+same for both.
 
 Axis letters: b batch · t tokens · d width · n query heads · k key/value heads · h head dim · m modulation (scale, shift
 and gate, 3 d) · l layers · s patches of the image encoder. `_` is any number, such as that of all keys.
@@ -24,7 +24,7 @@ from flax.linen.spmd import with_logical_constraint
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from pi0_jax.model import lora
+from pi0_jax.model import kernels, lora
 from pi0_jax.model.attention import Kernel, attend
 from pi0_jax.model.quantize import Quantized, quantized_dot
 
@@ -180,6 +180,15 @@ def queries_keys_values(
     return rotated[:, :, :n], (rotated[:, :, n:], qkv[:, :, n + k :])
 
 
+def rotated_qkv(
+    x: Float[Array, "b t d"], w: Weights, by: Rotation, heads: tuple[int, int]
+) -> Float[Array, "b t nkk h"]:
+    """`queries_keys_values` of folded weights in one array."""
+    (b, t, _), (n, k) = x.shape, heads
+    qkv = dot("attn/qkv", x, w).reshape(b, t, n + 2 * k, -1)
+    return jnp.concatenate([rotate(qkv[:, :, : n + k], by), qkv[:, :, n + k :]], axis=2)
+
+
 def gated_mlp(x: Float[Array, "b t d"], w: Weights) -> Float[Array, "b t d"]:
     """GeGLU feed-forward (arXiv 2002.05202), tanh-approximate GELU. Its LoRA has no scale, as in openpi."""
     gate_up = dot("mlp/gate_up", x, w)
@@ -202,9 +211,13 @@ def encoder_block(
         return checkpoint_name(linear(y, w[name], x.dtype), "vision")
 
     y = layer_norm(x, w.get("attn_norm"))
-    if "qkv" in w:  # queries carry 1 / sqrt(head dim)
+    if "qkv" in w:
         qkv = project(y, "qkv").reshape(b, s, 3, *split)
-        y = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], scale=1.0, kernel=kernel).reshape(x.shape)
+        if kernels.attend_here(x.dtype):
+            y = kernels.attention(qkv.reshape(b, s, -1, split[1]), None, None, num_heads, split[1] ** -0.5)
+        else:
+            y = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], kernel=kernel)
+        y = y.reshape(x.shape)
     else:
         query, key, value = (_by_heads(project(y, name), "heads") for name in ("query", "key", "value"))
         y = attend(query, key, value, kernel=kernel)

@@ -15,6 +15,7 @@ from pi0_jax.errors import UserError
 from pi0_jax.flow.guidance import classifier_free
 from pi0_jax.flow.path import Chunk, Path, to_velocity
 from pi0_jax.flow.realtime import continue_prefix, real_time_chunking
+from pi0_jax.model import target
 from pi0_jax.model.head import Network
 from pi0_jax.objective import Params, SampleOptions
 from pi0_jax.objective.conditioning import without
@@ -67,18 +68,23 @@ def make_flow(
     def velocity(x, time, *features):
         return to_velocity(path, predict(x, time, *features), x, time, predicts)
 
+    def differentiable(x, time, *features):
+        with target.without_kernels():
+            return velocity(x, time, *features)
+
     real_time = options.real_time
     if real_time.method == "trained":
         check_trained(max_delay)
         continued, project = continue_prefix(velocity, options.previous)
         return Flow(continued, path), project
+    through_network = real_time.method == "guidance"
     steered = real_time_chunking(
-        velocity,
+        differentiable if through_network else velocity,
         options.previous,
         real_time.schedule,
         real_time.max_guidance,
         path=path,
-        through_network=real_time.method == "guidance",
+        through_network=through_network,
     )
     return Flow(steered, path), lambda x: x
 

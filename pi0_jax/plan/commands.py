@@ -23,7 +23,7 @@ def plan(config: TrainConfig, topology: str | None, *, sample: bool = False, cam
         config: of the run.
         topology: as of `devices.find_devices`.
         sample: plan a chunk of actions of its policy instead.
-        cameras: how many of the model's cameras there are then.
+        cameras: how many of the model's cameras there are then; None: those of the robot.
 
     Raises:
         UserError: see `plan.cost.make_plan` and `plan.sample.make_sample_plan`.
@@ -75,15 +75,16 @@ def describe(plan: Plan) -> str:
 
 def describe_sample(plan: SamplePlan) -> str:
     """A plan of a chunk as lines for people."""
-    many = "chunk" if plan.batch_size == 1 else f"batch of {plan.batch_size} chunks"
-    head = f"{plan.topology.partition(':')[0]}, one of them: a {many}, {len(plan.cameras)} cameras, "
+    many = "a chunk" if plan.batch_size == 1 else f"{plan.batch_size} chunks"
+    head = f"{many} on one {plan.topology.partition(':')[0]}: {len(plan.cameras)} cameras, "
+    head += f"a prompt of {plan.prompt_length} tokens"
     room = f"of {_size(plan.device.memory)}: {'fits' if plan.fits else 'DOES NOT FIT'}"
     rows = [
         ("weights", _size(plan.weights), ""),
         ("temporaries", _size(plan.compiled.temporaries), f"of the compiler, in {plan.compiled.seconds:.0f} s"),
         ("peak", _size(plan.compiled.peak), room),
     ]
-    lines = [f"{head}a prompt of {plan.prompt_length} tokens", ""]
+    lines = [head, ""]
     if not plan.compiled.kernels:
         return "\n".join([*lines, *_rows(rows)])
     cost = plan.cost

@@ -205,6 +205,8 @@ class _Counter:
             axes = _attribute(it, r'lhs_contracting_dim(?:ension)?s"?[=:][\[{]([^\]}]*)[\]}]')
             contracted = math.prod(left.shape[int(axis)] for axis in re.findall(r"\d+", axes))
             yield 2.0 * math.prod(out.shape) * contracted, bits(left.dtype)
+        elif it.op == "custom-call" and (work := _attribute(it, r'op_name="[^"]*\bflop_(\d+)')):
+            yield float(work), 16  # a kernel of ours says so (`model.kernels`)
         elif it.op == "convolution" and it.operands[1] in within:
             left, right = (within[x].arrays[0] for x in it.operands[:2])
             yield _convolution(it, left, right), bits(left.dtype)

@@ -12,10 +12,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pi0_jax.batch import Observation, example_observation
 from pi0_jax.config import ModelConfig, PolicyConfig
+from pi0_jax.data.robots import get_robot
 from pi0_jax.errors import UserError
 from pi0_jax.inference.sampler import Inputs, check_policy, sampling_function
 from pi0_jax.model.fold import folded_shapes, shapes_of
 from pi0_jax.model.quantize import Bits, quantize
+from pi0_jax.model.target import tracing_for
 from pi0_jax.objective import make_objective
 from pi0_jax.plan.compile import Compiled, compile_program, placed_bytes
 from pi0_jax.plan.devices import Device, estimates, find_devices
@@ -58,7 +60,7 @@ def make_sample_plan(
     Args:
         config: the policy.
         topology: as of `devices.find_devices`; its first device is taken.
-        cameras: how many of the model's cameras there are; None: all.
+        cameras: how many of the model's cameras there are; None: those of the robot.
         batch_size: chunks that are computed together.
         prompt_length: tokens; None: as many as the model takes.
         folded, bits: as of `inference.Policy.load`.
@@ -76,7 +78,9 @@ def make_sample_plan(
             f"a chunk on {name} is planned from the program that XLA compiles for it, which takes its compiler for "
             "NVIDIA GPUs: pip install -e '.[cuda12]'. It needs no GPU and no driver."
         )
-    model = dataclasses.replace(config.model, cameras=known[:cameras], attention="xla")
+    there = get_robot(config.robot).cameras.values() if cameras is None else known[:cameras]
+    present = tuple(name for name in known if name in there)
+    model = dataclasses.replace(config.model, cameras=present, attention="xla")
     check_policy(config)
     objective = make_objective(config.objective, model)
     params = folded_shapes(objective.network) if folded else unflatten_dict(shapes_of(objective.network), sep="/")
@@ -85,7 +89,8 @@ def make_sample_plan(
     inputs = Inputs(observation_shapes(model, batch_size, prompt_length), jax.eval_shape(_keys(batch_size)))
     mesh = Mesh(devices[:1], ("x",))
     params, inputs = place((params, inputs), mesh)
-    lowered = jax.jit(sampling_function(objective, config, model, config.sampler)).lower(params, inputs)
+    with tracing_for("tpu" if device.clock else "gpu"):
+        lowered = jax.jit(sampling_function(objective, config, model, config.sampler)).lower(params, inputs)
     try:
         compiled = compile_program(lowered, devices[0], device)
     except ValueError as error:

@@ -72,6 +72,12 @@ def test_a_name_that_the_hub_cannot_have_is_named(name):
         find_dataset(f"hf://{name}", offline=True)
 
 
+@pytest.mark.parametrize("url", ["s3://bucket/arm", "gs://bucket/arm"])
+def test_a_dataset_in_an_object_store_is_to_be_mounted(url):
+    with pytest.raises(ValueError, match=rf"{url} is in an object store.*rclone mount"):
+        find_dataset(url)
+
+
 def test_a_file_that_the_snapshot_lacks_is_named(cached, config):
     (video,) = list(cached.glob("videos/observation.images.top/**/*.mp4"))[:1]
     video.unlink()

@@ -14,7 +14,7 @@ import pytest
 from pi0_jax.config import DataConfig, DatasetConfig
 from pi0_jax.data.cache import CachedFrames, build_cache
 from pi0_jax.data.lerobot import LeRobotDataset
-from pi0_jax.data.loader import eval_batches, make_loader
+from pi0_jax.data.loader import BatchReader, eval_batches, make_loader
 from pi0_jax.data.mixture import BLOCK, FrameOrder, Stream, apportion, open_datasets
 from pi0_jax.data.rlds.reader import RldsDataset
 from pi0_jax.data.tokenizer import Tokenizer
@@ -169,6 +169,16 @@ def test_worker_processes_give_the_same_batches_and_resume_with_another_number(c
     gauges = loader.gauges()
     assert 0 < gauges["input_wait"] <= 1
     assert sum(gauges[f"input_{name}"] for name in ("columns", "pictures", "transform")) == pytest.approx(1)
+
+
+def test_a_process_reads_a_picture_before_it_has_threads(config, folders, monkeypatch):
+    """TensorFlow Datasets exchanges `__import__` while it is imported: two threads of a process must not do that."""
+    (_, transformed) = with_transforms(mixed(config, folders))
+    reader = BatchReader(*transformed, config.policy.model)
+    seen, images = [], RldsDataset.images
+    monkeypatch.setattr(RldsDataset, "images", lambda self, *args: seen.append(args[0]) or images(self, *args))
+    BatchReader.__new__(BatchReader).__setstate__(reader.__getstate__())
+    assert sorted(seen) == ["observation/image_tool", "observation/image_top"]
 
 
 def test_statistics_of_a_group_are_those_of_all_its_datasets(config, folders):

@@ -40,6 +40,7 @@ def test_chunks_of_a_large_dataset_end_with_their_episodes(dataset, large):
 
 def test_columns_that_are_read_behind_are_used_and_not_pickled(dataset, monkeypatch):
     monkeypatch.setattr(source, "FEW_FRAMES", 0)
+    monkeypatch.setattr(pool, "BEHIND_AFTER", 0.0)
     fresh = LeRobotDataset(dataset.root)
     fresh.values("action", ROWS)
     vars(fresh)["_columns"]["behind", "action"].result(timeout=60)
@@ -51,6 +52,7 @@ def test_columns_that_are_read_behind_are_used_and_not_pickled(dataset, monkeypa
 
 def test_a_file_that_cannot_be_read_is_an_error_of_whoever_asks_next(tmp_path, monkeypatch):
     monkeypatch.setattr(source, "FEW_FRAMES", 0)
+    monkeypatch.setattr(pool, "BEHIND_AFTER", 0.0)
     damaged = LeRobotDataset(write(tmp_path / "data"))
     next((damaged.root / "data").glob("*/*.parquet")).write_bytes(b"PAR1")
     future = pool.behind(lambda: damaged.columns("action"))

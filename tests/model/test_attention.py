@@ -52,8 +52,8 @@ def test_weights_can_be_watched():
         attended = attend(q, k, v)
     attend(q, k, v)
     (seen,) = weights  # of the calls within alone
-    by_query = seen.reshape(2, 2, 2, 3, 6)  # queries of the heads that share keys
-    expected = jnp.einsum("BKGTS,BSKH->BTKGH", by_query, v).reshape(attended.shape)
+    by_query = seen.reshape(2, 2, 3, 2, 6)  # queries of the heads that share keys
+    expected = jnp.einsum("BKTGS,BSKH->BTKGH", by_query, v).reshape(attended.shape)
     np.testing.assert_allclose(attended, expected, atol=1e-5)
     np.testing.assert_allclose(seen.sum(-1), 1, atol=1e-5)
 

@@ -12,6 +12,7 @@ from pi0_jax.batch import Observation
 from pi0_jax.config import Gaussian, ModelConfig
 from pi0_jax.convert.formats import Overrides, open_checkpoint, params_of
 from pi0_jax.model.gemma import Layout, Segment, forward
+from pi0_jax.model.layers import rotation
 from pi0_jax.objective import SampleOptions, make_objective
 from pi0_jax.sampler import Euler
 from tests.conftest import fixtures_root
@@ -98,7 +99,7 @@ class Case:
             positions = jnp.cumsum(jnp.ones_like(mask) if count_masked else mask, axis=1) - 1
             end = tokens.shape[1] - drop_last
             allowed = (blocks[:, None] <= blocks[:, :, None]) & mask[:, None] & mask[:, :, None]
-            layout = Layout(positions[:, :end], allowed[:, :end, :end])
+            layout = Layout(rotation(positions[:, :end], self.config.head_dim), allowed[:, :end, :end])
             language = run_language(self.config, params, tokens[:, :end], layout)
             return language[:, tokens.shape[1] - mask_ar.shape[1] :] @ params["embedding"].T
 

@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict
 from pi0_jax.convert.formats import openpi
 from pi0_jax.flow.path import Straight, interpolate
 from pi0_jax.model.gemma import Layout
+from pi0_jax.model.layers import rotation
 from tests.conftest import fixtures_root
 from tests.parity.common import Case, folders, relative_error, run_language
 
@@ -146,7 +147,7 @@ def _decoding_logits(case, chosen):
         later = jnp.concatenate([jnp.repeat(seen[:, None], count, axis=1), own], axis=2)
         first = jnp.pad(prefix[:, None] & prefix[:, :, None], ((0, 0), (0, 0), (0, count)))
         allowed = jnp.concatenate([first, later], axis=1)
-        language = run_language(case.config, params, tokens, Layout(positions, allowed))
+        language = run_language(case.config, params, tokens, Layout(rotation(positions, case.config.head_dim), allowed))
         before = jnp.tile(len(at) - 1 + jnp.arange(count), (len(end), 1)).at[:, 0].set(end - 1)
         return jnp.take_along_axis(language, before[..., None], axis=1) @ params["embedding"].T
 

@@ -264,6 +264,7 @@ def _first_step(network: ExpertNetwork, params: Any, prefix: Prefix, noise, time
     Values are not rotated, so they are the same in every implementation.
     """
     actions = network.embed_actions(params, noise, network.time_features(params, time))
+    prefix = prefix._replace(layout=None)  # without padding
     keys_values: Any = prefix.keys_values, network.run_against(params, prefix, *actions)[1]
     (_, cached), (_, own) = keys_values  # stacked by layers, as these weights are
     values = jnp.concatenate([cached, own], axis=2)

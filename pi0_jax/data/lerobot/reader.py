@@ -165,7 +165,8 @@ class LeRobotDataset(Source):
         return [self.root / name for name in dict.fromkeys(names)]
 
     def check_files(self, cameras: Sequence[str]) -> None:
-        missing = _missing(self.root, self._table, [camera for camera in cameras if camera in self.cameras])
+        with layout.collected_later():
+            missing = _missing(self.root, self._table, [camera for camera in cameras if camera in self.cameras])
         if missing:
             whole = sum(all(each.number not in numbers for numbers in missing.values()) for each in self._table)
             some = f", or train on the {whole} episodes that are complete: --data.skip-bad-episodes" if whole else ""

@@ -29,6 +29,7 @@ from pi0_jax.model.gemma import Modulations, Prefix, Segment
 from pi0_jax.model.layers import Record
 from pi0_jax.model.prefix import PrefixNetwork
 from pi0_jax.model.remat import Remat
+from pi0_jax.model.target import aligned
 
 
 class ActionTokenNetwork(PrefixNetwork):
@@ -52,7 +53,8 @@ class ActionTokenNetwork(PrefixNetwork):
         _, keys_values = gemma.forward(self.config, params["backbone"], [segment], record=record)
         assert segment.valid is not None
         length = jnp.sum(segment.valid, axis=1, dtype=jnp.int32)
-        return Prefix(keys_values, segment.valid, length, self.embed_state(params, observation))
+        keys_values, valid = gemma.aligned(keys_values, segment.valid)
+        return Prefix(keys_values, valid, length, self.embed_state(params, observation))
 
     def run_jointly(
         self,
@@ -93,10 +95,15 @@ class ActionTokenNetwork(PrefixNetwork):
         record: Record | None = None,
     ) -> tuple[Float[Array, "b t e"], gemma.KeysValuesOfLayers]:
         """Outputs of the action tokens against a prefix, and keys and values of these and of the prefix's state."""
-        suffix = self._suffix(prefix.state, actions, condition)
-        outputs, keys_values = gemma.forward(self.config, params["backbone"], [suffix], prefix, record=record)
+        suffix, layout = self._suffix(prefix.state, actions, condition), prefix.layout
+        length = suffix.tokens.shape[1]
+        if layout is not None:
+            suffix = suffix.padded(layout.mask.shape[1])
+        outputs, keys_values = gemma.forward(
+            self.config, params["backbone"], [suffix], prefix, record=record, layout=layout
+        )
         assert outputs[0] is not None
-        return outputs[0][:, -actions.shape[1] :], keys_values
+        return outputs[0][:, length - actions.shape[1] : length], keys_values
 
     def _prefix_segment(
         self, params: Spec, observation: Observation, remat: Remat = "none", record: Record | None = None
@@ -142,6 +149,14 @@ class ExpertNetwork(ActionTokenNetwork):
             "time_mlp_out": linear(width, width, ("embed", "embed_out")),
         }
         return spec | ({"span_in": zero_linear(width, width)} if self.span else {})
+
+    def prefill(self, params: Spec, observation: Observation, record: Record | None = None) -> Prefix:
+        """As of `ActionTokenNetwork`, and where state and actions stand."""
+        prefix = super().prefill(params, observation, record)
+        chunk = jnp.zeros((len(prefix.mask), self.config.action_horizon, self.config.action.width), self.dtype)
+        suffix = self._suffix(prefix.state, chunk, None)
+        suffix = suffix.padded(aligned(suffix.tokens.shape[1], 64))
+        return prefix._replace(layout=gemma.layout_of(self.config, [suffix], prefix))
 
     def joint(
         self,
@@ -208,7 +223,10 @@ class ExpertNetwork(ActionTokenNetwork):
             record: takes the residual streams.
         """
         features = self.time_features(params, time, span) if features is None else features
-        outputs, _ = self.run_against(params, prefix, *self.embed_actions(params, x, features), record)
+        actions, modulations = self.embed_actions(params, x, features)
+        if modulations is not None and modulations.final.ndim > 2:  # a condition per action: they are not padded
+            prefix = prefix._replace(layout=None)
+        outputs, _ = self.run_against(params, prefix, actions, modulations, record)
         return self._project(params, outputs)
 
     def embed_time(self, time: Float[Array, "*time"]) -> Float[Array, "*time e"]:
