@@ -4,8 +4,9 @@ Run: nice python benchmarks/datasets.py --episodes 1000 10000 100000 --folder /t
 
 It makes LeRobot 3.0 datasets of episodes of 40 to 60 frames, 14 dimensions and one camera of 64 px, 200 episodes per
 file: each data file has its own numbers; video files are links to one video, whose content does not matter here.
-REAL are folders of real datasets as `FOLDER:ROBOT`, with a built-in robot or a robot's file. For each these are run
-as processes of their own, with a fresh cache folder:
+With --one-file-each they are LeRobot 2.1, with a data file and a video per episode. REAL are folders of real datasets
+as `FOLDER:ROBOT`, with a built-in robot or a robot's file. For each these are run as processes of their own, with a
+fresh cache folder:
 
     stats           pi0 data stats CONFIG
     first batch     opening, statistics and the first batch, as training does it, after imports
@@ -34,10 +35,13 @@ import pyarrow.parquet as pq
 import tyro
 
 from pi0_jax.data.lerobot import LeRobotWriter, layout
+from pi0_jax.data.video import VideoWriter
 
 FPS, DIMS, SIZE = 20, 14, 64
 PER_FILE = 200
 """Episodes in a data file, and in a video."""
+LINKS = 2**15
+"""Names that one video file gets."""
 LENGTHS = 40 + np.arange(PER_FILE) % 21
 FILES_PER_META = 50
 CONFIG = """
@@ -85,6 +89,8 @@ class Args:
     """Numbers of episodes of made datasets, multiples of 200."""
     folder: Path | None = None
     """Where made datasets are kept; None: in a temporary folder."""
+    one_file_each: bool = False
+    """Made datasets are LeRobot 2.1, with one data file and one video per episode, all of 40 frames."""
     relative: bool = False
     """Made robots' actions are relative to the state, whose statistics are of whole chunks."""
     horizon: int = 50
@@ -138,13 +144,46 @@ def make_dataset(root: Path, episodes: int) -> None:
     (root / "meta/info.json").write_text(json.dumps(info))
 
 
-def _numbered(rows: pa.Table, number: int, random: np.random.Generator) -> pa.Table:
+def make_dataset_v2(root: Path, episodes: int) -> None:
+    """Writes a LeRobot 2.1 dataset with a data file and a video per episode, all of them as long as the first one of
+    `make_dataset`."""
+    random, length = np.random.default_rng(0), int(LENGTHS[0])
+    with tempfile.TemporaryDirectory() as folder:
+        make_dataset(made := Path(folder) / "made", PER_FILE)
+        info = json.loads((made / "meta/info.json").read_text())
+        rows = pq.read_table(next(made.glob("data/*/*.parquet"))).slice(0, length)
+    templates = {
+        "data_path": "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet",
+        "video_path": "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4",
+    }
+    info |= templates | {"codebase_version": "v2.1", "total_episodes": episodes, "total_frames": episodes * length}
+    (root / "meta").mkdir(parents=True)
+    (root / "meta/info.json").write_text(json.dumps(info))
+    (root / "meta/tasks.jsonl").write_text('{"task_index": 0, "task": "move"}\n')
+    lines = [json.dumps({"episode_index": i, "tasks": ["move"], "length": length}) for i in range(episodes)]
+    (root / "meta/episodes.jsonl").write_text("\n".join(lines))
+    video = root / "videos/first.mp4"
+    for number in range(episodes):
+        where = {"episode_chunk": number // layout.FILES_PER_CHUNK, "episode_index": number}
+        paths = [root / name.format(video_key="observation.images.top", **where) for name in templates.values()]
+        for path in paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(_numbered(rows, number, random, 1), paths[0], compression="none", use_dictionary=False)
+        if number % LINKS == 0:
+            writer = VideoWriter(video := paths[1], (SIZE, SIZE), FPS, "yuv420p", 23)
+            writer.write(random.integers(0, 255, (length, SIZE, SIZE, 3), np.uint8))
+            writer.close()
+        else:
+            os.link(video, paths[1])
+
+
+def _numbered(rows: pa.Table, number: int, random: np.random.Generator, per_file: int = PER_FILE) -> pa.Table:
     """Rows of a data file, with numbers of its own."""
     for name in ("observation.state", "action"):
         values = pa.array(random.standard_normal(len(rows) * DIMS, np.float32))
         column = pa.FixedSizeListArray.from_arrays(values, DIMS)
         rows = rows.set_column(rows.column_names.index(name), rows.schema.field(name), column)
-    return _shifted(_shifted(rows, "episode_index", PER_FILE * number), "index", len(rows) * number)
+    return _shifted(_shifted(rows, "episode_index", per_file * number), "index", len(rows) * number)
 
 
 def _shifted(table: pa.Table, name: str, by: int) -> pa.Table:
@@ -201,11 +240,12 @@ def main(args: Args) -> None:
         robot = Path(scratch) / "robot.py"
         kind = "relative" if args.relative else "absolute"
         robot.write_text(ROBOT.format(dims=DIMS, fps=FPS, size=SIZE, kind=kind))
-        datasets = [(kept / f"made-{count}", str(robot), count) for count in args.episodes]
+        prefix, make = ("v2-", make_dataset_v2) if args.one_file_each else ("", make_dataset)
+        datasets = [(kept / f"made-{prefix}{count}", str(robot), count) for count in args.episodes]
         datasets += [(Path(each.split(":")[0]), each.split(":")[1], 0) for each in args.real]
         for path, robot_of_it, count in datasets:
             if count and not path.exists():
-                make_dataset(path, count)
+                make(path, count)
             figures[path.name] = measure(
                 path.absolute(), robot_of_it, args.horizon, Path(scratch), f"{path}:{robot_of_it}:skip" in args.real
             )

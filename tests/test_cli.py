@@ -84,12 +84,25 @@ def test_flags_of_the_command_itself_go_to_it(configs, monkeypatch):
     import pi0_jax.plan.commands
 
     calls = []
-    monkeypatch.setattr(pi0_jax.plan.commands, "plan", lambda config, topology: calls.append((config, topology)))
+    monkeypatch.setattr(pi0_jax.plan.commands, "plan", lambda *args, **how: calls.append((*args, how)))
     (configs / "mesh.py").write_text("from pi0_jax.config import MeshConfig\nconfig = MeshConfig(fsdp=4)\n")
-    arguments = ["--topology", "v5e:4x4", "--batch-size", "8", "--sharding", "configs/mesh.py", "--mesh.data", "-1"]
+    arguments = [
+        "--topology",
+        "v5e:4x4",
+        "--sample",
+        "--cameras",
+        "2",
+        "--batch-size",
+        "8",
+        "--sharding",
+        "configs/mesh.py",
+        "--mesh.data",
+        "-1",
+    ]
     assert cli.main(["plan", "configs/good.py", *arguments]) == 0
-    ((config, topology),) = calls
+    ((config, topology, how),) = calls
     assert (config.batch_size, config.mesh.fsdp, topology) == (8, 4, "v5e:4x4")
+    assert how == {"sample": True, "cameras": 2}
 
 
 @pytest.mark.parametrize(("args", "code"), [([], 2), (["--help"], 0), (["train"], 2), (["train", "--help"], 0)])

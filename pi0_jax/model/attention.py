@@ -64,14 +64,43 @@ def attend(
     # all share one, as in Gemma, that is the order they have.
     query = query if scale == 1 else query * (h**-0.5 if scale is None else scale)
     grouped = query.reshape(b, t, k, n // k, h).transpose(0, 2, 1, 3, 4).reshape(b, k, -1, h)
-    logits = jnp.einsum("BKTH,BSKH->BKTS", grouped, key, preferred_element_type=jnp.float32)
-    if mask is not None:
-        logits = jnp.where(jnp.repeat(mask, n // k, axis=1)[:, None], logits, MASKED)
-    weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
+    weights = attention_weights(grouped, key, mask).astype(value.dtype)
     if _watching:
         _watching[-1].append(weights)
     attended = jnp.einsum("BKTS,BSKH->BKTH", weights, value)
     return attended.reshape(b, k, t, n // k, h).transpose(0, 2, 1, 3, 4).reshape(b, t, n, h)
+
+
+@jax.custom_jvp
+def attention_weights(
+    query: Float[Array, "b k r h"], key: Float[Array, "b s k h"], mask: Bool[Array, "b t s"] | None
+) -> Float[Array, "b k r s"]:
+    """Softmax over keys of the products of queries and keys, in float32, then in the dtype of the queries.
+
+    The backward pass reads these weights, and no logits, and multiplies in the dtype of the queries: as JAX derives it
+    it would read logits, and multiply in float32.
+
+    Args:
+        query: scaled; rows are those of each of t tokens, one for each head that shares the key head.
+        key: of each key head.
+        mask: as in `attend`.
+    """
+    logits = jnp.einsum("BKRH,BSKH->BKRS", query, key, preferred_element_type=jnp.float32)
+    shape = logits.shape
+    if mask is not None:
+        # Heads have an axis of their own here, so that XLA fuses the mask as it is into the softmax.
+        by_head = logits.reshape(*shape[:2], mask.shape[1], -1, shape[-1])
+        logits = jnp.where(mask[:, None, :, None], by_head, MASKED)
+    return jax.nn.softmax(logits, axis=-1).astype(query.dtype).reshape(shape)
+
+
+@attention_weights.defjvp
+def _attention_weights_jvp(primals, tangents):
+    (query, key, mask), (dquery, dkey, _) = primals, tangents
+    weights = attention_weights(query, key, mask)
+    change = jnp.einsum("BKRH,BSKH->BKRS", dquery, key) + jnp.einsum("BKRH,BSKH->BKRS", query, dkey)
+    wide, change = weights.astype(jnp.float32), change.astype(jnp.float32)
+    return weights, (wide * (change - jnp.sum(wide * change, axis=-1, keepdims=True))).astype(weights.dtype)
 
 
 def why_not_fused(dtype) -> str | None:

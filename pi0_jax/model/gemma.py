@@ -322,7 +322,7 @@ def _by_kernels(c: ModelConfig, placed: Sequence[_Placed], tokens, w: Spec, cach
     """`_layer` of the action expert alone by kernels of our own (`kernels.py`), where these can serve."""
     (segment, allowed, (sin, cos)), x = placed[0], tokens[0]
     expert, condition = w[segment.expert], segment.condition
-    if len(tokens) > 1 or not isinstance(expert["attn"].get("qkv"), jax.Array) or not kernels.take(c, x, cached):
+    if len(tokens) > 1 or "qkv" not in expert["attn"] or not kernels.take(c, x, cached):
         return None
     if isinstance(condition, Modulations) and condition.layers.ndim == 3:
         norms = [kernels.Norm(condition.layers.reshape(-1, condition.layers.shape[-1]), 2 * index + i) for i in (0, 1)]
@@ -371,9 +371,8 @@ def _split_last(inputs: Any, dtype: jnp.dtype) -> tuple[Any, Any]:
     """Inputs of all layers but the last, and of the last."""
     if isinstance(inputs, list):
         return inputs[:-1], inputs[-1]
-    # A part of the stack is a copy, which is half as large in the dtype that the layers multiply in.
-    first = jax.tree.map(lambda x: x[:-1].astype(dtype) if x.ndim > 2 else x[:-1], inputs)
-    return first, jax.tree.map(lambda x: x[-1], inputs)
+    first, last = (jax.tree.map(lambda x: x[which], inputs) for which in (slice(-1), -1))
+    return layers.cast_matrices(first, dtype), last
 
 
 def _append(keys_values: Any, last: KeysValues) -> Any:

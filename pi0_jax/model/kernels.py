@@ -31,12 +31,17 @@ from jaxtyping import Array, Float, Int8
 from pi0_jax.config import ModelConfig
 from pi0_jax.model import target
 from pi0_jax.model.attention import MASKED, watching
+from pi0_jax.model.quantize import Quantized
 
 EPSILON = 1e-6
 ROWS = 64
 """Tokens per program of a product: what a Hopper tensor core takes."""
 INTERPRET = False
 """Run as ordinary operations, on any device and in any dtype, for tests."""
+
+
+Matrix = Float[Array, "_ _"] | Quantized
+"""In eight bits, weights alone are rounded, and become bfloat16 as they are read."""
 
 
 class Norm(NamedTuple):
@@ -66,22 +71,24 @@ def take(c: ModelConfig, x: Float[Array, "b t d"], cached: tuple[Array, Array]) 
 def norm_qkv(
     x: Float[Array, "b t d"],
     norm: Norm,
-    w: Float[Array, "d f"],
+    w: Matrix,
     rotation: tuple[Float[Array, "b t half"], Float[Array, "b t half"]],
     kv_heads: int,
 ) -> Float[Array, "b t f"]:
     """Normed tokens times the matrix of queries, keys and values; queries and keys rotated."""
-    (b, t, d), f = x.shape, w.shape[1]
+    (b, t, d), weights = x.shape, _weights(w)
+    f = weights[0].shape[1]
     half = rotation[0].shape[-1]
     columns = math.gcd(32, half)
     rotated = f - 2 * half * kv_heads
 
-    def norm_qkv_kernel(x_ref, norms_ref, row_ref, w_ref, sin_ref, cos_ref, out_ref):
+    def norm_qkv_kernel(x_ref, norms_ref, row_ref, sin_ref, cos_ref, *refs):
+        *w_refs, out_ref = refs
         program, rows = pl.program_id(0), pl.ds(pl.program_id(1) * block, block)
         per_head = half // columns
         first = program // per_head * (2 * half) + program % per_head * columns
         turned = first < rotated
-        y1, y2 = _normed_product(x_ref, norms_ref, row_ref, w_ref, rows, (first, first + half), columns)
+        y1, y2 = _normed_product(x_ref, norms_ref, row_ref, w_refs, rows, (first, first + half), columns)
         angle = pl.ds(program % per_head * columns, columns)
         sin = jnp.where(turned, plgpu.load(sin_ref.at[rows, angle]), 0.0)
         cos = jnp.where(turned, plgpu.load(cos_ref.at[rows, angle]), 1.0)
@@ -92,7 +99,7 @@ def norm_qkv(
     grid = (f // (2 * columns), b * t // block)
     angles = [y.reshape(b * t, half) for y in rotation]
     call = _call(norm_qkv_kernel, (b * t, f), x.dtype, grid, 2 * b * t * d * f)
-    return call(x.reshape(b * t, d), *norm.operands, w, *angles).reshape(b, t, f)
+    return call(x.reshape(b * t, d), *norm.operands, *angles, *weights).reshape(b, t, f)
 
 
 def attention(
@@ -179,22 +186,26 @@ def attention(
 def add_product(
     x: Float[Array, "b t d"],
     y: Float[Array, "b t f"],
-    w: Float[Array, "f d"],
+    w: Matrix,
     norm: Norm,
 ) -> Float[Array, "b t d"]:
     """Residual plus a product, x + y·W, times the gate where the norm has one."""
     (b, t, d), f = x.shape, y.shape[-1]
     columns, block = math.gcd(16, d), _rows(b * t)
 
-    def add_product_kernel(x_ref, y_ref, norms_ref, row_ref, w_ref, out_ref):
+    def add_product_kernel(x_ref, y_ref, norms_ref, row_ref, w_ref, *refs):
+        *scale_ref, out_ref = refs
         rows, at = pl.ds(pl.program_id(1) * block, block), pl.ds(pl.program_id(0) * columns, columns)
 
         def add(i, total):
             part = pl.ds(i * step, step)
-            return total + _dot(plgpu.load(y_ref.at[rows, part]), plgpu.load(w_ref.at[part, at]))
+            y = plgpu.load(y_ref.at[rows, part])
+            return total + _dot(y, plgpu.load(w_ref.at[part, at]).astype(y.dtype))
 
         step = math.gcd(128, f)
         product = jax.lax.fori_loop(0, f // step, add, jnp.zeros((block, columns)))
+        for ref in scale_ref:
+            product *= plgpu.load(ref.at[at])[None]
         if norms_ref.shape[1] > d:
             gate = pl.ds(2 * d + pl.program_id(0) * columns, columns)
             product *= plgpu.load(norms_ref.at[row_ref[0], gate])[None].astype(jnp.float32)
@@ -202,34 +213,37 @@ def add_product(
         plgpu.store(out_ref.at[rows, at], (residual + product).astype(x.dtype))
 
     call = _call(add_product_kernel, (b * t, d), x.dtype, (d // columns, b * t // block), 2 * b * t * d * f)
-    return call(x.reshape(b * t, d), y.reshape(b * t, f), *norm.operands, w).reshape(x.shape)
+    return call(x.reshape(b * t, d), y.reshape(b * t, f), *norm.operands, *_weights(w)).reshape(x.shape)
 
 
 def norm_geglu(
     x: Float[Array, "b t d"],
     norm: Norm,
-    w: Float[Array, "d two_f"],
+    w: Matrix,
 ) -> Float[Array, "b t f"]:
     """Normed tokens times gate and up, and gelu(gate) · up of these."""
-    (b, t, d), f = x.shape, w.shape[1] // 2
+    (b, t, d), weights = x.shape, _weights(w)
+    f = weights[0].shape[1] // 2
     columns, block = math.gcd(32, f), _rows(b * t)
 
-    def norm_geglu_kernel(x_ref, norms_ref, row_ref, w_ref, out_ref):
+    def norm_geglu_kernel(x_ref, norms_ref, row_ref, *refs):
+        *w_refs, out_ref = refs
         first, rows = pl.program_id(0) * columns, pl.ds(pl.program_id(1) * block, block)
-        gate, up = _normed_product(x_ref, norms_ref, row_ref, w_ref, rows, (first, first + f), columns)
+        gate, up = _normed_product(x_ref, norms_ref, row_ref, w_refs, rows, (first, first + f), columns)
         inner = 2 * math.sqrt(2 / math.pi) * (gate + 0.044715 * gate * gate * gate)
         plgpu.store(out_ref.at[rows, pl.ds(first, columns)], (gate * up / (1 + jnp.exp(-inner))).astype(x.dtype))
 
     call = _call(norm_geglu_kernel, (b * t, f), x.dtype, (f // columns, b * t // block), 4 * b * t * d * f)
-    return call(x.reshape(b * t, d), *norm.operands, w).reshape(b, t, f)
+    return call(x.reshape(b * t, d), *norm.operands, *weights).reshape(b, t, f)
 
 
-def _normed_product(x_ref, norms_ref, row_ref, w_ref, rows, firsts, columns: int) -> list[Array]:
+def _normed_product(x_ref, norms_ref, row_ref, w_refs, rows, firsts, columns: int) -> list[Array]:
     """Blocks of columns of rms_norm(x)·W, float32.
 
     Args:
-        x_ref, w_ref: of all tokens and the matrix.
+        x_ref: of all tokens.
         norms_ref, row_ref: of `Norm`.
+        w_refs: of the matrix, and of its scale where it is in eight bits.
         rows: which tokens.
         firsts: first column of each block.
         columns: number of columns of a block.
@@ -245,7 +259,7 @@ def _normed_product(x_ref, norms_ref, row_ref, w_ref, rows, firsts, columns: int
         wide = x.astype(jnp.float32)
         scale = plgpu.load(norms_ref.at[row, part]).astype(jnp.float32)
         y = (wide * (1 + scale)[None]).astype(x.dtype)
-        ws = [plgpu.load(w_ref.at[part, pl.ds(first, columns)]) for first in firsts]
+        ws = [plgpu.load(w_refs[0].at[part, pl.ds(first, columns)]).astype(x.dtype) for first in firsts]
         totals = tuple(total + _dot(y, w) for total, w in zip(totals, ws, strict=True))
         if adaptive:
             shift = plgpu.load(norms_ref.at[row, pl.ds(d + i * step, step)]).astype(jnp.float32)[:, None]
@@ -256,7 +270,16 @@ def _normed_product(x_ref, norms_ref, row_ref, w_ref, rows, firsts, columns: int
     carry = jnp.zeros(block), zeros, tuple(jnp.zeros(columns) for _ in firsts)
     squares, totals, shifts = jax.lax.fori_loop(0, d // step, add, carry)
     factor = jax.lax.rsqrt(squares / d + EPSILON)[:, None]
-    return [total * factor + shift[None] for total, shift in zip(totals, shifts, strict=True)]
+    found = [total * factor + shift[None] for total, shift in zip(totals, shifts, strict=True)]
+    for ref in w_refs[1:]:
+        scales = [plgpu.load(ref.at[pl.ds(first, columns)]) for first in firsts]
+        found = [y * scale[None] for y, scale in zip(found, scales, strict=True)]
+    return found
+
+
+def _weights(w: Matrix) -> list[Array]:
+    """Operands of a kernel: a matrix, or its values in eight bits and a scale per column."""
+    return [w.values, w.scale] if isinstance(w, Quantized) else [w]
 
 
 def _dot(a, b):

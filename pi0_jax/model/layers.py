@@ -191,13 +191,27 @@ def rotated_qkv(
 
 def gated_mlp(x: Float[Array, "b t d"], w: Weights) -> Float[Array, "b t d"]:
     """GeGLU feed-forward (arXiv 2002.05202), tanh-approximate GELU. Its LoRA has no scale, as in openpi."""
-    gate_up = dot("mlp/gate_up", x, w)
-    if gate_up.ndim == 3:  # folded; two slices, as a reshape would make TPUs copy the matrix into another layout
-        gate, up = jnp.split(gate_up, 2, axis=-1)
-    else:
-        gate_up = with_logical_constraint(gate_up, ("batch", None, None, "mlp"))
-        gate, up = gate_up[:, :, 0], gate_up[:, :, 1]
-    return dot("mlp/down", jax.nn.gelu(gate) * up, w)
+    weight = w["gate_up"]
+    if not isinstance(weight, Quantized) and weight.ndim == 3:
+        # A product each: in one, GPUs would copy the pair of matrices, and its gradient, into another layout.
+        halves = ({name: leaf[i] for name, leaf in w.items() if name.startswith("gate_up")} for i in range(2))
+        gate, up = (with_logical_constraint(dot("mlp/gate_up", x, half), ("batch", None, "mlp")) for half in halves)
+    else:  # folded; two slices, as a reshape would make TPUs copy the matrix into another layout
+        gate, up = jnp.split(dot("mlp/gate_up", x, w), 2, axis=-1)
+    return dot("mlp/down", gated(gate, up), w)
+
+
+@jax.custom_jvp
+def gated(gate: Float[Array, "*b f"], up: Float[Array, "*b f"]) -> Float[Array, "*b f"]:
+    """gelu(gate) · up. The backward pass needs nothing but the two."""
+    return jax.nn.gelu(gate) * up
+
+
+@gated.defjvp
+def _gated_jvp(primals, tangents):
+    (gate, up), (dgate, dup) = primals, tangents
+    activation, slope = jax.jvp(jax.nn.gelu, (gate,), (jnp.ones_like(gate),))
+    return activation * up, slope * up * dgate + activation * dup
 
 
 def encoder_block(
@@ -254,6 +268,16 @@ def through(layer: Callable[[Any, Any], tuple[Any, Any]], x: Any, weights: Any) 
         x, output = layer(x, w)
         outputs.append(output)
     return x, outputs
+
+
+def cast_matrices(weights: Any, dtype: jnp.dtype) -> Any:
+    """Stacked weights with their matrices in the dtype that layers multiply in; lists of layers as they are.
+
+    Outside of a scan they are cast once per update, and their gradients are stacked in the dtype that they come in.
+    """
+    if isinstance(weights, list):
+        return weights
+    return jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 2 else x, weights)
 
 
 def stacked(outputs: Any) -> Any:

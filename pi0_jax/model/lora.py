@@ -41,7 +41,8 @@ EINSUMS = {
     "attn/q": Einsums("BTD,DNH->BTNH", "BTD,DNR->BTNR", "BTNR,NRH->BTNH", "DNR,NRH->DNH"),
     "attn/kv": Einsums("BTD,CDKH->BTCKH", "BTD,CDKR->BTCKR", "BTCKR,CKRH->BTCKH", "CDKR,CKRH->CDKH"),
     "attn/o": Einsums("BTNH,NHD->BTD", "BTNH,NHR->BTR", "BTR,MRD->BTD", "NHR,MRD->NHD"),
-    "mlp/gate_up": Einsums("BTD,CDF->BTCF", "BTD,CDR->BTCR", "BTCR,CRF->BTCF", "CDR,CRF->CDF"),
+    # "..." is the axis of the pair, which one of the two does not have.
+    "mlp/gate_up": Einsums("BTD,...DF->BT...F", "BTD,...DR->BT...R", "BT...R,...RF->BT...F", "...DR,...RF->...DF"),
     "mlp/down": Einsums("BTF,FD->BTD", "BTF,FR->BTR", "BTR,RD->BTD", "FR,RD->FD"),
 }
 

@@ -80,7 +80,8 @@ def encode(
     learned = config.position == "learned"
     x = x.reshape(b, rows * columns, d) + (w["position_embedding"] if learned else sincos2d(rows, columns, d)[None])
     block = rematerialised(functools.partial(layers.encoder_block, num_heads=config.num_heads, kernel=kernel), remat)
-    x, residuals = layers.through(lambda x, w: (y := block(x, w), y if record else None), x.astype(dtype), w["layers"])
+    stack = layers.cast_matrices(w["layers"], dtype)
+    x, residuals = layers.through(lambda x, w: (y := block(x, w), y if record else None), x.astype(dtype), stack)
     if record:
         record("image_encoder/layers", layers.stacked(residuals))
     return layers.layer_norm(x, w.get("norm"))

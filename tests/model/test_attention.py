@@ -1,12 +1,17 @@
 import functools
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.linen import meta
 
+from pi0_jax.config import VisionConfig
+from pi0_jax.model import siglip
 from pi0_jax.model.attention import attend, fused, watch_attention
-from pi0_jax.model.layers import rotate, rotation
+from pi0_jax.model.declare import Declare
+from pi0_jax.model.layers import gated, rotate, rotation
 
 
 def test_rotation_keeps_lengths_and_depends_on_relative_positions_only():
@@ -43,6 +48,53 @@ def test_softmax_is_float32_in_a_bfloat16_network():
     assert "exp" in jaxpr
     assert not any("bf16" in line and " exp " in line for line in jaxpr.splitlines())
     assert attend(q, q, q).dtype == jnp.bfloat16
+
+
+def test_derivatives_are_those_of_the_formula():
+    q = jax.random.normal(jax.random.key(0), (2, 3, 4, 8))
+    k, v = jax.random.normal(jax.random.key(1), (2, 2, 5, 2, 8))
+    mask = jax.random.bernoulli(jax.random.key(2), 0.7, (2, 3, 5)).at[..., 0].set(True)
+
+    def formula(q, k, v):
+        logits = jnp.einsum("BTKGH,BSKH->BKGTS", q.reshape(2, 3, 2, 2, 8) * 8**-0.5, k)
+        weights = jax.nn.softmax(jnp.where(mask[:, None, None], logits, -1e30))
+        return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v).reshape(q.shape)
+
+    def ours(q, k, v):
+        return attend(q, k, v, mask)
+
+    cotangent = jax.random.normal(jax.random.key(3), q.shape)
+    found, expected = (jax.vjp(f, q, k, v)[1](cotangent) for f in (ours, formula))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-6), found, expected)
+    direction = (cotangent, v, k)
+    found, expected = (jax.jvp(f, (q, k, v), direction)[1] for f in (ours, formula))
+    np.testing.assert_allclose(found, expected, atol=5e-6)
+
+
+def test_the_backward_pass_multiplies_in_bfloat16():
+    q = jnp.zeros((1, 3, 2, 8), jnp.bfloat16)
+    gradient = jax.make_jaxpr(jax.grad(lambda *x: attend(*x).sum(), (0, 1, 2)))(q, q, q)
+    equations = [e for e in gradient.eqns if e.primitive.name == "dot_general"]
+    assert len(equations) >= 5, "weights by values, and two products backward for each of the two forward"
+    assert {x.aval.dtype for e in equations for x in e.invars} == {jnp.dtype("bfloat16")}
+
+
+def test_the_gated_product_has_the_derivatives_of_its_formula():
+    gate, up, cotangent = jax.random.normal(jax.random.key(0), (3, 2, 5, 8))
+    ours, theirs = (jax.vjp(f, gate, up)[1](cotangent) for f in (gated, lambda g, u: jax.nn.gelu(g) * u))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), ours, theirs)
+
+
+def test_the_image_encoder_takes_matrices_that_are_cast_already():
+    config = VisionConfig(width=8, depth=2, mlp_dim=16, num_heads=2, image_size=28)
+    spec = Declare(MappingProxyType(siglip.spec(config)))
+    w = jax.eval_shape(lambda: meta.unbox(spec.init(jax.random.key(0), method="declare")["params"]))
+    images = jax.ShapeDtypeStruct((1, 28, 28, 3), jnp.float32)
+    program = jax.make_jaxpr(lambda w, x: siglip.encode(config, w, x, jnp.dtype("bfloat16")))(w, images)
+    (scan,) = (e for e in program.eqns if e.primitive.name == "scan")
+    matrices = [x.aval for x in scan.invars if x.aval.ndim > 2 and x.aval.shape[0] == config.depth]
+    assert len(matrices) >= 6
+    assert {x.dtype for x in matrices} == {jnp.dtype("bfloat16")}
 
 
 def test_weights_can_be_watched():

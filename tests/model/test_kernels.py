@@ -12,6 +12,7 @@ from pi0_jax.errors import UserError
 from pi0_jax.flow.realtime import Previous
 from pi0_jax.model import fold, kernels, layers, target
 from pi0_jax.model.attention import attend, watch_attention
+from pi0_jax.model.quantize import quantize_matrix
 from pi0_jax.objective import SampleOptions, make_objective
 from pi0_jax.pi0 import sample_actions
 from pi0_jax.sampler import Euler
@@ -48,9 +49,12 @@ def test_attention_is_that_of_the_plain_form(b, t, n, k, h, s, masked):
     np.testing.assert_allclose(found, expected, atol=2e-6)
 
 
-@pytest.mark.parametrize("adaptive", [False, True])
-def test_products_are_those_of_the_plain_form(adaptive):
+@pytest.mark.parametrize(("adaptive", "bits"), [(False, None), (True, None), (True, "int8"), (False, "fp8")])
+def test_products_are_those_of_the_plain_form(adaptive, bits):
     x, w, down = normal(2, 64, 64), normal(64, 4 * 32, seed=1) / 8, normal(32, 64, seed=2) / 6
+    stored = [w, down] if bits is None else [quantize_matrix(y, bits) for y in (w, down)]
+    if bits:
+        w, down = (y.values.astype(jnp.float32) * y.scale[None] for y in stored)
     table = normal(3, 3 * 64 if adaptive else 64, seed=3)
     norm = kernels.Norm(table, 1)
     modulation = table[1] if adaptive else None
@@ -59,12 +63,14 @@ def test_products_are_those_of_the_plain_form(adaptive):
     qkv = (normed @ w).reshape(2, 64, 4, 32)
     qkv = jnp.concatenate([layers.rotate(qkv[:, :, :3], rotation), qkv[:, :, 3:]], axis=2).reshape(2, 64, -1)
     flat = (rotation[0][:, :, 0], rotation[1][:, :, 0])
-    np.testing.assert_allclose(kernels.norm_qkv(x, norm, w, flat, 1), qkv, atol=2e-5)
+    np.testing.assert_allclose(kernels.norm_qkv(x, norm, stored[0], flat, 1), qkv, atol=2e-5)
     hidden = normal(2, 64, 32, seed=4)
     product = hidden @ down * (1 if gate is None else gate)
-    np.testing.assert_allclose(kernels.add_product(x, hidden, down, norm), x + product, atol=2e-5)
+    np.testing.assert_allclose(kernels.add_product(x, hidden, stored[1], norm), x + product, atol=2e-5)
     first, second = jnp.split(normed @ w, 2, axis=-1)
-    np.testing.assert_allclose(kernels.norm_geglu(x, norm, w), jax.nn.gelu(first) * second, atol=2e-4, rtol=1e-5)
+    np.testing.assert_allclose(
+        kernels.norm_geglu(x, norm, stored[0]), jax.nn.gelu(first) * second, atol=2e-4, rtol=1e-5
+    )
 
 
 class Sampled:
