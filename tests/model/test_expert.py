@@ -50,9 +50,14 @@ class Tiny:
         return jax.jit(run)(self.params, self.x if x is None else x, self.time if time is None else time)
 
 
+@functools.cache
+def tiny_of(variant: str) -> Tiny:
+    return Tiny(variant)
+
+
 @pytest.fixture(scope="module", params=VARIANTS)
 def tiny(request):
-    return Tiny(request.param)
+    return tiny_of(request.param)
 
 
 @pytest.mark.parametrize(("config", "parameters"), [(PI0, 3_238_048_528), (PI05, 3_353_433_872)])
@@ -126,7 +131,7 @@ def test_a_missing_camera_is_named(tiny):
 
 def test_state_reaches_pi0_and_not_pi05():
     for variant, reaches in (("pi0", True), ("pi05", False)):
-        tiny = Tiny(variant)
+        tiny = tiny_of(variant)
         changed = tiny(tiny.observation._replace(state=tiny.observation.state + 1.0))
         assert bool(np.abs(changed - tiny()).max() > 1e-4) == reaches
 
@@ -205,7 +210,7 @@ def test_as_a_linen_module_it_gives_the_same_and_sows_the_residual_streams(tiny)
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_bfloat16_stays_close_and_returns_float32(variant):
-    exact, rounded = Tiny(variant), Tiny(variant, dtype="bfloat16")
+    exact, rounded = tiny_of(variant), Tiny(variant, dtype="bfloat16")
     result = rounded()
     assert result.dtype == jnp.float32
     assert float(jnp.linalg.norm(result - exact()) / jnp.linalg.norm(exact())) < 0.05
