@@ -1,31 +1,110 @@
 """Eight CPU devices, a tiny model, and where the reference fixtures are."""
 
-import os
-
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")  # what a test compiles is nobody's to find
-# Tests compile far more than they compute: eight small devices, and little effort on optimising their programs.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
-
+import gc
 import importlib.util
+import os
 import tempfile
 from pathlib import Path
 
-import jax
-import pytest
-
+# What tests derive from their data, and the programs that they compile, which the tests of all processes share.
 _CACHE = tempfile.TemporaryDirectory(prefix="pi0_jax-tests-")
-os.environ["PI0_CACHE"] = _CACHE.name  # what a test derives from its data goes with it
+os.environ["PI0_CACHE"] = _CACHE.name
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(_CACHE.name, "xla")))
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "true")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Tests compile far more than they compute: eight small devices, and little effort on optimising their programs.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
+
+import jax  # noqa: E402  (after the settings)
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
 
 # Read when the first device is asked for. Compiling an update takes a third of the time without the fusion emitters;
 # later versions and libtpu have no such flag, and XLA ends the process over one that it does not know.
+_FLAG = " --xla_cpu_use_fusion_emitters=false"
 if jax.__version_info__ < (0, 11) and importlib.util.find_spec("libtpu") is None:
-    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace(_FLAG, "") + _FLAG
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 import tests.typecheck  # noqa: E402, F401  (pyproject.toml names it; imported before what it checks)
-from pi0_jax.config import ExpertConfig, ModelConfig, VisionConfig  # noqa: E402  (after the flags)
+from pi0_jax.config import ExpertConfig, MeshConfig, ModelConfig, TrainConfig, VisionConfig  # noqa: E402
+
+LONGEST = [
+    "training/test_multihost",
+    "compare/test_compare",
+    "objective/test_goldens",
+    "test_configs",
+    "convert/test_damage",
+    "objective/test_realtime",
+    "objective/test_contract",
+    "model/test_expert",
+    "training/test_loop",
+    "test_pi0",
+    "inference/test_policy",
+    "training/test_step",
+    "training/test_low_precision",
+    "training/test_microbatches",
+    "training/test_partition",
+    "training/test_faults",
+    "training/test_objectives",
+    "training/test_sharding",
+    "model/test_fold",
+    "test_docs",
+    "model/test_heads",
+    "evaluate/test_rollout",
+    "plan/test_plan",
+    "sampler/test_gaussian",
+    "parity/test_openpi",
+    "convert/test_convert",
+    "sampler/test_solver",
+    "data/test_your_robot",
+]
+"""Files that take longest, most of them first: `make test` hands out whole files, and a long one must not come last."""
+
+
+def pytest_collection_modifyitems(items):
+    places = {f"tests/{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.nodeid.split("::")[0], len(places)))
+
+
+def pytest_collection_finish(session):
+    """What has been imported stays: looking through it for garbage again and again takes a twentieth of the time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 20)
+
+
+def quick_runs(patch: pytest.MonkeyPatch):
+    """Has runs of the default mesh train on one of the devices, and from weights that NumPy draws: most of what a run
+    of a few updates takes is compiling, for eight devices and of the network's own initial values."""
+    from pi0_jax.training import loop
+
+    first_weights, resolve = loop.first_weights, loop.resolve
+
+    def resolve_there(config: TrainConfig):
+        return resolve(config, jax.devices()[:1] if config.mesh == MeshConfig() else None)
+
+    def draw(run, shapes):
+        if run.config.init_from is not None or run.config.mesh != MeshConfig():
+            return first_weights(run, shapes)
+        rng = np.random.default_rng(run.config.seed)
+
+        def values(x):
+            return jax.device_put((0.1 * rng.standard_normal(x.shape)).astype(x.dtype), x.sharding)
+
+        return jax.tree.map(values, shapes.weights)
+
+    patch.setattr(loop, "resolve", resolve_there)
+    patch.setattr(loop, "first_weights", draw)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_runs():
+    with pytest.MonkeyPatch.context() as patch:
+        quick_runs(patch)
+        yield
 
 
 def tiny_config(variant: str = "pi0", **changes) -> ModelConfig:

@@ -2,16 +2,16 @@
 
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from pi0_jax.checkpoint import Assets, CheckpointWriter
 from pi0_jax.config import DataConfig, PolicyConfig, TrainConfig
 from pi0_jax.data.normalization import NormStats, stats_to_json
 from pi0_jax.data.tokenizer import Tokenizer
-from pi0_jax.pi0 import init_params, make_objective
+from pi0_jax.pi0 import make_objective
 from pi0_jax.sampler import Euler
 from tests.conftest import tiny_config
+from tests.model.common import random_params
 
 STATS = {
     "state": NormStats(*np.array([[0.0] * 6, [0.1] * 6, [-0.2] * 6, [0.2] * 6, [-0.3] * 6, [0.3] * 6])),
@@ -22,9 +22,8 @@ TINY = PolicyConfig(model=MODEL, robot="tabletop", sampler=Euler(3))
 
 
 def tiny_params(config: PolicyConfig):
-    """Random parameters."""
-    objective = make_objective(config.objective, config.model)
-    return jax.jit(lambda key: init_params(objective, key))(jax.random.key(0))
+    """Random parameters, without the compiling that the network's own initial values would take."""
+    return random_params(make_objective(config.objective, config.model).network, np.random.default_rng(0))
 
 
 def save_tiny_checkpoint(run: Path, **changes) -> Path:

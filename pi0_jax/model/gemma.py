@@ -178,6 +178,22 @@ def modulations(w: Spec, condition: Float[Array, "*time e"]) -> Modulations:
     return Modulations(found, of(w["action_norm"]))
 
 
+def unrolled(w: Spec, dtype: jnp.dtype) -> Spec:
+    """The backbone with its layers in a list, their matrices in a dtype, and gate and up apart; for training.
+
+    Then no layer's weights are copied out of a stack, and no gradients into one.
+    """
+    stack = [
+        {name: expert | {"mlp": _gate_and_up_apart(expert["mlp"])} for name, expert in layer.items()}
+        for layer in layers.unstacked(w["layers"], dtype)
+    ]
+    return w | {"layers": stack}
+
+
+def _gate_and_up_apart(mlp: Spec) -> Spec:
+    return {name: layers.apart(x) if name.startswith("gate_up") else x for name, x in mlp.items()}
+
+
 def forward(
     config: ModelConfig,
     w: Spec,
@@ -216,7 +232,7 @@ def forward(
         return _layer(config, placed, tokens, *inputs, needed=[segment.needed for segment in segments])
 
     tokens: Any = tuple(segment.tokens for segment in segments)
-    layer = rematerialised(layer, remat)
+    layer = rematerialised(layer, remat, scanned=not isinstance(stack, list))
     if all(segment.needed for segment in segments):
         tokens, (keys_values, streams) = _unzipped(*layers.through(layer, tokens, inputs))
     else:

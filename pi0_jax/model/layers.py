@@ -192,7 +192,7 @@ def rotated_qkv(
 def gated_mlp(x: Float[Array, "b t d"], w: Weights) -> Float[Array, "b t d"]:
     """GeGLU feed-forward (arXiv 2002.05202), tanh-approximate GELU. Its LoRA has no scale, as in openpi."""
     weight = w["gate_up"]
-    if not isinstance(weight, Quantized) and weight.ndim == 3:
+    if type(weight) is tuple or getattr(weight, "ndim", 2) == 3:
         # A product each: in one, GPUs would copy the pair of matrices, and its gradient, into another layout.
         halves = ({name: leaf[i] for name, leaf in w.items() if name.startswith("gate_up")} for i in range(2))
         gate, up = (with_logical_constraint(dot("mlp/gate_up", x, half), ("batch", None, "mlp")) for half in halves)
@@ -278,6 +278,18 @@ def cast_matrices(weights: Any, dtype: jnp.dtype) -> Any:
     if isinstance(weights, list):
         return weights
     return jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 2 else x, weights)
+
+
+def unstacked(weights: Any, dtype: jnp.dtype) -> list[Any]:
+    """Stacked weights as a list of layers, cast by `cast_matrices`; their gradients are joined to a stack again."""
+    leaves, structure = jax.tree.flatten(cast_matrices(weights, dtype))
+    parts = [apart(x) for x in leaves]
+    return [structure.unflatten(layer) for layer in zip(*parts, strict=True)]
+
+
+def apart(x: Float[Array, "n ..."]) -> tuple[Float[Array, "..."], ...]:
+    """The n arrays along the first axis, whose gradients are concatenated, not added up."""
+    return tuple(part[0] for part in jax.lax.split(x, [1] * len(x)))
 
 
 def stacked(outputs: Any) -> Any:

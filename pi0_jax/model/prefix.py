@@ -52,6 +52,10 @@ class PrefixNetwork:
         """Random parameters in linen's boxes, which carry the logical axis names (`flax.linen.meta.unbox`)."""
         return dict(Declare(MappingProxyType(self.spec)).init(key, method="declare")["params"])
 
+    def unrolled(self, params: Spec) -> Spec:
+        """Parameters whose backbone is not scanned (`gemma.unrolled`); the same functions run them."""
+        return params | {"backbone": gemma.unrolled(params["backbone"], self.dtype)}
+
     def module(self) -> NetworkModule:
         """The network as a linen module, for its tools: `module().apply({"params": params}, observation, ...)`."""
         return NetworkModule(MappingProxyType(self.spec), self)

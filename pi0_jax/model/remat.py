@@ -36,7 +36,10 @@ def saveable(policy: Remat) -> Callable[..., bool] | None:
     return jax.checkpoint_policies.save_only_these_names(*SAVED[policy])
 
 
-def rematerialised(function: Callable[..., Any], policy: Remat) -> Callable[..., Any]:
-    """The function of a layer, whose backward pass computes again what the policy does not store."""
+def rematerialised(function: Callable[..., Any], policy: Remat, scanned: bool = True) -> Callable[..., Any]:
+    """The function of a layer, whose backward pass computes again what the policy does not store.
+
+    Layers that no scan keeps apart get barriers, or XLA would find that it has computed the same before, and store it.
+    """
     saved = saveable(policy)
-    return function if saved is None else jax.checkpoint(function, prevent_cse=False, policy=saved)
+    return function if saved is None else jax.checkpoint(function, prevent_cse=not scanned, policy=saved)

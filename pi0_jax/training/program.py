@@ -55,6 +55,7 @@ def build(run: Run, augment: Augment) -> Program:
         run.schedule,
         ema_decay=optim.ema_decay,
         grad_accum_steps=run.config.grad_accum_steps,
+        **({"prepare": run.objective.network.unrolled} if _unrolls(run) else {}),
     )
 
     def evaluate(weights, batch: Batch, key) -> Array:
@@ -76,3 +77,9 @@ def build(run: Run, augment: Augment) -> Program:
             sharding.place, placement=run.batch_placement, batch_size=run.config.batch_size, rows=run.rows
         ),
     )
+
+
+def _unrolls(run: Run) -> bool:
+    """Whether layers of the backbone are unrolled in training: on one GPU, where copies to and from stacks are a tenth
+    of the bytes. Frozen weights stay in their stacks, because the backward pass would keep copies of all of them."""
+    return run.mesh.size == 1 and run.mesh.devices.flat[0].platform in ("gpu", "cuda") and not run.frozen

@@ -35,6 +35,7 @@ def make_update(
     *,
     ema_decay: float | None,
     grad_accum_steps: int = 1,
+    prepare: Callable[[Params], Params] = lambda params: params,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """The pure function of one update; the caller compiles it, with the state donated.
 
@@ -49,6 +50,7 @@ def make_update(
         schedule: the learning rate, for the metrics.
         ema_decay: of the moving average of the trainable parameters; None where the state has none.
         grad_accum_steps: microbatches per batch.
+        prepare: rewrites the parameters for the loss.
 
     Returns:
         A function (seed, state, batch, *teacher_params) → next state and scalar metrics: `loss`, `grad_norm` before
@@ -62,7 +64,7 @@ def make_update(
         draws, count = objective.draw(augment(augment_key, batch), loss_key, state.step)
 
         def microbatch_loss(params: Params, draws: Draws) -> tuple[Float[Array, ""], Metrics]:
-            return objective.loss(combine(params, state.frozen), draws, count, *teacher)
+            return objective.loss(prepare(combine(params, state.frozen)), draws, count, *teacher)
 
         # `state.params` are the trainable parameters alone: frozen ones have no gradient, optimizer state or average.
         (loss, objective_metrics), gradient = value_and_gradient(microbatch_loss, state.params, draws, grad_accum_steps)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from pi0_jax.config import PI0, PI05
+from pi0_jax.config import PI0, PI05, ExpertConfig
 from pi0_jax.model import gemma
 from pi0_jax.model.gemma import Segment
 from pi0_jax.model.head import make_head
@@ -50,9 +50,14 @@ class Tiny:
         return jax.jit(run)(self.params, self.x if x is None else x, self.time if time is None else time)
 
 
+@functools.cache
+def tiny_of(variant: str) -> Tiny:
+    return Tiny(variant)
+
+
 @pytest.fixture(scope="module", params=VARIANTS)
 def tiny(request):
-    return Tiny(request.param)
+    return tiny_of(request.param)
 
 
 @pytest.mark.parametrize(("config", "parameters"), [(PI0, 3_238_048_528), (PI05, 3_353_433_872)])
@@ -126,7 +131,7 @@ def test_a_missing_camera_is_named(tiny):
 
 def test_state_reaches_pi0_and_not_pi05():
     for variant, reaches in (("pi0", True), ("pi05", False)):
-        tiny = Tiny(variant)
+        tiny = tiny_of(variant)
         changed = tiny(tiny.observation._replace(state=tiny.observation.state + 1.0))
         assert bool(np.abs(changed - tiny()).max() > 1e-4) == reaches
 
@@ -205,7 +210,7 @@ def test_as_a_linen_module_it_gives_the_same_and_sows_the_residual_streams(tiny)
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_bfloat16_stays_close_and_returns_float32(variant):
-    exact, rounded = Tiny(variant), Tiny(variant, dtype="bfloat16")
+    exact, rounded = tiny_of(variant), Tiny(variant, dtype="bfloat16")
     result = rounded()
     assert result.dtype == jnp.float32
     assert float(jnp.linalg.norm(result - exact()) / jnp.linalg.norm(exact())) < 0.05
@@ -219,6 +224,22 @@ def test_rematerialisation_changes_no_gradient(variant):
         gradients.append(jax.jit(jax.grad(lambda p: jnp.sum(jnp.square(tiny(params=p)))))(tiny.params))
     for other in gradients[1:]:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), gradients[0], other)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_unrolled_layers_have_the_loss_and_gradients_of_scanned_ones(variant):
+    tiny = Tiny(variant, remat="full", depth=3, language=ExpertConfig(width=24, mlp_dim=48, lora_mlp_rank=2))
+
+    def loss(params, prepare):
+        return jnp.sum(jnp.square(tiny(params=prepare(params))))
+
+    scanned, unrolled = (
+        jax.jit(jax.value_and_grad(functools.partial(loss, prepare=prepare)))(tiny.params)
+        for prepare in (lambda params: params, tiny.network.unrolled)
+    )
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), unrolled, scanned)
+    program = str(jax.make_jaxpr(lambda p: tiny(params=tiny.network.unrolled(p)))(tiny.params))
+    assert "prevent_cse=True" in program, "or XLA would merge rematerialisation away"
 
 
 def test_time_embedding_has_the_stated_periods():

@@ -35,6 +35,7 @@ class Setting:
         self.observation = self.batch.observation
         self.noise = jax.random.normal(jax.random.key(2), self.batch.actions.shape)
         self.programs = {}
+        self.losses = {}
 
     def sample(self, *, sampler=Euler(2), observation=None, noise=None, path=False, **options):
         """Actions, or the way to them; one program per choice of what is not an array."""
@@ -55,6 +56,10 @@ class Setting:
 
     def loss(self, key: int = 0, step: int = 0, teacher=(), **changes) -> float:
         """The loss of the batch under a changed configuration of the same network."""
-        objective = make_objective(dataclasses.replace(self.config, **changes), self.model)
-        run = jax.jit(lambda params, batch, key, *teacher: loss(objective, params, batch, key, step, *teacher)[0])
-        return float(run(self.params, self.batch, jax.random.key(key), *teacher))
+        which = (step, *sorted(changes.items()))
+        if which not in self.losses:
+            objective = make_objective(dataclasses.replace(self.config, **changes), self.model)
+            self.losses[which] = jax.jit(
+                lambda params, batch, key, *teacher: loss(objective, params, batch, key, step, *teacher)[0]
+            )
+        return float(self.losses[which](self.params, self.batch, jax.random.key(key), *teacher))

@@ -88,14 +88,19 @@ def test_a_trained_network_keeps_the_prefix_and_looks_at_nothing_else(setting, s
     assert np.abs(changed - chunk)[2, 4:].max() > 1e-3  # what follows depends on what was certain
 
 
+@functools.cache
+def diffuses(predicts: str) -> Setting:
+    """Diffusion on the cosine path; its compiled programs serve several tests."""
+    return Setting(Gaussian(path=Cosine(), predicts=predicts, max_delay=4), **MODEL)
+
+
 @pytest.mark.parametrize("power", [1.0, 2.0])
 @pytest.mark.parametrize("method", ["guidance", "identity", "trained"])
 @pytest.mark.parametrize("predicts", ["noise", "v"])
 def test_diffusion_on_the_cosine_path_may_go_on_from_a_chunk_too(predicts, method, power):
-    diffusion = Setting(Gaussian(path=Cosine(), predicts=predicts, max_delay=4), **MODEL)
+    diffusion = diffuses(predicts)
     before = previous(diffusion, [0, 2, 4], [0, 4, 6])
     sampler = DDIM(4, power)
-    plain = diffusion.sample(sampler=sampler)
     for options in ({}, {"guidance_scale": 1.5}):
         plain = diffusion.sample(sampler=sampler, **options)
         chunk = diffusion.sample(sampler=sampler, previous=before, real_time=RealTimeConfig(method), **options)

@@ -72,6 +72,7 @@ import dataclasses, json, os, pathlib, pickle, random, signal, sys, threading, t
 import pytest
 from pi0_jax.checkpoint import CheckpointWriter
 from pi0_jax.training.loop import run
+from tests.conftest import quick_runs
 from tests.training.test_faults import TwoLayers
 from tests.training.test_loop import at_step
 
@@ -96,6 +97,7 @@ def train(number):
     kind = ("start", "step", "save", "write")[number % 4]
     patch = pytest.MonkeyPatch()
     patch.setattr("pi0_jax.objective.gaussian.make_head", TwoLayers)
+    quick_runs(patch)
     if kind == "start":
         die_in(random.uniform(0, 2))
     first = max((int(p.name) for p in folder.glob("*") if p.name.isdecimal()), default=0)

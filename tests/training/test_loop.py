@@ -21,8 +21,9 @@ import numpy as np
 import pytest
 
 from pi0_jax import checkpoint
-from pi0_jax.config import AugmentConfig, DataConfig, OptimConfig, PolicyConfig, TrainConfig
+from pi0_jax.config import AugmentConfig, DataConfig, MeshConfig, OptimConfig, PolicyConfig, TrainConfig
 from pi0_jax.data.tokenizer import Tokenizer
+from pi0_jax.training import loop
 from pi0_jax.training.guard import Diverged
 from pi0_jax.training.inputs import load_inputs
 from pi0_jax.training.interrupt import Interrupted
@@ -32,6 +33,22 @@ from tests.conftest import tiny_config
 from tests.data.conftest import write
 
 STEPS = 7
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs():
+    """Runs that differ in their folders alone share a program: tracing it takes longer than a few updates do."""
+    built, build = {}, loop.build
+
+    def build_once(run, augment):
+        which = repr(dataclasses.replace(run.config, run_dir="", resume=False, overwrite=False, save_every=1))
+        if which not in built:
+            built[which] = build(run, augment)
+        return built[which]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "build", build_once)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +120,9 @@ import os, pickle, signal
 from pathlib import Path
 import pytest
 from pi0_jax.training.loop import run
+from tests.conftest import quick_runs
 from tests.training.test_loop import at_step
+quick_runs(pytest.MonkeyPatch())
 at_step(pytest.MonkeyPatch(), {step}, lambda: os.kill(os.getpid(), signal.SIGKILL))
 run(pickle.loads(Path({str(tmp_path / "config")!r}).read_bytes()))
 """
@@ -181,7 +200,7 @@ def test_overwrite_starts_anew_but_deletes_nothing_before_the_data_is_known_to_b
     ("fields", "message"),
     [
         ({"save_every": 0}, "save_every is 0"),
-        ({"batch_size": 12}, "--batch-size 8"),
+        ({"batch_size": 12, "mesh": MeshConfig(fsdp=8)}, "--batch-size 8"),
         ({"optim": OptimConfig(decay_steps=9)}, r"--optim\.warmup-steps"),
         ({"policy": PolicyConfig(robot="tabletpo")}, "Did you mean 'tabletop'"),
         ({"init_from": "nowhere"}, "no checkpoint at.*pi0 convert pi05_base nowhere --tokenizer"),

@@ -90,7 +90,6 @@ def start(
     shared = re.sub("--xla_force_host_platform_device_count=[0-9]+", "", os.environ["XLA_FLAGS"])
     environment = os.environ | {
         "XLA_FLAGS": f"{shared} --xla_force_host_platform_device_count={devices}",
-        "JAX_ENABLE_COMPILATION_CACHE": "true",  # of this session alone (PI0_CACHE): most of these runs share programs
     }
     program, own = PROGRAM, ("train", str(config), "--run-dir", str(run_dir))
     if config is None:

@@ -22,7 +22,7 @@ from tests.training.common import OPTIM, harness
 
 PRESETS = Path(__file__).parents[2] / "configs" / "sharding"
 CONFIG = tiny_config("pi0", num_kv_heads=2)
-STEPS = 20
+STEPS = 8
 
 
 def preset(name: str):
@@ -34,7 +34,7 @@ def preset(name: str):
 
 @pytest.fixture(scope="module")
 def runs() -> dict:
-    """By preset: harness, state after 20 steps, and their losses."""
+    """By preset: harness, state after some steps, and their losses."""
     batches = [random_batch(CONFIG, 8, seed) for seed in range(STEPS)]
     found = {}
     for name in ("single", "data_parallel", "fsdp", "fsdp_tensor", "multi_slice"):

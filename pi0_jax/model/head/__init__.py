@@ -29,6 +29,10 @@ class Network(Protocol):
         """Random parameters in linen's boxes, which carry the logical axis names."""
         ...
 
+    def unrolled(self, params: Params) -> Params:
+        """Parameters whose backbone is not scanned, for training; the same functions run them."""
+        ...
+
     def joint(
         self,
         params: Params,
