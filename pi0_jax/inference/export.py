@@ -24,6 +24,7 @@ from pi0_jax.atomic import written
 from pi0_jax.data.normalization import affine
 from pi0_jax.errors import require_package
 from pi0_jax.inference.policy import Policy, prompt_lengths
+from pi0_jax.model.target import tracing_for
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -79,7 +80,8 @@ def export(
         for size in sorted(set(batch_sizes)):
             for length in prompt_lengths(policy.config.model.prompt_length):
                 run, weights, inputs = program(policy, size, length)
-                exported = jax.export.export(jax.jit(run), platforms=list(platforms))(weights, inputs)
+                with tracing_for("cpu"):  # the form that all platforms run
+                    exported = jax.export.export(jax.jit(run), platforms=list(platforms))(weights, inputs)
                 name = f"program_{size}_{length}.stablehlo"
                 (partial / name).write_bytes(exported.serialize())
                 interface["programs"][name] = {

@@ -310,22 +310,17 @@ def _layer(
             outputs.append(None)
             continue
         heads = (c.num_heads, c.num_kv_heads)
-        if len(tokens) == 1 and cached is None and "qkv" in attn and kernels.attend_here(x.dtype):
+        if "qkv" in attn and len(tokens) == 1 and cached is None and kernels.attend_here(x.dtype, c.attention):
             qkv = layers.rotated_qkv(normed, attn, rotation, heads)
             own = qkv[:, :, c.num_heads : -c.num_kv_heads], qkv[:, :, -c.num_kv_heads :]
-            seen.append(own)
             attended = kernels.attention(qkv, None, allowed.astype(jnp.int8), c.num_heads)
-            x += _gated(layers.dot("attn/o", attended, attn, lora_scale), gate)
-            normed, gate = layers.rms_norm(x, expert.get("mlp_norm"), modulation[1])
-            x += _gated(layers.gated_mlp(normed, expert["mlp"]), gate)
-            outputs.append(x)
-            continue
-        query, own = layers.queries_keys_values(normed, attn, rotation, heads, lora_scale)
-        earlier = seen if segment.reads_with_gradient else jax.lax.stop_gradient(seen)
-        keys, values = (_joined(y, x.dtype) for y in zip(*earlier, own, strict=True))
+        else:
+            query, own = layers.queries_keys_values(normed, attn, rotation, heads, lora_scale)
+            earlier = seen if segment.reads_with_gradient else jax.lax.stop_gradient(seen)
+            keys, values = (_joined(y, x.dtype) for y in zip(*earlier, own, strict=True))
+            attended = attend(query, keys, values, allowed, 1.0 if "qkv" in attn else None, c.attention)
+            attended = checkpoint_name(attended, "attn/attended")
         seen.append(own)
-        attended = attend(query, keys, values, allowed, 1.0 if "qkv" in attn else None, c.attention)
-        attended = checkpoint_name(attended, "attn/attended")
         x += _gated(layers.dot("attn/o", attended, attn, lora_scale), gate)
         normed, gate = layers.rms_norm(x, expert.get("mlp_norm"), modulation[1])
         x += _gated(layers.gated_mlp(normed, expert["mlp"]), gate)

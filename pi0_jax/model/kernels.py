@@ -25,13 +25,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int8
 
 from pi0_jax.config import ModelConfig
+from pi0_jax.config.model import Kernel
 from pi0_jax.model import target
 from pi0_jax.model.attention import MASKED, watching
 from pi0_jax.model.quantize import Quantized
+
+try:
+    from jax.experimental.pallas import triton as plgpu
+except ImportError:  # builds of jaxlib without Triton, which are for machines without such GPUs
+    plgpu: Any = None
 
 EPSILON = 1e-6
 ROWS = 64
@@ -57,9 +62,10 @@ class Norm(NamedTuple):
         return self.table, jnp.full(1, self.row, jnp.int32)
 
 
-def attend_here(dtype: jnp.dtype) -> bool:
-    """Whether `attention` serves: on GPUs, in bfloat16, where nobody watches the weights."""
-    return target.kernels() and (dtype == jnp.bfloat16 or INTERPRET) and not watching()
+def attend_here(dtype: jnp.dtype, kernel: Kernel = "xla") -> bool:
+    """Whether `attention` serves: on GPUs, in bfloat16, where no other kernel is asked for and nobody watches."""
+    wanted = plgpu is not None and target.kernels() and kernel == "xla"
+    return wanted and (dtype == jnp.bfloat16 or INTERPRET) and not watching()
 
 
 def take(c: ModelConfig, x: Float[Array, "b t d"], cached: tuple[Array, Array]) -> bool:

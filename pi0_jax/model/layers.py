@@ -227,7 +227,7 @@ def encoder_block(
     y = layer_norm(x, w.get("attn_norm"))
     if "qkv" in w:
         qkv = project(y, "qkv").reshape(b, s, 3, *split)
-        if kernels.attend_here(x.dtype):
+        if kernels.attend_here(x.dtype, kernel):
             y = kernels.attention(qkv.reshape(b, s, -1, split[1]), None, None, num_heads, split[1] ** -0.5)
         else:
             y = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], kernel=kernel)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import os
+import re
 from collections.abc import Iterator
 from typing import Literal
 
@@ -36,8 +37,13 @@ def tracing_for(target: Platform) -> Iterator[None]:
 
 
 def kernels() -> bool:
-    """Whether our own kernels are used: on GPUs, unless PI0_KERNELS is "0"."""
-    return platform() == "gpu" and os.environ.get(KERNELS, "1") != "0" and not _plain.get()
+    """Whether our own kernels are used: on NVIDIA GPUs since Ampere, unless PI0_KERNELS is "0"."""
+    if platform() != "gpu" or os.environ.get(KERNELS, "1") == "0" or _plain.get():
+        return False
+    if _target.get() is not None:
+        return True
+    capability = str(getattr(jax.devices()[0], "compute_capability", ""))
+    return re.fullmatch(r"\d+\.\d+", capability) is not None and float(capability) >= 8  # AMD's are names
 
 
 @contextlib.contextmanager

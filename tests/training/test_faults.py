@@ -50,6 +50,9 @@ class TwoLayers(NamedTuple):
         keys = jax.random.split(key)
         return {"in": init(keys[0], (width, 1024)), "out": init(keys[1], (1024, c.action_dim))}
 
+    def unrolled(self, params):
+        return params
+
     def joint(self, params, observation, x, time, span=None):
         pixels = [image.mean((1, 2, 3))[:, None] for image in observation.images.values()]
         seen = jnp.concatenate([observation.state, *pixels, observation.prompt / self.config.vocab_size], -1)
