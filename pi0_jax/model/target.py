@@ -65,7 +65,7 @@ def advice() -> Iterator[None]:
     """
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
+    except (jax.errors.JaxRuntimeError, NotImplementedError) as error:  # of XLA, and of Pallas
         if not kernels() or ("RESOURCE_EXHAUSTED" in str(error) and "hared memory" not in str(error)):
             raise
         raise UserError(

@@ -140,6 +140,8 @@ def test_what_is_differentiated_or_watched_has_no_kernels(monkeypatch):
 def test_a_program_that_fails_says_how_to_do_without_kernels():
     with pytest.raises(UserError, match=f"ptxas.*\n.*{target.KERNELS}=0"), target.tracing_for("gpu"), target.advice():
         raise jax.errors.JaxRuntimeError("INTERNAL: ptxas exited with 1")
+    with pytest.raises(UserError, match="no such load"), target.tracing_for("gpu"), target.advice():
+        raise NotImplementedError("no such load")
     with pytest.raises(jax.errors.JaxRuntimeError), target.tracing_for("gpu"), target.advice():
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory allocating 80 GB")
     with pytest.raises(jax.errors.JaxRuntimeError), target.tracing_for("tpu"), target.advice():
