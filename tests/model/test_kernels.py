@@ -1,6 +1,7 @@
 """Kernels give the numbers of the plain layers; here they run as ordinary operations, in float32."""
 
 import contextlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +53,7 @@ def test_attention_is_that_of_the_plain_form(b, t, n, k, h, s, masked):
 @pytest.mark.parametrize(("adaptive", "bits"), [(False, None), (True, None), (True, "int8"), (False, "fp8")])
 def test_products_are_those_of_the_plain_form(adaptive, bits):
     x, w, down = normal(2, 64, 64), normal(64, 4 * 32, seed=1) / 8, normal(32, 64, seed=2) / 6
-    stored = [w, down] if bits is None else [quantize_matrix(y, bits) for y in (w, down)]
+    stored: list[Any] = [w, down] if bits is None else [quantize_matrix(y, bits) for y in (w, down)]
     if bits:
         w, down = (y.values.astype(jnp.float32) * y.scale[None] for y in stored)
     table = normal(3, 3 * 64 if adaptive else 64, seed=3)
