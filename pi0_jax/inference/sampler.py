@@ -80,8 +80,9 @@ class ChunkSampler:
             sampler: from noise to actions.
             path: give all points from noise to actions, along the first axis.
         """
+        program = self.compiled(inputs, sampler, path=path)
         with target.advice():
-            return np.asarray(self.compiled(inputs, sampler, path=path)(self.params, inputs))
+            return np.asarray(program(self.params, inputs))
 
     def compiled(self, inputs: Inputs, sampler: Sampler, *, path: bool = False) -> jax.stages.Compiled:
         """The program of such a call, a function of parameters and inputs; compiled once."""

@@ -26,9 +26,9 @@ from jaxtyping import Array, Float, Int
 
 from pi0_jax.model import kernels, lora
 from pi0_jax.model.attention import Kernel, attend
+from pi0_jax.model.kernels import EPSILON
 from pi0_jax.model.quantize import Quantized, quantized_dot
 
-EPSILON = 1e-6
 Weights = dict[str, Any]
 """Arrays by name, of one part of a layer."""
 
@@ -85,10 +85,8 @@ def dot(name: str, x: Float[Array, "b t *d"], w: Weights, scale: float = 1.0) ->
     return checkpoint_name(result, name)
 
 
-def layer_norm(
-    x: Float[Array, "... d"], w: Weights | None = None, dtype: jnp.dtype | None = None
-) -> Float[Array, "... d"]:
-    """LayerNorm with statistics in float32; w is None where it is folded into the matrix that follows."""
+def layer_norm(x: Float[Array, "... d"], w: Weights | None = None) -> Float[Array, "... d"]:
+    """LayerNorm with statistics in float32; without w, no scale and bias."""
     x32 = x.astype(jnp.float32)
     mean = jnp.mean(x32, axis=-1, keepdims=True)
     variance = jnp.maximum(0.0, jnp.mean(jnp.square(x32), axis=-1, keepdims=True) - jnp.square(mean))
@@ -107,7 +105,7 @@ def rms_norm(
 
     Args:
         x: tokens.
-        w: `scale`; None where it is folded into the matrix that follows. Not read where there is a modulation.
+        w: `scale`; not read where there is a modulation.
         modulation: scale, shift and gate side by side: `[m]` for all tokens, `[b m]` per example, or `[b g m]`, where
             each of the g serves t / g successive tokens: those of a draw, or one token.
 
@@ -224,7 +222,7 @@ def encoder_block(
     def project(y, name: str):
         return checkpoint_name(linear(y, w[name], x.dtype), "vision")
 
-    y = layer_norm(x, w.get("attn_norm"))
+    y = layer_norm(x, w["attn_norm"])
     if "qkv" in w:
         qkv = project(y, "qkv").reshape(b, s, 3, *split)
         if kernels.attend_here(x.dtype, kernel):
@@ -236,7 +234,7 @@ def encoder_block(
         query, key, value = (_by_heads(project(y, name), "heads") for name in ("query", "key", "value"))
         y = attend(query, key, value, kernel=kernel)
     x += project(checkpoint_name(y, "vision"), "out")
-    y = project(layer_norm(x, w.get("mlp_norm")), "mlp_in")
+    y = project(layer_norm(x, w["mlp_norm"]), "mlp_in")
     y = with_logical_constraint(y, ("batch", None, "mlp"))
     x += linear(jax.nn.gelu(y), w["mlp_out"], x.dtype)
     return with_logical_constraint(x, ("batch", None, None))

@@ -84,7 +84,7 @@ def encode(
     x, residuals = layers.through(lambda x, w: (y := block(x, w), y if record else None), x.astype(dtype), stack)
     if record:
         record("image_encoder/layers", layers.stacked(residuals))
-    return layers.layer_norm(x, w.get("norm"))
+    return layers.layer_norm(x, w["norm"])
 
 
 def patches(x: Float[Array, "b y x c"], size: int, w: Spec) -> Float[Array, "b rows columns d"]:
