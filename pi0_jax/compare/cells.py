@@ -16,7 +16,7 @@ import numpy as np
 from pi0_jax import checkpoint
 from pi0_jax.atomic import written
 from pi0_jax.compare.config import CompareConfig
-from pi0_jax.config import Reflow, Tokens, TrainConfig
+from pi0_jax.config import Reflow, TrainConfig
 from pi0_jax.config.replace import replace
 from pi0_jax.data.robots import RawObservation, get_robot
 from pi0_jax.evaluate.chunk_errors import HeldOut, held_out
@@ -176,7 +176,7 @@ def control_latencies(config: CompareConfig) -> dict[str, dict[str, float]]:
 
     The weights do not depend on the horizon, so those of one run serve for all.
     """
-    flows = [n for n, c in config.contenders.items() if not isinstance(c.objective, Tokens)]
+    flows = [n for n, c in config.contenders.items() if not c.objective.decodes]
     path = folder(config, config.seeds[0], flows[0])
     observation = get_simulator(config.env).start(0, 0).observe()
     table: dict[str, dict[str, float]] = {}
