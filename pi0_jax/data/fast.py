@@ -45,23 +45,6 @@ MOST_VALUES = 0xD800
 """Characters from here on are not all valid in UTF-8."""
 
 
-class CodecTables(NamedTuple):
-    """A codec as arrays, from which a program on the device decodes: see `bytes_to_values`."""
-
-    bytes: UInt8[np.ndarray, "codes m"]
-    """UTF-8 bytes that each code stands for, zeros behind them."""
-    num_bytes: Int32[np.ndarray, "codes"]
-    num_values: Int32[np.ndarray, "codes"]
-    """Coefficients that begin in each code: its bytes that are not continuation bytes. Codes in which a coefficient
-    ends that began in another have fewer than characters."""
-    min_token: Int32[np.ndarray, ""]
-    """Rounded coefficient that U+0000 stands for."""
-    max_token: Int32[np.ndarray, ""]
-    """Largest rounded coefficient that the codec was made for."""
-    scale: Float32[np.ndarray, ""]
-    """Rounded coefficients are this many times the coefficients."""
-
-
 class RoundTrip(NamedTuple):
     """What encoding chunks and decoding them again does to them."""
 
@@ -138,8 +121,8 @@ class FastCodec:
         for name in (TOKENIZER, PROCESSOR):
             if not (folder / name).is_file():
                 raise FileNotFoundError(
-                    f"{folder} has no {name}, so it is no FAST codec. `pi0 data fast CONFIG FOLDER` makes one; the "
-                    "published one is `hf download physical-intelligence/fast --local-dir FOLDER`."
+                    f"{folder} has no {name}, so it is no FAST codec. `pi0 data fast CONFIG --output FOLDER` makes one; "
+                    "the published one is `hf download physical-intelligence/fast --local-dir FOLDER`."
                 )
         return cls((folder / TOKENIZER).read_bytes(), (folder / PROCESSOR).read_bytes(), str(folder))
 
@@ -237,33 +220,39 @@ class FastCodec:
 
     def count_values(self, codes: Sequence[int]) -> int:
         """Coefficients that begin in a string of codes; a chunk has its horizon times its dimensions."""
-        return int(self.tables.num_values[np.array(codes, np.int64)].sum())
+        return int(self.num_values[np.array(codes, np.int64)].sum())
 
     @functools.cached_property
-    def tables(self) -> CodecTables:
-        """The codec as arrays."""
+    def code_bytes(self) -> UInt8[np.ndarray, "codes m"]:
+        """UTF-8 bytes that each code stands for, zeros behind them."""
+        table = np.zeros((self.num_codes, max(map(len, self._strings))), np.uint8)
+        for row, string in zip(table, self._strings, strict=True):
+            row[: len(string)] = np.frombuffer(string, np.uint8)
+        return table
+
+    @functools.cached_property
+    def num_bytes(self) -> Int32[np.ndarray, "codes"]:
+        """Number of bytes that each code stands for."""
+        return np.array([len(string) for string in self._strings], np.int32)
+
+    @functools.cached_property
+    def num_values(self) -> Int32[np.ndarray, "codes"]:
+        """Coefficients that begin in each code: its bytes that are not continuation bytes."""
+        inside = np.arange(self.code_bytes.shape[1]) < self.num_bytes[:, None]
+        return (_begins(self.code_bytes) & inside).sum(1, dtype=np.int32)
+
+    @functools.cached_property
+    def _strings(self) -> list[bytes]:
         bytes_of = {character: byte for byte, character in enumerate(_byte_alphabet())}
         strings = [b""] * self.num_codes
         for token, code in self._bpe.get_vocab().items():
             known = set(token) <= bytes_of.keys()  # otherwise it is taken as it is, as ByteLevel does
             strings[code] = bytes(bytes_of[character] for character in token) if known else token.encode()
-        table = np.zeros((self.num_codes, max(map(len, strings))), np.uint8)
-        for row, string in zip(table, strings, strict=True):
-            row[: len(string)] = np.frombuffer(string, np.uint8)
-        num_bytes = np.array([len(string) for string in strings], np.int32)
-        begins = _begins(table) & (np.arange(table.shape[1]) < num_bytes[:, None])
-        return CodecTables(
-            table,
-            num_bytes,
-            begins.sum(1, dtype=np.int32),
-            np.array(self.min_token, np.int32),
-            np.array(self.max_token, np.int32),
-            np.array(self.scale, np.float32),
-        )
+        return strings
 
     def _bytes_of(self, codes: Int[np.ndarray, "n"]) -> UInt8[np.ndarray, "m"]:
-        table, num_bytes, *_ = self.tables
-        return table[codes][np.arange(table.shape[1]) < num_bytes[codes][:, None]]
+        table = self.code_bytes
+        return table[codes][np.arange(table.shape[1]) < self.num_bytes[codes][:, None]]
 
 
 def round_trip(codec: FastCodec, chunks: Float[np.ndarray, "n ah d"], at_once: int = 4096) -> RoundTrip:
@@ -281,6 +270,14 @@ def round_trip(codec: FastCodec, chunks: Float[np.ndarray, "n ah d"], at_once: i
         squares += np.square(error).sum((0, 1))
         largest = np.maximum(largest, error.max((0, 1)))
     return RoundTrip(np.array(lengths), np.sqrt(squares / (len(chunks) * chunks.shape[1])), largest, lossy, used)
+
+
+def hold(actions: Float[np.ndarray, "b ah d"], valid: Bool[np.ndarray, "b ah"]) -> Float[np.ndarray, "b ah d"]:
+    """Chunks that end with the last action that is to be learnt, repeated: codes have no mask for single steps. Without
+    any, the first one is repeated."""
+    last = np.maximum(np.logical_and.accumulate(valid, axis=1).sum(1) - 1, 0)
+    steps = np.minimum(np.arange(actions.shape[1]), last[:, None])
+    return np.take_along_axis(actions, steps[..., None], axis=1)
 
 
 def quantize(chunks: Float[np.ndarray, "*b ah d"], scale: int | float) -> Int[np.ndarray, "*b ah d"]:

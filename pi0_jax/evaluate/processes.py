@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 import pi0_jax
-from pi0_jax.data.observation import RawObservation
+from pi0_jax.data.raw import RawObservation
 from pi0_jax.errors import UserError
 from pi0_jax.evaluate import messages
 from pi0_jax.evaluate.demonstrate import Demonstration, Noise

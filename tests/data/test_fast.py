@@ -130,14 +130,12 @@ def test_bytes_that_are_no_utf_8_are_noticed(content):
 
 
 def test_the_tables_give_the_bytes_of_the_text(codec):
-    table, num_bytes, num_values, min_token, max_token, scale = codec.tables
-    assert table.shape == (codec.num_codes, num_bytes.max())
+    assert codec.code_bytes.shape == (codec.num_codes, codec.num_bytes.max())
     chunk = walks(1, seed=3)
     text = to_text(quantize(chunk, 10) - codec.min_token)[0]
     (codes,) = codec.encode(chunk)
-    assert b"".join(bytes(table[code, : num_bytes[code]]) for code in codes) == text.encode()
-    assert num_values[codes].sum() == HORIZON * DIMS
-    assert (min_token, max_token, scale) == (codec.min_token, codec.max_token, codec.scale)
+    assert b"".join(bytes(codec.code_bytes[code, : codec.num_bytes[code]]) for code in codes) == text.encode()
+    assert codec.num_values[codes].sum() == HORIZON * DIMS
 
 
 def test_a_foreign_fit_loses_bytes_as_its_own_processor_does():
@@ -151,7 +149,7 @@ def test_a_foreign_fit_loses_bytes_as_its_own_processor_does():
 
 
 def test_what_is_no_codec_says_what_one_is(tmp_path, codec):
-    with pytest.raises(FileNotFoundError, match=re.escape("pi0 data fast CONFIG FOLDER")):
+    with pytest.raises(FileNotFoundError, match=re.escape("pi0 data fast CONFIG --output FOLDER")):
         FastCodec.load(tmp_path)
     codec.save(tmp_path / "fast")
     (tmp_path / "fast" / "processor_config.json").write_text('{"scale": 10}')

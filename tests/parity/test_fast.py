@@ -52,9 +52,8 @@ def test_what_the_reference_decodes_is_equal_and_the_rest_is_known(case):
 
 def test_broken_strings_have_the_references_coefficients(case):
     config, _, codec = case
-    table, num_bytes, *_ = codec.tables
     for string, expected in zip(config["bad_sequences"], config["bad_coeffs"], strict=True):
-        content = b"".join(bytes(table[code, : num_bytes[code]]) for code in string)
+        content = b"".join(bytes(codec.code_bytes[code, : codec.num_bytes[code]]) for code in string)
         values, _ = bytes_to_values(np.frombuffer(content, np.uint8))
         assert (values + codec.min_token).tolist() == expected
 

@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pi0_jax.data.observation import RawObservation as RawObservation
 from pi0_jax.data.poses import Pose as Pose
 from pi0_jax.data.poses import Poses, check_poses, model_names, no_rotation
+from pi0_jax.data.raw import RawObservation as RawObservation
 from pi0_jax.errors import UserError, did_you_mean
 
 SEMANTICS = ("absolute", "gripper", "relative", "angle")

@@ -12,7 +12,7 @@ and a third if its packages cannot be installed beside everybody else's; `pi0 en
     PACKAGES = ("gym-aloha==0.1.5",)                  # what pip installs, the simulator's own first
 
 Such a module runs in another interpreter, which may have neither JAX nor pi0_jax: beside its packages it imports numpy,
-`pi0_jax.evaluate.simulators`, `pi0_jax.data.observation` and `pi0_jax.errors` alone.
+`pi0_jax.evaluate.simulators`, `pi0_jax.data.raw` and `pi0_jax.errors` alone.
 
 An option `counterfactual` (the instruction asks for something else than what is scored) is a control of language
 grounding, which `pi0 report` then runs.

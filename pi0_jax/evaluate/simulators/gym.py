@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from pi0_jax.data.observation import RawObservation
+from pi0_jax.data.raw import RawObservation
 from pi0_jax.errors import UserError
 
 SPLITS = ("train", "validation", "evaluation")
