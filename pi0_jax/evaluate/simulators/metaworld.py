@@ -5,7 +5,7 @@ an episode ends when it succeeds. Positions of objects and goals are drawn anew 
 dataset `lerobot/metaworld_mt50` draw with shadows and multisampling, which is ten times as slow without a GPU:
 --env-options shadows=true.
 
-Its packages pin MuJoCo 3.3.0: pip install 'pi0_jax[metaworld]' without the extra `sim`, or pi0 env install metaworld.
+Its packages pin MuJoCo 3.3.0: the extra `metaworld` without `sim`, or pi0 env install metaworld.
 """
 
 from __future__ import annotations
