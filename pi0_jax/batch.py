@@ -63,22 +63,25 @@ class Batch(NamedTuple):
 
 
 class CodecTables(NamedTuple):
-    """A FAST codec (arXiv 2501.09747) as arrays, with which a compiled program turns action tokens into actions."""
+    """A FAST codec (arXiv 2501.09747; `data.fast`) as arrays, with which a compiled program writes action tokens and
+    turns them into actions."""
 
     code_bytes: UInt8[Array, "codes m"]
-    """What each code stands for: bytes of UTF-8, padded with 0. A character is a coefficient, `min_token` above it."""
+    """UTF-8 bytes that each code stands for, zeros behind them. A character is a coefficient, U+0000 `min_token`."""
     num_bytes: Int[Array, "codes"]
     """Bytes of each code."""
     min_token: Int[Array, ""]
-    """What is added to a character's code point to make it a coefficient."""
+    """Rounded coefficient that U+0000 stands for."""
+    max_token: Int[Array, ""]
+    """Largest rounded coefficient that the codec was made for."""
     scale: Float[Array, ""]
-    """What the cosine transform's coefficients were multiplied with before they were rounded."""
+    """Rounded coefficients are this many times the cosine transform's."""
     dims: Int[Array, ""]
     """Action dimensions that have coefficients, the first ones of the model's: those of the robot."""
     marker: Int[Array, "k"]
-    """Ids of the backbone's vocabulary that begin action tokens: "Action: "."""
+    """Ids of the backbone's vocabulary that come before the codes: "Action: "."""
     bar: Int[Array, ""]
-    """Id of `|`, which follows the last code."""
+    """Id of `|`, which comes after the codes."""
     eos: Int[Array, ""]
     """Id of the end of a sequence."""
 
