@@ -79,7 +79,7 @@ class CodecTables(NamedTuple):
     dims: Int[Array, ""]
     """Action dimensions that have coefficients, the first ones of the model's: those of the robot."""
     marker: Int[Array, "k"]
-    """Ids of the backbone's vocabulary that come before the codes: "Action: "."""
+    """Ids of the backbone's vocabulary that come before the codes: "Action: ", and with `Fast.bos` a BOS before it."""
     bar: Int[Array, ""]
     """Id of `|`, which comes after the codes."""
     eos: Int[Array, ""]

@@ -27,9 +27,6 @@ from pi0_jax.objective import Metrics, Objective, Params, SampleOptions
 from pi0_jax.objective.conditioning import check_dropout, drop
 from pi0_jax.sampler import Categorical, Decoder
 
-BOS = 2
-"""Id of the beginning of a sequence, of Gemma's vocabulary and of those that `data.tokenizer` trains."""
-
 
 class Draws(NamedTuple):
     """Examples; the first axis of every array counts them."""
@@ -106,9 +103,7 @@ def act(
             "again with one (a folder such as physical-intelligence/fast)."
         )
     b = len(observation.prompt)
-    begin = jnp.full(1 if config.bos else 0, BOS, jnp.int32)
-    if sampler.constrained:
-        begin = jnp.concatenate([begin, tables.marker])
+    begin = tables.marker if sampler.constrained else tables.marker[: int(config.bos)]
     given = jnp.broadcast_to(begin, (b, len(begin))) if len(begin) else None
     prefix, hidden = network.read(params, observation, given)
     if sampler.constrained:
