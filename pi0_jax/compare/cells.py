@@ -20,8 +20,8 @@ from pi0_jax.config import Reflow, TrainConfig
 from pi0_jax.config.replace import replace
 from pi0_jax.data.robots import RawObservation, get_robot
 from pi0_jax.evaluate.chunk_errors import HeldOut, held_out
+from pi0_jax.evaluate.environments import open_simulator
 from pi0_jax.evaluate.rollout import Rollout, roll_out
-from pi0_jax.evaluate.simulators import get_simulator
 from pi0_jax.flow.straightness import straightness
 from pi0_jax.inference.policy import Policy
 from pi0_jax.sampler import Euler
@@ -106,7 +106,7 @@ def measure(config: CompareConfig, seed: int, name: str) -> dict[str, Any]:
         solvers; sizes, seconds and versions.
     """
     contender, path = config.contenders[name], folder(config, seed, name)
-    simulator = get_simulator(config.env)
+    simulator = open_simulator(config.env)
     data = held_out(checkpoint.load_assets(path).train, get_robot(simulator.robot))
     assert data is not None, "a comparison needs held-out demonstrations: data.validation_path"
     rows, paths, straight = [], {}, {}
@@ -178,7 +178,7 @@ def control_latencies(config: CompareConfig) -> dict[str, dict[str, float]]:
     """
     flows = [n for n, c in config.contenders.items() if not c.objective.decodes]
     path = folder(config, config.seeds[0], flows[0])
-    observation = get_simulator(config.env).start(0, 0).observe()
+    observation = open_simulator(config.env).start(0, 0).observe()
     table: dict[str, dict[str, float]] = {}
     model = checkpoint.load_assets(path).policy.model
     for horizon in HORIZONS:

@@ -60,5 +60,6 @@ def make(*, tasks: str = "objects", counterfactual: bool = False, image_size: in
         layout=layout,
         picture=lambda env: env.draw_view("view", 160),
         expert=lambda env, _: expert_action(env.task, env.snapshot()),
+        threads=True,
         random_action=lambda rng: rng.uniform(-MAX_ACTION, MAX_ACTION, 3).astype(np.float32),
     )
