@@ -1,6 +1,7 @@
 """π0-FAST of openpi and of LeRobot: logits, loss, gradients and decoded tokens, by our own objective and decoding."""
 
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ def _exact():
 class Fasts(Case):
     """A case whose network writes."""
 
-    def __init__(self, folder, reduction: str, bos: bool = False):
+    def __init__(self, folder, reduction: Literal["example", "token"], bos: bool = False):
         super().__init__(folder)
         config = Autoregressive(codec=Fast(bos=bos), reduction=reduction)
         self.objective = make_objective(config, dataclasses.replace(self.config, variant="pi0_fast"))
