@@ -79,7 +79,7 @@ class CodecTables(NamedTuple):
     dims: Int[Array, ""]
     """Action dimensions that have coefficients, the first ones of the model's: those of the robot."""
     marker: Int[Array, "k"]
-    """Ids of the backbone's vocabulary that come before the codes: "Action: "."""
+    """Ids of the backbone's vocabulary that come before the codes: "Action: ", and with `Fast.bos` a BOS before it."""
     bar: Int[Array, ""]
     """Id of `|`, which comes after the codes."""
     eos: Int[Array, ""]
@@ -107,11 +107,20 @@ def example_observation(model: ModelConfig, batch_size: int) -> Observation:
     )
 
 
-def example_batch(model: ModelConfig, batch_size: int) -> Batch:
-    """Zeros in the shapes that a network is trained on, as the loader makes them."""
+def example_batch(model: ModelConfig, batch_size: int, target_length: int = 0) -> Batch:
+    """Zeros in the shapes that a network is trained on, as the loader makes them.
+
+    Args:
+        model: whose shapes.
+        batch_size: number of examples.
+        target_length: tokens to be learnt (`ObjectiveConfig.target_length`); 0: there are none.
+    """
     observation, steps = example_observation(model, batch_size), (batch_size, model.action_horizon)
     images = {name: image.astype(jnp.uint8) for name, image in observation.images.items()}
     dims = (batch_size, model.action_dim)
-    return Batch(
-        observation._replace(images=images), jnp.zeros((*steps, dims[1])), jnp.ones(steps, bool), jnp.ones(dims, bool)
-    )
+    targets = None
+    if target_length:
+        every = jnp.ones((batch_size, target_length), bool)
+        targets = Targets(every.astype(jnp.int32), every, every, every)
+    chunks = jnp.zeros((*steps, dims[1])), jnp.ones(steps, bool), jnp.ones(dims, bool)
+    return Batch(observation._replace(images=images), *chunks, targets)

@@ -33,6 +33,8 @@ class _Common:
     """Room for text that is written before actions; 0: none is."""
     lowercase: ClassVar[bool] = False
     """Whether prompts are in lower case."""
+    target_length: ClassVar[int] = 0
+    """Room for the tokens that an example's `Batch.targets` has; 0: the objective learns none."""
     dropout: ConditionDropout = ConditionDropout()
     mask_padded_steps: bool = True
     """Leave steps after the episode's end out of the loss. openpi counts them: set False to match it."""
@@ -129,6 +131,11 @@ class Autoregressive(_Common):
     """example: the mean over an example's tokens, then over examples, as in openpi. token: over all tokens of the
     batch, as in LeRobot."""
 
+    @property
+    def target_length(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Room for action tokens."""
+        return self.codec.max_tokens
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Joint(_Common):
@@ -150,6 +157,11 @@ class Joint(_Common):
     """Stop the flow's gradient at the keys and values of the language expert (knowledge insulation)."""
     reduction: Literal["example", "token"] = "example"
     """As of `Autoregressive`, for text and action tokens apart."""
+
+    @property
+    def target_length(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Room for text and action tokens."""
+        return self.text_tokens + (self.codec.max_tokens if self.codec else 0)
 
 
 ObjectiveConfig = Gaussian | Shortcut | Reflow | Tokens | Autoregressive | Joint
