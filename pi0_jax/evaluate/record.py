@@ -50,6 +50,8 @@ class Demonstration(NamedTuple):
     """Seed of the layout."""
     dropped: int
     """Failed attempts before this one."""
+    mode: str | None = None
+    """Which of the simulator's `modes` it took."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +89,7 @@ def _demonstrate(episode: Episode, robot: Robot, noise: Noise, dropped: int) -> 
         rows.append(row | {STATE: raw["state"], ACTION: action, VALID: np.array([valid], np.float32)})
         over, success = episode.step(action)
     frames = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-    return Demonstration(frames, episode.task, prompt, episode.seed, dropped) if success else None
+    return Demonstration(frames, episode.task, prompt, episode.seed, dropped, episode.mode) if success else None
 
 
 @functools.cache
@@ -148,7 +150,8 @@ def record(
 
     Returns:
         The content of `meta/recording.json`: the source's fields, `frames`, `dropped` (failed attempts, left out of
-        the dataset), and for each episode its task's name and its layout's seed.
+        the dataset), and for each episode its task's name, its layout's seed,
+        and its mode, where there are several.
     """
     # Here, so that worker processes start without video and parquet.
     from pi0_jax.data.lerobot import LeRobotWriter
@@ -163,7 +166,8 @@ def record(
         found = tqdm(itertools.chain([first], found), f"recording {source.split}", num_episodes, unit="episode")
         for episode in found:
             writer.add_episode(episode.frames, task=episode.prompt)
-            episodes.append({"task": episode.task, "seed": episode.seed})
+            mode = {} if episode.mode is None else {"mode": episode.mode}
+            episodes.append({"task": episode.task, "seed": episode.seed, **mode})
             frames += len(episode.frames["action"])
             dropped += episode.dropped
     summary = dataclasses.asdict(source) | {"frames": frames, "dropped": dropped, "episodes": episodes}

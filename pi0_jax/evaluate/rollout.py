@@ -62,6 +62,8 @@ class Outcome:
     num_steps: int
     actions: np.ndarray = dataclasses.field(repr=False)
     """Executed actions, robot units `[num_steps, d]`."""
+    mode: str | None = None
+    """Which of the simulator's `modes` it took; None: it came to none."""
     pictures: tuple[np.ndarray, ...] = dataclasses.field(default=(), repr=False)
     """One per step, for the episodes that were filmed."""
 
@@ -238,4 +240,5 @@ class _Slot(Driver):
 
     def outcome(self) -> Outcome:
         actions, pictures = np.array(self.actions), tuple(self._pictures)
-        return Outcome(self.index, self.episode.task, self._prompt, self.success, len(actions), actions, pictures)
+        task, mode = self.episode.task, self.episode.mode
+        return Outcome(self.index, task, self._prompt, self.success, len(actions), actions, mode, pictures)

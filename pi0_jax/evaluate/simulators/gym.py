@@ -55,6 +55,9 @@ class Simulator:
     """From the robot's action to the environment's."""
     success: Callable[[dict[str, Any]], bool] = lambda info: info["success"]
     """Whether the episode succeeded, from a step's `info`."""
+    modes: tuple[str, ...] = ()
+    """Names of equally right ways to succeed, among which demonstrations choose at random: the `mode` of a step's
+    `info`, once the episode has taken one."""
     layout: Callable[[int, int, str, int], Start] | None = None
     """How `start(index, seed, split, attempt)` begins; None: the tasks in turn, and a seed drawn from all four."""
     picture: Callable[[Env], Any] = lambda env: env.render()
@@ -81,11 +84,12 @@ class Simulator:
 
 
 class Episode:
-    """One running episode. `task` is the one that is scored, `seed` that of the layout."""
+    """One running episode. `task` is the one that is scored, `seed` that of the layout, `mode` the way taken by now."""
 
     def __init__(self, simulator: Simulator, env: Env, start: Start):
         self._simulator, self._env = simulator, env
         self.task, self.seed = start.task, start.seed
+        self.mode: str | None = None
         self._observation, _ = env.reset(seed=start.seed, options=start.options)
 
     def observe(self) -> RawObservation:
@@ -94,6 +98,7 @@ class Episode:
     def step(self, action: np.ndarray) -> tuple[bool, bool]:
         """Executes one action; returns whether the episode is over, and whether it succeeded."""
         self._observation, _, terminated, truncated, info = self._env.step(self._simulator.action(action))
+        self.mode = info.get("mode")
         return bool(terminated or truncated), bool(self._simulator.success(info))
 
     def picture(self) -> np.ndarray:
