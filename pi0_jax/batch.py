@@ -3,9 +3,9 @@
 Axis letters, in annotations and (upper case) in einsum strings:
 
     b batch · t query length · s key length · n query heads · k key/value heads · g queries per key/value head
-    h head dim · d width · l layers · ah action horizon · ad action dim · p prompt length
+    h head dim · d width · l layers · ah action horizon · ad action dim · p prompt length · c target length
 
-Both containers are NamedTuples, so that any tree operation may put shapes, shardings or axes in their place.
+All containers are NamedTuples, so that any tree operation may put shapes, shardings or axes in their place.
 """
 
 from __future__ import annotations
@@ -33,6 +33,19 @@ class Observation(NamedTuple):
     """False at padding."""
 
 
+class Targets(NamedTuple):
+    """What the language expert learns to write after the prompt: text, such as the subtask, then action tokens."""
+
+    tokens: Int[Array, "*b c"]
+    """Ids of the backbone's vocabulary; padding is at the end."""
+    mask: Bool[Array, "*b c"]
+    """False at padding."""
+    loss_mask: Bool[Array, "*b c"]
+    """True at tokens that are learnt; False at those that are only given, such as a BOS."""
+    is_action: Bool[Array, "*b c"]
+    """True at action tokens: marker, codes, `|` and EOS, which the flow expert never sees."""
+
+
 class Batch(NamedTuple):
     """Training examples."""
 
@@ -43,6 +56,31 @@ class Batch(NamedTuple):
     """False for steps after the episode's end."""
     dim_mask: Bool[Array, "*b ad"]
     """False for dimensions that the robot does not have."""
+    targets: Targets | None = None
+    """What is learnt as tokens; None: nothing, as for a flow alone."""
+    has_actions: Bool[Array, "*b"] | None = None
+    """False for examples without actions, such as an image with a question and its answer; None: all have some."""
+
+
+class CodecTables(NamedTuple):
+    """A FAST codec (arXiv 2501.09747) as arrays, with which a compiled program turns action tokens into actions."""
+
+    code_bytes: UInt8[Array, "codes m"]
+    """What each code stands for: bytes of UTF-8, padded with 0. A character is a coefficient, `min_token` above it."""
+    num_bytes: Int[Array, "codes"]
+    """Bytes of each code."""
+    min_token: Int[Array, ""]
+    """What is added to a character's code point to make it a coefficient."""
+    scale: Float[Array, ""]
+    """What the cosine transform's coefficients were multiplied with before they were rounded."""
+    dims: Int[Array, ""]
+    """Action dimensions that have coefficients, the first ones of the model's: those of the robot."""
+    marker: Int[Array, "k"]
+    """Ids of the backbone's vocabulary that begin action tokens: "Action: "."""
+    bar: Int[Array, ""]
+    """Id of `|`, which follows the last code."""
+    eos: Int[Array, ""]
+    """Id of the end of a sequence."""
 
 
 def scale_images(observation: Observation) -> Observation:

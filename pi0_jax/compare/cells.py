@@ -16,12 +16,12 @@ import numpy as np
 from pi0_jax import checkpoint
 from pi0_jax.atomic import written
 from pi0_jax.compare.config import CompareConfig
-from pi0_jax.config import Reflow, Tokens, TrainConfig
+from pi0_jax.config import Reflow, TrainConfig
 from pi0_jax.config.replace import replace
 from pi0_jax.data.robots import RawObservation, get_robot
 from pi0_jax.evaluate.chunk_errors import HeldOut, held_out
+from pi0_jax.evaluate.environments import open_simulator
 from pi0_jax.evaluate.rollout import Rollout, roll_out
-from pi0_jax.evaluate.simulators import get_simulator
 from pi0_jax.flow.straightness import straightness
 from pi0_jax.inference.policy import Policy
 from pi0_jax.sampler import Euler
@@ -106,7 +106,7 @@ def measure(config: CompareConfig, seed: int, name: str) -> dict[str, Any]:
         solvers; sizes, seconds and versions.
     """
     contender, path = config.contenders[name], folder(config, seed, name)
-    simulator = get_simulator(config.env)
+    simulator = open_simulator(config.env)
     data = held_out(checkpoint.load_assets(path).train, get_robot(simulator.robot))
     assert data is not None, "a comparison needs held-out demonstrations: data.validation_path"
     rows, paths, straight = [], {}, {}
@@ -176,9 +176,9 @@ def control_latencies(config: CompareConfig) -> dict[str, dict[str, float]]:
 
     The weights do not depend on the horizon, so those of one run serve for all.
     """
-    flows = [n for n, c in config.contenders.items() if not isinstance(c.objective, Tokens)]
+    flows = [n for n, c in config.contenders.items() if not c.objective.decodes]
     path = folder(config, config.seeds[0], flows[0])
-    observation = get_simulator(config.env).start(0, 0).observe()
+    observation = open_simulator(config.env).start(0, 0).observe()
     table: dict[str, dict[str, float]] = {}
     model = checkpoint.load_assets(path).policy.model
     for horizon in HORIZONS:

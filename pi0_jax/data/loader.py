@@ -118,7 +118,7 @@ def make_loader(
     """
     _check_buckets(config)
     readers = [BatchReader(dataset, transform, config.policy.model) for dataset, transform in datasets]
-    frames = [_learnable(dataset.source, dataset.training, dataset.sampled) for dataset, _ in datasets]
+    frames = [learnable_frames(dataset.source, dataset.training, dataset.sampled) for dataset, _ in datasets]
     orders = []
     for number, ((dataset, _), own) in enumerate(zip(datasets, frames, strict=True)):
         shards = dataset.source.shard_ends if config.data.shuffle == "shards" else None
@@ -190,7 +190,7 @@ def eval_batches(
         UserError: a dataset is not its robot's, or there is nothing to learn.
     """
     readers = [BatchReader(dataset, transform, config.policy.model) for dataset, transform in datasets]
-    frames = [_learnable(dataset.source, dataset.held_out) for dataset, _ in datasets]
+    frames = [learnable_frames(dataset.source, dataset.held_out) for dataset, _ in datasets]
     wanted = np.arange(config.batch_size) if rows is None else rows
 
     def batches() -> Iterator[Batch]:
@@ -273,7 +273,7 @@ def valid_steps(source: Source, indices: Indices, horizon: int) -> np.ndarray:
     return np.logical_and.accumulate(source.chunk(indices, horizon, VALID)[0][..., 0] > 0, axis=1)
 
 
-def _learnable(source: Source, episodes: np.ndarray, sampled: np.ndarray | None = None) -> Indices:
+def learnable_frames(source: Source, episodes: np.ndarray, sampled: np.ndarray | None = None) -> Indices:
     """Frames of some episodes with at least one step to learn: those whose own step is one. None: all are sampled."""
     frames = np.arange(source.num_frames) if sampled is None else sampled
     if len(episodes) < source.num_episodes:

@@ -22,10 +22,11 @@ from pi0_jax.config import Guidance, ModelConfig, PolicyConfig, RealTimeConfig
 from pi0_jax.config.model import Dtype, Kernel
 from pi0_jax.config.replace import replace
 from pi0_jax.data.normalization import Normalization, Stats, semantics_from_json, stats_from_json
+from pi0_jax.data.observation import check_observation
 from pi0_jax.data.robot_json import kept_robot
-from pi0_jax.data.robots import Robot, get_robot, semantics_of
+from pi0_jax.data.robots import RawObservation, Robot, get_robot, semantics_of
 from pi0_jax.data.tokenizer import Tokenizer
-from pi0_jax.data.transform import ANCHORS, RawObservation, Sample, check_observation, make_transform, to_observation
+from pi0_jax.data.transform import ANCHORS, Sample, make_transform, to_observation
 from pi0_jax.errors import UserError
 from pi0_jax.flow.realtime import Previous
 from pi0_jax.inference.sampler import ChunkSampler, Inputs, from_checkpoint, with_steps

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from jaxtyping import Array, Float, Int, Key
 
-from pi0_jax.batch import Batch, Observation
+from pi0_jax.batch import Batch, CodecTables, Observation
 from pi0_jax.config import ConditionDropout, Independent, ModelConfig, ObjectiveConfig, RealTimeConfig
 from pi0_jax.config.objective import Condition
 from pi0_jax.flow.path import Chunk
@@ -47,6 +47,8 @@ class SampleOptions(NamedTuple):
     """Random keys, one per chunk, for samplers that draw noise on the way."""
     features: Any = None
     """`Objective.features` of the sampler, computed beforehand; None: each step computes its own."""
+    codec: CodecTables | None = None
+    """Of the FAST tokens that are decoded."""
 
 
 class Objective(NamedTuple):

@@ -128,7 +128,7 @@ def test_the_moving_circle_escapes_a_ring_that_waits():
 
 
 def test_recordings_tell_the_mode_and_robots_find_the_old_simulator_first():
-    found = list(demonstrations(Source("tabletop_detour", options=(("image_size", 8),)), 12, workers=1))
+    found = list(demonstrations(Source("tabletop_detour"), 12, workers=1))
     assert {demonstration.mode for demonstration in found} == {"left", "right"}
     assert get_simulator("tabletop_detour").modes == ("left", "right")
     assert find_simulator("tabletop") == "tabletop"

@@ -69,6 +69,7 @@ def make(*, tasks: str = "objects", counterfactual: bool = False, image_size: in
         layout=layout,
         picture=lambda env: env.draw_view("view", 160),
         expert=lambda env, _: expert_action(env.task, env.snapshot()),
+        threads=True,
         random_action=lambda rng: rng.uniform(-MAX_ACTION, MAX_ACTION, 3).astype(np.float32),
     )
 
@@ -87,9 +88,11 @@ def single_task(env: type[SingleTaskEnv], image_size: int, modes: tuple[str, ...
         fps=CONTROL_HZ,
         tasks=(env.name,),
         modes=modes,
+        per_task=200,
         observe=lambda env, _: env.observe(),
         layout=layout,
         picture=lambda env: env.draw_view("view", 160),
         expert=lambda env, _: env.expert(),
+        threads=True,
         random_action=lambda rng: rng.uniform(-MAX_ACTION, MAX_ACTION, 3).astype(np.float32),
     )

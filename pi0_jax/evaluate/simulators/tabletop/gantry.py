@@ -12,7 +12,7 @@ import gymnasium
 import mujoco
 import numpy as np
 
-from pi0_jax.data.robots import RawObservation
+from pi0_jax.data.raw import RawObservation
 from pi0_jax.errors import UserError
 from pi0_jax.evaluate.simulators.tabletop import scene
 from pi0_jax.evaluate.simulators.tabletop.render import draw
