@@ -27,6 +27,8 @@ class ConditionDropout:
 class _Common:
     decodes: ClassVar[bool] = False
     """Whether actions are decoded token by token; else a solver integrates a flow."""
+    target_length: ClassVar[int] = 0
+    """Room for the tokens that an example's `Batch.targets` has; 0: the objective learns none."""
     dropout: ConditionDropout = ConditionDropout()
     mask_padded_steps: bool = True
     """Leave steps after the episode's end out of the loss. openpi counts them: set False to match it."""
@@ -121,6 +123,11 @@ class Autoregressive(_Common):
     """example: the mean over an example's tokens, then over examples, as in openpi. token: over all tokens of the
     batch, as in LeRobot."""
 
+    @property
+    def target_length(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Room for action tokens."""
+        return self.codec.max_tokens
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Joint(_Common):
@@ -142,6 +149,11 @@ class Joint(_Common):
     """Stop the flow's gradient at the keys and values of the language expert (knowledge insulation)."""
     reduction: Literal["example", "token"] = "example"
     """As of `Autoregressive`, for text and action tokens apart."""
+
+    @property
+    def target_length(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Room for text and action tokens."""
+        return self.text_tokens + (self.codec.max_tokens if self.codec else 0)
 
 
 ObjectiveConfig = Gaussian | Shortcut | Reflow | Tokens | Autoregressive | Joint

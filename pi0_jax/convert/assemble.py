@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pi0_jax import checkpoint
-from pi0_jax.config import ModelConfig, PolicyConfig
+from pi0_jax.config import Autoregressive, ModelConfig, PolicyConfig
 from pi0_jax.convert.files import RECORD, read_json
 from pi0_jax.convert.formats import OpenCheckpoint, Overrides
 from pi0_jax.convert.lazy import LazyArray, LazyArrays
-from pi0_jax.convert.parameters import has_velocity_expert, infer_model, parameters, replaced
+from pi0_jax.convert.parameters import exists_elsewhere, infer_model, parameters, replaced
 from pi0_jax.convert.rules import Rule, bind, from_ours, to_ours
 from pi0_jax.errors import UserError
-from pi0_jax.sampler import Euler, Solver
+from pi0_jax.sampler import Euler, Greedy, Solver
 
 CAMERAS = {
     "pi0_fast": ("base_0_rgb", "base_1_rgb", "wrist_0_rgb"),
@@ -121,6 +121,8 @@ def make_policy(
         "normalization": "zscore" if guess.variant == "pi0" else "quantile",
         "execute_steps": horizon,
     }
+    if guess.variant == "pi0_fast":
+        usual |= {"objective": Autoregressive(), "sampler": Greedy()}
     return replaced(PolicyConfig(model=guess, robot="none"), usual | dict(defaults) | dict(stated))
 
 
@@ -141,7 +143,7 @@ def foreign_tensors(opened: OpenCheckpoint, format: str, rules: Sequence[Rule]) 
         UserError: the format has no place for a parameter, or the model is one that exists only here.
     """
     policy = opened.policy
-    if not has_velocity_expert(policy):
+    if not exists_elsewhere(policy):
         raise UserError(
             f"{format} holds action experts that predict velocities, and {opened.path} is of another kind: "
             f"{policy.model.head}, {policy.objective}. Nothing there could run it. Such weights convert to pi0 only "

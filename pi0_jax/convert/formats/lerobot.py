@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pi0_jax.config import PolicyConfig
+from pi0_jax.config import Autoregressive, Fast, PolicyConfig
 from pi0_jax.convert.assemble import CAMERAS, finished, lost_settings, make_policy
 from pi0_jax.convert.files import read_json, write_json
 from pi0_jax.convert.formats import Format, OpenCheckpoint, Overrides, openpi_torch
@@ -138,9 +138,10 @@ def write_settings(folder: Path, opened: OpenCheckpoint, *, use_peft: bool = Fal
     }
     if use_peft:
         config["use_peft"] = True
-    if model.variant != "pi0_fast":
-        assert isinstance(policy.sampler, Solver)
+    if isinstance(policy.sampler, Solver):
         config["num_inference_steps"] = policy.sampler.num_steps
+    elif isinstance(codec := getattr(policy.objective, "codec", None), Fast):
+        config |= {"max_action_tokens": codec.max_tokens, "fast_skip_tokens": codec.skip}
     excluded = list(relative.excluded) if relative.names else ["gripper"]
     if relative.names:
         config |= {"use_relative_actions": True, "relative_exclude_joints": excluded}
@@ -229,7 +230,11 @@ def _open(folder: Path, overrides: Overrides) -> OpenCheckpoint:
             f"{path} says {config['type']!r} and most tensors are of a {guess.variant!r}. LeRobot would load it and "
             "be wrong; set the right `type`."
         )
-    defaults = {"model.dtype": "bfloat16" if config.get("dtype") == "bfloat16" else "float32"}
+    defaults: dict[str, Any] = {"model.dtype": "bfloat16" if config.get("dtype") == "bfloat16" else "float32"}
+    if config["type"] == "pi0_fast":
+        room, skip = config.get("max_action_tokens", 256), config.get("fast_skip_tokens", 128)
+        codec = Fast(skip=skip, max_tokens=room, bos=True)
+        defaults["objective"] = Autoregressive(codec=codec, reduction="token")
     policy = make_policy(folder, overrides, guess, stated, defaults)
     claimed = openpi_torch.claim_tensors(folder, overrides, tensors, policy.model, config)
     image_size = config.get("image_resolution", _IMAGE_RESOLUTION)[0]
