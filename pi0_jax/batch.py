@@ -63,22 +63,25 @@ class Batch(NamedTuple):
 
 
 class CodecTables(NamedTuple):
-    """A FAST codec (arXiv 2501.09747) as arrays, with which a compiled program turns action tokens into actions."""
+    """A FAST codec (arXiv 2501.09747; `data.fast`) as arrays, with which a compiled program writes action tokens and
+    turns them into actions."""
 
     code_bytes: UInt8[Array, "codes m"]
-    """What each code stands for: bytes of UTF-8, padded with 0. A character is a coefficient, `min_token` above it."""
+    """UTF-8 bytes that each code stands for, zeros behind them. A character is a coefficient, U+0000 `min_token`."""
     num_bytes: Int[Array, "codes"]
     """Bytes of each code."""
     min_token: Int[Array, ""]
-    """What is added to a character's code point to make it a coefficient."""
+    """Rounded coefficient that U+0000 stands for."""
+    max_token: Int[Array, ""]
+    """Largest rounded coefficient that the codec was made for."""
     scale: Float[Array, ""]
-    """What the cosine transform's coefficients were multiplied with before they were rounded."""
+    """Rounded coefficients are this many times the cosine transform's."""
     dims: Int[Array, ""]
     """Action dimensions that have coefficients, the first ones of the model's: those of the robot."""
     marker: Int[Array, "k"]
-    """Ids of the backbone's vocabulary that begin action tokens: "Action: "."""
+    """Ids of the backbone's vocabulary that come before the codes: "Action: ", and with `Fast.bos` a BOS before it."""
     bar: Int[Array, ""]
-    """Id of `|`, which follows the last code."""
+    """Id of `|`, which comes after the codes."""
     eos: Int[Array, ""]
     """Id of the end of a sequence."""
 
@@ -104,11 +107,20 @@ def example_observation(model: ModelConfig, batch_size: int) -> Observation:
     )
 
 
-def example_batch(model: ModelConfig, batch_size: int) -> Batch:
-    """Zeros in the shapes that a network is trained on, as the loader makes them."""
+def example_batch(model: ModelConfig, batch_size: int, target_length: int = 0) -> Batch:
+    """Zeros in the shapes that a network is trained on, as the loader makes them.
+
+    Args:
+        model: whose shapes.
+        batch_size: number of examples.
+        target_length: tokens to be learnt (`ObjectiveConfig.target_length`); 0: there are none.
+    """
     observation, steps = example_observation(model, batch_size), (batch_size, model.action_horizon)
     images = {name: image.astype(jnp.uint8) for name, image in observation.images.items()}
     dims = (batch_size, model.action_dim)
-    return Batch(
-        observation._replace(images=images), jnp.zeros((*steps, dims[1])), jnp.ones(steps, bool), jnp.ones(dims, bool)
-    )
+    targets = None
+    if target_length:
+        every = jnp.ones((batch_size, target_length), bool)
+        targets = Targets(every.astype(jnp.int32), every, every, every)
+    chunks = jnp.zeros((*steps, dims[1])), jnp.ones(steps, bool), jnp.ones(dims, bool)
+    return Batch(observation._replace(images=images), *chunks, targets)

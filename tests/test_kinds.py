@@ -24,7 +24,7 @@ MAY_ASK = {
     # Files of other projects hold some kinds and not others.
     "convert/assemble.py": {"Solver"},
     "convert/formats/lerobot.py": {"Solver"},
-    "convert/parameters.py": {"Gaussian", "Straight", "Reflow", "Expert"},
+    "convert/parameters.py": {"Gaussian", "Straight", "Reflow", "Expert", "Joint"},
     # A comparison counts the evaluations of solvers, and trains a student after its teacher.
     "compare/cells.py": {"Solver", "Reflow"},
     "compare/config.py": {"Reflow"},

@@ -78,9 +78,9 @@ class PolicyConfig:
             )
         if decodes and self.guidance is not None:
             raise UserError("policy.guidance steers a flow; this network predicts action tokens.")
-        if decodes and self.normalization != "quantile":
+        if hasattr(self.objective, "bins") and self.normalization != "quantile":
             raise UserError(
-                "action tokens lie between the 1st and the 99th percentile, which takes quantile "
+                "action tokens have their bins between the 1st and the 99th percentile, which takes quantile "
                 f"normalisation; it is {self.normalization!r} (--policy.normalization quantile)."
             )
         _ = getattr(self.sampler, "grid", None)  # which refuses numbers of steps below 1

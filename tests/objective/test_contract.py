@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 
 from pi0_jax.config import (
+    Autoregressive,
     Compact,
     ConditionDropout,
     Cosine,
+    ExpertConfig,
+    Fast,
     Gaussian,
     Independent,
     OptimalTransport,
@@ -31,6 +34,11 @@ ALL = CASES | {
     "velocity_cosine": ({"head": COMPACT}, Gaussian(path=Cosine(), draws=2)),
     "warmup": ({"head": COMPACT}, Gaussian(regression_warmup_steps=3)),
     "reflow": ({"head": COMPACT}, Reflow(teacher="run", teacher_steps=2, draws=2)),
+    "autoregressive": ({"variant": "pi0_fast"}, Autoregressive(codec=Fast(skip=4, max_tokens=12))),
+    "autoregressive_by_token": (
+        {"variant": "pi0_fast", "language": ExpertConfig(24, 48, lora_attn_rank=2)},
+        Autoregressive(codec=Fast(skip=4, max_tokens=12), reduction="token"),
+    ),
 }
 NUM_MICROBATCHES = 2
 
@@ -59,7 +67,7 @@ def test_losses_of_microbatches_add_up_and_nothing_recompiles(name):
 
     values = []
     for seed in (0, 1):
-        batch = random_batch(model, 8, seed)
+        batch = random_batch(model, 8, seed, config.target_length)
         whole, pieces, metrics = losses(params, batch, jax.random.key(seed), seed, *teacher)
         assert whole.shape == ()
         assert isinstance(metrics, dict)
@@ -81,8 +89,8 @@ def test_no_tracer_outlives_the_trace_of_a_gradient_or_of_a_sampler(name):
     objective = make_objective(config, model)
     params = weights(objective)
     teacher = () if objective.teacher is None else (params,)
-    batch = random_batch(model, 4, 0)
-    sampler = Greedy() if isinstance(config, Tokens) else Euler(2)
+    batch = random_batch(model, 4, 0, config.target_length)
+    sampler = Greedy() if config.decodes else Euler(2)
 
     def update(params, batch, key):
         return jax.grad(loss, 1, has_aux=True)(objective, params, batch, key, 1, *teacher)
@@ -102,7 +110,7 @@ def test_draws_are_decided_by_key_and_step_alone(name):
     model, config = ALL[name]
     model = tiny_config(**model)
     draw = jax.jit(make_objective(config, model).draw)
-    batch = random_batch(model, 8, 0)
+    batch = random_batch(model, 8, 0, config.target_length)
     first = draw(batch, jax.random.key(0), 5)
     jax.tree.map(np.testing.assert_array_equal, first, draw(batch, jax.random.key(0), 5))
     other = draw(batch, jax.random.key(1), 5)
