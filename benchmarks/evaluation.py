@@ -2,8 +2,8 @@
 
     python benchmarks/evaluation.py runs/mine --env metaworld --env-options image_size=96 --episodes 20
 
-The loop has one process with one environment and asks the policy for one chunk at a time; the batched evaluation is that
-of `pi0 evaluate`. Compilation and the start of processes are left out.
+The loop has one process with one environment and asks the policy for one chunk at a time; the batched evaluation is
+that of `pi0 evaluate`. Compilation and the start of processes are left out.
 """
 
 from __future__ import annotations
