@@ -38,6 +38,8 @@ class Demonstration(NamedTuple):
     """Seed of the layout."""
     dropped: int
     """Failed attempts before this one."""
+    mode: str | None = None
+    """Which of the simulator's `modes` it took."""
 
 
 def demonstrate(
@@ -54,7 +56,7 @@ def demonstrate(
         frames, prompt = _run(episode, noise, cameras)
         episode.close()
         if frames is not None:
-            return Demonstration(frames, episode.task, prompt, episode.seed, attempt)
+            return Demonstration(frames, episode.task, prompt, episode.seed, attempt, episode.mode)
     raise UserError(
         f"the expert failed {MAX_ATTEMPTS} times at episode {number} under {noise}: the bursts leave it no time to "
         "finish. Lower their rate or length."

@@ -40,7 +40,7 @@ class OutcomeFile:
 
     def add(self, outcome: Outcome) -> None:
         """Writes the line of an episode."""
-        names = ("index", "task", "seed", "prompt", "success", "num_steps")
+        names = ("index", "task", "seed", "prompt", "success", "num_steps", "mode")
         with self.path.open("a") as file:
             file.write(json.dumps({name: getattr(outcome, name) for name in names}) + "\n")
 

@@ -104,6 +104,7 @@ class Processes:
         self.fps: int = found["fps"]
         self.tasks: tuple[str, ...] = tuple(found["tasks"])
         self.per_task: int = found["per_task"]
+        self.modes: tuple[str, ...] = tuple(found["modes"])
 
     def start(self, index: int, seed: int, split: str = "evaluation", attempt: int = 0) -> RemoteEpisode:
         """As `Simulator.start`, in the process with the fewest episodes."""
@@ -161,12 +162,13 @@ class RemoteEpisode:
     def __init__(self, process: Process, number: int, *how: Any):
         self._process, self._number = process, number
         self.task, self.seed = process.call("start", number, *how)
+        self.mode: str | None = None
 
     def observe(self) -> RawObservation:
         return self._process.call("observe", self._number)
 
     def step(self, action: np.ndarray) -> tuple[bool, bool]:
-        over, success = self._process.call("step", self._number, action)
+        over, success, self.mode = self._process.call("step", self._number, action)
         return over, success
 
     def picture(self) -> np.ndarray:

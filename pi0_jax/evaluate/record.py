@@ -96,7 +96,7 @@ def record(
 
     Returns:
         The content of `meta/recording.json`: the source's fields, `frames`, `dropped` (failed attempts, left out of
-        the dataset), and for each episode its task's name and its layout's seed.
+        the dataset), and for each episode its task's name, its layout's seed, and its mode where there are several.
     """
     # Here, so that worker processes start without video and parquet.
     from pi0_jax.data.lerobot import LeRobotWriter
@@ -110,7 +110,8 @@ def record(
         found = tqdm(itertools.chain([first], found), f"recording {source.split}", num_episodes, unit="episode")
         for episode in found:
             writer.add_episode(episode.frames, task=episode.prompt)
-            episodes.append({"task": episode.task, "seed": episode.seed})
+            mode = {} if episode.mode is None else {"mode": episode.mode}
+            episodes.append({"task": episode.task, "seed": episode.seed, **mode})
             frames += len(episode.frames["action"])
             dropped += episode.dropped
     summary = dataclasses.asdict(source) | {"frames": frames, "dropped": dropped, "episodes": episodes}

@@ -62,6 +62,8 @@ class Outcome:
     prompt: str
     success: bool
     num_steps: int
+    mode: str | None = None
+    """Which of the simulator's `modes` it took; None: it came to none."""
     actions: np.ndarray = dataclasses.field(default_factory=lambda: np.empty((0, 0)), repr=False)
     """Executed actions, robot units `[num_steps, d]`; empty where the outcome was read from a file."""
     pictures: tuple[np.ndarray, ...] = dataclasses.field(default=(), repr=False)
@@ -260,4 +262,4 @@ class _Slot(Driver):
 
     def outcome(self) -> Outcome:
         actions, what = np.array(self.actions), (self.index, self.episode.task, self.episode.seed, self._prompt)
-        return Outcome(*what, self.success, len(actions), actions, tuple(self._pictures))
+        return Outcome(*what, self.success, len(actions), self.episode.mode, actions, tuple(self._pictures))

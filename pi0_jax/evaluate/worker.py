@@ -42,7 +42,7 @@ class Worker:
 
     def open(self, name: str, options: dict[str, Any]) -> dict[str, Any]:
         self._simulator = made = get_simulator(name, **options)
-        return {"robot": made.robot, "fps": made.fps, "tasks": made.tasks, "per_task": made.per_task}
+        return {name: getattr(made, name) for name in ("robot", "fps", "tasks", "per_task", "modes")}
 
     def start(self, number: int, index: int, seed: int, split: str, attempt: int) -> list[Any]:
         self._episodes[number] = episode = self._simulator.start(index, seed, split, attempt)
@@ -51,8 +51,9 @@ class Worker:
     def observe(self, number: int) -> Any:
         return self._episodes[number].observe()
 
-    def step(self, number: int, action: Any) -> tuple[bool, bool]:
-        return self._episodes[number].step(action)
+    def step(self, number: int, action: Any) -> tuple[bool, bool, str | None]:
+        episode = self._episodes[number]
+        return *episode.step(action), episode.mode
 
     def picture(self, number: int) -> Any:
         return self._episodes[number].picture()

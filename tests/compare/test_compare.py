@@ -96,7 +96,7 @@ def test_jitter_is_the_third_difference_of_what_was_executed():
     smooth, rough = t**2, (-1.0) ** t
 
     def of(actions):
-        return cells.jitter(Rollout((Outcome(0, "a", "b", True, 9, actions),), 1, (1.0,)))
+        return cells.jitter(Rollout((Outcome(0, "a", 0, "b", True, 9, actions=actions),), 1, (1.0,)))
 
     assert of(smooth) == pytest.approx(0, abs=1e-18)
     assert of(rough) == pytest.approx(64)

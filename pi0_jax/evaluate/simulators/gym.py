@@ -41,10 +41,12 @@ class Start(NamedTuple):
 
 @runtime_checkable
 class Running(Protocol):
-    """A running episode, here or in another process. `task` is the one that is scored, `seed` that of the layout."""
+    """A running episode, here or in another process. `task` is the one that is scored, `seed` that of the layout,
+    `mode` which of the simulator's `modes` it has taken by now."""
 
     task: str
     seed: int
+    mode: str | None
 
     def observe(self) -> RawObservation: ...
     def step(self, action: np.ndarray) -> tuple[bool, bool]: ...
@@ -66,6 +68,8 @@ class Episodes(Protocol):
     def tasks(self) -> tuple[str, ...]: ...
     @property
     def per_task(self) -> int: ...
+    @property
+    def modes(self) -> tuple[str, ...]: ...
     def start(self, index: int, seed: int, split: str = "evaluation", attempt: int = 0) -> Running: ...
 
 
@@ -98,6 +102,9 @@ class Simulator:
     """A random action of the robot, for noise while recording; None: uniform over the (bounded) action space."""
     per_task: int = 10
     """Episodes of each task in an evaluation, by the benchmark's protocol."""
+    modes: tuple[str, ...] = ()
+    """Names of equally right ways to succeed, among which demonstrations choose at random: the `mode` of a step's
+    `info`, once the episode has taken one."""
     threads: bool = False
     """Whether environments are light and any thread may use them: they draw without GL, whose contexts belong to the
     thread that made them. Others live in processes, few of which keep environments that are not in use."""
@@ -129,6 +136,7 @@ class Episode:
     def __init__(self, simulator: Simulator, env: Env, start: Start):
         self._simulator, self._env = simulator, env
         self.task, self.seed = start.task, start.seed
+        self.mode: str | None = None
         self._seen = False
         self._observation, _ = env.reset(seed=start.seed, options=start.options)
 
@@ -154,6 +162,7 @@ class Episode:
         succeeded."""
         self._observation, _, terminated, truncated, info = self._env.step(self._simulator.action(action))
         success = bool(self._simulator.success(info))
+        self.mode = info.get("mode")
         return bool(terminated or truncated or success), success
 
     def picture(self) -> np.ndarray:

@@ -1,0 +1,14 @@
+"""The tabletop with a task that has two right answers: to pass a pillar on the left or on the right."""
+
+from pi0_jax.evaluate.simulators import tabletop
+from pi0_jax.evaluate.simulators.gym import Simulator
+
+ROBOT = tabletop.ROBOT
+
+
+def make(*, image_size: int = 48) -> Simulator:
+    """The simulator; `image_size` is the side of the observed images, pixels."""
+    tabletop.check_installed()
+    from pi0_jax.evaluate.simulators.tabletop.detour import DetourEnv
+
+    return tabletop.single_task(DetourEnv, image_size, modes=("left", "right"))
