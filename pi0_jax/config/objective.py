@@ -27,6 +27,12 @@ class ConditionDropout:
 class _Common:
     decodes: ClassVar[bool] = False
     """Whether actions are decoded token by token; else a solver integrates a flow."""
+    codec: ClassVar[Fast | None] = None
+    """How action chunks are written as tokens; None: they are not."""
+    text_tokens: ClassVar[int] = 0
+    """Room for text that is written before actions; 0: none is."""
+    lowercase: ClassVar[bool] = False
+    """Whether prompts are in lower case."""
     target_length: ClassVar[int] = 0
     """Room for the tokens that an example's `Batch.targets` has; 0: the objective learns none."""
     dropout: ConditionDropout = ConditionDropout()
@@ -118,7 +124,9 @@ class Autoregressive(_Common):
     """π0-FAST (arXiv 2501.09747): the language expert writes action tokens, and there is no other expert."""
 
     decodes: ClassVar[bool] = True
-    codec: Fast = Fast()
+    codec: Fast = Fast()  # pyright: ignore[reportIncompatibleVariableOverride]
+    lowercase: bool = True  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Instructions are read in lower case, as openpi's π0-FAST does and LeRobot's does not."""
     reduction: Literal["example", "token"] = "example"
     """example: the mean over an example's tokens, then over examples, as in openpi. token: over all tokens of the
     batch, as in LeRobot."""
@@ -135,9 +143,9 @@ class Joint(_Common):
     it (arXiv 2504.16054), whose gradient stays out of the language expert (arXiv 2505.23705)."""
 
     flow: Gaussian = Gaussian()
-    codec: Fast | None = Fast(skip=1152)
+    codec: Fast | None = Fast(skip=1152)  # pyright: ignore[reportIncompatibleVariableOverride]
     """Action tokens; None: only text is written."""
-    text_tokens: int = 48
+    text_tokens: int = 48  # pyright: ignore[reportIncompatibleVariableOverride]
     """Room for text."""
     text_weight: float = 1.0
     """Of the cross-entropy of text."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,10 +121,15 @@ class FastCodec:
         for name in (TOKENIZER, PROCESSOR):
             if not (folder / name).is_file():
                 raise FileNotFoundError(
-                    f"{folder} has no {name}, so it is no FAST codec. `pi0 data fast CONFIG --output FOLDER` makes one; "
+                    f"{folder} has no {name}: it is no FAST codec. `pi0 data fast CONFIG --output FOLDER` makes one; "
                     "the published one is `hf download physical-intelligence/fast --local-dir FOLDER`."
                 )
         return cls((folder / TOKENIZER).read_bytes(), (folder / PROCESSOR).read_bytes(), str(folder))
+
+    @classmethod
+    def from_files(cls, files: Mapping[str, bytes], source: str = "the action codec") -> FastCodec:
+        """The codec of `files`, as a checkpoint keeps them; errors as of the class."""
+        return cls(files[TOKENIZER], files[PROCESSOR], source)
 
     @classmethod
     def fit(

@@ -26,7 +26,7 @@ from pi0_jax.config import ModelConfig, TrainConfig
 from pi0_jax.data.mixture import FrameOrder, OpenDataset, Stream
 from pi0_jax.data.rates import same_rate
 from pi0_jax.data.robots import Robot
-from pi0_jax.data.source import ACTION, STATE, VALID, Source
+from pi0_jax.data.source import ACTION, STATE, VALID, Source, text_of
 from pi0_jax.data.transform import Transform, to_observation
 from pi0_jax.errors import UserError
 
@@ -254,10 +254,18 @@ class BatchReader:
         episodes = self._source.episode_of(rows)
         masks = {camera: seen[episodes] for camera, seen in self._seen.items()}
         sample = self._transform.forward(
-            {"images": images, "image_masks": masks, "state": state, "prompt": prompts, "actions": actions}
+            {
+                "images": images,
+                "image_masks": masks,
+                "state": state,
+                "prompt": prompts,
+                "text": np.array([text_of(prompt) for prompt in prompts], object),
+                "actions": actions,
+                "step_mask": step_mask,
+            }
         )
         arrays: Any = sample["actions"], step_mask, np.tile(self._dim_mask, (len(rows), 1))  # numpy until placed
-        batch = Batch(to_observation(sample), *arrays)
+        batch = Batch(to_observation(sample), *arrays)._replace(targets=sample.get("targets"))
         seconds += np.diff([*marks, time.perf_counter()])
         return batch
 

@@ -22,7 +22,7 @@ import numpy as np
 import PIL.Image
 from jaxtyping import UInt8
 
-from pi0_jax.batch import Observation
+from pi0_jax.batch import Observation, Targets
 from pi0_jax.config import ModelConfig, PolicyConfig
 from pi0_jax.data.normalization import (
     Mode,
@@ -65,8 +65,17 @@ class Sample(TypedDict, total=False):
     prompt: str | np.ndarray
     """The instruction, or an array of them `[*b]`; after tokenising token ids `[*b p]`."""
     prompt_mask: np.ndarray
+    text: str | np.ndarray
+    """What is to be written after the prompt and before actions, such as the subtask, or an array of them `[*b]`; empty
+    is nothing. In training."""
+    asks: bool | np.ndarray
+    """Whether the prompt asks for text, `[*b]`; left out: where there is `text`."""
     actions: np.ndarray
     """The demonstrated chunk in training, the model's at inference, `[*b ah d]`."""
+    step_mask: np.ndarray
+    """False at steps of `actions` that are not to be learnt, `[*b ah]`; in training."""
+    targets: Targets
+    """What is learnt as tokens."""
     previous: np.ndarray
     """What remains of the chunk in execution, `[n d]`; at inference only."""
     delay: int
@@ -127,10 +136,17 @@ def _state_and_actions(state: Function, actions: Function) -> dict[str, Function
     return {"state": state, **dict.fromkeys(ACTION_KEYS, actions)}
 
 
-def make_transform(policy: PolicyConfig, robot: Robot, normalization: Normalization, tokenizer: Tokenizer) -> Transform:
+def make_transform(
+    policy: PolicyConfig,
+    robot: Robot,
+    normalization: Normalization,
+    tokenizer: Tokenizer,
+    targets: Transform = identity,
+) -> Transform:
     """The transform from a raw observation to the model's arrays, and from its actions to the robot's.
 
-    The tokenizer is the one that the weights were trained with.
+    The tokenizer is the one that the weights were trained with; `targets` adds what is learnt as tokens
+    (`data.targets`).
 
     Raises:
         UserError: the statistics are not the robot's, its dimensions do not fit into the model, none of the model's
@@ -146,7 +162,8 @@ def make_transform(policy: PolicyConfig, robot: Robot, normalization: Normalizat
         )
     return chain(
         to_normalized(robot, normalization, policy.normalization),
-        tokenize(tokenizer, model.prompt_length, with_state=model.variant == "pi05" and policy.state_in_prompt),
+        targets,
+        tokenize(tokenizer, policy),
         select_images(model.cameras, model.vision.image_size),
         pad(model.action_dim, robot),
     )
@@ -292,18 +309,24 @@ def normalize(stats: Stats, mode: Mode) -> Transform:
     return per_key(functions(normalize_values), functions(unnormalize_values))
 
 
-def tokenize(tokenizer: Tokenizer, length: int, with_state: bool) -> Transform:
-    """The string `prompt` to `length` token ids and `prompt_mask`; `with_state` is π0.5's format. Has no inverse."""
+def tokenize(tokenizer: Tokenizer, policy: PolicyConfig) -> Transform:
+    """The string `prompt` to the model's number of token ids and `prompt_mask`, in its variant's format; no inverse."""
+    model = policy.model
+    with_state = model.variant != "pi0" and policy.state_in_prompt
+    usual = "" if model.variant == "pi0_fast" else None
 
     def forward(sample: Sample) -> Sample:
-        prompts = np.asarray(sample["prompt"])
-        state = np.asarray(sample["state"])
+        prompts, state = np.asarray(sample["prompt"]), np.asarray(sample["state"])
+        written = np.asarray(sample.get("text", ""), object)
+        asks = np.broadcast_to(sample.get("asks", written != ""), prompts.shape).ravel()
         states = state.reshape(-1, state.shape[-1]) if with_state else [None] * prompts.size
+        texts = [str(prompt).lower() if policy.objective.lowercase else str(prompt) for prompt in prompts.ravel()]
+        endings = ["Subtask: " if each else usual for each in asks]
         encoded = [
-            tokenizer.encode_prompt(str(prompt), length, state)
-            for prompt, state in zip(prompts.ravel(), states, strict=True)
+            tokenizer.encode_prompt(text, model.prompt_length, state, ending)
+            for text, state, ending in zip(texts, states, endings, strict=True)
         ]
-        ids, mask = (np.stack(rows).reshape(*prompts.shape, length) for rows in zip(*encoded, strict=True))
+        ids, mask = (np.stack(rows).reshape(*prompts.shape, -1) for rows in zip(*encoded, strict=True))
         return sample | {"prompt": ids, "prompt_mask": mask}
 
     return Transform(forward, _same)

@@ -5,7 +5,10 @@ import json
 import numpy as np
 import pytest
 
+from pi0_jax.config import Fast
 from pi0_jax.data.fast import TOKENIZER, FastCodec, bytes_to_values, quantize, to_text, train_bpe
+from pi0_jax.data.targets import ActionTokens
+from pi0_jax.data.tokenizer import Tokenizer
 from tests.conftest import fixtures_root
 
 pytest.importorskip("tokenizers")
@@ -48,6 +51,16 @@ def test_what_the_reference_decodes_is_equal_and_the_rest_is_known(case):
         np.testing.assert_array_equal(valid, io[f"{kind}_ok"])
         reference = io["decoded" if kind == "decode" else "bad_decoded"]
         np.testing.assert_allclose(decoded[valid], reference[valid], atol=1e-6)
+
+
+def test_ids_in_paligemmas_vocabulary_are_the_references(case):
+    config = json.loads((next(fixtures_root().glob("fast_codec*")) / "config.json").read_text())["paligemma"]
+    tokenizer = Tokenizer.train(["fold the towel"], 512)
+    for name in ("openpi", "pi052"):
+        skip = config[f"skip_{name}"]
+        tokens = ActionTokens(case[2], Fast(skip=skip), tokenizer, config["vocab"])
+        for code, ids in config["examples"].items():
+            assert tokens.ids([int(code)])[-3] == ids[f"skip{skip}"]
 
 
 def test_broken_strings_have_the_references_coefficients(case):
