@@ -7,8 +7,8 @@ ROBOT = tabletop.ROBOT
 
 
 def make(*, image_size: int = 48, repeats: int = 1) -> Simulator:
-    """The simulator; `image_size` is the side of the observed images, pixels. So many episodes in a row as `repeats` says
-    have the same layout, which shows whether a policy takes both ways from one start."""
+    """The simulator; `image_size` is the side of the observed images, pixels. `repeats` episodes in a row have the same
+    layout, which shows whether a policy takes both ways from one start."""
     tabletop.check_installed()
     from pi0_jax.evaluate.simulators.tabletop.detour import DetourEnv
 

@@ -75,8 +75,8 @@ def make(*, tasks: str = "objects", counterfactual: bool = False, image_size: in
 
 
 def single_task(env: type[SingleTaskEnv], image_size: int, modes: tuple[str, ...] = (), repeats: int = 1) -> Simulator:
-    """A task with a scene of its own (`single`) as a simulator; `modes` are its equally right ways, `repeats` the number
-    of episodes with the same layout."""
+    """A task with a scene of its own (`single`) as a simulator; `modes` are its equally right ways, `repeats` the
+    number of episodes with the same layout."""
     from pi0_jax.evaluate.simulators.gym import Start
     from pi0_jax.evaluate.simulators.tabletop.scene import CONTROL_HZ, MAX_ACTION
 
