@@ -30,6 +30,8 @@ from pi0_jax.errors import UserError, listed
 MARKER, BAR = "Action: ", "|"
 EVERY_PROMPT = f"Task: , State: 0 1 2 3 4 5 6 7 8 9;\nSubtask: {MARKER}{BAR}"
 """What is written whatever the instructions are."""
+MOST_TEXTS = 20_000
+"""Instructions and texts that are looked through for ids that codes have, too."""
 SHOWN = 8
 """Tokens that messages name."""
 
@@ -65,7 +67,8 @@ class ActionTokens:
         clash = sorted(token for token in taken if lowest <= token <= self.first)
         if clash or lowest <= tokenizer.eos_id:
             pieces = listed([tokenizer.piece(token) for token in clash], SHOWN)
-            why = f" The instructions are written with {pieces} of these." if clash else ""
+            why = f" The texts are written with {pieces} of these." if clash else ""
+            why += " Leave PaliGemma's locations free: codec.skip 1152." if "<loc" in pieces else ""
             raise UserError(
                 f"the action codec has {codec.num_codes} codes, which take the ids {lowest} to {self.first} of a "
                 f"vocabulary of {vocab_size}.{why} Raise `model.vocab_size` to "
@@ -139,9 +142,10 @@ def target_transform(
             f"the datasets have {len(texts)} texts to be written, such as {texts[0]!r} (`prompt_from` predict, or "
             f"image-text pairs); objective {type(objective).__name__} writes none: take Joint, with text_tokens."
         )
+    words = [*dict.fromkeys([*instructions, *texts])][:MOST_TEXTS]
     actions = None
     if codec is not None and objective.codec is not None:
-        actions = ActionTokens(codec, objective.codec, tokenizer, model.vocab_size, [*instructions, *texts])
+        actions = ActionTokens(codec, objective.codec, tokenizer, model.vocab_size, words)
     return write_targets(tokenizer, actions, room) if room or actions else identity
 
 
@@ -196,7 +200,7 @@ def write_targets(tokenizer: Tokenizer, actions: ActionTokens | None, text_room:
         written = np.broadcast_to(np.asarray(sample.get("text", ""), object), batch).ravel()
         text = [_cut_text(tokenizer, str(each), text_room, texts) if text_room else [] for each in written]
         codes = [[] for _ in range(rows)]
-        if actions is not None and "actions" in sample:
+        if actions is not None and "actions" in sample and np.all(sample.get("has_actions", True)):
             codes = _chunk_ids(actions, sample["actions"], sample.get("step_mask"), chunks)
         tokens = np.zeros((rows, length), np.int32)
         mask, loss_mask, is_action = (np.zeros((rows, length), bool) for _ in range(3))

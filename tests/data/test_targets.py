@@ -99,7 +99,7 @@ def test_what_has_no_room_is_cut_and_counted(tokenizer, codec, caplog):
 
 
 def test_codes_and_text_that_share_ids_are_refused(tokenizer, codec):
-    with pytest.raises(UserError, match=r"which take the ids .* of a vocabulary of 512\. The instructions"):
+    with pytest.raises(UserError, match=r"which take the ids .* of a vocabulary of 512\. The texts"):
         ActionTokens(codec, Fast(skip=0), tokenizer, 512, TEXTS)
     with pytest.raises(UserError, match=f"Raise `model.vocab_size` to {tokenizer.vocab_size + codec.num_codes + 5}"):
         ActionTokens(codec, Fast(skip=5), tokenizer, 300, TEXTS)

@@ -33,7 +33,7 @@ def normalized_chunks(
     seed: int = 0,
     progress: bool = True,
 ) -> list[Float[np.ndarray, "_n _ah _d"]]:
-    """Random chunks as training writes them in action tokens, one array per dataset.
+    """Random chunks as training writes them in action tokens, one array per dataset, all of which have actions.
 
     Args:
         datasets: shares are their weights, or else their frames.
@@ -74,6 +74,7 @@ def fit_codec(
 ) -> FastCodec:
     """A codec for the chunks that a policy is trained on; the arguments are those of `normalized_chunks` and
     `FastCodec.fit`. The same demonstrations give the same codec."""
+    datasets = [dataset for dataset in datasets if dataset.source.has_actions]
     chunks = normalized_chunks(datasets, normalizations, policy, count)
     return FastCodec.fit(chunks, num_codes, scale, progress=sys.stderr.isatty())
 
