@@ -3,9 +3,9 @@
 Axis letters, in annotations and (upper case) in einsum strings:
 
     b batch · t query length · s key length · n query heads · k key/value heads · g queries per key/value head
-    h head dim · d width · l layers · ah action horizon · ad action dim · p prompt length
+    h head dim · d width · l layers · ah action horizon · ad action dim · p prompt length · c target length
 
-Both containers are NamedTuples, so that any tree operation may put shapes, shardings or axes in their place.
+All containers are NamedTuples, so that any tree operation may put shapes, shardings or axes in their place.
 """
 
 from __future__ import annotations
@@ -33,6 +33,19 @@ class Observation(NamedTuple):
     """False at padding."""
 
 
+class Targets(NamedTuple):
+    """What the language expert learns to write after the prompt: text, such as the subtask, then action tokens."""
+
+    tokens: Int[Array, "*b c"]
+    """Ids of the backbone's vocabulary; padding is at the end."""
+    mask: Bool[Array, "*b c"]
+    """False at padding."""
+    loss_mask: Bool[Array, "*b c"]
+    """True at tokens that are learnt; False at those that are only given, such as a BOS."""
+    is_action: Bool[Array, "*b c"]
+    """True at action tokens: marker, codes, `|` and EOS, which the flow expert never sees."""
+
+
 class Batch(NamedTuple):
     """Training examples."""
 
@@ -43,6 +56,34 @@ class Batch(NamedTuple):
     """False for steps after the episode's end."""
     dim_mask: Bool[Array, "*b ad"]
     """False for dimensions that the robot does not have."""
+    targets: Targets | None = None
+    """What is learnt as tokens; None: nothing, as for a flow alone."""
+    has_actions: Bool[Array, "*b"] | None = None
+    """False for examples without actions, such as an image with a question and its answer; None: all have some."""
+
+
+class CodecTables(NamedTuple):
+    """A FAST codec (arXiv 2501.09747; `data.fast`) as arrays, with which a compiled program writes action tokens and
+    turns them into actions."""
+
+    code_bytes: UInt8[Array, "codes m"]
+    """UTF-8 bytes that each code stands for, zeros behind them. A character is a coefficient, U+0000 `min_token`."""
+    num_bytes: Int[Array, "codes"]
+    """Bytes of each code."""
+    min_token: Int[Array, ""]
+    """Rounded coefficient that U+0000 stands for."""
+    max_token: Int[Array, ""]
+    """Largest rounded coefficient that the codec was made for."""
+    scale: Float[Array, ""]
+    """Rounded coefficients are this many times the cosine transform's."""
+    dims: Int[Array, ""]
+    """Action dimensions that have coefficients, the first ones of the model's: those of the robot."""
+    marker: Int[Array, "k"]
+    """Ids of the backbone's vocabulary that come before the codes: "Action: ", and with `Fast.bos` a BOS before it."""
+    bar: Int[Array, ""]
+    """Id of `|`, which comes after the codes."""
+    eos: Int[Array, ""]
+    """Id of the end of a sequence."""
 
 
 def scale_images(observation: Observation) -> Observation:
@@ -66,11 +107,20 @@ def example_observation(model: ModelConfig, batch_size: int) -> Observation:
     )
 
 
-def example_batch(model: ModelConfig, batch_size: int) -> Batch:
-    """Zeros in the shapes that a network is trained on, as the loader makes them."""
+def example_batch(model: ModelConfig, batch_size: int, target_length: int = 0) -> Batch:
+    """Zeros in the shapes that a network is trained on, as the loader makes them.
+
+    Args:
+        model: whose shapes.
+        batch_size: number of examples.
+        target_length: tokens to be learnt (`ObjectiveConfig.target_length`); 0: there are none.
+    """
     observation, steps = example_observation(model, batch_size), (batch_size, model.action_horizon)
     images = {name: image.astype(jnp.uint8) for name, image in observation.images.items()}
     dims = (batch_size, model.action_dim)
-    return Batch(
-        observation._replace(images=images), jnp.zeros((*steps, dims[1])), jnp.ones(steps, bool), jnp.ones(dims, bool)
-    )
+    targets = None
+    if target_length:
+        every = jnp.ones((batch_size, target_length), bool)
+        targets = Targets(every.astype(jnp.int32), every, every, every)
+    chunks = jnp.zeros((*steps, dims[1])), jnp.ones(steps, bool), jnp.ones(dims, bool)
+    return Batch(observation._replace(images=images), *chunks, targets)

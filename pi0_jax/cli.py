@@ -39,6 +39,7 @@ COMMANDS = {
     "reflow": ("training", "straighten a policy's flow, for fewer steps: pi0 reflow runs/tabletop runs/straight"),
     "compare": ("compare", "train and compare kinds of policies: pi0 compare configs/compare_tabletop.py"),
     "record": ("evaluate", "record demonstrations in a simulator: pi0 record data/tabletop"),
+    "env": ("evaluate", "install a simulator's packages in an environment of their own: pi0 env install metaworld"),
     "convert": ("convert", "turn openpi, LeRobot or big_vision weights into ours, and back: pi0 convert SRC DST"),
     "inspect": ("convert", "say what a checkpoint of any format is: pi0 inspect PATH"),
     "diff": ("convert", "compare two checkpoints leaf by leaf: pi0 diff A B"),

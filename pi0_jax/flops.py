@@ -121,7 +121,7 @@ def training(
     model: ModelConfig, config: ObjectiveConfig, *, backward: bool = True, frozen: Collection[str] = frozenset()
 ) -> int:
     """FLOPs of one observation's loss, and of its gradient by the parameters whose paths are not `frozen`."""
-    objective, batch = make_objective(config, model), example_batch(model, 1)
+    objective, batch = make_objective(config, model), example_batch(model, 1, config.target_length)
     weights = _params(objective)
     params = flatten_dict(weights, sep="/")
     teacher = () if objective.teacher is None else (weights,)

@@ -142,5 +142,5 @@ def test_without_the_state_a_prompt_is_that_of_pi0():
     config = read("pi05_libero").policy
     assert not config.state_in_prompt
     sample = {"prompt": "put the bowl", "state": np.zeros(len(get_robot("libero").state))}
-    ids = tokenize(tokenizer, 200, with_state=False).forward(sample)["prompt"]
+    ids = tokenize(tokenizer, config).forward(sample)["prompt"]
     np.testing.assert_array_equal(ids, tokenizer.encode_prompt("put the bowl", 200)[0])

@@ -39,6 +39,15 @@ def test_the_blocks_of_the_page_on_flow_run_one_after_another():
     assert all(bool(jax.numpy.isfinite(namespace[name]).all()) for name in ("chunk", "error", "value", "ddpm", "bend"))
 
 
+def test_the_blocks_of_the_page_on_action_tokens_run():
+    pytest.importorskip("tokenizers")
+    namespace: dict = {}
+    text = (ROOT / "docs" / "action_tokens.md").read_text()
+    for block in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        exec(compile(block, "docs/action_tokens.md", "exec"), namespace)
+    assert namespace["valid"].all()
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_flags_of_the_pages_on_flow_and_serving_make_configs_that_go_together(command):
     _, _, path, *flags = shlex.split(command.replace("\\\n", " "))

@@ -14,14 +14,19 @@ from pi0_jax.sampler import SAMPLERS
 ROOT = Path(pi0_jax.__file__).parent
 OWN_ROOMS = ("config/", "flow/", "model/head/", "objective/", "sampler/")
 UNIONS = (ObjectiveConfig, Head, Coupling, GaussianPath, TimeDistribution)
-KINDS = {kind.__name__ for union in UNIONS for kind in typing.get_args(union)} | {*SAMPLERS, "Solver", "RungeKutta"}
+KINDS = {kind.__name__ for union in UNIONS for kind in typing.get_args(union)} | {
+    *SAMPLERS,
+    "Solver",
+    "RungeKutta",
+    "Decoder",
+}
 MAY_ASK = {
     # Files of other projects hold some kinds and not others.
     "convert/assemble.py": {"Solver"},
     "convert/formats/lerobot.py": {"Solver"},
-    "convert/parameters.py": {"Gaussian", "Straight", "Reflow", "Expert"},
+    "convert/parameters.py": {"Gaussian", "Straight", "Reflow", "Expert", "Joint"},
     # A comparison counts the evaluations of solvers, and trains a student after its teacher.
-    "compare/cells.py": {"Solver", "Tokens", "Reflow"},
+    "compare/cells.py": {"Solver", "Reflow"},
     "compare/config.py": {"Reflow"},
     # Reflow starts from a flow.
     "training/commands.py": {"Gaussian", "Reflow"},

@@ -27,10 +27,11 @@ MODULES = {
 """Distribution to the module in it, where the names differ."""
 TRANSITIVE = {"absl", "anyio", "array_record", "ml_dtypes", "msgpack", "scipy", "tensorstore"}
 """Modules that a declared dependency requires itself."""
-PLUGINS = {"flatbuffers", "gcsfs", "s3fs"}
-"""Modules that jax.export and fsspec import."""
-FOREIGN = {"lerobot", "openpi", "tensorflow", "torch", "transformers"}
-"""Frameworks of others, in environments of their own."""
+PLUGINS = {"flatbuffers", "gcsfs", "packaging", "s3fs"}
+"""Modules that jax.export, fsspec and Meta-World import."""
+FOREIGN = {"gym_aloha", "gym_pusht", "gymnasium_robotics", "lerobot", "libero", "openpi", "pymunk", "robosuite"}
+FOREIGN |= {"tensorflow", "torch", "transformers"}
+"""Frameworks and simulators of others, in environments of their own."""
 
 
 def modules(requirements: list[str]) -> set[str]:

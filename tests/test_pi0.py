@@ -277,4 +277,4 @@ def test_a_policys_sampling_options_are_its_configuration():
     real_time = RealTimeConfig("identity", "linear", 10.0)
     options = sampling_options(PolicyConfig(robot="tabletop", sampler=Greedy(), real_time=real_time))
     assert (options.sampler, options.guidance_scale, options.real_time) == (Greedy(), None, real_time)
-    assert set(SAMPLERS) == {"Greedy", *SOLVERS}
+    assert set(SAMPLERS) == {"Greedy", "Categorical", *SOLVERS}

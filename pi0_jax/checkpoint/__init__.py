@@ -5,7 +5,7 @@
                        which openpi reads too
         train_state/   what only training needs: step, live weights (with a moving average), optimizer state
         data_state/    iterator.json: position of the data iterator
-        assets/        config.json, norm_stats.json, tokenizer.model: plain files for people and programs
+        assets/        config.json, norm_stats.json, tokenizer.model, and fast/ (a codec of action tokens): plain files
         metrics/       validation loss, where the best checkpoints are kept
         digests.json   size and CRC-32 of every file above
 

@@ -1,4 +1,4 @@
-"""Plain files of a checkpoint beside its weights: configuration, statistics, tokenizer, position of the data.
+"""Plain files of a checkpoint beside its weights: configuration, statistics, tokenizers, position of the data.
 
 `config.json` has the policy once, under `policy`; `train` has all other fields of the experiment, or is null.
 """
@@ -17,6 +17,9 @@ from pi0_jax.errors import UserError
 FORMAT_VERSION = 2
 """Version of the folder's layout and of config.json; raised when old readers would misread new checkpoints."""
 
+CODEC = "fast"
+"""Folder of the FAST codec among the assets."""
+
 
 class Assets(NamedTuple):
     """What a policy needs besides weights."""
@@ -31,10 +34,12 @@ class Assets(NamedTuple):
     robot: dict[str, Any] | None = None
     """JSON object of `robot.json`, with the text of the robot's own file as `source` (`data.robot_json`); None where
     the policy's robot comes with the package."""
+    codec: dict[str, bytes] | None = None
+    """Files of the FAST codec (`data.fast`); None where actions are not written as tokens of one."""
 
 
 def load_assets(path: str | Path) -> Assets:
-    """Reads the policy's configuration, statistics and tokenizer from a path that `resolve` takes.
+    """Reads the policy's configuration, statistics, tokenizer and codec from a path that `resolve` takes.
 
     Raises:
         FileNotFoundError: no such path.
@@ -48,13 +53,22 @@ def load_assets(path: str | Path) -> Assets:
     robot = read(step, "assets/robot.json") if "robot.json" in names else None
     if robot is not None:
         robot["source"] = read(step, "assets/robot.py", bytes.decode)
-    return Assets(policy, stats, tokenizer, train, robot)
+    codec = {name: read(step, f"assets/{name}", bytes) for name in names if name.startswith(f"{CODEC}/")}
+    codec = {name.removeprefix(f"{CODEC}/"): content for name, content in codec.items()}
+    return Assets(policy, stats, tokenizer, train, robot, codec or None)
 
 
 def write_assets(folder: str | Path, assets: Assets) -> None:
     """Writes the plain files of a checkpoint's `assets/`, for programs that write `params/` themselves."""
-    for name, content in asset_files(assets).items():
-        Path(folder, name).write_bytes(content)
+    write_files(folder, asset_files(assets))
+
+
+def write_files(folder: str | Path, files: dict[str, bytes]) -> None:
+    """Writes files by their names below a folder."""
+    for name, content in files.items():
+        path = Path(folder, name)
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
 
 
 def asset_files(assets: Assets) -> dict[str, bytes]:
@@ -67,6 +81,7 @@ def asset_files(assets: Assets) -> dict[str, bytes]:
     if assets.robot is not None:
         files["robot.json"] = to_json({key: value for key, value in assets.robot.items() if key != "source"})
         files["robot.py"] = str(assets.robot["source"]).encode()
+    files |= {f"{CODEC}/{name}": content for name, content in (assets.codec or {}).items()}
     train = None if assets.train is None else config_json.dump(assets.train)
     if train is not None:
         train.pop("policy")

@@ -17,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as preservation
 
-from pi0_jax.checkpoint.assets import Assets, asset_files, to_json
+from pi0_jax.checkpoint.assets import Assets, asset_files, to_json, write_files
 from pi0_jax.checkpoint.digests import write_digests
 from pi0_jax.checkpoint.locate import latest_step, steps
 from pi0_jax.checkpoint.space import require_disk, require_memory, tree_bytes
@@ -32,11 +32,11 @@ class _FilesHandler(ocp.CheckpointHandler):
 
     def save(self, directory: os.PathLike[str], args: _WriteFiles) -> None:
         if jax.process_index() == 0:
-            for name, content in args.files.items():
-                Path(directory, name).write_bytes(content)
+            write_files(Path(directory), args.files)
 
     def restore(self, directory: os.PathLike[str], args: Any = None) -> dict[str, bytes]:
-        return {path.name: path.read_bytes() for path in Path(directory).iterdir()}
+        files = (path for path in Path(directory).rglob("*") if path.is_file())
+        return {path.relative_to(directory).as_posix(): path.read_bytes() for path in files}
 
 
 @ocp.args.register_with_handler(_FilesHandler, for_save=True, for_restore=True)

@@ -10,7 +10,18 @@ fields are those that it has. Defaults are those of the released π0 weights unl
 from pi0_jax.config.data import OPENPI_AUGMENT, AugmentConfig, DataConfig, DatasetConfig
 from pi0_jax.config.mesh import HostsConfig, MeshConfig
 from pi0_jax.config.model import PI0, PI05, Compact, Expert, ExpertConfig, Head, ModelConfig, VisionConfig
-from pi0_jax.config.objective import Condition, ConditionDropout, Gaussian, ObjectiveConfig, Reflow, Shortcut, Tokens
+from pi0_jax.config.objective import (
+    Autoregressive,
+    Condition,
+    ConditionDropout,
+    Fast,
+    Gaussian,
+    Joint,
+    ObjectiveConfig,
+    Reflow,
+    Shortcut,
+    Tokens,
+)
 from pi0_jax.config.optim import OptimConfig, TuneConfig
 from pi0_jax.config.policy import Guidance, PolicyConfig, RealTimeConfig
 from pi0_jax.config.run import TrainConfig

@@ -36,7 +36,7 @@ OPENPI_AUGMENT = AugmentConfig(
 """Augmentation that the released weights were trained with, and that openpi fine-tunes with."""
 
 
-PromptFrom = Literal["task", "subtask", "both"]
+PromptFrom = Literal["task", "subtask", "both", "predict"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,8 @@ class DatasetConfig:
     """One dataset of a mixture."""
 
     path: str
-    """Folder of a LeRobot dataset (2.0, 2.1 or 3.0) or of an RLDS dataset; or hf://owner/name for one on the hub."""
+    """Folder of a LeRobot dataset (2.0, 2.1 or 3.0), of an RLDS dataset, or of pictures with questions and answers in
+    *.jsonl files (`data.pairs`); or hf://owner/name for one on the hub."""
     weight: float | None = None
     """Share of the samples, relative to the other weights; None for all datasets: each by its number of frames."""
     robot: str | None = None
@@ -71,7 +72,8 @@ class DatasetConfig:
     prompt_from: PromptFrom = "task"
     """Prompt of a LeRobot dataset's frames. task: the instruction. subtask: the subtask that a frame belongs to, by
     LeRobot's language columns or `subtask_index`. both: "TASK. Subtask: SUBTASK". Frames without a subtask have the
-    instruction. A policy wants prompts of the same form."""
+    instruction. A policy wants prompts of the same form. predict: the instruction, and the policy learns to write the
+    subtask itself before it acts (objective Joint)."""
     fps: float | None = None
     """Frames per second of an RLDS dataset, which does not store it; None: the preset's, or the robot's."""
 
@@ -127,3 +129,6 @@ class DataConfig:
     """Never ask the network. Only datasets given as hf://owner/name do so, and are then taken from the hub's cache."""
     tokenizer: str | None = None
     """SentencePiece model file (PaliGemma's for released weights); None trains a small one on the instructions."""
+    codec: str | None = None
+    """Folder of a FAST codec (`pi0 data fast`, or physical-intelligence/fast), for objectives that write action tokens;
+    None: that of the weights, or one of 1024 codes fitted to the demonstrations."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pi0_jax.flow.coupling import Coupling, Independent
 from pi0_jax.flow.path import Path, Predicts, Straight
@@ -25,6 +25,16 @@ class ConditionDropout:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Common:
+    decodes: ClassVar[bool] = False
+    """Whether actions are decoded token by token; else a solver integrates a flow."""
+    codec: ClassVar[Fast | None] = None
+    """How action chunks are written as tokens; None: they are not."""
+    text_tokens: ClassVar[int] = 0
+    """Room for text that is written before actions; 0: none is."""
+    lowercase: ClassVar[bool] = False
+    """Whether prompts are in lower case."""
+    target_length: ClassVar[int] = 0
+    """Room for the tokens that an example's `Batch.targets` has; 0: the objective learns none."""
     dropout: ConditionDropout = ConditionDropout()
     mask_padded_steps: bool = True
     """Leave steps after the episode's end out of the loss. openpi counts them: set False to match it."""
@@ -87,6 +97,7 @@ class Reflow(_Regression):
 class Tokens(_Common):
     """Discretised actions: cross-entropy over uniform bins, after RT-2 (arXiv 2307.15818)."""
 
+    decodes: ClassVar[bool] = True
     bins: int = 256
     """Bins per action dimension, uniform between its 1st and 99th percentile: needs quantile normalisation."""
     dims: int | None = None
@@ -95,4 +106,62 @@ class Tokens(_Common):
     """parallel: all bins at once. autoregressive: each given those before it."""
 
 
-ObjectiveConfig = Gaussian | Shortcut | Reflow | Tokens
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fast:
+    """Action tokens of the FAST codec (arXiv 2501.09747) in the language expert's vocabulary."""
+
+    skip: int = 128
+    """Ids at the vocabulary's end that stay free: code t is id vocab_size - 1 - skip - t. π0-FAST's 128 are PaliGemma's
+    `<seg>` tokens; 1152 leaves its `<loc>` tokens free, too."""
+    max_tokens: int = 256
+    """Room for action tokens: marker, codes, `|` and EOS."""
+    bos: bool = False
+    """Begin action tokens with a BOS, as LeRobot's π0-FAST does; it is given, not learnt."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Autoregressive(_Common):
+    """π0-FAST (arXiv 2501.09747): the language expert writes action tokens, and there is no other expert."""
+
+    decodes: ClassVar[bool] = True
+    codec: Fast = Fast()  # pyright: ignore[reportIncompatibleVariableOverride]
+    lowercase: bool = True  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Instructions are read in lower case, as openpi's π0-FAST does and LeRobot's does not."""
+    reduction: Literal["example", "token"] = "example"
+    """example: the mean over an example's tokens, then over examples, as in openpi. token: over all tokens of the
+    batch, as in LeRobot."""
+
+    @property
+    def target_length(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Room for action tokens."""
+        return self.codec.max_tokens
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Joint(_Common):
+    """π0.5's own recipe: the language expert writes text and action tokens, and the action expert learns a flow beside
+    it (arXiv 2504.16054), whose gradient stays out of the language expert (arXiv 2505.23705)."""
+
+    flow: Gaussian = Gaussian()
+    codec: Fast | None = Fast(skip=1152)  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Action tokens; None: only text is written."""
+    text_tokens: int = 48  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Room for text."""
+    text_weight: float = 1.0
+    """Of the cross-entropy of text."""
+    token_weight: float = 1.0
+    """Of the cross-entropy of action tokens."""
+    flow_weight: float = 1.0
+    """Of the flow's loss. π0.5 without insulation: 0, and 10 later on."""
+    insulate: bool = True
+    """Stop the flow's gradient at the keys and values of the language expert (knowledge insulation)."""
+    reduction: Literal["example", "token"] = "example"
+    """As of `Autoregressive`, for text and action tokens apart."""
+
+    @property
+    def target_length(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Room for text and action tokens."""
+        return self.text_tokens + (self.codec.max_tokens if self.codec else 0)
+
+
+ObjectiveConfig = Gaussian | Shortcut | Reflow | Tokens | Autoregressive | Joint

@@ -6,10 +6,10 @@ import dataclasses
 from typing import Literal
 
 from pi0_jax.config.model import PI0, ModelConfig
-from pi0_jax.config.objective import Condition, Gaussian, ObjectiveConfig, Tokens
+from pi0_jax.config.objective import Condition, Gaussian, ObjectiveConfig
 from pi0_jax.errors import UserError
 from pi0_jax.flow.realtime import Schedule
-from pi0_jax.sampler import Euler, Greedy, Sampler
+from pi0_jax.sampler import Decoder, Euler, Sampler
 
 Normalization = Literal["zscore", "quantile"]
 RealTimeMethod = Literal["guidance", "identity", "trained"]
@@ -69,8 +69,8 @@ class PolicyConfig:
 
     def check(self) -> None:
         """Raises UserError for an objective, a sampler, guidance and a normalisation that do not go together."""
-        decodes = isinstance(self.objective, Tokens)
-        if decodes != isinstance(self.sampler, Greedy):
+        decodes = self.objective.decodes
+        if decodes != isinstance(self.sampler, Decoder):
             suited = "Greedy" if decodes else "a solver, such as Euler"
             raise UserError(
                 f"objective {type(self.objective).__name__} is sampled by {suited}; policy.sampler is "
@@ -78,7 +78,7 @@ class PolicyConfig:
             )
         if decodes and self.guidance is not None:
             raise UserError("policy.guidance steers a flow; this network predicts action tokens.")
-        if decodes and self.normalization != "quantile":
+        if hasattr(self.objective, "bins") and self.normalization != "quantile":
             raise UserError(
                 "action tokens have their bins between the 1st and the 99th percentile, which takes quantile "
                 f"normalisation; it is {self.normalization!r} (--policy.normalization quantile)."

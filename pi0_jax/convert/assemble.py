@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pi0_jax import checkpoint
-from pi0_jax.config import ModelConfig, PolicyConfig
+from pi0_jax.checkpoint.assets import CODEC, write_files
+from pi0_jax.config import Autoregressive, ModelConfig, PolicyConfig
 from pi0_jax.convert.files import RECORD, read_json
 from pi0_jax.convert.formats import OpenCheckpoint, Overrides
 from pi0_jax.convert.lazy import LazyArray, LazyArrays
-from pi0_jax.convert.parameters import has_velocity_expert, infer_model, parameters, replaced
+from pi0_jax.convert.parameters import exists_elsewhere, infer_model, parameters, replaced
 from pi0_jax.convert.rules import Rule, bind, from_ours, to_ours
+from pi0_jax.data.fast import TOKENIZER
 from pi0_jax.errors import UserError
-from pi0_jax.sampler import Euler, Solver
+from pi0_jax.sampler import Euler, Greedy, Solver
 
 CAMERAS = {
     "pi0_fast": ("base_0_rgb", "base_1_rgb", "wrist_0_rgb"),
@@ -24,6 +26,8 @@ CAMERAS = {
 }
 """The camera slots that openpi's models are built with."""
 PROMPT_LENGTH = {"pi0": 48, "pi05": 200, "pi0_fast": 250}
+CODEC_FOLDERS = (CODEC, "action_tokenizer")
+"""Folders beside weights that may hold a FAST codec: ours and LeRobot's."""
 _NONE: Mapping[str, Any] = {}
 
 
@@ -60,7 +64,7 @@ def claim(
 def finished(
     format: str, path: Path, policy: PolicyConfig, claimed: Claimed, asset_id: str | None = None, **fields: Any
 ) -> OpenCheckpoint:
-    """The opened checkpoint, with the tokenizer that lies beside the weights.
+    """The opened checkpoint, with the tokenizer and the action codec that lie beside the weights.
 
     `policy` is what is known beside the tensors, `asset_id` the name of the statistics, which are those of a robot;
     `fields` are further ones of `OpenCheckpoint`.
@@ -68,11 +72,28 @@ def finished(
     policy = replaced(policy, {"model": claimed.model})
     if asset_id is not None and policy.robot == "none":
         policy = replaced(policy, {"robot": asset_id})
-    tokenizer = (path if path.is_dir() else path.parent) / "tokenizer.model"
-    content = tokenizer.read_bytes() if tokenizer.is_file() else None
+    folder = path if path.is_dir() else path.parent
+    tokenizer = folder / "tokenizer.model"
+    codec = next((folder / name for name in CODEC_FOLDERS if (folder / name / TOKENIZER).is_file()), None)
     return OpenCheckpoint(
-        format, path, policy, claimed.tensors, tokenizer=content, dropped=claimed.dropped, names=claimed.names, **fields
+        format,
+        path,
+        policy,
+        claimed.tensors,
+        tokenizer=tokenizer.read_bytes() if tokenizer.is_file() else None,
+        codec={file.name: file.read_bytes() for file in sorted(codec.iterdir())} if codec else None,
+        dropped=claimed.dropped,
+        names=claimed.names,
+        **fields,
     )
+
+
+def write_tokenizers(opened: OpenCheckpoint, folder: Path, codec_folder: str = CODEC) -> None:
+    """Writes the tokenizer and the action codec beside the weights."""
+    if opened.tokenizer is not None:
+        (folder / "tokenizer.model").write_bytes(opened.tokenizer)
+    if opened.codec is not None:
+        write_files(folder, {f"{codec_folder}/{name}": content for name, content in opened.codec.items()})
 
 
 def recorded_policy(folder: Path, variant: str) -> PolicyConfig | None:
@@ -121,6 +142,8 @@ def make_policy(
         "normalization": "zscore" if guess.variant == "pi0" else "quantile",
         "execute_steps": horizon,
     }
+    if guess.variant == "pi0_fast":
+        usual |= {"objective": Autoregressive(), "sampler": Greedy()}
     return replaced(PolicyConfig(model=guess, robot="none"), usual | dict(defaults) | dict(stated))
 
 
@@ -141,7 +164,7 @@ def foreign_tensors(opened: OpenCheckpoint, format: str, rules: Sequence[Rule]) 
         UserError: the format has no place for a parameter, or the model is one that exists only here.
     """
     policy = opened.policy
-    if not has_velocity_expert(policy):
+    if not exists_elsewhere(policy):
         raise UserError(
             f"{format} holds action experts that predict velocities, and {opened.path} is of another kind: "
             f"{policy.model.head}, {policy.objective}. Nothing there could run it. Such weights convert to pi0 only "

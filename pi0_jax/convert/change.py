@@ -14,12 +14,13 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from pi0_jax.config import ModelConfig
+from pi0_jax.config import Gaussian, ModelConfig
 from pi0_jax.convert.formats import OpenCheckpoint, Overrides
 from pi0_jax.convert.lazy import LazyArray, computed, entry_by_entry, in_memory
 from pi0_jax.convert.parameters import has_velocity_expert, initial_parameters, parameters, replaced
 from pi0_jax.errors import UserError
 from pi0_jax.model import lora
+from pi0_jax.sampler import Euler
 
 Dtype = Literal["float32", "bfloat16"]
 DTYPES: dict[Dtype, np.dtype] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -101,6 +102,7 @@ def add_action_expert(opened: OpenCheckpoint, variant: Literal["pi0", "pi05"], c
     missing = tuple(path for path in parameters(model) if path not in opened.tensors)
     fresh = {path: in_memory(np.asarray(x)) for path, x in _fresh(model, missing, jax.random.key(0)).items()}
     changes = {"model": model, "normalization": "zscore" if variant == "pi0" else "quantile"}
+    changes |= {"objective": Gaussian(), "sampler": Euler()}
     tensors = {path: opened.tensors.get(path) or fresh[path] for path in parameters(model)}
     return opened._replace(policy=replaced(opened.policy, changes), tensors=tensors)
 

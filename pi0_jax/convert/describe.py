@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from typing import Any
@@ -12,6 +13,7 @@ from pi0_jax import checkpoint
 from pi0_jax.convert.formats import OpenCheckpoint
 from pi0_jax.convert.lazy import pieces_of_both
 from pi0_jax.convert.parameters import has_velocity_expert
+from pi0_jax.data.fast import PROCESSOR
 
 _COMPONENTS = {
     "image_encoder": "image encoder",
@@ -60,6 +62,7 @@ def describe(opened: OpenCheckpoint) -> dict[str, Any]:
             if e.lora_attn_rank or e.lora_mlp_rank
         },
         "tokenizer": opened.tokenizer is not None,
+        "codec": None if opened.codec is None else json.loads(opened.codec[PROCESSOR]),
         "dropped": list(opened.dropped),
         "warnings": list(opened.warnings),
     }
@@ -100,6 +103,9 @@ def text(content: dict[str, Any]) -> str:
     )
     lines.append(f"  statistics     {stats or 'none'}; {content['normalization']}, robot {content['robot']!r}")
     lines.append(f"  tokenizer      {'in the folder' if content['tokenizer'] else 'none'}")
+    if (codec := content["codec"]) is not None:
+        fitted = f"{codec.get('time_horizon') or 'any'} actions of {codec.get('action_dim') or 'any'} dimensions"
+        lines.append(f"  action codec   FAST, {codec.get('vocab_size')} codes, scale {codec['scale']:g}, {fitted}")
     lines += [f"  unused         {name}" for name in content["dropped"]]
     lines += [f"  warning        {warning}" for warning in content["warnings"]]
     return "\n".join(lines)
@@ -108,7 +114,7 @@ def text(content: dict[str, Any]) -> str:
 def differences(a: OpenCheckpoint, b: OpenCheckpoint) -> list[str]:
     """How two checkpoints differ, one line per parameter or field; empty where they are the same."""
     lines = _fields(checkpoint.policy_to_json(a.policy), checkpoint.policy_to_json(b.policy))
-    for name in ("norm_stats", "tokenizer"):
+    for name in ("norm_stats", "tokenizer", "codec"):
         x, y = getattr(a, name), getattr(b, name)
         if x != y:
             lines.append(f"{name}: " + ("only one has it" if x is None or y is None else "they differ"))

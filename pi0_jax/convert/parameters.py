@@ -19,7 +19,17 @@ import flax.linen as nn
 import jax
 from flax.traverse_util import flatten_dict
 
-from pi0_jax.config import Expert, Gaussian, ModelConfig, ObjectiveConfig, PolicyConfig, Reflow, Straight
+from pi0_jax.config import (
+    Autoregressive,
+    Expert,
+    Gaussian,
+    Joint,
+    ModelConfig,
+    ObjectiveConfig,
+    PolicyConfig,
+    Reflow,
+    Straight,
+)
 from pi0_jax.convert.lazy import LazyArray
 from pi0_jax.convert.rules import Parameter, Rule
 from pi0_jax.errors import UserError
@@ -28,9 +38,6 @@ from pi0_jax.objective import make_objective
 Config = TypeVar("Config")
 FLOW = Gaussian()
 """π0's objective, on whose network checkpoints of other formats are."""
-
-BACKBONE = ("image_encoder", "image_projector", "embedding", "backbone/layers/language", "backbone/language_norm")
-"""Where the paths begin that a model without action expert (variant pi0_fast) has too."""
 
 HEAD_FLAGS = {
     "num_heads": "--num-heads (query heads of the experts; 8 in the released models)",
@@ -76,12 +83,10 @@ def parameters(model: ModelConfig, objective: ObjectiveConfig = FLOW) -> Mapping
     """Path of each parameter of the network that an objective trains, joined by "/", to its shape and axes."""
     runs = dataclasses.replace(model, action_horizon=model.action_horizon or 1)  # 0: not known
     if model.variant == "pi0_fast":
-        runs = dataclasses.replace(runs, variant="pi0")
+        objective = Autoregressive()
     boxes = jax.eval_shape(lambda key: initial_parameters(runs, key, objective), jax.random.key(0))
     found = {}
     for path, box in boxes.items():
-        if model.variant == "pi0_fast" and not path.startswith(BACKBONE):
-            continue
         names = getattr(box, "names", ())
         shape = nn.meta.unbox(box).shape
         names = (*names, *(None,) * (len(shape) - len(names)))
@@ -90,14 +95,20 @@ def parameters(model: ModelConfig, objective: ObjectiveConfig = FLOW) -> Mapping
 
 
 def has_velocity_expert(policy: PolicyConfig) -> bool:
-    """Whether the policy is π0's action expert and predicts velocities, as other formats' policies do.
+    """Whether the policy has π0's action expert, and it predicts velocities.
 
-    Others exist only here. (Predictions of noise and v have the same parameters, and would be mistaken for velocities.)
+    (Predictions of noise and v have the same parameters, and would be mistaken for velocities.)
     """
-    match policy.objective:
+    objective = policy.objective
+    match objective.flow if isinstance(objective, Joint) else objective:
         case Gaussian(path=Straight(), predicts="velocity") | Reflow():
-            return isinstance(policy.model.head, Expert)
+            return isinstance(policy.model.head, Expert) and policy.model.variant != "pi0_fast"
     return False
+
+
+def exists_elsewhere(policy: PolicyConfig) -> bool:
+    """Whether other formats have such policies: π0, π0.5, π0-FAST, or a backbone alone. Others exist only here."""
+    return policy.model.variant == "pi0_fast" or has_velocity_expert(policy)
 
 
 def replaced(config: Config, changes: Mapping[str, Any]) -> Config:

@@ -224,8 +224,9 @@ def _read_back(result: OpenCheckpoint, folder: Path) -> dict[str, str]:
     written = open_checkpoint(folder)
     if written.policy.model != result.policy.model:
         raise UserError(f"verification failed: wrote {result.policy.model}, read back {written.policy.model}")
-    if written.norm_stats != result.norm_stats or written.tokenizer != result.tokenizer:
-        raise UserError("verification failed: statistics or tokenizer read back differently.")
+    for name in ("norm_stats", "tokenizer", "codec"):
+        if getattr(written, name) != getattr(result, name):
+            raise UserError(f"verification failed: {name} was read back differently.")
     digests = {}
     for path, ours in result.tensors.items():
         theirs = written.tensors[path]

@@ -12,14 +12,23 @@ import tyro
 
 from pi0_jax.config import TrainConfig
 from pi0_jax.data.cache import build_cache
+from pi0_jax.data.fast import FastCodec
 from pi0_jax.data.hdf5.layout import Hdf5Options
 from pi0_jax.data.hdf5.reader import Hdf5Dataset
 from pi0_jax.data.lerobot.merge import convert
 from pi0_jax.data.mixture import OpenDataset, dataset_configs, open_datasets, open_source
-from pi0_jax.data.normalization import read_stats_file, save_json, stats_from_json, stats_to_json
+from pi0_jax.data.normalization import (
+    Normalization,
+    normalization_from_json,
+    read_stats_file,
+    save_json,
+    stats_from_json,
+    stats_to_json,
+)
 from pi0_jax.data.robots import ROBOTS, get_robot
 from pi0_jax.data.source import ACTION, STATE, Source
 from pi0_jax.data.tools.check import check_dataset
+from pi0_jax.data.tools.fit_codec import fit_codec, normalized_chunks, report_lines
 from pi0_jax.data.tools.given import SHOWN, fit_given
 from pi0_jax.data.tools.robot import describe_robot
 from pi0_jax.data.tools.show import show
@@ -108,6 +117,34 @@ class Cache:
     """Processes; one a core by default."""
     ray: bool = False
     """Stream the work through a Ray cluster (pip install -e '.[ray]'), that of RAY_ADDRESS or one on this machine."""
+    skip_bad_episodes: bool = False
+    """Leave out episodes that cannot be read, and say which."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Fast:
+    """Fits a FAST codec, which writes action chunks as tokens, to the demonstrations of a config.
+
+    Chunks are made relative and normalised as in training, and compressed: cosine transform along time, rounding,
+    byte-pair encoding. Prints codes per chunk, which have to fit into the objective's `max_tokens`, and the error of
+    each dimension: a larger scale errs less and takes more codes, a larger vocabulary makes fewer. Needs the extra
+    `fast` (pip install -e '.[fast]'). Examples:
+        pi0 data fast configs/mine.py --output codecs/mine --vocab 1024 --scale 10
+        pi0 data fast configs/mine.py --codec codecs/fast       # what the published one does to these demonstrations
+    """
+
+    config: Config
+    """Python file that sets `config`; its fields can be set behind it, as in --data.path data/mine."""
+    output: Path = Path("fast")
+    """Folder to create, in the format of physical-intelligence/fast; name it in the config's `data.codec`."""
+    vocab: int = 1024
+    """Codes, at most; the published codecs have 1024 and 2048. Each of the 256 bytes takes one."""
+    scale: float = 10.0
+    """Coefficients are rounded to multiples of one over this, in normalised units."""
+    chunks: int = 20_000
+    """Action chunks, taken at random, that it is fitted to; up to 4,000 others are the measure."""
+    codec: Path | None = None
+    """Measure this codec on the demonstrations, and fit none."""
     skip_bad_episodes: bool = False
     """Leave out episodes that cannot be read, and say which."""
 
@@ -253,6 +290,32 @@ def cache(args: Cache, config: TrainConfig) -> None:
     print("set data.cache to it")
 
 
+def fast(args: Fast, config: TrainConfig) -> None:
+    """Runs `pi0 data fast`; errors as of `stats`, and of `FastCodec`."""
+    if args.codec is None and args.output.exists():
+        raise FileExistsError(f"{args.output} exists. Choose another folder, or remove it.")
+    given = None if args.codec is None else FastCodec.load(args.codec)
+    policy, datasets = config.policy, _open(config, args.skip_bad_episodes, config.data.validation_share)
+    groups = _normalizations(config, datasets)
+    codec = given or fit_codec(datasets, groups, policy, args.vocab, args.scale, args.chunks)
+    measured = normalized_chunks(datasets, groups, policy, min(args.chunks, 4000), seed=1, progress=False)
+    for dataset, chunks in zip(datasets, measured, strict=True):
+        normalization = groups[dataset.stats]
+        print("\n" + "\n".join(report_lines(codec, chunks, dataset, normalization, policy.normalization)))
+    if given is None:
+        codec.save(args.output)
+        print(f"\nwrote {args.output}, {codec.num_codes} codes; set data.codec to it")
+
+
+def _normalizations(config: TrainConfig, datasets: list[OpenDataset]) -> dict[str, Normalization]:
+    """Statistics by name, as a training that begins has them."""
+    if config.data.norm_stats is None:
+        return compute_normalizations(datasets, config.policy.model.action_horizon, sampled=True)
+    given = read_stats_file(config.data.norm_stats)
+    semantics = {dataset.robot.name: dataset.semantics for dataset in datasets}
+    return {each.stats: normalization_from_json(given, each.robot, semantics, each.stats) for each in datasets}
+
+
 def convert_(args: Convert, config: TrainConfig | None) -> None:
     """Runs `pi0 data convert`; errors as of `stats`."""
     if args.output.exists():
@@ -306,7 +369,10 @@ def _open(
 ) -> list[OpenDataset]:
     skip_bad = skip_bad or config.data.skip_bad_episodes
     changes = {"cache": None, "frames": "random", "skip_bad_episodes": skip_bad, "validation_share": validation_share}
-    return open_datasets(dataclasses.replace(config.data, **changes), config.policy, log_skipped=log_skipped)
+    found = open_datasets(dataclasses.replace(config.data, **changes), config.policy, log_skipped=log_skipped)
+    for pairs in (each.source for each in found if not each.source.has_actions):
+        print(f"{pairs.root}: {pairs.num_episodes} image-text pairs, which have no actions to look at")
+    return [each for each in found if each.source.has_actions]
 
 
 SUBCOMMANDS: dict[str, tuple[type, Callable]] = {
@@ -314,6 +380,7 @@ SUBCOMMANDS: dict[str, tuple[type, Callable]] = {
     "check": (Check, check),
     "show": (Show, show_),
     "cache": (Cache, cache),
+    "fast": (Fast, fast),
     "convert": (Convert, convert_),
     "robot": (Robot, robot_),
 }

@@ -34,6 +34,25 @@ Rows = Int[np.ndarray, "*b"]
 Number = int | np.integer
 
 
+class Instruction(str):
+    """An instruction, with the text that a policy is to write after it and before it acts."""
+
+    text: str = ""
+
+    def __new__(cls, instruction: str, text: str) -> Instruction:
+        self = super().__new__(cls, instruction)
+        self.text = text
+        return self
+
+    def __getnewargs__(self) -> tuple[str, str]:
+        return str(self), self.text
+
+
+def text_of(instruction: str) -> str:
+    """What is to be written after an instruction; "" is nothing."""
+    return getattr(instruction, "text", "")
+
+
 class BadEpisode(UserError):
     """An episode that cannot be read. The message names the file and the episode, and is for the user, from whichever
     process it comes."""
@@ -60,6 +79,8 @@ class Source(abc.ABC):
     """Episodes of demonstrations, which several threads may read at once. Instances can be pickled: what is open or
     kept in memory is opened and read again elsewhere."""
 
+    has_actions: bool = True
+    """False for image-text pairs, whose states and actions are zeros that mean nothing."""
     root: Path
     """Folder of the dataset."""
     fps: int | float

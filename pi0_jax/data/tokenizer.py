@@ -1,10 +1,12 @@
-"""Prompts as token ids: a SentencePiece model, and the two prompt formats of π0 and π0.5.
+"""Prompts as token ids: a SentencePiece model, and the prompt formats of π0, π0.5 and π0-FAST.
 
-    π0      BOS  {instruction}  newline
-    π0.5    BOS  Task: {instruction}, State: {state};  newline  "Action: "
+    π0        BOS  {instruction}  newline
+    π0.5      BOS  Task: {instruction}, State: {state};  newline  "Action: "
+    π0-FAST   BOS  Task: {instruction}, State: {state};  newline
 
-where the state is the normalised one, each dimension an integer of 0 to 255 over [-1, 1]. The released weights need
-PaliGemma's own model file; a small one can be trained on the instructions for weights that start at random.
+A prompt that asks for text, before actions, ends with "Subtask: ". The state is the normalised one, each dimension an
+integer of 0 to 255 over [-1, 1]. The released weights need PaliGemma's own model file; a small one can be trained on
+the instructions for weights that start at random.
 """
 
 from __future__ import annotations
@@ -51,6 +53,8 @@ class Tokenizer:
             ) from error
         if self._processor.bos_id() < 0:
             raise UserError(f"{source} has no BOS token, which every prompt of π0 starts with. Use PaliGemma's model.")
+        self.bos_id: int = self._processor.bos_id()
+        self.eos_id: int = self._processor.eos_id()
         self._encode = functools.lru_cache(maxsize=4096)(self._processor.encode)
         self._warned = False
 
@@ -115,18 +119,26 @@ class Tokenizer:
             ) from error
         return cls(model.getvalue())
 
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without BOS and EOS."""
+        return list(self._encode(text))
+
+    def piece(self, token: int) -> str:
+        """The text of a token id; "" beyond the vocabulary."""
+        return self._processor.id_to_piece(token) if 0 <= token < self.vocab_size else ""
+
     def encode_prompt(
-        self, prompt: str, length: int, state: Float[np.ndarray, "d"] | None = None
+        self, prompt: str, length: int, state: Float[np.ndarray, "d"] | None = None, ending: str | None = None
     ) -> tuple[Int32[np.ndarray, "p"], Bool[np.ndarray, " p"]]:
         """Token ids of a prompt, padded or cut to `length`, and a mask that is False at padding.
 
         Where π0.5's is too long, the instruction loses its last words, and never the state or what comes after it.
 
-        `state` is None for π0's format; for π0.5's the normalised state, without padding, which has to fit by itself
-        (`UserError`).
+        `state` is None for π0's format; for the others the normalised state, without padding, which has to fit by
+        itself (`UserError`). `ending` is what comes after the last newline; None: π0's and π0.5's.
         """
-        words, bos = _clean(prompt).split(" "), self._processor.bos_id()
-        ids = self._prompt_ids(words, bos, state)
+        words = _clean(prompt).split(" ")
+        ids = self._prompt_ids(words, state, ending)
         if (whole := len(ids)) > length and not self._warned:
             self._warned = True
             warnings.warn(
@@ -134,24 +146,25 @@ class Tokenizer:
                 "Further cuts are not reported.",
                 stacklevel=2,
             )
-        while state is not None and len(ids) > length:
+        while (state is not None or ending) and len(ids) > length:
             if not words:
                 raise UserError(
                     f"the state alone takes {len(ids)} tokens of the prompt, which has {length}. Raise "
                     "`model.prompt_length`; the released π0.5 has 200."
                 )
             words.pop()
-            ids = self._prompt_ids(words, bos, state)
+            ids = self._prompt_ids(words, state, ending)
         ids = ids[:length]
         padding = length - len(ids)
         return np.array(ids + [0] * padding, np.int32), np.array([True] * len(ids) + [False] * padding)
 
-    def _prompt_ids(self, words: list[str], bos: int, state: np.ndarray | None) -> list[int]:
+    def _prompt_ids(self, words: list[str], state: np.ndarray | None, ending: str | None) -> list[int]:
         text = " ".join(words)
         if state is None:
-            return [bos, *self._encode(text), *self._encode("\n")]
+            return [self.bos_id, *self._encode(text), *self._encode(f"\n{ending or ''}")]
         bins = " ".join(map(str, discretize(state).tolist()))
-        return [bos, *self._encode(f"Task: {text}, State: {bins};\nAction: ")]
+        ending = "Action: " if ending is None else ending
+        return [self.bos_id, *self._encode(f"Task: {text}, State: {bins};\n{ending}")]
 
 
 def discretize(state: Float[np.ndarray, "*b d"]) -> np.ndarray:

@@ -14,6 +14,7 @@ leave the state as it was `reported`, for the signs of quaternions (`ANCHORS` ar
 # pyright: reportTypedDictNotRequiredAccess=false
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypedDict, cast
@@ -22,7 +23,7 @@ import numpy as np
 import PIL.Image
 from jaxtyping import UInt8
 
-from pi0_jax.batch import Observation
+from pi0_jax.batch import Observation, Targets
 from pi0_jax.config import ModelConfig, PolicyConfig
 from pi0_jax.data.normalization import (
     Mode,
@@ -43,10 +44,9 @@ from pi0_jax.data.poses import (
     steady_signs,
     to_model,
 )
-from pi0_jax.data.robots import RawObservation as RawObservation
 from pi0_jax.data.robots import Robot
 from pi0_jax.data.tokenizer import Tokenizer
-from pi0_jax.errors import UserError, did_you_mean
+from pi0_jax.errors import UserError
 
 ACTION_KEYS = ("actions", "previous")
 """Keys of a sample that hold action chunks, which transforms map alike."""
@@ -66,8 +66,19 @@ class Sample(TypedDict, total=False):
     prompt: str | np.ndarray
     """The instruction, or an array of them `[*b]`; after tokenising token ids `[*b p]`."""
     prompt_mask: np.ndarray
+    text: str | np.ndarray
+    """What is to be written after the prompt and before actions, such as the subtask, or an array of them `[*b]`; empty
+    is nothing. In training."""
+    asks: bool | np.ndarray
+    """Whether the prompt asks for text, `[*b]`; left out: where there is `text`."""
     actions: np.ndarray
     """The demonstrated chunk in training, the model's at inference, `[*b ah d]`."""
+    has_actions: np.ndarray
+    """False where `actions` mean nothing, `[*b]`; left out: they do."""
+    step_mask: np.ndarray
+    """False at steps of `actions` that are not to be learnt, `[*b ah]`; in training."""
+    targets: Targets
+    """What is learnt as tokens."""
     previous: np.ndarray
     """What remains of the chunk in execution, `[n d]`; at inference only."""
     delay: int
@@ -128,10 +139,17 @@ def _state_and_actions(state: Function, actions: Function) -> dict[str, Function
     return {"state": state, **dict.fromkeys(ACTION_KEYS, actions)}
 
 
-def make_transform(policy: PolicyConfig, robot: Robot, normalization: Normalization, tokenizer: Tokenizer) -> Transform:
+def make_transform(
+    policy: PolicyConfig,
+    robot: Robot,
+    normalization: Normalization,
+    tokenizer: Tokenizer,
+    targets: Transform = identity,
+) -> Transform:
     """The transform from a raw observation to the model's arrays, and from its actions to the robot's.
 
-    The tokenizer is the one that the weights were trained with.
+    The tokenizer is the one that the weights were trained with; `targets` adds what is learnt as tokens
+    (`data.targets`).
 
     Raises:
         UserError: the statistics are not the robot's, its dimensions do not fit into the model, none of the model's
@@ -146,12 +164,34 @@ def make_transform(policy: PolicyConfig, robot: Robot, normalization: Normalizat
             "or bring the tokenizer that belongs to the weights."
         )
     return chain(
-        adapt(robot),
-        relative_actions(normalization.semantics, robot.poses),
-        normalize(normalization.stats, policy.normalization),
-        tokenize(tokenizer, model.prompt_length, with_state=model.variant == "pi05" and policy.state_in_prompt),
+        to_normalized(robot, normalization, policy.normalization),
+        targets,
+        tokenize(tokenizer, policy),
         select_images(model.cameras, model.vision.image_size),
         pad(model.action_dim, robot),
+    )
+
+
+def make_pairs_transform(
+    policy: PolicyConfig, robot: Robot, tokenizer: Tokenizer, targets: Transform = identity
+) -> Transform:
+    """The transform of image-text pairs: the prompt is the question, and the robot's state is not in it."""
+    model = policy.model
+    return chain(
+        Transform(lambda sample: sample | {"asks": np.zeros(np.shape(sample["prompt"]), bool)}, _same),
+        targets,
+        tokenize(tokenizer, dataclasses.replace(policy, state_in_prompt=False)),
+        select_images(model.cameras, model.vision.image_size),
+        pad(model.action_dim, robot),
+    )
+
+
+def to_normalized(robot: Robot, normalization: Normalization, mode: Mode) -> Transform:
+    """State and actions from the robot's units to normalised ones, in the robot's dimensions in the model, and back."""
+    return chain(
+        adapt(robot),
+        relative_actions(normalization.semantics, robot.poses),
+        normalize(normalization.stats, mode),
     )
 
 
@@ -286,18 +326,24 @@ def normalize(stats: Stats, mode: Mode) -> Transform:
     return per_key(functions(normalize_values), functions(unnormalize_values))
 
 
-def tokenize(tokenizer: Tokenizer, length: int, with_state: bool) -> Transform:
-    """The string `prompt` to `length` token ids and `prompt_mask`; `with_state` is π0.5's format. Has no inverse."""
+def tokenize(tokenizer: Tokenizer, policy: PolicyConfig) -> Transform:
+    """The string `prompt` to the model's number of token ids and `prompt_mask`, in its variant's format; no inverse."""
+    model = policy.model
+    with_state = model.variant != "pi0" and policy.state_in_prompt
+    usual = "" if model.variant == "pi0_fast" else None
 
     def forward(sample: Sample) -> Sample:
-        prompts = np.asarray(sample["prompt"])
-        state = np.asarray(sample["state"])
+        prompts, state = np.asarray(sample["prompt"]), np.asarray(sample["state"])
+        written = np.asarray(sample.get("text", ""), object)
+        asks = np.broadcast_to(sample.get("asks", written != ""), prompts.shape).ravel()
         states = state.reshape(-1, state.shape[-1]) if with_state else [None] * prompts.size
+        texts = [str(prompt).lower() if policy.objective.lowercase else str(prompt) for prompt in prompts.ravel()]
+        endings = ["Subtask: " if each else usual for each in asks]
         encoded = [
-            tokenizer.encode_prompt(str(prompt), length, state)
-            for prompt, state in zip(prompts.ravel(), states, strict=True)
+            tokenizer.encode_prompt(text, model.prompt_length, state, ending)
+            for text, state, ending in zip(texts, states, endings, strict=True)
         ]
-        ids, mask = (np.stack(rows).reshape(*prompts.shape, length) for rows in zip(*encoded, strict=True))
+        ids, mask = (np.stack(rows).reshape(*prompts.shape, -1) for rows in zip(*encoded, strict=True))
         return sample | {"prompt": ids, "prompt_mask": mask}
 
     return Transform(forward, _same)
@@ -358,90 +404,3 @@ def to_observation(sample: Sample) -> Observation:
     """The model's input, from what `make_transform(...).forward` returned."""
     values: Mapping[str, Any] = sample
     return Observation(*(values[field] for field in Observation._fields))
-
-
-def check_observation(raw: Mapping[str, Any], robot: Robot) -> Sample:
-    """Checks a raw observation that a user or a robot sent, and brings it into form.
-
-    Returns:
-        The same with uint8 images (floats as openpi converts them, 255 times and cut), a float32 state, and `previous`
-        only where an action remains.
-
-    Raises:
-        UserError: something is missing, unknown, or of wrong shape, type or value.
-    """
-    if missing := {"images", "state", "prompt"} - set(raw):
-        raise UserError(f"the observation lacks {sorted(missing)}; it has {sorted(raw)}.")
-    cameras = tuple(robot.cameras.values())
-    images = raw["images"]
-    if not isinstance(images, dict):
-        raise UserError(f"`images` came as {type(images).__name__}; expected a dict by camera, of {list(cameras)}.")
-    if missing := [camera for camera in cameras if camera not in images]:
-        unknown = [name for name in images if name not in cameras]
-        hints = "".join(did_you_mean(name, missing, 0.4) for name in unknown)
-        raise UserError(
-            f"the observation lacks cameras {missing}; it has {sorted(map(str, images))}. "
-            f"{robot.name} has {list(cameras)}.{hints}"
-        )
-    if unknown := [name for name in images if name not in cameras]:
-        raise UserError(f"the observation has cameras {unknown} that {robot.name} has not; it has {list(cameras)}.")
-    prompt = raw["prompt"]
-    prompt = prompt.item() if isinstance(prompt, np.ndarray) and prompt.ndim == 0 else prompt
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise UserError(f"`prompt` came as {prompt!r}; expected the instruction, a string that is not empty.")
-    sample: Sample = {
-        "images": {camera: _check_image(images[camera], camera) for camera in cameras},
-        "state": _check_state(raw["state"], robot),
-        "prompt": prompt,
-    }
-    return sample | _check_previous(raw, robot)
-
-
-def _check_previous(raw: Mapping[str, Any], robot: Robot) -> Sample:
-    if raw.get("previous") is None:
-        return {}
-    try:
-        actions, delay = np.asarray(raw["previous"], np.float32), int(raw.get("delay", 0))
-    except (TypeError, ValueError, OverflowError) as error:
-        raise UserError(f"`previous` or `delay` is no number: {error}.") from error
-    if actions.ndim != 2 or actions.shape[1] != len(robot.actions):
-        raise UserError(
-            f"`previous` has shape {actions.shape}; expected (steps, {len(robot.actions)}): {', '.join(robot.actions)}."
-        )
-    if not np.isfinite(actions).all():
-        raise UserError("`previous` is NaN or infinite in places; send what remains of the last chunk as it came.")
-    if delay < 0:
-        raise UserError(f"`delay` is {delay}; expected the number of `previous` actions that will be executed.")
-    return {"previous": actions, "delay": delay} if len(actions) else {}
-
-
-def _check_image(image: Any, camera: str) -> UInt8[np.ndarray, "h w 3"]:
-    image = np.asarray(image)
-    if image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
-        first = image.ndim == 3 and image.shape[0] == 3
-        hint = " Move the channels to the end: np.moveaxis(image, 0, -1)." if first else ""
-        raise UserError(f"camera {camera!r} has shape {image.shape}; expected (height, width, 3).{hint}")
-    if image.dtype == np.uint8:
-        return image
-    if image.dtype.kind != "f":
-        raise UserError(f"camera {camera!r} is of type {image.dtype}; expected uint8, or float in [0, 1].")
-    if not (image.min() >= 0 and image.max() <= 1):  # false for NaN
-        raise UserError(
-            f"camera {camera!r} is of type {image.dtype} with values {image.min()} to {image.max()}; floats are "
-            "expected in [0, 1]. Send uint8 for values up to 255."
-        )
-    return (255 * image).astype(np.uint8)
-
-
-def _check_state(state: Any, robot: Robot) -> np.ndarray:
-    names = ", ".join(robot.state)
-    try:
-        state = np.asarray(state, np.float32)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"`state` came as {state!r}; expected {len(robot.state)} numbers: {names}.") from error
-    if state.shape != (len(robot.state),):
-        raise UserError(f"`state` has shape {state.shape}; expected {(len(robot.state),)}: {names}.")
-    if not np.isfinite(state).all():
-        bad = [name for name, value in zip(robot.state, state, strict=True) if not np.isfinite(value)]
-        raise UserError(f"`state` is NaN or infinite in {bad}. Check the sensors before asking for actions.")
-    return state

@@ -20,14 +20,17 @@ from pi0_jax.config_file import parse
 from pi0_jax.data.robot_json import kept_robot
 from pi0_jax.data.robots import RawObservation, Robot
 from pi0_jax.errors import UserError, require_package
+from pi0_jax.evaluate.demonstrate import Noise
+from pi0_jax.evaluate.environments import install, open_simulator
 from pi0_jax.evaluate.latency import STRATEGIES, Latency, describe, simulate, summary
+from pi0_jax.evaluate.outcomes import OutcomeFile
 from pi0_jax.evaluate.page import encode_mp4, hold_last
 from pi0_jax.evaluate.record import Source
 from pi0_jax.evaluate.record import record as record_demonstrations
 from pi0_jax.evaluate.report import write_report
-from pi0_jax.evaluate.rollout import Rate, roll_out
-from pi0_jax.evaluate.simulators import find_simulator, get_simulator, has_option
-from pi0_jax.evaluate.simulators.gym import Simulator
+from pi0_jax.evaluate.rollout import Outcome, Rate, roll_out
+from pi0_jax.evaluate.simulators import find_simulator, has_option
+from pi0_jax.evaluate.simulators.gym import Episodes, Simulator
 from pi0_jax.inference.files import format_chunk, load_observation, plot_chunk, save_observation
 from pi0_jax.inference.policy import Policy
 
@@ -39,7 +42,7 @@ class Infer:
     """Runs a trained policy: on one observation from a file, or in closed loop in a simulator.
 
     On an observation it prints a chunk of actions in robot units and saves it with a plot. In a simulator it prints
-    success by instruction with 95 % Wilson intervals and the latency, and saves a video.
+    success by task with 95 % Wilson intervals and the latency, and saves each episode's outcome and videos.
 
     Examples:
 
@@ -59,12 +62,19 @@ class Infer:
     env_options: tuple[str, ...] = ()
     """Options of the simulator, such as counterfactual=true: the instruction asks for something else than what is
     scored, to see whether the policy ignores the language instruction."""
+    env_python: Path | None = None
+    """Interpreter that has the simulator's packages, if this one has not; neither JAX nor pi0_jax has to be in it. By
+    default this one, or that of `pi0 env install`."""
     write_example: Path | None = None
     """Write an observation of the right form (all zeros) to this .npz, to be filled in."""
     prompt: str | None = None
     """Instruction to give instead of the observation's."""
-    episodes: int = 60
-    """Episodes in the simulator."""
+    episodes: int | None = None
+    """Episodes in the simulator; by default as many of each task as its protocol has."""
+    resume: bool = False
+    """In the simulator: go on with an evaluation that was interrupted, or to more episodes."""
+    videos: Literal["first", "failures", "all", "none"] = "first"
+    """In the simulator: the episodes of which videos are saved; first: the first of each task."""
     seed: int = 0
     """Seed of the noise, and of the simulator's layouts."""
     num_steps: int | None = None
@@ -82,8 +92,8 @@ class Infer:
     """Round the weights to eight bits; what that changes is logged. fp8 is quick on GPUs that multiply float8."""
     execute_steps: int | None = None
     """Actions of a chunk executed before the policy is asked again; the checkpoint's own number by default."""
-    batch_size: int = 64
-    """Episodes side by side in the simulator."""
+    batch_size: int | None = None
+    """Episodes side by side in the simulator; 64 by default, or 4 per core where environments live in processes."""
     strategy: Literal["synchronous", "asynchronous", "ensemble", "guidance", "identity", "trained"] | None = None
     """In the simulator: how to act while the policy computes, in simulated time; the last three are real-time chunking.
     By default the simulator waits, and nothing is late."""
@@ -144,6 +154,10 @@ class Record:
     """Simulator: its name, or a Python file."""
     env_options: tuple[str, ...] = ()
     """Options of the simulator, as NAME=VALUE."""
+    env_python: Path | None = None
+    """Interpreter that has the simulator's packages, as in `pi0 evaluate`."""
+    noise: float = 0.08
+    """Chance per step that a burst of random motion begins, which shows how to recover; its actions are not learnt."""
     episodes: int = 1200
     """Demonstrations, the tasks in turn."""
     split: Literal["train", "validation"] = "train"
@@ -152,6 +166,21 @@ class Record:
     """Another seed gives other layouts of the split."""
     overwrite: bool = False
     """Replace an existing dataset."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Env:
+    """Installs a simulator's packages in an environment of their own, where `pi0 evaluate` and `record` find them.
+
+    Example:
+
+        pi0 env install metaworld
+    """
+
+    action: Annotated[Literal["install"], tyro.conf.Positional]
+    """What to do."""
+    name: Annotated[str, tyro.conf.Positional]
+    """Simulator: its name, or a Python file that names its PACKAGES."""
 
 
 def infer(args: Infer) -> None:
@@ -168,7 +197,7 @@ def infer(args: Infer) -> None:
             "say what to run on: --observation FILE (one observation), --env NAME (closed loop in a simulator), or "
             "--write-example FILE (a template of an observation)."
         )
-    simulator = get_simulator(_env(args), **_options(args.env_options)) if evaluates else None
+    simulator = open_simulator(_env(args), _options(args.env_options), args.env_python) if evaluates else None
     if args.observation is not None and not args.observation.is_file():
         load_observation(args.observation)  # fails before the weights are read
     if args.strategy is None and (args.latency or args.jitter or args.drop):
@@ -228,27 +257,59 @@ def _act(policy: Policy, args: Infer) -> None:
     print(f"ms per chunk, over {calls} calls after compilation: {total} (median {medians})")
 
 
-def _evaluate(simulator: Simulator, policy: Policy, args: Infer) -> None:
-    output = _folder(args.output or run_folder(args.run) / "infer")
-    film, where = range(len(simulator.tasks)), (policy, simulator, args.episodes, args.seed)
-    result = roll_out(*where, batch_size=args.batch_size, film=film, progress="closed loop")
+def _evaluate(simulator: Episodes, policy: Policy, args: Infer) -> None:
+    output, (episodes, batch_size) = _folder(args.output or run_folder(args.run) / "infer"), _sizes(simulator, args)
+    log = OutcomeFile(output / f"{simulator.name}.jsonl", _about(simulator, args), resume=args.resume)
+    films = output / f"{simulator.name}_videos"
+    saved = []
+
+    def keep(outcome: Outcome) -> Outcome:
+        log.add(outcome)
+        if outcome.pictures and not (outcome.success and args.videos == "failures"):
+            name = f"{outcome.index:05}_{outcome.task.replace(' ', '_')}_{'success' if outcome.success else 'failure'}"
+            film = _folder(films) / f"{name}.mp4"
+            film.write_bytes(encode_mp4(hold_last(outcome.pictures, simulator.fps), simulator.fps))
+            saved.append(film)
+        return dataclasses.replace(outcome, pictures=())
+
+    film = range({"first": len(simulator.tasks), "none": 0}.get(args.videos, episodes))
+    how: dict[str, Any] = {"batch_size": batch_size, "film": film, "done": log.done, "keep": keep}
+    result = roll_out(policy, simulator, episodes, args.seed, **how, progress="closed loop")
     print(result.table())
-    films = [outcome.pictures for outcome in result.outcomes if outcome.pictures]
-    video = output / f"{Path(_env(args)).stem}.mp4"
-    pictures = [picture for film in films for picture in hold_last(film, simulator.fps)]
-    video.write_bytes(encode_mp4(pictures, simulator.fps))
     failed = Counter(outcome.task for outcome in result.outcomes if not outcome.success)
     if failed:
         print("failures:", ", ".join(f"{task} {count}" for task, count in failed.most_common()))
-    print(f"device {jax.devices()[0].device_kind}; video of {len(films)} episodes: {video}")
+    filmed = f"; videos of {len(saved)} episodes: {films}" if saved else ""
+    print(f"device {jax.devices()[0].device_kind}; outcomes: {log.path}{filmed}")
 
 
-def _evaluate_in_time(simulator: Simulator, policy: Policy, args: Infer) -> None:
+def _sizes(simulator: Episodes, args: Infer) -> tuple[int, int]:
+    """Episodes in all, and side by side."""
+    episodes = len(simulator.tasks) * simulator.per_task if args.episodes is None else args.episodes
+    light = isinstance(simulator, Simulator)
+    return episodes, args.batch_size or (64 if light else min(64, 4 * (os.cpu_count() or 1)))
+
+
+def _about(simulator: Episodes, args: Infer) -> dict[str, Any]:
+    """What an episode's outcome depends on, beside its index."""
+    return {
+        "policy": str(args.run.absolute()),
+        "step": _step(args.run),
+        "changes": {name: repr(value) for name, value in _changes(args).items()},
+        "simulator": simulator.name,
+        "options": _options(args.env_options),
+        "seed": args.seed,
+        "dtype": args.dtype,
+        "bits": args.bits,
+    }
+
+
+def _evaluate_in_time(simulator: Episodes, policy: Policy, args: Infer) -> None:
     assert args.strategy is not None
-    latency = Latency(args.latency, args.jitter, args.drop)
-    strategy, where = STRATEGIES[args.strategy][0](policy.config.execute_steps), (args.episodes, args.seed)
-    how = (policy, simulator, strategy, latency, *where)
-    traces = simulate(*how, batch_size=args.batch_size, progress="simulated time")
+    latency, (episodes, batch_size) = Latency(args.latency, args.jitter, args.drop), _sizes(simulator, args)
+    strategy = STRATEGIES[args.strategy][0](policy.config.execute_steps)
+    how = (policy, simulator, strategy, latency, episodes, args.seed)
+    traces = simulate(*how, batch_size=batch_size, progress="simulated time")
     print(describe(args.strategy, latency, summary(traces, simulator.fps)))
 
 
@@ -256,8 +317,8 @@ def report(args: Report) -> None:
     """Runs `pi0 report`; errors as in `infer`."""
     require_package("matplotlib", "report", "the report")
     name, run = _env(args), run_folder(args.run)
-    simulator = get_simulator(name)
-    counterfactual = get_simulator(name, counterfactual=True) if has_option(name, "counterfactual") else None
+    simulator = open_simulator(name)
+    counterfactual = open_simulator(name, {"counterfactual": True}) if has_option(name, "counterfactual") else None
     path = args.output or run / "report.html"
     _folder(path.parent)
     keep_programs("default")
@@ -276,9 +337,17 @@ def report(args: Report) -> None:
 
 def record(args: Record) -> None:
     """Runs `pi0 record`; errors as in `infer`."""
-    source = Source(args.env, args.split, args.seed, options=tuple(_options(args.env_options).items()))
+    options = tuple(_options(args.env_options).items())
+    python = None if args.env_python is None else str(args.env_python)
+    source = Source(args.env, args.split, args.seed, Noise(args.noise), options, python)
     summary = record_demonstrations(args.path, source, args.episodes, overwrite=args.overwrite)
-    print(f"{args.episodes} demonstrations, {summary['frames']} frames: {args.path}")
+    failed = f"; {summary['dropped']} failures of the expert were left out" if summary["dropped"] else ""
+    print(f"{args.episodes} demonstrations, {summary['frames']} frames: {args.path}{failed}")
+
+
+def env(args: Env) -> None:
+    """Runs `pi0 env`; errors as in `infer`."""
+    print(f"the simulator {args.name} runs in {install(args.name)}")
 
 
 def _env(args: Infer | Report) -> str:

@@ -16,8 +16,8 @@ from pi0_client.player import Player, Query, Strategy, real_time, receding_horiz
 from pi0_jax.config import RealTimeConfig
 from pi0_jax.data.robots import RawObservation, Robot
 from pi0_jax.errors import UserError
-from pi0_jax.evaluate.rollout import BatchPolicy, Driver, closed_loop, success_rate
-from pi0_jax.evaluate.simulators.gym import Simulator
+from pi0_jax.evaluate.rollout import BatchPolicy, Driver, check_size, closed_loop, success_rate
+from pi0_jax.evaluate.simulators.gym import Episodes
 
 STRATEGIES: dict[str, tuple[Callable[[int], Strategy], RealTimeConfig | None]] = {
     "synchronous": (receding_horizon, None),
@@ -86,7 +86,7 @@ class Trace:
 
 def simulate(
     policy: BatchPolicy,
-    simulator: Simulator,
+    simulator: Episodes,
     strategy: Strategy,
     latency: Latency,
     num_episodes: int,
@@ -100,17 +100,23 @@ def simulate(
     The policy's `real_time` is how chunks are continued; other arguments and errors are those of `roll_out`.
     """
 
+    traces: dict[int, Trace] = {}
+
     def begin(index: int) -> _Run:
         return _Run(index, seed, policy.robot, simulator, strategy, latency)
 
-    runs, _ = closed_loop(policy, simulator, begin, num_episodes, seed, batch_size=batch_size, progress=progress)
-    return [run.trace() for run in runs]
+    def end(run: _Run) -> None:
+        traces[run.index] = run.trace()
+
+    size, indices = check_size(num_episodes, batch_size), range(num_episodes)
+    closed_loop(policy, simulator, begin, end, indices, seed, batch_size=size, progress=progress)
+    return [traces[index] for index in indices]
 
 
 class _Run(Driver):
     """One episode, its player, and the answer that is on its way."""
 
-    def __init__(self, index: int, seed: int, robot: Robot, simulator: Simulator, strategy: Strategy, latency: Latency):
+    def __init__(self, index: int, seed: int, robot: Robot, simulator: Episodes, strategy: Strategy, latency: Latency):
         super().__init__(index, simulator.start(index, seed))
         self._player, self._latency = Player(strategy, robot.still), latency
         self._rng = np.random.default_rng([seed, index])

@@ -3,53 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
-from pi0_jax.data.pool import run_tasks
 from pi0_jax.data.robots import Robot, get_robot
-from pi0_jax.data.source import ACTION, STATE, VALID
 from pi0_jax.errors import UserError
-from pi0_jax.evaluate.simulators import MAX_ATTEMPTS, MAX_DEMONSTRATIONS, get_simulator
-from pi0_jax.evaluate.simulators.gym import Episode, Simulator
+from pi0_jax.evaluate.demonstrate import ACTION, STATE, VALID, Demonstration, Noise, demonstrate
+from pi0_jax.evaluate.environments import open_simulator
+from pi0_jax.evaluate.processes import Processes
+from pi0_jax.evaluate.simulators import MAX_DEMONSTRATIONS
+from pi0_jax.evaluate.simulators.gym import Simulator
 
-BLOCK = 512
-"""Episodes per round of worker processes, which bounds how many wait in memory."""
-MIN_SHARE = 16
-"""Episodes that make another worker process worth its start."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Noise:
-    """Bursts of random motion while the expert acts, so that the data shows how to recover."""
-
-    rate: float = 0.08
-    """Chance that a burst starts at a step."""
-    max_steps: int = 3
-    """A burst repeats one random action for 1 to this many steps."""
-
-
-class Demonstration(NamedTuple):
-    """One successful episode of T steps."""
-
-    frames: dict[str, np.ndarray]
-    """Arrays of T rows by feature name: what was observed, the action executed there, and `valid`: 1 where that action
-    is the expert's, 0 where a burst replaced it. What follows a burst cannot be foreseen from before it, so a chunk of
-    actions should count up to its first invalid step."""
-    task: str
-    prompt: str
-    seed: int
-    """Seed of the layout."""
-    dropped: int
-    """Failed attempts before this one."""
+MIN_SHARE = 4
+"""Episodes that make another process worth its start."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,70 +37,46 @@ class Source:
     noise: Noise = Noise()
     options: tuple[tuple[str, Any], ...] = ()
     """Options of the simulator."""
+    python: str | None = None
+    """Interpreter that has the simulator's packages; None: as `open_simulator` finds it."""
 
     def __post_init__(self):
         if self.split not in ("train", "validation"):
             raise UserError(f'split is {self.split!r}; demonstrations are recorded for "train" or "validation".')
 
 
-def _demonstrate(episode: Episode, robot: Robot, noise: Noise, dropped: int) -> Demonstration | None:
-    """Runs the expert to the end of an episode; None if it fails."""
-    rng, rows, over, success = np.random.default_rng((episode.seed, 1)), [], False, False
-    prompt, burst, burst_left = "", np.empty(0), 0
-    while not over:
-        raw = episode.observe()
-        prompt = prompt or raw["prompt"]
-        if burst_left == 0 and rng.random() < noise.rate:
-            burst, burst_left = episode.random_action(rng), int(rng.integers(1, noise.max_steps + 1))
-        valid = burst_left == 0
-        action = episode.expert() if valid else burst
-        burst_left = max(burst_left - 1, 0)
-        row = {feature: raw["images"][camera] for feature, camera in robot.cameras.items()}
-        rows.append(row | {STATE: raw["state"], ACTION: action, VALID: np.array([valid], np.float32)})
-        over, success = episode.step(action)
-    frames = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-    return Demonstration(frames, episode.task, prompt, episode.seed, dropped) if success else None
-
-
-@functools.cache
-def _simulator(name: str, options: tuple[tuple[str, Any], ...]) -> Simulator:
-    return get_simulator(name, **dict(options))
-
-
-def _collect(number: int, source: Source) -> Demonstration:
-    """Demonstration `number`: the first successful attempt at it."""
-    simulator = _simulator(source.simulator, source.options)
-    for attempt in range(MAX_ATTEMPTS):
-        episode = simulator.start(number, source.seed, source.split, attempt)
-        demonstration = _demonstrate(episode, get_robot(simulator.robot), source.noise, dropped=attempt)
-        episode.close()
-        if demonstration is not None:
-            return demonstration
-    raise UserError(
-        f"the expert failed {MAX_ATTEMPTS} times at episode {number} under {source.noise}: the bursts leave it no time "
-        "to finish. Lower their rate or length."
-    )
-
-
 def demonstrations(source: Source, num_episodes: int, workers: int | None = None) -> Iterator[Demonstration]:
     """The first demonstrations of a source, the simulator's tasks in turn.
 
-    With more than one worker a script that calls this needs the usual `if __name__ == "__main__":`. `num_episodes` is
-    at most `MAX_DEMONSTRATIONS`. `workers` are processes, None: one per core; they change nothing in the result.
+    `num_episodes` is at most `MAX_DEMONSTRATIONS`. `workers` are processes, None: one per core; they change nothing in
+    the result.
 
     Raises:
         UserError: no such simulator, or it has no expert, or `num_episodes` is out of range.
     """
+    yield from _record(_open(source, num_episodes, workers), source, num_episodes)
+
+
+def _open(source: Source, num_episodes: int, workers: int | None) -> Simulator | Processes:
+    """The source's simulator: in processes, unless it is light and one process is enough."""
     if not 0 < num_episodes <= MAX_DEMONSTRATIONS:
         raise UserError(
             f"num_episodes is {num_episodes}; expected 1 to {MAX_DEMONSTRATIONS}. Record more under another seed."
         )
-    _simulator(source.simulator, source.options)  # fails here rather than in a worker
-    collect = functools.partial(_collect, source=source)
-    workers = min(workers or os.cpu_count() or 1, -(-num_episodes // MIN_SHARE))
-    for start in range(0, num_episodes, BLOCK):
-        tasks = [(number,) for number in range(start, min(start + BLOCK, num_episodes))]
-        yield from run_tasks(collect, tasks, workers)
+    options, most = dict(source.options), min(workers or os.cpu_count() or 1, -(-num_episodes // MIN_SHARE))
+    simulator = open_simulator(source.simulator, options, source.python, most)
+    assert isinstance(simulator, Simulator | Processes)
+    alone = isinstance(simulator, Processes) or most == 1
+    return simulator if alone else Processes(source.simulator, options, most=most)
+
+
+def _record(simulator: Simulator | Processes, source: Source, num_episodes: int) -> Iterator[Demonstration]:
+    what = (source.seed, source.split, source.noise, get_robot(simulator.robot).cameras)
+    if isinstance(simulator, Processes):
+        yield from simulator.demonstrations(num_episodes, *what)
+        simulator.close()
+    else:
+        yield from (demonstrate(simulator, number, *what) for number in range(num_episodes))
 
 
 def features(demonstration: Demonstration, robot: Robot) -> dict[str, dict[str, Any]]:
@@ -148,14 +96,13 @@ def record(
 
     Returns:
         The content of `meta/recording.json`: the source's fields, `frames`, `dropped` (failed attempts, left out of
-        the dataset), and for each episode its task's name and its layout's seed.
+        the dataset), and for each episode its task's name, its layout's seed, and its mode where there are several.
     """
     # Here, so that worker processes start without video and parquet.
     from pi0_jax.data.lerobot import LeRobotWriter
 
-    simulator = _simulator(source.simulator, source.options)
-    robot = get_robot(simulator.robot)
-    found = demonstrations(source, num_episodes, workers)
+    simulator = _open(source, num_episodes, workers)
+    robot, found = get_robot(simulator.robot), _record(simulator, source, num_episodes)
     first = next(found)
     columns = features(first, robot)
     episodes, frames, dropped = [], 0, 0
@@ -163,7 +110,8 @@ def record(
         found = tqdm(itertools.chain([first], found), f"recording {source.split}", num_episodes, unit="episode")
         for episode in found:
             writer.add_episode(episode.frames, task=episode.prompt)
-            episodes.append({"task": episode.task, "seed": episode.seed})
+            mode = {} if episode.mode is None else {"mode": episode.mode}
+            episodes.append({"task": episode.task, "seed": episode.seed, **mode})
             frames += len(episode.frames["action"])
             dropped += episode.dropped
     summary = dataclasses.asdict(source) | {"frames": frames, "dropped": dropped, "episodes": episodes}

@@ -35,7 +35,7 @@ from pi0_jax.evaluate.page import (
     video_tag,
 )
 from pi0_jax.evaluate.rollout import Rate, Rollout, roll_out
-from pi0_jax.evaluate.simulators.gym import Simulator
+from pi0_jax.evaluate.simulators.gym import Episodes
 from pi0_jax.inference.policy import Policy
 
 Section = tuple[str, bytes | None, str]
@@ -48,8 +48,8 @@ REFERENCE_STEPS = 100
 def write_report(
     policy: Policy,
     run: Path,
-    simulator: Simulator,
-    counterfactual: Simulator | None,
+    simulator: Episodes,
+    counterfactual: Episodes | None,
     num_episodes: int,
     seed: int,
     path: Path,

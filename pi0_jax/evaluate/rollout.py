@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import itertools
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
@@ -19,7 +19,7 @@ from tqdm import tqdm
 from pi0_jax.config import PolicyConfig
 from pi0_jax.data.robots import RawObservation, Robot
 from pi0_jax.errors import UserError
-from pi0_jax.evaluate.simulators.gym import Episode, Simulator
+from pi0_jax.evaluate.simulators.gym import Episodes, Running, Simulator
 
 
 @runtime_checkable
@@ -57,11 +57,15 @@ class Outcome:
 
     index: int
     task: str
+    seed: int
+    """Seed of the layout."""
     prompt: str
     success: bool
     num_steps: int
-    actions: np.ndarray = dataclasses.field(repr=False)
-    """Executed actions, robot units `[num_steps, d]`."""
+    mode: str | None = None
+    """Which of the simulator's `modes` it took; None: it came to none."""
+    actions: np.ndarray = dataclasses.field(default_factory=lambda: np.empty((0, 0)), repr=False)
+    """Executed actions, robot units `[num_steps, d]`; empty where the outcome was read from a file."""
     pictures: tuple[np.ndarray, ...] = dataclasses.field(default=(), repr=False)
     """One per step, for the episodes that were filmed."""
 
@@ -85,7 +89,11 @@ class Rollout:
 
     def table(self) -> str:
         """Success by task with confidence intervals, and the latency, as text for a terminal."""
-        lines = [f"{task:<18} {rate}" for task, rate in self.rates().items()]
+        rates = self.rates()
+        width = max(18, *map(len, rates))
+        lines = [f"{task:<{width}} {rate}" for task, rate in rates.items()]
+        if not self.seconds:
+            return "\n".join(lines)
         p50, p95 = np.percentile(1000 * np.array(self.seconds), [50, 95])
         each = p50 / self.batch_size
         latency = f"p50 {p50:.1f} ms, p95 {p95:.1f} ms ({each:.2f} ms per chunk)"
@@ -95,7 +103,7 @@ class Rollout:
 class Driver:
     """Executes the policy's chunks in one episode."""
 
-    def __init__(self, index: int, episode: Episode):
+    def __init__(self, index: int, episode: Running):
         self.index, self.episode = index, episode
         self.over = self.success = False
         self.actions: list[np.ndarray] = []
@@ -127,34 +135,36 @@ D = TypeVar("D", bound=Driver)
 
 def closed_loop(
     policy: BatchPolicy,
-    simulator: Simulator,
+    simulator: Episodes,
     begin: Callable[[int], D],
-    num_episodes: int,
+    end: Callable[[D], None],
+    indices: Iterable[int],
     seed: int,
     *,
     num_steps: int | None = None,
     batch_size: int,
     progress: str | None,
-) -> tuple[list[D], list[float]]:
+) -> list[float]:
     """Runs episodes to their ends, several side by side; as soon as one ends the next takes its place.
 
-    Batches are filled up to one size, so that one program serves all. The noise of a chunk depends on the seed, the
-    episode and its step. `begin` starts the episode of an index; other arguments and errors are those of `roll_out`.
+    Batches are filled up to `batch_size`, so that one program serves all. The noise of a chunk depends on the seed, the
+    episode and its step. `begin` starts the episode of an index, in any thread; `end` is called, in this one, with the
+    driver of an episode that is over. Other arguments and errors are those of `roll_out`.
 
     Returns:
-        The drivers after their episodes, in order, and the seconds of each call of the policy but the first.
+        The seconds of each call of the policy but the first.
     """
     if policy.robot.name != simulator.robot:
         raise UserError(f"this policy is for the robot {policy.robot.name!r}; the environment has {simulator.robot!r}.")
-    if num_episodes < 1 or batch_size < 1:
-        raise UserError(f"{num_episodes} episodes in batches of {batch_size}; both have to be at least 1.")
-    batch_size, base = min(batch_size, num_episodes), jax.random.key(seed)
-    running, following = [begin(i) for i in range(batch_size)], iter(range(batch_size, num_episodes))
-    done: dict[int, D] = {}
-    seconds: list[float] = []
-    bar = tqdm(total=num_episodes, desc=progress, unit="episode", disable=progress is None)
-    with bar, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
-        while running:
+    following, base, seconds = [*indices][::-1], jax.random.key(seed), []
+    # Threads that wait for processes are as many as episodes; those that compute, as many as cores.
+    count = os.cpu_count() if isinstance(simulator, Simulator) else batch_size
+    bar = tqdm(total=len(following), desc=progress, unit="episode", disable=progress is None)
+    with bar, concurrent.futures.ThreadPoolExecutor(count) as threads:
+        running: list[D] = []
+        while running or following:
+            new = [following.pop() for _ in range(min(batch_size - len(running), len(following)))]
+            running += threads.map(begin, new)
             asking = [driver for driver in running if driver.asks()]
             if asking:
                 observations = list(threads.map(lambda driver: driver.observe(), asking))
@@ -167,12 +177,18 @@ def closed_loop(
                     driver.receive(chunk)
             list(threads.map(lambda driver: driver.advance(), running))
             for driver in [driver for driver in running if driver.over]:
-                done[driver.index] = driver
                 driver.episode.close()
                 running.remove(driver)
-                running += [begin(index) for index in itertools.islice(following, 1)]
+                end(driver)
                 bar.update()
-    return [done[i] for i in range(num_episodes)], seconds[1:] or seconds
+    return seconds[1:] or seconds
+
+
+def check_size(num_episodes: int, batch_size: int) -> int:
+    """The number of episodes side by side; `UserError` where there is nothing to run."""
+    if num_episodes < 1 or batch_size < 1:
+        raise UserError(f"{num_episodes} episodes in batches of {batch_size}; both have to be at least 1.")
+    return min(batch_size, num_episodes)
 
 
 @jax.jit
@@ -183,39 +199,47 @@ def noise_keys(key: Key[jax.Array, ""], index: Int[jax.Array, "b"], step: Int[ja
 
 def roll_out(
     policy: BatchPolicy,
-    simulator: Simulator,
+    simulator: Episodes,
     num_episodes: int,
     seed: int = 0,
     *,
     num_steps: int | None = None,
     batch_size: int = 64,
-    film: Iterable[int] = (),
+    film: Collection[int] = (),
+    done: Mapping[int, Outcome] = MappingProxyType({}),
+    keep: Callable[[Outcome], Outcome] = lambda outcome: outcome,
     progress: str | None = None,
 ) -> Rollout:
     """Runs episodes in closed loop; each chunk's first `execute_steps` actions are executed, then the policy is asked.
 
     Layouts and noise depend on the seed and the episode alone, whatever the batch size. Episode i is of task i modulo
     the number of tasks. `num_steps` are solver steps, None: the policy's; `batch_size` episodes run side by side; those
-    of the indices `film` keep pictures. `progress` is the title of a progress bar; None shows none.
+    of the indices `film` have pictures. `done` are outcomes from before, by index, which are not run again. `keep` gets
+    each outcome as its episode ends, and returns what is kept of it. `progress` is the title of a progress bar; None
+    shows none.
 
     Raises:
         UserError: the simulator is another robot's, or there is nothing to run.
     """
-    filmed, steps = set(film), policy.config.execute_steps
+    size, steps = check_size(num_episodes, batch_size), policy.config.execute_steps
+    outcomes = {index: outcome for index, outcome in done.items() if index < num_episodes}
 
     def begin(index: int) -> _Slot:
-        return _Slot(index, simulator.start(index, seed), steps, filmed=index in filmed)
+        return _Slot(index, simulator.start(index, seed), steps, filmed=index in film)
 
-    slots, seconds = closed_loop(
-        policy, simulator, begin, num_episodes, seed, num_steps=num_steps, batch_size=batch_size, progress=progress
-    )
-    return Rollout(tuple(slot.outcome() for slot in slots), min(batch_size, num_episodes), tuple(seconds))
+    def end(slot: _Slot) -> None:
+        outcomes[slot.index] = keep(slot.outcome())
+
+    left = [index for index in range(num_episodes) if index not in outcomes]
+    how = (policy, simulator, begin, end, left, seed)
+    seconds = closed_loop(*how, num_steps=num_steps, batch_size=size, progress=progress)
+    return Rollout(tuple(outcomes[i] for i in range(num_episodes)), size, tuple(seconds))
 
 
 class _Slot(Driver):
     """Executes the beginning of each chunk while the simulator waits for the next."""
 
-    def __init__(self, index: int, episode: Episode, execute_steps: int, *, filmed: bool):
+    def __init__(self, index: int, episode: Running, execute_steps: int, *, filmed: bool):
         super().__init__(index, episode)
         self._execute_steps, self._prompt = execute_steps, ""
         self._pictures = [episode.picture()] if filmed else []
@@ -237,5 +261,5 @@ class _Slot(Driver):
                 return
 
     def outcome(self) -> Outcome:
-        actions, pictures = np.array(self.actions), tuple(self._pictures)
-        return Outcome(self.index, self.episode.task, self._prompt, self.success, len(actions), actions, pictures)
+        actions, what = np.array(self.actions), (self.index, self.episode.task, self.episode.seed, self._prompt)
+        return Outcome(*what, self.success, len(actions), self.episode.mode, actions, tuple(self._pictures))

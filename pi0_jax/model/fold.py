@@ -154,15 +154,16 @@ def rules(network: PrefixNetwork) -> dict[str, Rule]:
     found["embedding"] = _copy("embedding", exact=False)
     if c.cameras:
         found |= _vision(c.vision)
-    unneeded = "action" in network.experts  # its outputs: the actions see the language expert's keys and values
+    # Its outputs, unless it writes: the actions see the language expert's keys and values.
+    unneeded = "action" in network.experts and not network.writes
     for name in network.experts:
         adaptive = name == "action" and c.variant == "pi05"
         found |= _expert(network, name, adaptive, last_keys_only=unneeded and name == "language")
     if unneeded:
         del found["backbone/language_norm/scale"]
-        if c.variant == "pi05":
-            for path in ("backbone/action_norm/modulation/kernel", "backbone/action_norm/modulation/bias"):
-                found[path] = _copy(path, exact=False)
+    if "action" in network.experts and c.variant == "pi05":
+        for path in ("backbone/action_norm/modulation/kernel", "backbone/action_norm/modulation/bias"):
+            found[path] = _copy(path, exact=False)
     if c.variant == "pi0" and "time_mlp_in" in names:
         found |= _time_and_actions(c.action.width)
         del found["time_mlp_in/bias"]

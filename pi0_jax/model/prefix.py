@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.linen.spmd import with_logical_constraint
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from pi0_jax.batch import Observation
 from pi0_jax.config import ModelConfig
@@ -30,6 +30,8 @@ class PrefixNetwork:
 
     config: ModelConfig
     experts: ClassVar[tuple[gemma.Expert, ...]] = ("language", "action")
+    writes: ClassVar[bool] = False
+    """Whether the language expert's outputs are asked for, as tokens of the vocabulary (`model.writer`)."""
 
     @property
     def spec(self) -> Spec:
@@ -91,15 +93,19 @@ class PrefixNetwork:
             for name, image in zip(c.cameras, jnp.split(projected, len(c.cameras)), strict=True):
                 tokens.append(image)
                 masks.append(jnp.broadcast_to(observation.image_masks[name][:, None], image.shape[:2]))
-        prompt = params["embedding"][observation.prompt]
-        tokens.append((prompt * jnp.sqrt(c.language.width).astype(prompt.dtype)).astype(self.dtype))
+        tokens.append(self.embed_tokens(params, observation.prompt))
         masks.append(observation.prompt_mask)
         embedded = with_logical_constraint(jnp.concatenate(tokens, axis=1), ("batch", None, None))
         return embedded, jnp.concatenate(masks, axis=1)
 
+    def embed_tokens(self, params: Spec, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+        """Embedded ids of the vocabulary, scaled as Gemma has it."""
+        embedded = params["embedding"][tokens]
+        return (embedded * jnp.sqrt(self.config.language.width).astype(embedded.dtype)).astype(self.dtype)
+
     def embed_state(self, params: Spec, observation: Observation) -> Float[Array, "b 1 d"] | None:
-        """π0's state token; None for π0.5, which has the state in its prompt."""
-        if self.config.variant == "pi05":
+        """π0's state token; None for the other variants, which have the state in their prompts."""
+        if self.config.variant != "pi0":
             return None
         return layers.linear(jnp.asarray(observation.state), params["state_in"])[:, None].astype(self.dtype)
 

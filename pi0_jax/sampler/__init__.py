@@ -7,11 +7,22 @@ import importlib
 import pkgutil
 from typing import TYPE_CHECKING, Union
 
-from pi0_jax.sampler.greedy import Greedy
+from pi0_jax.sampler.decoding import Categorical, Decoder, Greedy
 from pi0_jax.sampler.runge_kutta import Euler
 from pi0_jax.sampler.solver import Flow, Solver, integrate, trajectory
 
-__all__ = ["SAMPLERS", "Euler", "Flow", "Greedy", "Sampler", "Solver", "integrate", "trajectory"]
+__all__ = [
+    "SAMPLERS",
+    "Categorical",
+    "Decoder",
+    "Euler",
+    "Flow",
+    "Greedy",
+    "Sampler",
+    "Solver",
+    "integrate",
+    "trajectory",
+]
 
 _modules = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
 
@@ -22,11 +33,13 @@ SAMPLERS: dict[str, type] = {
     if dataclasses.is_dataclass(kind)
     and isinstance(kind, type)
     and kind.__module__ == module.__name__
-    and (kind is Greedy or (issubclass(kind, Solver) and kind.step is not Solver.step and name != "RungeKutta"))
+    and issubclass(kind, Decoder | Solver)
+    and kind is not Decoder
+    and (issubclass(kind, Decoder) or (kind.step is not Solver.step and name != "RungeKutta"))
 }
 """Name to class, for configurations and the command line."""
 
 if TYPE_CHECKING:
-    Sampler = Solver | Greedy
+    Sampler = Solver | Decoder
 else:
     Sampler = Union[tuple(SAMPLERS.values())]  # noqa: UP007

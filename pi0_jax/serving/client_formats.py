@@ -22,7 +22,7 @@ MAX_PROMPT = 10_000
 
 
 def read_request(request: Any, robot: Robot, prompt: str | None = None) -> dict[str, Any]:
-    """The raw observation in a decoded frame, for `data.transform.check_observation` to check.
+    """The raw observation in a decoded frame, for `data.observation.check_observation` to check.
 
     A frame that is no map, or has no images or no state, is a UserError. `prompt` is for requests without one.
     """

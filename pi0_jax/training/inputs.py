@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from pi0_jax.batch import Batch
 from pi0_jax.checkpoint import Assets
-from pi0_jax.config import DataConfig, DatasetConfig, PolicyConfig, TrainConfig
+from pi0_jax.config import AugmentConfig, DataConfig, DatasetConfig, PolicyConfig, TrainConfig
 from pi0_jax.data.augment import make_augment
+from pi0_jax.data.fast import FastCodec
 from pi0_jax.data.loader import Loader, eval_batches, make_loader
 from pi0_jax.data.mixture import OpenDataset, open_dataset, open_datasets
 from pi0_jax.data.normalization import (
@@ -24,14 +25,23 @@ from pi0_jax.data.normalization import (
     semantics_from_json,
     stats_to_json,
 )
+from pi0_jax.data.pairs import IMAGE, PairsDataset
 from pi0_jax.data.robot_json import robot_to_json
+from pi0_jax.data.source import text_of
+from pi0_jax.data.targets import check_shape, target_transform
 from pi0_jax.data.tokenizer import Tokenizer
+from pi0_jax.data.tools.fit_codec import fit_codec
 from pi0_jax.data.tools.given import SHOWN, fit_given, some_episodes
 from pi0_jax.data.tools.stats import compute_normalizations
-from pi0_jax.data.transform import make_transform
+from pi0_jax.data.transform import make_pairs_transform, make_transform
 from pi0_jax.errors import UserError, listed
 from pi0_jax.training.resolve import Run
 from pi0_jax.training.step import Augment
+
+CODES = 1024
+"""Codes of an action codec that is fitted when a training begins."""
+FEWEST_TOKENS = 512
+"""Tokens that a vocabulary trained on the instructions has room for, at least, beside action tokens."""
 
 _log = logging.getLogger(__name__)
 
@@ -70,6 +80,8 @@ def load_inputs(run: Run, *, resumed: Assets | None = None, initial: Assets | No
     datasets = open_datasets(config.data, policy)
     for each in datasets:
         each.source.check_files(list(each.cameras))
+        if isinstance(each.source, PairsDataset) and each.source.has_boxes:
+            _check_boxes(config.augment, each.cameras[IMAGE])
     groups = _normalizations(config, datasets, resumed)
     if robot.name not in groups:
         raise UserError(
@@ -82,10 +94,17 @@ def load_inputs(run: Run, *, resumed: Assets | None = None, initial: Assets | No
         )
     stats = groups[robot.name].stats
     semantics = {dataset.robot.name: dataset.semantics for dataset in datasets}
-    tokenizer = _tokenizer(config, datasets, resumed or initial, keep=resumed is not None)
+    codec = _codec(config, datasets, groups, resumed or initial, keep=resumed is not None)
+    tokenizer = _tokenizer(config, datasets, resumed or initial, codec, keep=resumed is not None)
+    targets = target_transform(policy, tokenizer, codec, _texts(datasets))
+
+    def transform_of(each: OpenDataset):
+        if not each.source.has_actions:
+            return make_pairs_transform(policy, each.robot, tokenizer, targets)
+        return make_transform(policy, each.robot, groups[each.stats], tokenizer, targets)
 
     def transformed(datasets: Sequence[OpenDataset]):
-        return [(each, make_transform(policy, each.robot, groups[each.stats], tokenizer)) for each in datasets]
+        return [(each, transform_of(each)) for each in datasets]
 
     for each in datasets:
         counts = len(each.training), _frames(each, each.training), len(each.source.tasks)
@@ -104,6 +123,7 @@ def load_inputs(run: Run, *, resumed: Assets | None = None, initial: Assets | No
             tokenizer.model,
             config,
             robot_to_json(config.policy.robot),
+            codec and codec.files(),
         ),
         loader=make_loader(transformed(datasets), config, run.rows),
         validation=validation,
@@ -139,6 +159,15 @@ def open_held_out(
     return held_out
 
 
+def _check_boxes(augment: AugmentConfig, camera: str) -> None:
+    moves = augment.crop < 1 or augment.rotate_degrees or augment.square_symmetries
+    if moves and (augment.square_symmetries or camera not in augment.fixed_cameras):
+        raise UserError(
+            f"image-text pairs have boxes, and augment moves the picture of {camera!r} that they are places in: take "
+            f"crop and rotation away, or name the camera in augment.fixed_cameras."
+        )
+
+
 def _frames(dataset: OpenDataset, episodes: np.ndarray) -> int:
     return int(dataset.source.lengths[episodes].sum())
 
@@ -162,7 +191,7 @@ def _normalizations(
         return compute_normalizations(datasets, config.policy.model.action_horizon, sampled=True)
     found = {each.stats: normalization_from_json(content, each.robot, semantics, each.stats) for each in datasets}
     if resumed is None or resumed.norm_stats is None:
-        for each in datasets:
+        for each in (each for each in datasets if each.source.has_actions):
             _check_given(each, found[each.stats].stats, config)
     return found
 
@@ -187,14 +216,58 @@ def _check_given(dataset: OpenDataset, stats: Stats, config: TrainConfig) -> Non
     )
 
 
+def _codec(
+    config: TrainConfig,
+    datasets: Sequence[OpenDataset],
+    groups: Mapping[str, Normalization],
+    weights: Assets | None,
+    *,
+    keep: bool,
+) -> FastCodec | None:
+    """The codec of action tokens, as of `_tokenizer`; None where the objective writes none."""
+    if config.policy.objective.codec is None:
+        return None
+    if config.augment.square_symmetries:
+        raise UserError("augment.square_symmetries turns actions after they are tokens: turn it off.")
+    if weights is not None and weights.codec is not None and (keep or config.data.codec is None):
+        codec = FastCodec.from_files(weights.codec, "the checkpoint's action codec")
+    elif config.data.codec is not None:
+        codec = FastCodec.load(config.data.codec)
+    else:
+        codec = fit_codec(datasets, groups, config.policy, CODES)
+        _log.info("action tokens: a FAST codec of %d codes is fitted to the demonstrations", codec.num_codes)
+    for robot in (each.robot for each in datasets):
+        check_shape(codec, config.policy.model.action_horizon, len(robot.model_actions), robot.name)
+    return codec
+
+
+def _texts(datasets: Sequence[OpenDataset]) -> list[str]:
+    """Instructions of datasets, and what is to be written after them."""
+    tasks = [task for each in datasets for task in each.source.tasks]
+    return [*tasks, *(text for task in tasks if (text := text_of(task)))]
+
+
 def _tokenizer(
-    config: TrainConfig, datasets: Sequence[OpenDataset], weights: Assets | None, *, keep: bool
+    config: TrainConfig,
+    datasets: Sequence[OpenDataset],
+    weights: Assets | None,
+    codec: FastCodec | None,
+    *,
+    keep: bool,
 ) -> Tokenizer:
     """The tokenizer of the weights (`keep`: even if the configuration names another), of the configuration, or one
-    trained on the instructions."""
+    trained on the instructions, which leaves room for the codes of the codec."""
     if weights is not None and weights.tokenizer is not None and (keep or config.data.tokenizer is None):
         return Tokenizer(weights.tokenizer, source="the checkpoint's tokenizer")
     if config.data.tokenizer is not None:
         return Tokenizer.from_file(config.data.tokenizer)
-    texts = [task for each in datasets for task in each.source.tasks]
-    return Tokenizer.train(texts, config.policy.model.vocab_size)
+    fast, reserved = config.policy.objective.codec, 0
+    if fast is not None and codec is not None:
+        reserved = fast.skip + codec.num_codes
+        if config.policy.model.vocab_size - reserved < FEWEST_TOKENS:
+            raise UserError(
+                f"model.vocab_size is {config.policy.model.vocab_size}, and action tokens take {reserved} of it: raise "
+                f"it to {reserved + FEWEST_TOKENS} or more, or fit a codec of fewer codes: pi0 data fast CONFIG "
+                "--vocab 300, and data.codec."
+            )
+    return Tokenizer.train(_texts(datasets), config.policy.model.vocab_size - reserved)

@@ -23,6 +23,16 @@ def test_assets_are_plain_files(run):
     assert '"variant": "pi05"' in (assets / "config.json").read_text()
 
 
+def test_an_action_codec_lies_in_a_folder_of_its_own(copy):
+    files = {"tokenizer.json": b"{}", "processor_config.json": b'{"scale": 10}'}
+    assets = checkpoint.load_assets(copy)
+    assert assets.codec is None
+    folder = copy / "checkpoints" / "30" / "assets"
+    checkpoint.write_assets(folder, assets._replace(codec=files))
+    assert checkpoint.load_assets(copy) == assets._replace(codec=files)
+    assert (folder / "fast" / "tokenizer.json").read_bytes() == b"{}"
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [

@@ -7,6 +7,7 @@ import ml_dtypes
 import numpy as np
 
 from pi0_jax.config import (
+    Autoregressive,
     Compact,
     Cosine,
     ExpertConfig,
@@ -20,6 +21,7 @@ from pi0_jax.config import (
 from pi0_jax.convert.formats import OpenCheckpoint, write_checkpoint
 from pi0_jax.convert.lazy import in_memory
 from pi0_jax.convert.parameters import parameters
+from pi0_jax.sampler import Greedy
 from tests.conftest import tiny_config
 
 MODELS = ("pi0", "pi05", "pi0_fast", "pi0_lora")
@@ -60,7 +62,9 @@ def tiny_weights(
         for path, parameter in parameters(model, objective).items()
     }
     normalization = "zscore" if name.startswith("pi0_l") else "quantile"
-    policy = PolicyConfig(model=model, objective=objective, robot="arm", normalization=normalization)
+    fast = {"objective": Autoregressive(), "sampler": Greedy()} if model.variant == "pi0_fast" else {}
+    how = {"objective": objective, "robot": "arm", "normalization": normalization} | fast
+    policy = PolicyConfig(model=model, **how)
     return OpenCheckpoint("pi0", Path("memory"), policy, tensors, STATS, b"\x00a tokenizer\xff")
 
 

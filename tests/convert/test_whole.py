@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from pi0_jax import cli
-from pi0_jax.convert.describe import differences
+from pi0_jax.convert.describe import describe, differences, text
 from pi0_jax.convert.formats import Overrides, open_checkpoint, write_checkpoint
 from pi0_jax.convert.lazy import in_memory
 from pi0_jax.convert.run import convert
+from pi0_jax.data.fast import FastCodec
 from pi0_jax.data.tokenizer import Tokenizer
 from tests.convert.common import save_tiny, tiny_weights
 
@@ -100,6 +101,22 @@ def test_a_tokenizer_and_a_robot_make_weights_a_policy(tmp_path, source):
         convert(source, tmp_path / "other", overrides=Overrides(robot="tabeltop"))
     with pytest.raises(ValueError, match="is not a SentencePiece model"):
         convert(source, tmp_path / "other", overrides=Overrides(tokenizer=str(source / "assets/norm_stats.json")))
+
+
+def test_an_action_codec_travels_with_the_weights(tmp_path):
+    pytest.importorskip("tokenizers")
+    codec = FastCodec.fit([np.random.default_rng(0).normal(size=(50, 4, 2))], 300)
+    codec.save(tmp_path / "codec")
+    source = save_tiny(tmp_path / "pi0_fast", "pi0_fast")
+    convert(source, tmp_path / "pi0", overrides=Overrides(codec=str(tmp_path / "codec")))
+    for there, back in (("openpi", "a"), ("lerobot", "b")):
+        convert(tmp_path / "pi0", tmp_path / there, there)
+        convert(tmp_path / there, tmp_path / back)
+        opened = open_checkpoint(tmp_path / back)
+        assert opened.codec == codec.files()
+        assert f"FAST, {codec.num_codes} codes, scale 10, 4 actions of 2 dimensions" in text(describe(opened))
+    assert (tmp_path / "lerobot/action_tokenizer/processor_config.json").is_file()
+    assert "codec: only one has it" in differences(open_checkpoint(source), open_checkpoint(tmp_path / "pi0"))
 
 
 def test_statistics_are_not_written_elsewhere(tmp_path, source):

@@ -1,6 +1,7 @@
 """Subtasks of LeRobot datasets: language columns and `subtask_index` become prompts, frame by frame."""
 
 import json
+import pickle
 
 import numpy as np
 import pyarrow as pa
@@ -10,6 +11,7 @@ import pytest
 from pi0_jax.config import DataConfig, DatasetConfig, PolicyConfig
 from pi0_jax.data.lerobot import LeRobotDataset, LeRobotWriter
 from pi0_jax.data.mixture import open_dataset
+from pi0_jax.data.source import text_of
 from pi0_jax.data.tools.show import show
 from pi0_jax.errors import UserError
 
@@ -112,6 +114,13 @@ def test_both_are_one_prompt(root):
     found = prompts(LeRobotDataset(annotate(root), prompt_from="both"))
     assert found[0] == "fold the shirt. Subtask: take the sleeve"
     assert found[6:9] == ("pour", "pour", "pour. Subtask: tip the cup")
+
+
+def test_to_be_predicted_a_subtask_stands_beside_the_task(root):
+    dataset = pickle.loads(pickle.dumps(LeRobotDataset(annotate(root), prompt_from="predict")))
+    assert prompts(dataset) == tuple(np.repeat(TASKS, LENGTHS))
+    texts = [text_of(dataset.task(i)) for i in range(dataset.num_frames)]
+    assert texts == ["" if text == "pour" else text for text in WANTED]
 
 
 def test_episodes_that_are_left_out_shift_nothing(root):

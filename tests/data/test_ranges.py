@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("tensorflow_datasets")
 
 from pi0_jax.config import DataConfig, DatasetConfig
-from pi0_jax.data.loader import _learnable
+from pi0_jax.data.loader import learnable_frames
 from pi0_jax.data.mixture import open_dataset
 from pi0_jax.errors import UserError
 from tests.data.formats import RLDS_KEYS, write_rlds
@@ -42,8 +42,10 @@ def test_training_samples_the_frames_of_the_ranges(root, config, tmp_path, caplo
     assert dataset.sampled.tolist() == kept
     assert "ranges.json keeps 26 % of the frames, and knows 3 of 5 episodes" in caplog.text
     valid = np.flatnonzero(dataset.source.columns("valid")[:, 0] > 0)
-    assert _learnable(dataset.source, dataset.training, dataset.sampled).tolist() == sorted({*kept} & {*valid.tolist()})
-    some = _learnable(dataset.source, np.array([0]), dataset.sampled)
+    assert learnable_frames(dataset.source, dataset.training, dataset.sampled).tolist() == sorted(
+        {*kept} & {*valid.tolist()}
+    )
+    some = learnable_frames(dataset.source, np.array([0]), dataset.sampled)
     assert some.tolist() == [frame for frame in kept[:7] if frame in valid]
 
 

@@ -10,10 +10,11 @@ import pytest
 from pi0_jax.config import ModelConfig, PolicyConfig, VisionConfig
 from pi0_jax.data import robots
 from pi0_jax.data.normalization import Normalization, NormStats
+from pi0_jax.data.observation import check_observation
 from pi0_jax.data.robots import ROBOTS, SEMANTICS, get_robot, semantics_of
 from pi0_jax.data.robots.aloha import angle_from_command, angle_from_opening, command_from_angle, opening_from_angle
 from pi0_jax.data.tokenizer import Tokenizer
-from pi0_jax.data.transform import adapt, chain, check_observation, make_transform, relative_actions
+from pi0_jax.data.transform import adapt, chain, make_transform, relative_actions
 from pi0_jax.errors import UserError
 
 FILE = """

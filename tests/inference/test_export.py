@@ -8,7 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from pi0_jax.data.transform import check_observation, make_transform, to_observation
+from pi0_jax.data.observation import check_observation
+from pi0_jax.data.transform import make_transform, to_observation
 from pi0_jax.inference.export import export, load
 from pi0_jax.inference.policy import Policy
 from pi0_jax.sampler import Euler

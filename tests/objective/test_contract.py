@@ -8,14 +8,19 @@ import numpy as np
 import pytest
 
 from pi0_jax.config import (
+    Autoregressive,
     Compact,
     ConditionDropout,
     Cosine,
+    ExpertConfig,
+    Fast,
     Gaussian,
     Independent,
+    Joint,
     OptimalTransport,
     Reflow,
     Shortcut,
+    Sinkhorn,
     Tokens,
     Uniform,
 )
@@ -31,6 +36,16 @@ ALL = CASES | {
     "velocity_cosine": ({"head": COMPACT}, Gaussian(path=Cosine(), draws=2)),
     "warmup": ({"head": COMPACT}, Gaussian(regression_warmup_steps=3)),
     "reflow": ({"head": COMPACT}, Reflow(teacher="run", teacher_steps=2, draws=2)),
+    "joint": (
+        {"variant": "pi05"},
+        Joint(codec=Fast(skip=4, max_tokens=8), text_tokens=4, flow=Gaussian(draws=2, coupling=Sinkhorn(0.02))),
+    ),
+    "joint_text": ({}, Joint(codec=None, text_tokens=6, insulate=False, reduction="token")),
+    "autoregressive": ({"variant": "pi0_fast"}, Autoregressive(codec=Fast(skip=4, max_tokens=12))),
+    "autoregressive_by_token": (
+        {"variant": "pi0_fast", "language": ExpertConfig(24, 48, lora_attn_rank=2)},
+        Autoregressive(codec=Fast(skip=4, max_tokens=12), reduction="token"),
+    ),
 }
 NUM_MICROBATCHES = 2
 
@@ -59,7 +74,7 @@ def test_losses_of_microbatches_add_up_and_nothing_recompiles(name):
 
     values = []
     for seed in (0, 1):
-        batch = random_batch(model, 8, seed)
+        batch = random_batch(model, 8, seed, config.target_length)
         whole, pieces, metrics = losses(params, batch, jax.random.key(seed), seed, *teacher)
         assert whole.shape == ()
         assert isinstance(metrics, dict)
@@ -81,8 +96,8 @@ def test_no_tracer_outlives_the_trace_of_a_gradient_or_of_a_sampler(name):
     objective = make_objective(config, model)
     params = weights(objective)
     teacher = () if objective.teacher is None else (params,)
-    batch = random_batch(model, 4, 0)
-    sampler = Greedy() if isinstance(config, Tokens) else Euler(2)
+    batch = random_batch(model, 4, 0, config.target_length)
+    sampler = Greedy() if config.decodes else Euler(2)
 
     def update(params, batch, key):
         return jax.grad(loss, 1, has_aux=True)(objective, params, batch, key, 1, *teacher)
@@ -102,7 +117,7 @@ def test_draws_are_decided_by_key_and_step_alone(name):
     model, config = ALL[name]
     model = tiny_config(**model)
     draw = jax.jit(make_objective(config, model).draw)
-    batch = random_batch(model, 8, 0)
+    batch = random_batch(model, 8, 0, config.target_length)
     first = draw(batch, jax.random.key(0), 5)
     jax.tree.map(np.testing.assert_array_equal, first, draw(batch, jax.random.key(0), 5))
     other = draw(batch, jax.random.key(1), 5)
@@ -118,7 +133,9 @@ def test_validation_drops_nothing_and_counts_only_steps_inside_episodes(name):
     assert held_out.dropout == ConditionDropout()
     assert getattr(held_out, "coupling", Independent()) == Independent()
     assert for_validation(held_out) == held_out
-    if not isinstance(config, Reflow):
+    if isinstance(config, Joint):
+        assert held_out.flow == for_validation(config.flow)
+    elif not isinstance(config, Reflow):
         kept = {"dropout": held_out.dropout, "mask_padded_steps": True}
         kept |= {"coupling": Independent(), "regression_warmup_steps": 0} if isinstance(config, Gaussian) else {}
         assert held_out == dataclasses.replace(config, **kept)

@@ -17,8 +17,8 @@ import pytest
 
 from pi0_client.client import Client, ServerError
 from pi0_jax import cli
+from pi0_jax.data.observation import check_observation
 from pi0_jax.data.robots import get_robot
-from pi0_jax.data.transform import check_observation
 from pi0_jax.inference.policy import Policy
 from pi0_jax.serving import logs
 from pi0_jax.serving.backend import Session

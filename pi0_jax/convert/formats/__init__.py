@@ -23,6 +23,7 @@ from pi0_jax.config import PolicyConfig, TrainConfig
 from pi0_jax.convert import remote
 from pi0_jax.convert.lazy import LazyArray, LazyArrays, read_all
 from pi0_jax.convert.verify import Runner
+from pi0_jax.data.fast import FastCodec
 from pi0_jax.data.robot_json import robot_to_json
 from pi0_jax.data.tokenizer import Tokenizer
 from pi0_jax.errors import UserError
@@ -68,6 +69,8 @@ class Overrides(Hints):
     (discrete_state_input=False)."""
     tokenizer: str | None = None
     """SentencePiece model to copy into the result, PaliGemma's for released weights."""
+    codec: str | None = None
+    """Folder of the FAST codec to copy into the result, physical-intelligence/fast for released π0-FAST weights."""
 
 
 class OpenCheckpoint(NamedTuple):
@@ -94,6 +97,8 @@ class OpenCheckpoint(NamedTuple):
     """Path to what the source calls its tensors, `*` for the layers, where it calls them otherwise."""
     robot: dict[str, Any] | None = None
     """What a checkpoint keeps of a robot that a file describes (`data.robot_json`)."""
+    codec: dict[str, bytes] | None = None
+    """Files of the FAST codec of action tokens."""
 
 
 class Format(NamedTuple):
@@ -171,8 +176,8 @@ def open_checkpoint(path: str | Path, overrides: Overrides = Overrides(), offlin
 
     Raises:
         FileNotFoundError: there is no checkpoint.
-        UserError: not a checkpoint, tensors that do not fit one another, sizes that have to be given, or no such robot
-            or tokenizer; reading a tensor raises it too, where there are numbers that are not finite.
+        UserError: not a checkpoint, tensors that do not fit one another, sizes that have to be given, or no such robot,
+            tokenizer or codec; reading a tensor raises it too, where there are numbers that are not finite.
     """
     if remote.is_remote(path):
         path = remote.fetch(str(path), offline)
@@ -184,6 +189,8 @@ def open_checkpoint(path: str | Path, overrides: Overrides = Overrides(), offlin
     opened = format.open(folder, overrides)._replace(base=base)
     if overrides.tokenizer is not None:
         opened = opened._replace(tokenizer=Tokenizer.from_file(overrides.tokenizer).model)
+    if overrides.codec is not None:
+        opened = opened._replace(codec=FastCodec.load(overrides.codec).files())
     if overrides.robot is not None:
         policy = dataclasses.replace(opened.policy, robot=overrides.robot)
         opened = opened._replace(policy=policy, robot=robot_to_json(overrides.robot))

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from pi0_jax.config import PolicyConfig
-from pi0_jax.convert.assemble import CAMERAS, finished, lost_settings, make_policy
+from pi0_jax.config import Autoregressive, Fast, PolicyConfig
+from pi0_jax.convert.assemble import CAMERAS, CODEC_FOLDERS, finished, lost_settings, make_policy, write_tokenizers
 from pi0_jax.convert.files import read_json, write_json
 from pi0_jax.convert.formats import Format, OpenCheckpoint, Overrides, openpi_torch
 from pi0_jax.convert.lazy import LazyArrays, all_finite, in_memory, open_safetensors, read_all, write_safetensors
@@ -138,9 +138,10 @@ def write_settings(folder: Path, opened: OpenCheckpoint, *, use_peft: bool = Fal
     }
     if use_peft:
         config["use_peft"] = True
-    if model.variant != "pi0_fast":
-        assert isinstance(policy.sampler, Solver)
+    if isinstance(policy.sampler, Solver):
         config["num_inference_steps"] = policy.sampler.num_steps
+    elif (codec := policy.objective.codec) is not None:
+        config |= {"max_action_tokens": codec.max_tokens, "fast_skip_tokens": codec.skip}
     excluded = list(relative.excluded) if relative.names else ["gripper"]
     if relative.names:
         config |= {"use_relative_actions": True, "relative_exclude_joints": excluded}
@@ -229,7 +230,11 @@ def _open(folder: Path, overrides: Overrides) -> OpenCheckpoint:
             f"{path} says {config['type']!r} and most tensors are of a {guess.variant!r}. LeRobot would load it and "
             "be wrong; set the right `type`."
         )
-    defaults = {"model.dtype": "bfloat16" if config.get("dtype") == "bfloat16" else "float32"}
+    defaults: dict[str, Any] = {"model.dtype": "bfloat16" if config.get("dtype") == "bfloat16" else "float32"}
+    if config["type"] == "pi0_fast":
+        room, skip = config.get("max_action_tokens", 256), config.get("fast_skip_tokens", 128)
+        codec = Fast(skip=skip, max_tokens=room, bos=True)
+        defaults["objective"] = Autoregressive(codec=codec, lowercase=False, reduction="token")
     policy = make_policy(folder, overrides, guess, stated, defaults)
     claimed = openpi_torch.claim_tensors(folder, overrides, tensors, policy.model, config)
     image_size = config.get("image_resolution", _IMAGE_RESOLUTION)[0]
@@ -246,14 +251,16 @@ def _write(opened: OpenCheckpoint, folder: Path, asset_id: str) -> None:
     tensors = {f"model.{name}": tensor for name, tensor in openpi_torch.torch_tensors(opened, "lerobot").items()}
     write_safetensors(folder / openpi_torch.WEIGHTS, tensors, {"format": "pt"})
     write_settings(folder, opened)
-    if opened.tokenizer is not None:
-        (folder / "tokenizer.model").write_bytes(opened.tokenizer)
+    write_tokenizers(opened, folder, CODEC_FOLDERS[1])
 
 
 def _lost(opened: OpenCheckpoint) -> list[str]:
     notes, delay = lost_settings(opened, "lerobot"), getattr(opened.policy.objective, "max_delay", 0)
     if opened.tokenizer is not None:
         notes.append("LeRobot names its tokenizer and reads no file: tokenizer.model lies beside the weights unused")
+    if opened.codec is not None:
+        where = CODEC_FOLDERS[1]
+        notes.append(f"LeRobot reads the action codec that action_tokenizer_name names; this one is in {where}/")
     if opened.policy.model.variant == "pi05" and not opened.policy.state_in_prompt:
         notes.append("LeRobot writes the state into every prompt of a π0.5; these weights were trained without it")
     if (relative := relative_actions(opened)).count and relative.names is None:

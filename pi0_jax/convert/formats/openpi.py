@@ -104,9 +104,8 @@ def read_stats(folder: Path, asset_id: str | None) -> tuple[dict[str, Any] | Non
 
 
 def write_beside(opened: OpenCheckpoint, folder: Path, asset_id: str) -> None:
-    """Writes the statistics under `assets/`, and the tokenizer; UserError if the name leads out of the folder."""
-    if opened.tokenizer is not None:
-        (folder / "tokenizer.model").write_bytes(opened.tokenizer)
+    """Writes the statistics under `assets/`, and the tokenizers; UserError if the name leads out of the folder."""
+    assemble.write_tokenizers(opened, folder)
     if opened.norm_stats is not None:
         assets = folder / "assets" / asset_id
         if ".." in assets.parts or Path(asset_id).is_absolute():

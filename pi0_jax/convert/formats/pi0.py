@@ -26,13 +26,14 @@ def _open(folder: Path, overrides: Overrides) -> OpenCheckpoint:
     step = int(folder.name) if folder.name.isdecimal() else None
     ours = to_ours(rules, wanted, tensors)
     found = OpenCheckpoint("pi0", folder, assets.policy, ours, assets.norm_stats, assets.tokenizer, assets.train, step)
-    return found._replace(robot=assets.robot)
+    return found._replace(robot=assets.robot, codec=assets.codec)
 
 
 def _write(opened: OpenCheckpoint, folder: Path, asset_id: str) -> None:
     write_orbax(folder / "params", opened.tensors)
     (folder / "assets").mkdir()
     assets = checkpoint.Assets(opened.policy, opened.norm_stats, opened.tokenizer, opened.train, opened.robot)
+    assets = assets._replace(codec=opened.codec)
     checkpoint.write_assets(folder / "assets", assets)
 
 

@@ -45,8 +45,8 @@ def check_comparable(source: OpenCheckpoint, result: OpenCheckpoint, to: str, fr
     before, after = source.policy.model, result.policy.model
     if "pi0_fast" in (before.variant, after.variant):
         raise UserError(
-            f"--verify-with compares actions, and {source.path} has no action expert; leave it out. The tensors are "
-            "compared bit for bit all the same."
+            f"--verify-with compares the actions of action experts, and {source.path} has none; leave it out. The "
+            "tensors are compared bit for bit all the same."
         )
     if before.action_horizon != after.action_horizon or len(after.cameras) < len(before.cameras):
         raise UserError("--verify-with cannot compare actions across another --horizon, or with fewer cameras.")

@@ -23,6 +23,7 @@ from jaxtyping import Int, Num
 
 from pi0_jax.config.data import PromptFrom
 from pi0_jax.data.lerobot.layout import Episode, RowIndex, read_column, read_table
+from pi0_jax.data.source import Instruction
 from pi0_jax.errors import UserError
 
 PERSISTENT, EVENTS = "language_persistent", "language_events"
@@ -121,7 +122,8 @@ class Subtasks(NamedTuple):
 def make_prompts(
     tasks: list[str], task_index: Int[np.ndarray, "n"], subtasks: Subtasks, prompt_from: PromptFrom
 ) -> tuple[list[str], Int[np.ndarray, "n"]]:
-    """Prompts of frames, and the index of each frame's: the subtask, or the task and the subtask.
+    """Prompts of frames, and the index of each frame's: the subtask, the task and the subtask, or the task with the
+    subtask to be written.
 
     Frames without a subtask have their task.
     """
@@ -133,6 +135,8 @@ def make_prompts(
         _prompt(tasks[task], subtasks.texts[subtask] if subtask >= 0 else "", prompt_from)
         for task, subtask in pairs.tolist()
     ]
+    if prompt_from == "predict":
+        return texts, inverse.reshape(-1)
     numbers = {text: number for number, text in enumerate(dict.fromkeys(texts))}
     return list(numbers), np.array([numbers[text] for text in texts])[inverse.reshape(-1)]
 
@@ -140,6 +144,8 @@ def make_prompts(
 def _prompt(task: str, subtask: str, prompt_from: PromptFrom) -> str:
     if not subtask.strip():
         return task
+    if prompt_from == "predict":
+        return Instruction(task, subtask)
     return subtask if prompt_from == "subtask" else f"{task.rstrip(' .')}. Subtask: {subtask}"
 
 

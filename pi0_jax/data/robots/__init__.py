@@ -11,12 +11,13 @@ import importlib
 import runpy
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import NamedTuple, NotRequired, TypedDict
+from typing import NamedTuple
 
 import numpy as np
 
 from pi0_jax.data.poses import Pose as Pose
 from pi0_jax.data.poses import Poses, check_poses, model_names, no_rotation
+from pi0_jax.data.raw import RawObservation as RawObservation
 from pi0_jax.errors import UserError, did_you_mean
 
 SEMANTICS = ("absolute", "gripper", "relative", "angle")
@@ -26,21 +27,6 @@ angle: relative as well, in radians, where the difference is brought to (-π, π
 
 ROBOTS = tuple(sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py")))
 """Names of the built-in robots: the files of this folder."""
-
-
-class RawObservation(TypedDict):
-    """What a robot sees, in its own units."""
-
-    images: dict[str, np.ndarray]
-    """By camera of the model, RGB `[h, w, 3]`: uint8, or float in [0, 1]."""
-    state: np.ndarray
-    """`[d]`."""
-    prompt: str
-    """The instruction."""
-    previous: NotRequired[np.ndarray]
-    """What remains of the chunk in execution, `[n, d]`, for a new chunk that continues it."""
-    delay: NotRequired[int]
-    """How many actions of `previous` will be executed before the new chunk can be."""
 
 
 class Planar(NamedTuple):

@@ -7,12 +7,20 @@ The module `NAME.py` of the simulator NAME defines two things, and imports what 
     def make(*, camera: str = "top") -> Simulator:    # the keywords are its options: --env-options camera=side
         ...
 
+and a third if its packages cannot be installed beside everybody else's; `pi0 env install NAME` does that:
+
+    PACKAGES = ("gym-aloha==0.1.5",)                  # what pip installs, the simulator's own first
+
+Such a module runs in another interpreter, which may have neither JAX nor pi0_jax: beside its packages it imports numpy,
+`pi0_jax.evaluate.simulators`, `pi0_jax.data.raw` and `pi0_jax.errors` alone.
+
 An option `counterfactual` (the instruction asks for something else than what is scored) is a control of language
 grounding, which `pi0 report` then runs.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 import pkgutil
@@ -44,7 +52,18 @@ def get_simulator(name: str, **options: Any) -> Simulator:
         if option not in known:
             has = f"has {', '.join(known)}" if known else "has no options"
             raise UserError(f"the simulator {name} has no option {option!r}; it {has}.{did_you_mean(option, known)}")
-    return make(**options)
+    return dataclasses.replace(make(**options), name=Path(name).stem)
+
+
+def locate(name: str) -> str:
+    """The file of a simulator that is one file, which processes find by its path; else its name."""
+    files = [Path(folder) / f"{name}.py" for folder in __path__]
+    return next((str(file) for file in files if file.is_file()), name)
+
+
+def packages(name: str) -> tuple[str, ...]:
+    """What the simulator of that name needs to have installed; empty where it does not say so."""
+    return _load(name).get("PACKAGES", ())
 
 
 def has_option(name: str, option: str) -> bool:

@@ -14,16 +14,19 @@ Simulator(
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from pi0_jax.data.robots import RawObservation
+from pi0_jax.data.raw import RawObservation
 from pi0_jax.errors import UserError
 
 SPLITS = ("train", "validation", "evaluation")
+MAX_IDLE = 4
+"""Environments that wait for another episode; a heavy one takes hundreds of megabytes."""
 Env = Any
 """A `gymnasium.Env`, with whatever attributes the simulator's functions use."""
 
@@ -34,6 +37,40 @@ class Start(NamedTuple):
     task: str
     seed: int
     options: dict[str, Any] | None = None
+
+
+@runtime_checkable
+class Running(Protocol):
+    """A running episode, here or in another process. `task` is the one that is scored, `seed` that of the layout,
+    `mode` which of the simulator's `modes` it has taken by now."""
+
+    task: str
+    seed: int
+    mode: str | None
+
+    def observe(self) -> RawObservation: ...
+    def step(self, action: np.ndarray) -> tuple[bool, bool]: ...
+    def picture(self) -> np.ndarray: ...
+    def close(self) -> None: ...
+
+
+@runtime_checkable
+class Episodes(Protocol):
+    """What the closed loop needs of a simulator, here or in other processes; the fields are those of `Simulator`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def robot(self) -> str: ...
+    @property
+    def fps(self) -> int: ...
+    @property
+    def tasks(self) -> tuple[str, ...]: ...
+    @property
+    def per_task(self) -> int: ...
+    @property
+    def modes(self) -> tuple[str, ...]: ...
+    def start(self, index: int, seed: int, split: str = "evaluation", attempt: int = 0) -> Running: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,17 +100,30 @@ class Simulator:
     """A scripted expert's action of the robot, from what `observe` gets, for recording; None: there is no expert."""
     random_action: Callable[[np.random.Generator], np.ndarray] | None = None
     """A random action of the robot, for noise while recording; None: uniform over the (bounded) action space."""
+    per_task: int = 10
+    """Episodes of each task in an evaluation, by the benchmark's protocol."""
+    modes: tuple[str, ...] = ()
+    """Names of equally right ways to succeed, among which demonstrations choose at random: the `mode` of a step's
+    `info`, once the episode has taken one."""
+    threads: bool = False
+    """Whether environments are light and any thread may use them: they draw without GL, whose contexts belong to the
+    thread that made them. Others live in processes, few of which keep environments that are not in use."""
+    name: str = ""
+    """Name for messages; `get_simulator` sets it."""
     _idle: dict[str, list[Env]] = dataclasses.field(default_factory=dict, repr=False)
 
     def start(self, index: int, seed: int, split: str = "evaluation", attempt: int = 0) -> Episode:
         """Begins an episode with a layout of its own.
 
-        Another `seed` gives other layouts, another `attempt` another one for the same task. `split` is "train",
-        "validation" or "evaluation", which share no layout.
+        Episode i is of task i modulo their number. Another `seed` gives other layouts, another `attempt` another one
+        for the same task. `split` is "train", "validation" or "evaluation", which share no layout.
         """
         start = (self.layout or self._layout)(index, seed, split, attempt)
-        idle = self._idle.setdefault(start.task, [])
-        return Episode(self, idle.pop() if idle else self.make(start.task), start)
+        try:
+            env = self._idle.setdefault(start.task, []).pop()
+        except IndexError:
+            env = self.make(start.task)
+        return Episode(self, env, start)
 
     def _layout(self, index: int, seed: int, split: str, attempt: int) -> Start:
         words = np.random.SeedSequence([SPLITS.index(split), seed, index, attempt]).generate_state(1)
@@ -81,20 +131,39 @@ class Simulator:
 
 
 class Episode:
-    """One running episode. `task` is the one that is scored, `seed` that of the layout."""
+    """One running episode (`Running`)."""
 
     def __init__(self, simulator: Simulator, env: Env, start: Start):
         self._simulator, self._env = simulator, env
         self.task, self.seed = start.task, start.seed
+        self.mode: str | None = None
+        self._seen = False
         self._observation, _ = env.reset(seed=start.seed, options=start.options)
 
     def observe(self) -> RawObservation:
-        return self._simulator.observe(self._env, self._observation)
+        """What the policy sees now.
+
+        Raises:
+            UserError: a camera's first picture is of one colour, which is how drawing fails that fails silently.
+        """
+        raw = self._simulator.observe(self._env, self._observation)
+        for camera, image in {} if self._seen else raw.get("images", {}).items():
+            if np.ptp(image) == 0:
+                raise UserError(
+                    f"the camera {camera!r} of the simulator {self._simulator.name} draws nothing: each pixel is "
+                    f"{image.flat[0]} at the beginning of an episode of {self.task!r}. Does drawing work here? "
+                    "MUJOCO_GL=egl or osmesa chooses another way."
+                )
+        self._seen = True
+        return raw
 
     def step(self, action: np.ndarray) -> tuple[bool, bool]:
-        """Executes one action; returns whether the episode is over, and whether it succeeded."""
+        """Executes one action; returns whether the episode is over, which it is with success, and whether it
+        succeeded."""
         self._observation, _, terminated, truncated, info = self._env.step(self._simulator.action(action))
-        return bool(terminated or truncated), bool(self._simulator.success(info))
+        success = bool(self._simulator.success(info))
+        self.mode = info.get("mode")
+        return bool(terminated or truncated or success), success
 
     def picture(self) -> np.ndarray:
         return np.asarray(self._simulator.picture(self._env))
@@ -111,4 +180,8 @@ class Episode:
 
     def close(self) -> None:
         """Gives the environment back, for another episode."""
-        self._simulator._idle[self.task].append(self._env)
+        idle = self._simulator._idle
+        if not self._simulator.threads and sum(map(len, idle.values())) >= MAX_IDLE:
+            with contextlib.suppress(Exception):
+                next(envs for envs in idle.values() if envs).pop(0).close()
+        idle[self.task].append(self._env)

@@ -90,7 +90,7 @@ def test_what_cannot_be_compared_is_said_before_anything_is_written(tmp_path):
         convert(source, tmp_path / "out", overrides=Overrides(horizon=9), verify_with="ours")
     with pytest.raises(ValueError, match="needs a lerobot folder"):
         convert(source, tmp_path / "out", "openpi", verify_with="lerobot")
-    with pytest.raises(ValueError, match="no action expert"):
+    with pytest.raises(ValueError, match="has none; leave it out"):
         convert(save_tiny(tmp_path / "fast", "pi0_fast"), tmp_path / "out", "openpi", verify_with="ours")
     assert not (tmp_path / "out").exists()
 

@@ -3,4 +3,4 @@
 import importlib.util
 
 if not all(importlib.util.find_spec(name) for name in ("gymnasium", "mujoco")):
-    collect_ignore = ["test_expert.py", "test_gym.py", "test_record.py", "test_tabletop.py"]
+    collect_ignore = ["test_expert.py", "test_gym.py", "test_record.py", "test_single.py", "test_tabletop.py"]

@@ -40,11 +40,12 @@ class Line(gymnasium.Env):
         return np.full((16, 16, 3), 100 + 10 * self.steps, np.uint8)
 
 
-def make(*, length: int = 2, counterfactual: bool = False):
+def make(*, length: int = 2, counterfactual: bool = False, threads: bool = True, blind: bool = False):
     from pi0_jax.evaluate.simulators.gym import Simulator
 
     words = ("up", "down")[::-1] if counterfactual else ("up", "down")
     picture = np.zeros((48, 48, 3), np.uint8)
+    picture[:24] = 0 if blind else 255
     return Simulator(
         make=Line,
         robot=ROBOT,
@@ -55,6 +56,8 @@ def make(*, length: int = 2, counterfactual: bool = False):
         },
         success=lambda info: info["is_success"],
         expert=lambda env, state: np.array([0.5 * env.sign, 0, 0], np.float32),
+        per_task=3,
+        threads=threads,
     )
 '''
 
@@ -74,7 +77,7 @@ def test_one_file_is_all_that_a_simulator_needs(line, checkpoint_folder, tmp_pat
     printed = capsys.readouterr().out
     assert "down" in printed
     assert "of 4" in printed
-    assert (tmp_path / "out" / "line.mp4").stat().st_size > 0
+    assert len(list((tmp_path / "out/line_videos").glob("*.mp4"))) == 2
     options = ("length=1",)
     evaluate(Evaluate(checkpoint_folder, env="line", env_options=options, episodes=2, num_steps=1, output=tmp_path))
     assert "down" not in capsys.readouterr().out
@@ -118,7 +121,9 @@ def test_simulators_are_found_by_robot_and_refuse_unknown_options(line):
         find_simulator("aloha")
     assert has_option("line", "counterfactual")
     assert not has_option("line", "image_size")
-    with pytest.raises(ValueError, match=r"no option 'lenght'; it has length, counterfactual\. Did you mean 'length'"):
+    with pytest.raises(
+        ValueError, match=r"no option 'lenght'; it has length, counterfactual, threads, blind\. Did you mean 'length'"
+    ):
         get_simulator("line", lenght=1)
 
 

@@ -13,7 +13,8 @@ from gymnasium.utils.env_checker import check_env
 import pi0_jax.evaluate.simulators.tabletop  # noqa: F401  (registers the environment)
 from pi0_jax.evaluate.simulators.tabletop import scene
 from pi0_jax.evaluate.simulators.tabletop.expert import expert_action
-from pi0_jax.evaluate.simulators.tabletop.tabletop import CAMERAS, MAX_STEPS, TabletopEnv
+from pi0_jax.evaluate.simulators.tabletop.gantry import CAMERAS, MAX_STEPS
+from pi0_jax.evaluate.simulators.tabletop.tabletop import TabletopEnv
 from pi0_jax.evaluate.simulators.tabletop.tasks import OBJECTS, TASKS, episode_seed, find_task
 
 QUARTER = np.array([[0, -1], [1, 0]])

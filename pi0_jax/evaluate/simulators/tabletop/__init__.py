@@ -7,12 +7,16 @@ everything else needs the optional extra, `pip install -e '.[sim]'`.
 from __future__ import annotations
 
 import contextlib
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pi0_jax.errors import UserError, require_package
 from pi0_jax.evaluate.simulators import MAX_DEMONSTRATIONS, Simulator
 from pi0_jax.evaluate.simulators.tabletop.tasks import TASK_SETS, episode_seed
+
+if TYPE_CHECKING:
+    from pi0_jax.evaluate.simulators.tabletop.single import SingleTaskEnv
 
 with contextlib.suppress(ImportError):
     import gymnasium
@@ -24,14 +28,19 @@ with contextlib.suppress(ImportError):
 ROBOT = "tabletop"
 
 
+def check_installed() -> None:
+    """Raises `UserError` if the optional extra is missing."""
+    for package in ("gymnasium", "mujoco"):
+        require_package(package, "sim", "the tabletop")
+
+
 def make(*, tasks: str = "objects", counterfactual: bool = False, image_size: int = 48) -> Simulator:
     """The tabletop as a simulator.
 
     `tasks` is one of `TASK_SETS`. With `counterfactual` the instruction names another object than the one that is
     scored. `image_size` is the side of the observed images, pixels.
     """
-    for package in ("gymnasium", "mujoco"):
-        require_package(package, "sim", "the tabletop")
+    check_installed()
     from pi0_jax.evaluate.simulators.gym import Start
     from pi0_jax.evaluate.simulators.tabletop.expert import expert_action
     from pi0_jax.evaluate.simulators.tabletop.scene import CONTROL_HZ, MAX_ACTION
@@ -60,5 +69,31 @@ def make(*, tasks: str = "objects", counterfactual: bool = False, image_size: in
         layout=layout,
         picture=lambda env: env.draw_view("view", 160),
         expert=lambda env, _: expert_action(env.task, env.snapshot()),
+        threads=True,
+        random_action=lambda rng: rng.uniform(-MAX_ACTION, MAX_ACTION, 3).astype(np.float32),
+    )
+
+
+def single_task(env: type[SingleTaskEnv], image_size: int, modes: tuple[str, ...] = (), repeats: int = 1) -> Simulator:
+    """A task with a scene of its own (`single`) as a simulator; `modes` are its equally right ways, `repeats` the
+    number of episodes with the same layout."""
+    from pi0_jax.evaluate.simulators.gym import Start
+    from pi0_jax.evaluate.simulators.tabletop.scene import CONTROL_HZ, MAX_ACTION
+
+    def layout(index: int, seed: int, split: str, attempt: int) -> Start:
+        return Start(env.name, episode_seed(split, attempt * MAX_DEMONSTRATIONS + index // repeats, seed))
+
+    return Simulator(
+        make=lambda task: env(image_size, lazy_images=True),
+        robot=ROBOT,
+        fps=CONTROL_HZ,
+        tasks=(env.name,),
+        modes=modes,
+        per_task=200,
+        observe=lambda env, _: env.observe(),
+        layout=layout,
+        picture=lambda env: env.draw_view("view", 160),
+        expert=lambda env, _: env.expert(),
+        threads=True,
         random_action=lambda rng: rng.uniform(-MAX_ACTION, MAX_ACTION, 3).astype(np.float32),
     )

@@ -50,13 +50,13 @@ def _posts() -> str:
     )
 
 
-def build_xml() -> str:
-    """The scene in MuJoCo's XML. The ring's slides come first, then the objects' free joints in the order of `OBJECTS`.
+def build_xml(things: str | None = None) -> str:
+    """A scene in MuJoCo's XML: the table, the cameras and the ring, and what is on the table, by default `objects_xml`.
 
-    The table is mid grey, so that images scaled to [-1, 1] have a mean near zero; it is larger than any straight-down
-    camera sees. Friction cones are elliptic because pyramids would make pushing depend on the direction.
+    The ring's slides come first, then the joints of the things. The table is mid grey, so that images scaled to [-1, 1]
+    have a mean near zero; it is larger than any straight-down camera sees. Friction cones are elliptic because pyramids
+    would make pushing depend on the direction.
     """
-    block, puck, ball = OBJECTS
     low, high = COMMAND_LOW, COMMAND_HIGH
     slides, motors = "", ""
     for i, name in enumerate("xyz"):
@@ -71,6 +71,7 @@ def build_xml() -> str:
   <option timestep="{PHYSICS_STEP}" integrator="implicitfast" cone="elliptic"/>
   <default>
     <default class="object"><geom contype="1" conaffinity="3" mass="0.1" friction="0.5 0.01 0.003"/></default>
+    <default class="drawing"><geom type="cylinder" contype="0" conaffinity="0"/></default>
     <default class="post">
       <geom type="capsule" size="{POST_RADIUS}" contype="2" conaffinity="0" mass="0" friction="0.2"
             rgba="0.08 0.08 0.10 1"/>
@@ -84,9 +85,6 @@ def build_xml() -> str:
           rgba="0.5 0.5 0.5 1"/>
     <camera name="top" pos="0 0 {TOP_CAMERA_HEIGHT}" fovy="{_field_of_view(TOP_CAMERA_REACH, TOP_CAMERA_HEIGHT)}"/>
     <camera name="view" pos="0 -0.75 0.62" xyaxes="1 0 0 0 0.64 0.77" fovy="30"/>
-    <body name="goal" mocap="true">
-      <geom type="cylinder" size="{GOAL_RADIUS} 0.0005" contype="0" conaffinity="0" rgba="1 0.85 0 1"/>
-    </body>
     <body name="tool" gravcomp="1">
       {slides}
       <inertial pos="0 0 {POST_LENGTH}" mass="1" diaginertia="0.01 0.01 0.01"/>
@@ -94,6 +92,24 @@ def build_xml() -> str:
       <camera name="tool" pos="0 0 {TOOL_CAMERA_HEIGHT}"
               fovy="{_field_of_view(TOOL_CAMERA_REACH, TOOL_CAMERA_HEIGHT)}"/>
     </body>
+    {objects_xml() if things is None else things}
+  </worldbody>
+  <actuator>{motors}</actuator>
+</mujoco>"""
+
+
+def goal_xml(radius: float = GOAL_RADIUS) -> str:
+    """The yellow circle, a drawing that is put where the layout has it."""
+    return f"""
+    <body name="goal" mocap="true">
+      <geom class="drawing" size="{radius} 0.0005" rgba="1 0.85 0 1"/>
+    </body>"""
+
+
+def objects_xml() -> str:
+    """The circle and the objects of the six tasks, whose free joints are in the order of `OBJECTS`."""
+    block, puck, ball = OBJECTS
+    return f"""{goal_xml()}
     <body name="{block}">
       <freejoint/>
       <geom class="object" type="box" size="0.024 0.024 {REST_HEIGHT[block]}" rgba="0.95 0.05 0.05 1"/>
@@ -105,10 +121,7 @@ def build_xml() -> str:
     <body name="{ball}">
       <freejoint/>
       <geom class="object" type="sphere" size="{REST_HEIGHT[ball]}" condim="6" rgba="0.05 0.15 1 1"/>
-    </body>
-  </worldbody>
-  <actuator>{motors}</actuator>
-</mujoco>"""
+    </body>"""
 
 
 def sample_positions(rng: np.random.Generator, count: int) -> np.ndarray:

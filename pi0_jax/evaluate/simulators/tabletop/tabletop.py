@@ -6,24 +6,15 @@
 from __future__ import annotations
 
 import functools
-import string
 from typing import Any
 
-import gymnasium
 import mujoco
 import numpy as np
 
-from pi0_jax.data.robots import RawObservation
 from pi0_jax.errors import UserError
 from pi0_jax.evaluate.simulators.tabletop import scene
-from pi0_jax.evaluate.simulators.tabletop.render import draw
+from pi0_jax.evaluate.simulators.tabletop.gantry import GantryEnv
 from pi0_jax.evaluate.simulators.tabletop.tasks import OBJECTS, TASKS, Snapshot, Task, find_task, is_done
-
-CAMERAS = ("top", "tool")
-MAX_STEPS = 40
-MAX_PROMPT_LENGTH = 256
-PROMPTS = gymnasium.spaces.Text(MAX_PROMPT_LENGTH, charset=string.printable)
-SUBSTEPS = round(1 / (scene.CONTROL_HZ * scene.PHYSICS_STEP))
 
 
 @functools.cache
@@ -32,32 +23,13 @@ def load_model() -> mujoco.MjModel:
     return mujoco.MjModel.from_xml_string(scene.build_xml())
 
 
-class TabletopEnv(gymnasium.Env):
-    """A ring on a gantry that reaches for, or pushes, the object named in an English instruction.
+class TabletopEnv(GantryEnv):
+    """A ring that reaches for, or pushes, the object named in an English instruction.
 
-    Observation, the policy's raw input:
-        images: {"top": the whole table, "tool": the ring's surroundings}, uint8[image_size, image_size, 3], both
-            straight down with +x to the right and +y up. Absent while `lazy_images` is on.
-        state: float32[6], the ring's position (x, y, z) and its commanded position (x, y, z), metres.
-        prompt: the instruction.
-
-    Action: float32[3], change of the commanded position in metres, clipped to ±0.04 on each axis; five a second.
-
-    An episode terminates when its task is done, with reward 1 for that step and 0 before, and is truncated after 40
-    steps. `info` holds `task` (a name), `success`, and `successes`: for every task's name whether it is done at this
-    moment, so that one task can be scored while another is instructed.
-
-    Args:
-        render_mode: "rgb_array" or None.
-        image_size: side of the observed images, pixels.
-        render_size: side of the image that `render` draws, pixels.
-        lazy_images: `reset` and `step` leave the images out, and `observe` draws them when the policy asks. A policy
-            that executes four actions of a chunk then pays for one observation in four.
-
-    Environments share nothing that changes, and physics and rays run without Python's lock: step many in threads.
+    Observations, actions and arguments are those of `GantryEnv`. `info` holds `task` (a name), `success`, and
+    `successes`: for every task's name whether it is done at this moment, so that one task can be scored while another
+    is instructed.
     """
-
-    metadata = {"render_modes": ["rgb_array"], "render_fps": scene.CONTROL_HZ}  # noqa: RUF012
 
     def __init__(
         self,
@@ -66,26 +38,10 @@ class TabletopEnv(gymnasium.Env):
         render_size: int = 256,
         lazy_images: bool = False,
     ):
-        if render_mode not in (None, "rgb_array"):
-            raise UserError(f'render_mode is {render_mode!r}; expected "rgb_array" or None.')
-        self.render_mode = render_mode
-        self.image_size, self.render_size, self.lazy_images = image_size, render_size, lazy_images
-        image = gymnasium.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
-        spaces = {
-            "state": gymnasium.spaces.Box(-1.0, 1.0, (6,), np.float32),
-            "prompt": PROMPTS,
-        }
-        if not lazy_images:
-            spaces["images"] = gymnasium.spaces.Dict({camera: image for camera in CAMERAS})
-        self.observation_space = gymnasium.spaces.Dict(spaces)
-        self.action_space = gymnasium.spaces.Box(-scene.MAX_ACTION, scene.MAX_ACTION, (3,), np.float32)
-        self._model = load_model()
-        self._data = mujoco.MjData(self._model)
+        super().__init__(load_model(), render_mode, image_size, render_size, lazy_images)
         self._goal = self._model.body("goal").mocapid[0]
         self._bodies = [self._model.body(name).id for name in OBJECTS]
         self.task: Task = TASKS[0]
-        self.prompt = ""
-        self._steps = 0
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -113,17 +69,7 @@ class TabletopEnv(gymnasium.Env):
         task = options.get("task", task)
         self.task = find_task(task) if isinstance(task, str) else task
         prompts = self.task.prompts
-        prompt = options.get("prompt", prompts[int(phrasing * len(prompts))])
-        if prompt not in PROMPTS:
-            raise UserError(
-                f"prompt is {prompt!r}; expected 1 to {MAX_PROMPT_LENGTH} printable ASCII characters: shorten or "
-                "transliterate it."
-            )
-        self.prompt = prompt
-        self._steps = 0
-
-        mujoco.mj_resetData(self._model, self._data)
-        self._data.ctrl[:] = self._data.qpos[:3] = start
+        self._begin(start, options.get("prompt", prompts[int(phrasing * len(prompts))]))
         poses = self._data.qpos[3:].reshape(len(OBJECTS), 7)
         poses[:, :2] = positions[:-1]
         poses[:, 2] = [scene.REST_HEIGHT[name] for name in OBJECTS]
@@ -131,32 +77,6 @@ class TabletopEnv(gymnasium.Env):
         self._data.mocap_pos[self._goal] = [*positions[-1], 0]
         mujoco.mj_forward(self._model, self._data)
         return self._observation(), self._info()
-
-    def step(self, action: np.ndarray) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
-        """Moves the command by `action` (float[3], metres, clipped to ±0.04) and simulates a fifth of a second.
-
-        Raises:
-            UserError: if `action` is not three finite numbers.
-        """
-        change = np.asarray(action, np.float64)
-        if change.shape != (3,) or not np.isfinite(change).all():
-            raise UserError(
-                f"action is {action!r}; expected three finite numbers, metres. Pass one row of a chunk at a time."
-            )
-        change = np.clip(change, -scene.MAX_ACTION, scene.MAX_ACTION)
-        self._data.ctrl[:] = np.clip(self._data.ctrl + change, scene.COMMAND_LOW, scene.COMMAND_HIGH)
-        mujoco.mj_step(self._model, self._data, SUBSTEPS)
-        mujoco.mj_kinematics(self._model, self._data)  # mj_step leaves poses one substep old
-        mujoco.mj_camlight(self._model, self._data)
-        self._steps += 1
-        info = self._info()
-        success = info["success"]
-        return self._observation(), float(success), success, self._steps >= MAX_STEPS and not success, info
-
-    def observe(self) -> RawObservation:
-        """The full observation of this moment, images included, whatever `lazy_images` says."""
-        images = {camera: draw(self._model, self._data, camera, self.image_size) for camera in CAMERAS}
-        return RawObservation(images=images, state=self._state(), prompt=self.prompt)
 
     def snapshot(self) -> Snapshot:
         """The true state, for the scripted expert and for tests."""
@@ -166,23 +86,6 @@ class TabletopEnv(gymnasium.Env):
             objects={name: self._data.xpos[body, :2].copy() for name, body in zip(OBJECTS, self._bodies, strict=True)},
             goal=self._data.mocap_pos[self._goal, :2].copy(),
         )
-
-    def render(self) -> np.ndarray | None:
-        """A picture from the table's front, uint8[render_size, render_size, 3]; None without a render mode."""
-        if self.render_mode is None:
-            return None
-        return self.draw_view("view", self.render_size)
-
-    def draw_view(self, camera: str = "view", size: int = 256) -> np.ndarray:
-        """A smooth picture for people, uint8[size, size, 3]: camera "top", "tool", or "view" from the front."""
-        lamp = (-0.3, -0.5, 1.0) if camera == "view" else (0.0, 0.0, 1.0)
-        return draw(self._model, self._data, camera, size, lamp=lamp, oversample=3)
-
-    def _state(self) -> np.ndarray:
-        return np.concatenate([self._data.qpos[:3], self._data.ctrl]).astype(np.float32)
-
-    def _observation(self) -> dict[str, Any]:
-        return {"state": self._state(), "prompt": self.prompt} if self.lazy_images else {**self.observe()}
 
     def _info(self) -> dict[str, Any]:
         snapshot = self.snapshot()
