@@ -21,6 +21,7 @@ import numpy as np
 from pi0_jax.batch import CodecTables, Targets
 from pi0_jax.config import Fast, PolicyConfig
 from pi0_jax.data.fast import FastCodec, hold
+from pi0_jax.data.robots import Robot
 from pi0_jax.data.source import text_of
 from pi0_jax.data.tokenizer import Tokenizer
 from pi0_jax.data.transform import Sample, Transform, identity
@@ -156,6 +157,25 @@ def check_shape(codec: FastCodec, horizon: int, dims: int, robot: str) -> None:
             f"the action codec was fitted to chunks of {fitted[0]} actions of {fitted[1]} dimensions; those of {robot} "
             f"have {horizon} of {dims}. Fit one to them: pi0 data fast CONFIG --output FOLDER"
         )
+
+
+def tables_of(policy: PolicyConfig, robot: Robot, tokenizer: Tokenizer, codec: FastCodec | None) -> CodecTables | None:
+    """What a policy's program decodes action tokens with; None where its objective has none.
+
+    Raises:
+        UserError: it acts by tokens and there is no codec, or one of other chunks; or as of `ActionTokens`.
+    """
+    objective, dims = policy.objective, len(robot.model_actions)
+    if objective.codec is None or codec is None:
+        if objective.decodes and objective.codec is not None:
+            raise UserError(
+                "this policy acts by FAST action tokens, and its checkpoint holds no codec to read them by. Add the "
+                "one it was trained with: pi0 convert SOURCE TARGET --codec FOLDER (for released weights, "
+                "physical-intelligence/fast)."
+            )
+        return None
+    check_shape(codec, policy.model.action_horizon, dims, robot.name)
+    return ActionTokens(codec, objective.codec, tokenizer, policy.model.vocab_size).tables(dims)
 
 
 def write_targets(tokenizer: Tokenizer, actions: ActionTokens | None, text_room: int) -> Transform:
