@@ -121,8 +121,8 @@ class PairsDataset(Source):
         missing = [str(path) for path in self.picture_files(IMAGE) if not path.is_file()]
         if missing:
             raise FileNotFoundError(
-                f"{len(missing)} pictures that the *.jsonl files of {self.root} name are missing: {listed(missing, 3)}. They "
-                "are named relative to the folder."
+                f"{len(missing)} pictures that the *.jsonl files of {self.root} name are missing: "
+                f"{listed(missing, 3)}. They are named relative to the folder."
             )
 
 
