@@ -105,7 +105,7 @@ def test_a_dataset_of_the_layout_gives_the_batches_that_updates_are_compiled_for
     loader = load_inputs(run).loader
     batch = next(loader)
     loader.close()
-    expected = batch_shapes(run.policy.model, 8)
+    expected = batch_shapes(run.policy.model, run.policy.objective, 8)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), batch) == jax.tree.map(lambda x: (x.shape, x.dtype), expected)
     assert np.isfinite(batch.actions).all()
 
