@@ -15,6 +15,7 @@ import numpy as np
 
 from pi0_jax import checkpoint
 from pi0_jax.atomic import written
+from pi0_jax.compare.behaviour import modes, reactions, recorded_modes
 from pi0_jax.compare.config import CompareConfig
 from pi0_jax.config import Reflow, TrainConfig
 from pi0_jax.config.replace import replace
@@ -102,11 +103,12 @@ def measure(config: CompareConfig, seed: int, name: str) -> dict[str, Any]:
     """Closed loop, held-out error, jitter, latency, and the paths from noise to actions.
 
     Returns:
-        `rows`, one for each sampler and number of network evaluations; `straightness` and `paths` of deterministic
+        `rows`, one for each sampler and number of network evaluations; `demonstrated`, the modes of the demonstrations;
+        `delays`, one row for each way of acting and latency; `straightness` and `paths` of deterministic
         solvers; sizes, seconds and versions.
     """
     contender, path = config.contenders[name], folder(config, seed, name)
-    simulator = open_simulator(config.env)
+    simulator = open_simulator(config.env, dict(config.env_options))
     data = held_out(checkpoint.load_assets(path).train, get_robot(simulator.robot))
     assert data is not None, "a comparison needs held-out demonstrations: data.validation_path"
     rows, paths, straight = [], {}, {}
@@ -117,7 +119,7 @@ def measure(config: CompareConfig, seed: int, name: str) -> dict[str, Any]:
             # Action tokens are decoded in as many evaluations as they need.
             steps = evaluations if isinstance(sampler, Solver) else None
             rollout = roll_out(policy, simulator, config.episodes, 1000 + seed, num_steps=steps, batch_size=BATCH)
-            figures = _figures(policy, rollout, data, steps)
+            figures = _figures(policy, rollout, data, steps) | modes(rollout, simulator.modes)
             rows.append({"sampler": label, "evaluations": evaluations, **figures})
         if isinstance(sampler, Solver) and not sampler.stochastic:
             keys = jax.random.split(jax.random.key(seed), BATCH)
@@ -127,6 +129,8 @@ def measure(config: CompareConfig, seed: int, name: str) -> dict[str, Any]:
     return {
         "parameters": sum(x.size for x in jax.tree.leaves(checkpoint.restore_params(path))),
         "rows": rows,
+        "demonstrated": recorded_modes(config.train.data.path, simulator.modes),
+        "delays": reactions(config, contender, path, simulator, seed),
         "straightness": straight,
         "paths": paths,
         "measuring_seconds": time.monotonic() - begin,
@@ -178,7 +182,7 @@ def control_latencies(config: CompareConfig) -> dict[str, dict[str, float]]:
     """
     flows = [n for n, c in config.contenders.items() if not c.objective.decodes]
     path = folder(config, config.seeds[0], flows[0])
-    observation = open_simulator(config.env).start(0, 0).observe()
+    observation = open_simulator(config.env, dict(config.env_options)).start(0, 0).observe()
     table: dict[str, dict[str, float]] = {}
     model = checkpoint.load_assets(path).policy.model
     for horizon in HORIZONS:

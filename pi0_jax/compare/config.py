@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 from pi0_jax.config import ModelConfig, ObjectiveConfig, Reflow, TrainConfig
 from pi0_jax.config.replace import replace
@@ -22,6 +23,8 @@ class Contender:
     """By a label; each is measured on the same weights."""
     evaluations: tuple[int, ...] = (1, 2, 4, 10, 50, 100)
     """Network evaluations per chunk to measure at."""
+    ways: tuple[str, ...] = ()
+    """Ways of acting (`evaluate.latency.STRATEGIES`) whose reaction to `CompareConfig.latencies` is measured."""
 
     @property
     def teacher(self) -> str | None:
@@ -60,6 +63,10 @@ class CompareConfig:
     """Objective of a run of `train.policy` before all others, which all seeds of all contenders start from."""
     env: str
     """Simulator for the closed loop."""
+    env_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Options of the simulator."""
+    latencies: tuple[int, ...] = (0, 400)
+    """Milliseconds from an observation to its chunk, in simulated time."""
     backbone_subtrees: tuple[str, ...] = ("image_encoder", "image_projector", "embedding", "backbone/layers/language")
     """Parameters that each contender takes over from that run; its head starts from random weights."""
     backbone_steps: int = 2000

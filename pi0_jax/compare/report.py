@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.stats import t as student
 
+from pi0_jax.compare.behaviour import mode_coverage
 from pi0_jax.compare.cells import CELL, CONTROL_STEPS, HORIZONS, cells, control_latencies, folder
 from pi0_jax.compare.config import CompareConfig
 from pi0_jax.errors import UserError
@@ -59,10 +60,12 @@ def write_comparison(config: CompareConfig) -> Path:
     if not done:
         raise UserError(f"nothing to compare in {config.run_dir} yet.")
     root = Path(config.run_dir)
+    demonstrated = done[0].get("demonstrated")
     control = root / "control.json"
     if not control.is_file():
         control.write_text(json.dumps(control_latencies(config), indent=1) + "\n")
-    figures = summarize(done) | {
+    figures = summarize(done, demonstrated) | {
+        "demonstrated": demonstrated,
         "control_latency_seconds": json.loads(control.read_text()),
         "settings": {
             "seeds": list(config.seeds),
@@ -89,14 +92,15 @@ def write_comparison(config: CompareConfig) -> Path:
     return path
 
 
-def summarize(done: list[dict[str, Any]]) -> dict[str, Any]:
-    """The figures of all cells, by policy (contender and sampler) and number of network evaluations."""
+def summarize(done: list[dict[str, Any]], demonstrated: dict[str, int] | None = None) -> dict[str, Any]:
+    """The figures of all cells, by policy (contender and sampler) and number of network evaluations. `demonstrated` are
+    the demonstrations by mode, where there are several."""
     policies: dict[str, Any] = {}
     for label, (name, sampler) in _labels(done).items():
         mine = [cell for cell in done if cell["name"] == name]
         rows = [[row for row in cell["rows"] if row["sampler"] == sampler] for cell in mine]
         counts = [row["evaluations"] for row in rows[0]]
-        by_count = {str(n): _at(rows, n) for n in counts}
+        by_count = {str(n): _at(rows, n, demonstrated) for n in counts}
         enough = [_enough(r) for r in rows]
         best = max(counts, key=lambda n: (by_count[str(n)]["success"].mean, -n))
         straightness = [cell["straightness"][sampler] for cell in mine if sampler in cell["straightness"]]
@@ -106,6 +110,7 @@ def summarize(done: list[dict[str, Any]]) -> dict[str, Any]:
             "evaluations_for_95_percent_of_best": {"median": float(np.median(enough)), "by_seed": enough},
             "error_floor": over_seeds([min(row["error_floor"] for row in r) for r in rows]),
             "straightness": over_seeds(straightness) if straightness else None,
+            "delays": _delays(mine) if sampler == mine[0]["rows"][0]["sampler"] else [],
             "parameters": mine[0]["parameters"],
             "training_seconds": float(np.mean([cell["training_seconds"] for cell in mine])),
         }
@@ -122,15 +127,37 @@ def _labels(done: list[dict[str, Any]]) -> dict[str, tuple[str, str]]:
     return labels
 
 
-def _at(rows: list[list[dict[str, Any]]], count: int) -> dict[str, Any]:
+def _at(rows: list[list[dict[str, Any]]], count: int, demonstrated: dict[str, int] | None) -> dict[str, Any]:
     """What all seeds measured at one number of evaluations."""
     chosen = [row for seed in rows for row in seed if row["evaluations"] == count]
     pooled = success_rate(sum(row["successes"] for row in chosen), sum(row["episodes"] for row in chosen))
+    ways = {}
+    if demonstrated:
+        taken = {mode: sum(row["modes"][mode] for row in chosen) for mode in demonstrated}
+        different, pairs = np.sum([row["pairs"] for row in chosen], axis=0)
+        ways = {
+            "modes": taken,
+            "coverage": mode_coverage(taken, demonstrated),
+            "both_from_one_layout": float(different / pairs) if pairs else None,
+        }
     return {
+        **ways,
         "success": over_seeds([row["successes"] / row["episodes"] for row in chosen], high=1.0),
         "pooled": Interval(pooled.rate, pooled.low, pooled.high),
         **{key: over_seeds([row[key] for row in chosen]) for key in ("error", "jitter", "latency_ms")},
     }
+
+
+def _delays(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each way of acting and latency, what all seeds measured."""
+    found = [row for cell in cells for row in cell.get("delays", [])]
+    rows = []
+    for way, latency in dict.fromkeys((row["way"], row["latency_ms"]) for row in found):
+        mine = [row for row in found if (row["way"], row["latency_ms"]) == (way, latency)]
+        pooled = success_rate(sum(row["successes"] for row in mine), sum(row["episodes"] for row in mine))
+        means = {key: float(np.mean([row[key] for row in mine])) for key in ("held", "seam", "inside", "break")}
+        rows.append({"way": way, "latency_ms": latency, "pooled": pooled[2:], **means})
+    return rows
 
 
 def _enough(rows: list[dict[str, Any]]) -> int:
@@ -159,6 +186,7 @@ def _page(figures: dict[str, Any], pictures: dict[str, bytes]) -> str:
             "The first coordinate of a chunk's first action for one observation and 64 draws of noise, in the model's "
             "units, over 50 steps from noise (left) to action (right).",
         ),
+        *_behaviour(policies, figures["demonstrated"]),
         ("High-rate control", None, _control_table(figures["control_latency_seconds"])),
         ("All figures", None, _full_table(policies)),
     ]
@@ -172,6 +200,52 @@ def _page(figures: dict[str, Any], pictures: dict[str, bytes]) -> str:
         f"{html.escape(settings['device'])}, JAX {settings['jax']}. Made by pi0_jax; the figures are in "
         "<code>compare.json</code>.",
     )
+
+
+def _behaviour(policies: dict[str, Any], demonstrated: dict[str, int] | None) -> list[tuple[str, None, str]]:
+    """Sections on the modes, and on delay, where they were measured."""
+    sections = []
+    if demonstrated:
+        shares = [f"{count / sum(demonstrated.values()):.0%}" for count in demonstrated.values()]
+        rows = [["demonstrations", "–", "–", *shares, "100%", f"{_different(demonstrated):.0%}"]]
+        for label, p in policies.items():
+            for count, at in p["evaluations"].items():
+                total, both = max(1, sum(at["modes"].values())), at["both_from_one_layout"]
+                taken = [f"{n / total:.0%}" for n in at["modes"].values()]
+                share = "–" if both is None else f"{both:.0%}"
+                rows.append([label, count, f"{at['pooled'].mean:.0%}", *taken, f"{at['coverage']:.0%}", share])
+        text = (
+            "Of the successful episodes. Coverage: overlap with the demonstrations' distribution over the ways. Last: "
+            "of the pairs of successful episodes with one layout, how many went different ways."
+        )
+        head = ["policy", "evaluations", "success", *demonstrated, "coverage", "different from one layout"]
+        sections.append(("Which of the right ways?", None, f"<p>{text}</p>{table(head, rows)}"))
+    rows = [
+        [
+            label,
+            row["way"],
+            row["latency_ms"],
+            Interval(*row["pooled"]).text(style=".1%"),
+            f"{row['held']:.1f}",
+            *(f"{1e3 * row[key]:.1f}" for key in ("seam", "inside", "break")),
+        ]
+        for label, p in policies.items()
+        for row in p["delays"]
+    ]
+    if rows:
+        text = (
+            "Simulated time, in which answers come so late. Steps held still per episode; mean changes from one action "
+            "to the next where a chunk begins, and inside chunks; departure of a new chunk from the old. 1e-3 units."
+        )
+        head = ["policy", "way of acting", "latency, ms", "success (Wilson)", "held", "at seams", "inside", "departure"]
+        sections.append(("What does delay do?", None, f"<p>{text}</p>{table(head, rows)}"))
+    return sections
+
+
+def _different(counts: dict[str, int]) -> float:
+    """Probability that two draws from a distribution differ."""
+    shares = np.array([*counts.values()]) / sum(counts.values())
+    return float(1 - np.square(shares).sum())
 
 
 def _main_table(policies: dict[str, Any]) -> str:

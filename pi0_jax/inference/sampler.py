@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Key
 
 from pi0_jax import checkpoint
-from pi0_jax.batch import Observation
+from pi0_jax.batch import CodecTables, Observation
 from pi0_jax.config import ModelConfig, PolicyConfig
 from pi0_jax.errors import UserError
 from pi0_jax.flow.realtime import Previous
@@ -39,6 +39,8 @@ class Inputs(NamedTuple):
     """Standard normal, in place of the keys' own."""
     guidance_scale: Float[np.ndarray, ""] | None = None
     previous: Previous | None = None
+    codec: CodecTables | None = None
+    """Of action tokens; `ChunkSampler` fills it in."""
 
 
 class ProgramKey(NamedTuple):
@@ -59,13 +61,22 @@ class ChunkSampler:
         model: the model with only the cameras that are there.
         read: where the parameters come from.
         folded: run folded parameters (`model.fold`), whose numbers are the same; else those of training.
+        codec: of action tokens, where the objective writes some.
 
     Raises:
         UserError: settings that do not go together.
     """
 
-    def __init__(self, config: PolicyConfig, model: ModelConfig, read: Read, *, folded: bool = True):
-        self.config, self.model, self.folded = config, model, folded
+    def __init__(
+        self,
+        config: PolicyConfig,
+        model: ModelConfig,
+        read: Read,
+        *,
+        folded: bool = True,
+        codec: CodecTables | None = None,
+    ):
+        self.config, self.model, self.folded, self.codec = config, model, folded, codec
         self.objective = make_objective(config.objective, model)
         check_policy(config)
         network = self.objective.network
@@ -80,12 +91,14 @@ class ChunkSampler:
             sampler: from noise to actions.
             path: give all points from noise to actions, along the first axis.
         """
+        inputs = inputs._replace(codec=self.codec)
         program = self.compiled(inputs, sampler, path=path)
         with target.advice():
             return np.asarray(program(self.params, inputs))
 
     def compiled(self, inputs: Inputs, sampler: Sampler, *, path: bool = False) -> jax.stages.Compiled:
         """The program of such a call, a function of parameters and inputs; compiled once."""
+        inputs = inputs._replace(codec=self.codec)
         avals = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)
         leaves, tree = jax.tree.flatten(avals)
         key = ProgramKey(sampler, path, (tuple(leaves), tree))
@@ -130,6 +143,7 @@ def sampling_function(
             inputs.keys,
             # Where each action has a time of its own, the sampler's are not all there are.
             None if objective.features is None or trained else objective.features(params, sampler),
+            inputs.codec,
         )
         if not path:
             return objective.sample(params, inputs.observation, noise, options)

@@ -23,6 +23,7 @@ from pi0_jax.config import ConditionDropout, Independent, ModelConfig, Objective
 from pi0_jax.config.objective import Condition
 from pi0_jax.flow.path import Chunk
 from pi0_jax.flow.realtime import Previous
+from pi0_jax.model.writer import Block
 from pi0_jax.sampler import Euler, Flow, Sampler
 
 Params = Any
@@ -49,6 +50,8 @@ class SampleOptions(NamedTuple):
     """`Objective.features` of the sampler, computed beforehand; None: each step computes its own."""
     codec: CodecTables | None = None
     """Of the FAST tokens that are decoded."""
+    text: Block | None = None
+    """Text that was written after the prompt, such as the subtask; None: none was."""
 
 
 class Objective(NamedTuple):
@@ -70,6 +73,8 @@ class Objective(NamedTuple):
     features: Callable[[Params, Sampler], Any] | None = None
     """What the network computes from the flow time alone (time embedding, modulations of norms), one row per step of
     the sampler: it is the same for every observation."""
+    write: Callable[..., tuple[Float[Array, "b ah ad"], Block]] | None = None
+    """As `sample`, but text is written first, in the same program: actions, and the text. None: it writes none."""
     teacher: str | None = None
     """Checkpoint whose parameters `loss` reads besides."""
 

@@ -50,7 +50,7 @@ def make(config: Autoregressive, network: LanguageNetwork) -> Objective:
     """The objective's functions."""
 
     def supervised(batch: Batch) -> Bool[Array, "b c"]:
-        return learnt(targets_of(batch), batch.step_mask if config.mask_padded_steps else None)
+        return learnt(batch, mask_padded_steps=config.mask_padded_steps)
 
     def draw(batch: Batch, key: Key[Array, ""], step: Int[Array, ""] | int) -> tuple[Draws, Int[Array, ""]]:
         dropout = jax.random.uniform(jax.random.fold_in(key, 2), (len(batch.actions),))
@@ -193,10 +193,16 @@ def targets_of(batch: Batch) -> Targets:
     return batch.targets
 
 
-def learnt(targets: Targets, step_mask: Bool[Array, "b ah"] | None) -> Bool[Array, "b c"]:
-    """Tokens that are in the loss; with a step mask, none of examples without a single step to learn."""
+def learnt(batch: Batch, *, mask_padded_steps: bool) -> Bool[Array, "b c"]:
+    """Tokens that are in the loss; with `mask_padded_steps`, none of an example that has actions, and no step of these
+    to learn: it fills up a batch."""
+    targets = targets_of(batch)
     mask = targets.mask & targets.loss_mask
-    return mask if step_mask is None else mask & jnp.any(step_mask, axis=1, keepdims=True)
+    if not mask_padded_steps:
+        return mask
+    counts = jnp.any(batch.step_mask, axis=1)
+    counts = counts if batch.has_actions is None else counts | ~batch.has_actions
+    return mask & counts[:, None]
 
 
 def count_of(mask: Bool[Array, "b c"], reduction: str) -> Int[Array, ""]:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from pi0_jax.batch import Batch, scale_images
+from pi0_jax.batch import Batch, Observation, scale_images
 from pi0_jax.config import Gaussian, Independent, ModelConfig
 from pi0_jax.errors import UserError
 from pi0_jax.flow.loss import flow_loss, loss_mask
@@ -72,38 +72,14 @@ def network(config: Gaussian, model: ModelConfig) -> Network:
 def make(config: Gaussian, network: Network) -> Objective:
     """The objective: how to draw, the loss, and how to sample."""
 
-    def mask(draws: Draws, clean: Bool[Array, "b s ah"]) -> Bool[Array, "b s ah ad"]:
-        """The loss mask: that of padding, without clean actions."""
-        return chunk_mask(config, draws.batch, draws.noise.shape) & ~clean[..., None]
-
     def draw(batch: Batch, key: Key[Array, ""], step: Int[Array, ""] | int) -> tuple[Draws, Int[Array, ""]]:
-        draws = draw_points(config, batch, key)
-        horizon = batch.actions.shape[1]
-        delay = jax.random.randint(jax.random.fold_in(key, 5), draws.time.shape, 0, config.max_delay + 1)
-        noise, time = draws.noise, draws.time
-        if config.coupling != Independent():
-            observation = drop(scale_images(batch.observation), draws.dropout, config.dropout)  # as in the loss
-            noise = coupled_noise(config.coupling, noise, batch.actions, observation, jax.random.fold_in(key, 3))
-        if config.regression_draw or config.regression_warmup_steps:
-            # At t = 1 without noise x_t is 0 and tells nothing of the actions: what is learned is their mean given the
-            # observation (for a velocity, minus it), which is plain regression.
-            first = (jnp.arange(noise.shape[1]) == 0) & config.regression_draw
-            regress = first | (jnp.asarray(step) < config.regression_warmup_steps)
-            noise = jnp.where(regress[None, :, None, None], 0.0, noise)
-            time = jnp.where(regress[None], 1.0, time)
-        draws = draws._replace(noise=noise, time=time, delay=delay)
-        return draws, jnp.sum(mask(draws, is_clean(delay, horizon)))
+        draws = draw_all(config, batch, key, step)
+        return draws, jnp.sum(_mask(config, draws))
 
     def loss(params: Params, draws: Draws, count: Int[Array, ""]) -> tuple[Float[Array, ""], Metrics]:
-        observation = drop(scale_images(draws.batch.observation), draws.dropout, config.dropout)
-        noise, time = draws.noise, draws.time
-        actions = jnp.broadcast_to(draws.batch.actions[:, None], noise.shape)
-        clean = is_clean(draws.delay, noise.shape[2])
-        if config.max_delay:  # a time per action, [b s ah]: clean ones are at t = 0
-            time = jnp.where(clean, 0.0, time[..., None])
-        x, target = interpolate(config.path, actions, noise, time, config.predicts)
-        predicted = network.joint(params, observation, x, time)  # one pass over the observation and all draws
-        return flow_loss(predicted, target, mask(draws, clean), count), {}
+        it = noisy(config, draws)
+        predicted = network.joint(params, it.observation, it.x, it.time)  # one pass over the observation and all draws
+        return flow_loss(predicted, it.target, it.mask, count), {}
 
     def flow(params: Params, observation, options: SampleOptions):
         return make_flow(
@@ -120,6 +96,54 @@ def make(config: Gaussian, network: Network) -> Objective:
         flow=flow,
         features=lambda params, sampler: time_features(network, params, sampler),
     )
+
+
+def draw_all(config: Gaussian, batch: Batch, key: Key[Array, ""], step: Int[Array, ""] | int) -> Draws:
+    """Everything that is drawn at random for a batch at a step of training."""
+    draws = draw_points(config, batch, key)
+    delay = jax.random.randint(jax.random.fold_in(key, 5), draws.time.shape, 0, config.max_delay + 1)
+    noise, time = draws.noise, draws.time
+    if config.coupling != Independent():
+        observation = drop(scale_images(batch.observation), draws.dropout, config.dropout)  # as in the loss
+        noise = coupled_noise(config.coupling, noise, batch.actions, observation, jax.random.fold_in(key, 3))
+    if config.regression_draw or config.regression_warmup_steps:
+        # At t = 1 without noise x_t is 0 and tells nothing of the actions: what is learned is their mean given the
+        # observation (for a velocity, minus it), which is plain regression.
+        first = (jnp.arange(noise.shape[1]) == 0) & config.regression_draw
+        regress = first | (jnp.asarray(step) < config.regression_warmup_steps)
+        noise = jnp.where(regress[None, :, None, None], 0.0, noise)
+        time = jnp.where(regress[None], 1.0, time)
+    return draws._replace(noise=noise, time=time, delay=delay)
+
+
+class Noisy(NamedTuple):
+    """What the network is given, and what it shall predict of it."""
+
+    observation: Observation
+    """Images in [-1, 1]."""
+    x: Float[Array, "b s ah ad"]
+    time: Float[Array, "b s ..."]
+    """One per draw, or per action."""
+    target: Float[Array, "b s ah ad"]
+    mask: Bool[Array, "b s ah ad"]
+    """True where the loss counts."""
+
+
+def noisy(config: Gaussian, draws: Draws) -> Noisy:
+    """The points that were drawn, on the path between actions and noise."""
+    observation = drop(scale_images(draws.batch.observation), draws.dropout, config.dropout)
+    noise, time = draws.noise, draws.time
+    actions = jnp.broadcast_to(draws.batch.actions[:, None], noise.shape)
+    if config.max_delay:  # a time per action, [b s ah]: clean ones are at t = 0
+        time = jnp.where(is_clean(draws.delay, noise.shape[2]), 0.0, time[..., None])
+    x, target = interpolate(config.path, actions, noise, time, config.predicts)
+    return Noisy(observation, x, time, target, _mask(config, draws))
+
+
+def _mask(config: Gaussian, draws: Draws) -> Bool[Array, "b s ah ad"]:
+    """The loss mask: that of padding, without clean actions."""
+    clean = is_clean(draws.delay, draws.noise.shape[2])
+    return chunk_mask(config, draws.batch, draws.noise.shape) & ~clean[..., None]
 
 
 def draw_points(config, batch: Batch, key: Key[Array, ""]) -> Draws:

@@ -32,6 +32,7 @@ def make_flow(
     *,
     span: float | None = None,
     max_delay: int = 0,
+    prefill: Callable[[Params, Observation], Any] | None = None,
 ) -> tuple[Flow, Callable[[Chunk], Chunk]]:
     """The observation's tokens computed once, and a prediction against them with all guidance around it.
 
@@ -42,6 +43,8 @@ def make_flow(
         options: guidance and what is left of the chunks in execution.
         span: of average velocities; None for networks without it.
         max_delay: clean actions that the network learned to go on from.
+        prefill: the observation's tokens; None: the network's own. With guidance its rows are those of the observation,
+            and again those of what is left without the condition.
 
     Raises:
         UserError: real-time chunking that the network was not trained for.
@@ -51,7 +54,7 @@ def make_flow(
     if guided:
         both = observation, without(observation, options.guidance_without)
         observation = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), *both)
-    prefix = network.prefill(params, observation)
+    prefix = (prefill or network.prefill)(params, observation)
 
     def predict(x, time, features=None):
         time = jnp.broadcast_to(jnp.float32(time), x.shape[: jnp.ndim(time) or 1])

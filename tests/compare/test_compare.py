@@ -42,7 +42,7 @@ def comparison(folder: Path, **changes) -> CompareConfig:
     )
     contenders = {
         "reflow": Contender(MODEL, Reflow(teacher="flow"), evaluations=(1,)),
-        "flow": Contender(MODEL, Gaussian(), evaluations=(1, 2)),
+        "flow": Contender(MODEL, Gaussian(), evaluations=(1, 2), ways=("synchronous",)),
         "bins": Contender(MODEL, Tokens(bins=16, dims=3), samplers={"Greedy": Greedy()}, evaluations=(1,)),
     }
     config = CompareConfig(
@@ -126,9 +126,10 @@ def test_cells_train_measure_and_make_a_page(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "CONTROL_STEPS", (2,))
     for module in (cells, report):
         monkeypatch.setattr(module, "HORIZONS", (6,))
-    record(tmp_path / "data", Source("tabletop"), 6)
-    record(tmp_path / "held_out", Source("tabletop", "validation"), 6)
-    config = comparison(tmp_path, seeds=(0,))
+    record(tmp_path / "data", Source("tabletop_detour"), 6)
+    record(tmp_path / "held_out", Source("tabletop_detour", "validation"), 6)
+    how = {"env": "tabletop_detour", "env_options": {"repeats": 2}, "latencies": (400,)}
+    config = comparison(tmp_path, seeds=(0,), **how)
     config = dataclasses.replace(config, contenders={n: c for n, c in config.contenders.items() if n != "reflow"})
     for cell in cells.cells(config):
         cells.run_cell(config, *cell)
@@ -137,8 +138,13 @@ def test_cells_train_measure_and_make_a_page(tmp_path, monkeypatch):
     assert [row["evaluations"] for row in flow["rows"]] == [1, 2]
     assert all(row["episodes"] == 6 and row["error"] > 0 and row["latency_ms"] > 0 for row in flow["rows"])
     assert flow["straightness"]["Euler"] > 0
+    assert sum(flow["demonstrated"].values()) == 6
+    assert [(row["way"], row["latency_ms"]) for row in flow["delays"]] == [("synchronous", 400)]
+    assert flow["delays"][0]["held"] >= 2  # two steps of a fifth of a second, at least once
     page = report.write_comparison(config).read_text()
     assert page.count("<img") == 4
+    assert "Which of the right ways?" in page
+    assert "What does delay do?" in page
     figures = json.loads((tmp_path / "runs" / "compare.json").read_text())
     assert set(figures["policies"]) == {"flow", "bins"}
     assert figures["policies"]["bins"]["straightness"] is None

@@ -56,20 +56,23 @@ class Case:
         weights = open_checkpoint(folder / file, overrides)
         changes = {"cameras": cameras, "prompt_length": spec["tokens"], "dtype": "float32", "remat": "none"}
         self.config = dataclasses.replace(weights.policy.model, **changes)
-        assert self.config.variant == {"paligemma": "pi0_fast"}.get(spec["kind"], spec["kind"])
+        kind = spec["kind"].split()[0]
+        assert self.config.variant == {"paligemma": "pi0_fast"}.get(kind, kind)
         if self.config.variant == "pi0_fast":  # no velocity, but the backbone is the one of pi0
             self.config = dataclasses.replace(self.config, variant="pi0")
         self.objective = make_objective(Gaussian(), self.config)
         self.network = self.objective.network
         self.params = jax.tree.map(jnp.asarray, params_of(weights))
         images = {name: self.io.get(f"images/{name}", self.io.get("image")) for name in cameras}
-        batch = len(self.io["tokens"])
+        tokens = self.io["tokens"] if "tokens" in self.io else self.io["prompt"]
+        there = self.io.get("token_mask", self.io.get("prompt_mask", np.ones(tokens.shape, bool)))
+        batch = len(tokens)
         self.observation = Observation(
             images={name: jnp.asarray(image) for name, image in images.items()},
             image_masks={n: jnp.asarray(self.io.get(f"image_masks/{n}", np.ones(batch, bool))) for n in cameras},
             state=jnp.asarray(self.io.get("state", np.zeros((batch, self.config.action_dim), np.float32))),
-            prompt=jnp.asarray(self.io["tokens"]),
-            prompt_mask=jnp.asarray(self.io.get("token_mask", np.ones(self.io["tokens"].shape, bool))),
+            prompt=jnp.asarray(tokens),
+            prompt_mask=jnp.asarray(there),
         )
 
     def apply(self, *args, method="joint"):

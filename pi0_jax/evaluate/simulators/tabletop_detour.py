@@ -6,9 +6,10 @@ from pi0_jax.evaluate.simulators.gym import Simulator
 ROBOT = tabletop.ROBOT
 
 
-def make(*, image_size: int = 48) -> Simulator:
-    """The simulator; `image_size` is the side of the observed images, pixels."""
+def make(*, image_size: int = 48, repeats: int = 1) -> Simulator:
+    """The simulator; `image_size` is the side of the observed images, pixels. `repeats` episodes in a row have the same
+    layout, which shows whether a policy takes both ways from one start."""
     tabletop.check_installed()
     from pi0_jax.evaluate.simulators.tabletop.detour import DetourEnv
 
-    return tabletop.single_task(DetourEnv, image_size, modes=("left", "right"))
+    return tabletop.single_task(DetourEnv, image_size, ("left", "right"), repeats)

@@ -38,8 +38,8 @@ class ActionTokenNetwork(PrefixNetwork):
     def __post_init__(self):
         if self.config.variant not in ("pi0", "pi05"):
             raise UserError(
-                f"a model of variant {self.config.variant!r} has no velocity and cannot run or train yet; "
-                "`pi0 convert` carries its weights between formats. The variants that run are pi0 and pi05."
+                f"a model of variant {self.config.variant!r} has no action expert: it writes action tokens "
+                "(--policy.objective autoregressive --policy.sampler greedy)."
             )
 
     @property
@@ -152,7 +152,10 @@ class ExpertNetwork(ActionTokenNetwork):
 
     def prefill(self, params: Spec, observation: Observation, record: Record | None = None) -> Prefix:
         """As of `ActionTokenNetwork`, and where state and actions stand."""
-        prefix = super().prefill(params, observation, record)
+        return self.placed(super().prefill(params, observation, record))
+
+    def placed(self, prefix: Prefix) -> Prefix:
+        """The prefix with the place of the state and the actions after it, the same in each step of a solver."""
         chunk = jnp.zeros((len(prefix.mask), self.config.action_horizon, self.config.action.width), self.dtype)
         suffix = self._suffix(prefix.state, chunk, None)
         suffix = suffix.padded(aligned(suffix.tokens.shape[1], 64))
@@ -180,12 +183,7 @@ class ExpertNetwork(ActionTokenNetwork):
         Returns:
             dx/dt, float32, of the shape of x.
         """
-        embedded, condition = self._embed_times(params, time, span), None
-        if self.config.variant == "pi05":
-            condition = self._condition(params, embedded).reshape(len(x), -1, embedded.shape[-1])
-        elif time.ndim == x.ndim - 2:
-            embedded = embedded[..., None, :]
-        actions = self._embed_actions(params, x, embedded)
+        actions, condition = self._embed_draws(params, x, time, span)
         draws = x.shape[1] if x.ndim == 4 else 1
         outputs = self.run_jointly(params, observation, actions, condition, draws, record=record)
         return self._project(params, outputs).reshape(x.shape)
@@ -239,6 +237,17 @@ class ExpertNetwork(ActionTokenNetwork):
         """Action tokens, and what the time does in the adaptive norms, as `run_against` takes them."""
         token = None if features.token is None else layers.per_token(features.token)
         return self._embed_actions(params, x, token), features.modulations
+
+    def _embed_draws(
+        self, params: Spec, x: Float[Array, "b *s ah ad"], time: Float[Array, "b *s_or_ah"], span=None
+    ) -> tuple[Float[Array, "b t e"], Float[Array, "b g e"] | None]:
+        """Action tokens of all draws, and the condition of the adaptive norms; arguments of `joint`."""
+        embedded, condition = self._embed_times(params, time, span), None
+        if self.config.variant == "pi05":
+            condition = self._condition(params, embedded).reshape(len(x), -1, embedded.shape[-1])
+        elif time.ndim == x.ndim - 2:
+            embedded = embedded[..., None, :]
+        return self._embed_actions(params, x, embedded), condition
 
     def _embed_times(self, params: Spec, time, span) -> Float[Array, "*time e"]:
         embedded = self.embed_time(time)

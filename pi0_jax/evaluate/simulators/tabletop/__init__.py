@@ -74,13 +74,14 @@ def make(*, tasks: str = "objects", counterfactual: bool = False, image_size: in
     )
 
 
-def single_task(env: type[SingleTaskEnv], image_size: int, modes: tuple[str, ...] = ()) -> Simulator:
-    """A task with a scene of its own (`single`) as a simulator; `modes` are its equally right ways."""
+def single_task(env: type[SingleTaskEnv], image_size: int, modes: tuple[str, ...] = (), repeats: int = 1) -> Simulator:
+    """A task with a scene of its own (`single`) as a simulator; `modes` are its equally right ways, `repeats` the
+    number of episodes with the same layout."""
     from pi0_jax.evaluate.simulators.gym import Start
     from pi0_jax.evaluate.simulators.tabletop.scene import CONTROL_HZ, MAX_ACTION
 
     def layout(index: int, seed: int, split: str, attempt: int) -> Start:
-        return Start(env.name, episode_seed(split, attempt * MAX_DEMONSTRATIONS + index, seed))
+        return Start(env.name, episode_seed(split, attempt * MAX_DEMONSTRATIONS + index // repeats, seed))
 
     return Simulator(
         make=lambda task: env(image_size, lazy_images=True),
