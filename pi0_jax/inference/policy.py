@@ -95,8 +95,9 @@ class Policy:
         self.tokenizer, self.stats = tokenizer, stats
         self.normalization = Normalization(stats, semantics_of(self.robot, config.action_semantics))
         self._transform = make_transform(config, self.robot, self.normalization, tokenizer)
-        # A camera that the robot lacks is masked; leaving it out gives the same numbers.
-        present = tuple(name for name in config.model.cameras if name in self.robot.cameras.values())
+        # A camera that the robot lacks is masked; leaving it out gives the same numbers. Not so a blank one.
+        blank, there = config.objective.blank_cameras, self.robot.cameras.values()
+        present = tuple(name for name in config.model.cameras if blank or name in there)
         model = dataclasses.replace(config.model, cameras=present)
         tables = tables_of(config, self.robot, tokenizer, codec)
         self.sampler = ChunkSampler(config, model, read, folded=folded, codec=tables)
