@@ -35,8 +35,8 @@ from sides import Side, our_model
 from pi0_jax.batch import Observation
 from pi0_jax.config import PI0, PI05, ModelConfig, PolicyConfig
 from pi0_jax.convert.formats import Overrides, open_checkpoint, params_of
-from pi0_jax.inference.policy import prompt_lengths
 from pi0_jax.inference.sampler import ChunkSampler, Inputs
+from pi0_jax.inference.shapes import prompt_lengths
 from pi0_jax.model import fold
 from pi0_jax.model.head import make_head
 from pi0_jax.sampler import Euler

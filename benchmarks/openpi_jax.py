@@ -1,6 +1,6 @@
 """openpi's own π0 and π0.5, run in openpi's own Python, one command a line: the other side of `latency.py`.
 
-    PYTHON openpi_jax.py CHECKOUT < commands
+    PYTHON openpi_jax.py CHECKOUT < commands          (CHECKOUT fast: π0-FAST, for `decoding.py`)
 
 CHECKOUT is a folder with openpi's sources; PYTHON needs jax, flax, orbax-checkpoint, einops, augmax, jaxtyping and
 beartype in openpi's versions, nothing else: what its JAX models import but do not use is left empty. Commands and
@@ -96,6 +96,47 @@ def build(openpi: types.SimpleNamespace, want: dict[str, Any]) -> Callable[[], A
     noise, key, steps = jnp.asarray(inputs["noise"]), jax.random.key(0), want["num_steps"]
     sample = openpi.nnx_utils.module_jit(model.sample_actions, static_argnames="num_steps")
     return lambda: jax.block_until_ready(sample(key, observation, noise=noise, num_steps=steps))
+
+
+def build_fast(openpi: types.SimpleNamespace, want: dict[str, Any]) -> Callable[[], Any]:
+    """openpi's π0-FAST at a reduced size as a function without arguments: `want["tokens"]` greedy ones."""
+    import flax.nnx as nnx
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    import orbax.checkpoint as ocp
+
+    size = want["size"]
+    resize(openpi, size)
+    # All that openpi takes from ml_collections is a dictionary with attributes, which Flax makes another dictionary of.
+    anything = type("Anything", (type,), {"__instancecheck__": lambda kind, value: True})
+    config = anything("ConfigDict", (dict,), {"__getattr__": dict.__getitem__})
+    sys.modules.setdefault("ml_collections", mock.MagicMock(ConfigDict=config, __spec__=None))
+    gemma, module = (importlib.import_module(f"openpi.models.{name}") for name in ("gemma_fast", "pi0_fast"))
+    usual, changed = gemma.get_config, size["language"] | size["stack"] | {"vocab_size": size["vocab"]}
+    gemma.get_config = lambda variant: config(dict(usual(variant)) | changed)
+    inputs = dict(np.load(want["inputs"]))
+    length = inputs["prompt"].shape[1]
+    model = module.Pi0FASTConfig(dtype="float32", max_token_len=length).create(jax.random.key(0))
+    graph, state = nnx.split(model)
+    state.replace_by_pure_dict(spread(state.to_pure_dict()))
+    model = nnx.merge(graph, state)
+    ocp.PyTreeCheckpointer().save(Path(want["weights"]).absolute(), {"params": state.to_pure_dict()})
+    cameras = ("base_0_rgb", "base_1_rgb", "wrist_0_rgb")
+    zeros = jnp.zeros((1, length), jnp.int32)
+    observation = openpi.model.Observation(
+        images={name: jnp.asarray(inputs[name]) for name in cameras},
+        image_masks={name: jnp.ones(1, bool) for name in cameras},
+        state=jnp.zeros((1, 32)),
+        tokenized_prompt=jnp.asarray(inputs["prompt"]),
+        tokenized_prompt_mask=jnp.asarray(inputs["prompt_mask"]),
+        token_ar_mask=zeros,
+        token_loss_mask=zeros.astype(bool),
+    )
+    sample = openpi.nnx_utils.module_jit(model.sample_actions, static_argnames="max_decoding_steps")
+    return lambda: jax.block_until_ready(
+        sample(jax.random.key(0), observation, max_decoding_steps=want["tokens"], temperature=0.0)
+    )
 
 
 def sampler_of_shapes(openpi: types.SimpleNamespace, variant: str, num_steps: int) -> tuple[Callable[..., Any], tuple]:
@@ -207,4 +248,5 @@ def serve(build: Callable[[dict[str, Any]], Callable[[], Any]]) -> None:
 
 
 if __name__ == "__main__":
-    serve(functools.partial(build, import_openpi(sys.argv[1])))
+    chosen = build_fast if "fast" in sys.argv[2:] else build
+    serve(functools.partial(chosen, import_openpi(sys.argv[1])))

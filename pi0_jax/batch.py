@@ -124,3 +124,16 @@ def example_batch(model: ModelConfig, batch_size: int, target_length: int = 0) -
         targets = Targets(every.astype(jnp.int32), every, every, every)
     chunks = jnp.zeros((*steps, dims[1])), jnp.ones(steps, bool), jnp.ones(dims, bool)
     return Batch(observation._replace(images=images), *chunks, targets)
+
+
+def example_codec(codes: int = 1024, longest: int = 16, dims: int = 1) -> CodecTables:
+    """Tables in the shapes that a program decodes action tokens with.
+
+    Args:
+        codes: how many there are.
+        longest: bytes of the longest code.
+        dims: action dimensions of the robot.
+    """
+    one = jnp.int32(1)
+    table, counts = jnp.zeros((codes, longest), jnp.uint8), jnp.ones(codes, jnp.int32)
+    return CodecTables(table, counts, -one, one, jnp.float32(10), dims * one, jnp.ones(3, jnp.int32), one, one)

@@ -69,7 +69,7 @@ the nearest flags that do. Nothing is allocated, and no demonstrations are read.
 rtx4090, rtx5090, b200, thor; extra cuda12 has their compiler, else memory is an estimate), there or not; left out, it
 means the devices of this machine.
 --sample compiles the program that computes a chunk of actions, of a config or a checkpoint's folder, for one device.
---cameras N: with so many of the model's cameras; left out: those of the robot."""
+--cameras N: with so many of the model's cameras; left out: those of the robot. --chunks N: for so many robots at once."""
 
 
 def main(args: list[str] | None = None) -> int:
@@ -139,6 +139,7 @@ def _experiment(command: str, args: list[str]) -> tuple[tuple[typing.Any, ...], 
         parser.add_argument("--topology")
         parser.add_argument("--sample", action="store_true")
         parser.add_argument("--cameras", type=int)
+        parser.add_argument("--chunks", type=int, default=1)
     own, flags = parser.parse_known_args(args)
     sample = command == "plan" and own.sample
     if sample and not own.config.endswith(".py"):
@@ -152,11 +153,11 @@ def _experiment(command: str, args: list[str]) -> tuple[tuple[typing.Any, ...], 
     config = parse(config, flags, prog=prog, description=example)
     if command != "plan":
         return (config,), {}
-    if own.cameras is not None and not sample:
+    if not sample and (own.cameras is not None or own.chunks != 1):
         raise UserError(
-            "--cameras says how many there are for a chunk of actions: pi0 plan CONFIG --sample --cameras 2."
+            "--cameras and --chunks are of chunks of actions: pi0 plan CONFIG --sample --cameras 2 --chunks 8."
         )
-    return (config, own.topology), {"sample": sample, "cameras": own.cameras}
+    return (config, own.topology), {"sample": sample, "cameras": own.cameras, "chunks": own.chunks}
 
 
 def _flags(kind: type, args: list[str], prog: str, *, fields: bool = False) -> typing.Any:

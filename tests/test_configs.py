@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -15,7 +16,8 @@ from pi0_jax.data.tokenizer import Tokenizer
 from pi0_jax.data.transform import tokenize
 from pi0_jax.inference.policy import Policy
 from pi0_jax.training import loop
-from pi0_jax.training.resolve import resolve
+from pi0_jax.training.inputs import load_inputs
+from pi0_jax.training.resolve import batch_shapes, resolve
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 LIBERO = {"image": 3, "wrist_image": 3, "state": 8, "actions": 7}
@@ -90,10 +92,27 @@ def tiny(config: TrainConfig, dataset: Path, run_dir: Path) -> TrainConfig:
     )
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_two_steps_and_a_chunk_on_a_dataset_of_the_layout(name, tmp_path):
+def small(name: str, folder: Path) -> TrainConfig:
+    """The configuration on a made dataset, at a size that trains here."""
     fps = get_robot(read(name).policy.robot).fps or 10
-    loop.run(tiny(read(name), record(tmp_path / "data", LAYOUTS[name], int(fps)), tmp_path / "run"))
+    return tiny(read(name), record(folder / "data", LAYOUTS[name], int(fps)), folder / "run")
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_dataset_of_the_layout_gives_the_batches_that_updates_are_compiled_for(name, tmp_path):
+    config = small(name, tmp_path)
+    run = resolve(dataclasses.replace(config, data=dataclasses.replace(config.data, prompt_buckets=())))
+    loader = load_inputs(run).loader
+    batch = next(loader)
+    loader.close()
+    expected = batch_shapes(run.policy.model, run.policy.objective, 8)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), batch) == jax.tree.map(lambda x: (x.shape, x.dtype), expected)
+    assert np.isfinite(batch.actions).all()
+
+
+@pytest.mark.parametrize("name", ["pi0_aloha", "pi05_droid", "pi05_libero"])
+def test_two_steps_and_a_chunk_on_a_dataset_of_the_layout(name, tmp_path):
+    loop.run(small(name, tmp_path))
     policy = Policy.load(tmp_path / "run")
     actions = policy.infer({**policy.robot.example()})
     assert actions.shape == (read(name).policy.model.action_horizon, len(policy.robot.actions))

@@ -44,7 +44,8 @@ class DatasetConfig:
     """One dataset of a mixture."""
 
     path: str
-    """Folder of a LeRobot dataset (2.0, 2.1 or 3.0) or of an RLDS dataset; or hf://owner/name for one on the hub."""
+    """Folder of a LeRobot dataset (2.0, 2.1 or 3.0), of an RLDS dataset, or of pictures with questions and answers in
+    *.jsonl files (`data.pairs`); or hf://owner/name for one on the hub."""
     weight: float | None = None
     """Share of the samples, relative to the other weights; None for all datasets: each by its number of frames."""
     robot: str | None = None

@@ -81,7 +81,7 @@ class ModelConfig:
     variant: Variant = "pi0"
     """pi0: a state token, and the time mixed into the action tokens by an MLP (arXiv 2410.24164).
     pi05: the state is part of the prompt, the time modulates the action expert's norms (arXiv 2504.16054).
-    pi0_fast: image encoder and language expert alone (arXiv 2501.09747); its weights convert, but do not run yet."""
+    pi0_fast: image encoder and language expert alone, which writes action tokens (arXiv 2501.09747)."""
     head: Head = Expert()
     vision: VisionConfig = VisionConfig()
     language: ExpertConfig = ExpertConfig(width=2048, mlp_dim=16_384)

@@ -117,7 +117,8 @@ def make_loader(
         UserError: a dataset is not its robot's, or there is nothing to learn; prompt buckets that are none.
     """
     _check_buckets(config)
-    readers = [BatchReader(dataset, transform, config.policy.model) for dataset, transform in datasets]
+    mixed = not all(dataset.source.has_actions for dataset, _ in datasets)
+    readers = [BatchReader(dataset, transform, config.policy.model, mixed) for dataset, transform in datasets]
     frames = [learnable_frames(dataset.source, dataset.training, dataset.sampled) for dataset, _ in datasets]
     orders = []
     for number, ((dataset, _), own) in enumerate(zip(datasets, frames, strict=True)):
@@ -208,11 +209,13 @@ def eval_batches(
 
 
 class BatchReader:
-    """From frames of one dataset to their batch."""
+    """From frames of one dataset to their batch, which says whether it has actions if it is `mixed` with pairs."""
 
-    def __init__(self, dataset: OpenDataset, transform: Transform, model: ModelConfig):
+    def __init__(self, dataset: OpenDataset, transform: Transform, model: ModelConfig, mixed: bool = False):
+        self._mixed = mixed
         self._source, self._cameras, self._transform = dataset.source, dataset.cameras, transform
-        _check_dataset(dataset.source, dataset.robot)
+        if dataset.source.has_actions:
+            _check_dataset(dataset.source, dataset.robot)
         self._horizon = model.action_horizon
         self._dim_mask = np.arange(model.action_dim) < len(dataset.robot.model_actions)
         self._read_first()
@@ -239,15 +242,17 @@ class BatchReader:
     def prompt_lengths(self, rows: Indices) -> Indices:
         """Tokens of the prompt of each row."""
         state, prompts = self._source.values(STATE, rows), self._tasks[self._source.task_numbers(rows)]
-        sample = self._transform.forward({"images": {}, "state": state, "prompt": prompts})
+        text = np.array([text_of(prompt) for prompt in prompts], object)
+        sample = self._transform.forward({"images": {}, "state": state, "prompt": prompts, "text": text})
         return sample["prompt_mask"].sum(-1)
 
     def __call__(self, rows: Indices, seconds: np.ndarray) -> Batch:
         """The batch of `rows`; adds the time that each stage took to `seconds`."""
         marks = [time.perf_counter()]
         actions, step_mask = self._source.chunk(rows, self._horizon)
-        step_mask &= valid_steps(self._source, rows, self._horizon)
+        step_mask &= valid_steps(self._source, rows, self._horizon) & self._source.has_actions
         state, prompts = self._source.values(STATE, rows), self._tasks[self._source.task_numbers(rows)]
+        has_actions = np.full(len(rows), self._source.has_actions)
         marks.append(time.perf_counter())
         images = {camera: self._source.images(feature, rows) for feature, camera in self._cameras.items()}
         marks.append(time.perf_counter())
@@ -261,11 +266,14 @@ class BatchReader:
                 "prompt": prompts,
                 "text": np.array([text_of(prompt) for prompt in prompts], object),
                 "actions": actions,
+                "has_actions": has_actions,
                 "step_mask": step_mask,
             }
         )
         arrays: Any = sample["actions"], step_mask, np.tile(self._dim_mask, (len(rows), 1))  # numpy until placed
         batch = Batch(to_observation(sample), *arrays)._replace(targets=sample.get("targets"))
+        if self._mixed:
+            batch = batch._replace(has_actions=has_actions)
         seconds += np.diff([*marks, time.perf_counter()])
         return batch
 

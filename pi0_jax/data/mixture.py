@@ -24,6 +24,7 @@ from pi0_jax.data.foreign import explain
 from pi0_jax.data.frames import keep_frames
 from pi0_jax.data.lerobot import LeRobotDataset
 from pi0_jax.data.names import in_robots_order, is_depth, log_recognised, recognise
+from pi0_jax.data.pairs import IMAGE, PairsDataset, is_pairs
 from pi0_jax.data.ranges import sampled_frames
 from pi0_jax.data.rates import Resampled, log_rate, same_rate
 from pi0_jax.data.rlds.reader import RldsDataset, feature_names
@@ -87,7 +88,9 @@ def open_datasets(data: DataConfig, policy: PolicyConfig, *, log_skipped: bool =
 
 def _check_rates(datasets: Sequence[OpenDataset], mixed: bool, robot: Robot) -> None:
     """Refuses datasets of different rates, unless they are to be mixed."""
-    roots = {float(each.source.fps): each.source.root for each in datasets}
+    roots = {float(each.source.fps): each.source.root for each in datasets if each.source.has_actions}
+    if not roots:
+        raise UserError("all datasets are image-text pairs; at least one needs demonstrations with actions.")
     if mixed or same_rate(max(roots), min(roots)):
         return
     rates = ", ".join(f"{fps:g} frames per second in {root}" for fps, root in roots.items())
@@ -117,6 +120,8 @@ def dataset_configs(data: DataConfig) -> tuple[DatasetConfig, ...]:
 def open_dataset(dataset: DatasetConfig, data: DataConfig, policy: PolicyConfig) -> OpenDataset:
     """Opens one dataset; errors as of `open_datasets`."""
     robot = get_robot(dataset.robot or policy.robot)
+    if is_pairs(root := find_dataset(dataset.path, data.offline)):
+        return _open_pairs(root, robot, dataset, policy)
     source, cameras = open_source(dataset, data, robot), robot.select_cameras(policy.model.cameras)
     size = policy.model.vision.image_size
     if data.cache is not None:
@@ -142,6 +147,17 @@ def open_dataset(dataset: DatasetConfig, data: DataConfig, policy: PolicyConfig)
         if robot.name != get_robot(policy.robot).name:  # another robot's demonstrations, at the rate of the policy's
             robot = dataclasses.replace(robot, fps=data.resample_fps)
     return OpenDataset(source, robot, cameras, semantics, dataset.weight, stats, training, held_out, sampled)
+
+
+def _open_pairs(root: Path, robot: Robot, dataset: DatasetConfig, policy: PolicyConfig) -> OpenDataset:
+    """Image-text pairs, all of them to train on; their pictures are the model's first camera."""
+    if not policy.model.cameras:
+        raise UserError(f"{root} has image-text pairs, and the model has no camera.")
+    camera, size = policy.model.cameras[0], policy.model.vision.image_size
+    source, semantics = PairsDataset(root, robot, size), semantics_of(robot, policy.action_semantics)
+    every, none = np.arange(source.num_episodes), np.arange(0)
+    stats = dataset.stats or robot.name
+    return OpenDataset(source, robot, {IMAGE: camera}, semantics, dataset.weight, stats, every, none)
 
 
 def open_source(dataset: DatasetConfig, data: DataConfig, robot: Robot) -> Source:

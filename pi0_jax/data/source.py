@@ -79,6 +79,8 @@ class Source(abc.ABC):
     """Episodes of demonstrations, which several threads may read at once. Instances can be pickled: what is open or
     kept in memory is opened and read again elsewhere."""
 
+    has_actions: bool = True
+    """False for image-text pairs, whose states and actions are zeros that mean nothing."""
     root: Path
     """Folder of the dataset."""
     fps: int | float

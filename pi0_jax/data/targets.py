@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +21,7 @@ import numpy as np
 from pi0_jax.batch import CodecTables, Targets
 from pi0_jax.config import Fast, PolicyConfig
 from pi0_jax.data.fast import FastCodec, hold
+from pi0_jax.data.robots import Robot
 from pi0_jax.data.source import text_of
 from pi0_jax.data.tokenizer import Tokenizer
 from pi0_jax.data.transform import Sample, Transform, identity
@@ -29,6 +30,8 @@ from pi0_jax.errors import UserError, listed
 MARKER, BAR = "Action: ", "|"
 EVERY_PROMPT = f"Task: , State: 0 1 2 3 4 5 6 7 8 9;\nSubtask: {MARKER}{BAR}"
 """What is written whatever the instructions are."""
+MOST_TEXTS = 20_000
+"""Instructions and texts that are looked through for ids that codes have, too."""
 SHOWN = 8
 """Tokens that messages name."""
 
@@ -64,7 +67,8 @@ class ActionTokens:
         clash = sorted(token for token in taken if lowest <= token <= self.first)
         if clash or lowest <= tokenizer.eos_id:
             pieces = listed([tokenizer.piece(token) for token in clash], SHOWN)
-            why = f" The instructions are written with {pieces} of these." if clash else ""
+            why = f" The texts are written with {pieces} of these." if clash else ""
+            why += " Leave PaliGemma's locations free: codec.skip 1152." if "<loc" in pieces else ""
             raise UserError(
                 f"the action codec has {codec.num_codes} codes, which take the ids {lowest} to {self.first} of a "
                 f"vocabulary of {vocab_size}.{why} Raise `model.vocab_size` to "
@@ -92,27 +96,19 @@ class ActionTokens:
         )
 
 
-class Cuts:
-    """A count of what did not fit, which the log is told of: the first, the tenth, the hundredth."""
+class Count:
+    """A count of what does not go as it should, which the log is told of: the first, the tenth, the hundredth."""
 
-    def __init__(self, what: str, remedy: str):
-        self._what, self._remedy, self._seen, self._cut, self._next = what, remedy, 0, 0, 1
+    def __init__(self, what: str):
+        self._what, self._seen, self._bad, self._next = what, 0, 0, 1
 
-    def count(self, length: int, room: int) -> None:
-        """Counts one, of some tokens, that has `room`."""
+    def add(self, bad: bool) -> None:
+        """Counts one."""
         self._seen += 1
-        self._cut += length > room
-        if self._cut >= self._next and length > room:
+        self._bad += bad
+        if bad and self._bad >= self._next:
             self._next *= 10
-            _log.warning(
-                "%d of %d %s were cut, the last from %d to %d tokens. %s",
-                self._cut,
-                self._seen,
-                self._what,
-                length,
-                room,
-                self._remedy,
-            )
+            _log.warning("%d of %d %s", self._bad, self._seen, self._what)
 
 
 def target_transform(
@@ -138,9 +134,10 @@ def target_transform(
             f"the datasets have {len(texts)} texts to be written, such as {texts[0]!r} (`prompt_from` predict, or "
             f"image-text pairs); objective {type(objective).__name__} writes none: take Joint, with text_tokens."
         )
+    words = [*dict.fromkeys([*instructions, *texts])][:MOST_TEXTS]
     actions = None
     if codec is not None and objective.codec is not None:
-        actions = ActionTokens(codec, objective.codec, tokenizer, model.vocab_size, [*instructions, *texts])
+        actions = ActionTokens(codec, objective.codec, tokenizer, model.vocab_size, words)
     return write_targets(tokenizer, actions, room) if room or actions else identity
 
 
@@ -154,6 +151,25 @@ def check_shape(codec: FastCodec, horizon: int, dims: int, robot: str) -> None:
         )
 
 
+def tables_of(policy: PolicyConfig, robot: Robot, tokenizer: Tokenizer, codec: FastCodec | None) -> CodecTables | None:
+    """What a policy's program decodes action tokens with; None where its objective has none.
+
+    Raises:
+        UserError: it acts by tokens and there is no codec, or one of other chunks; or as of `ActionTokens`.
+    """
+    objective, dims = policy.objective, len(robot.model_actions)
+    if objective.codec is None or codec is None:
+        if objective.decodes and objective.codec is not None:
+            raise UserError(
+                "this policy acts by FAST action tokens, and its checkpoint holds no codec to read them by. Add the "
+                "one it was trained with: pi0 convert SOURCE TARGET --codec FOLDER (for released weights, "
+                "physical-intelligence/fast)."
+            )
+        return None
+    check_shape(codec, policy.model.action_horizon, dims, robot.name)
+    return ActionTokens(codec, objective.codec, tokenizer, policy.model.vocab_size).tables(dims)
+
+
 def write_targets(tokenizer: Tokenizer, actions: ActionTokens | None, text_room: int) -> Transform:
     """A transform that adds `targets` to samples with `text` or `actions`, which are normalised and of the robot's own
     dimensions. Has no inverse.
@@ -165,8 +181,17 @@ def write_targets(tokenizer: Tokenizer, actions: ActionTokens | None, text_room:
     """
     length = text_room + (actions.room if actions else 0)
     given = actions.given if actions else 0
-    texts = Cuts("texts", "Raise the objective's text_tokens.")
-    chunks = Cuts("action chunks", "Raise the objective's codec.max_tokens, or fit the codec with a smaller --scale.")
+    cut = Count(f"texts were cut to {text_room} tokens. Raise the objective's text_tokens.")
+    chunks = ChunkCounts(
+        Count(
+            f"action chunks were cut to {length - text_room} tokens. Raise the objective's codec.max_tokens, or fit a "
+            "codec with a smaller --scale."
+        ),
+        Count(
+            "action chunks lack coefficients, because the codec has no codes for some of their bytes. Fit one that "
+            "has: pi0 data fast"
+        ),
+    )
 
     def forward(sample: Sample) -> Sample:
         if "actions" not in sample and "text" not in sample:  # a robot acts
@@ -174,9 +199,9 @@ def write_targets(tokenizer: Tokenizer, actions: ActionTokens | None, text_room:
         batch = np.shape(sample["state"])[:-1]
         rows = int(np.prod(batch))
         written = np.broadcast_to(np.asarray(sample.get("text", ""), object), batch).ravel()
-        text = [_cut_text(tokenizer, str(each), text_room, texts) if text_room else [] for each in written]
+        text = [_cut_text(tokenizer, str(each), text_room, cut) if text_room else [] for each in written]
         codes = [[] for _ in range(rows)]
-        if actions is not None and "actions" in sample:
+        if actions is not None and "actions" in sample and np.all(sample.get("has_actions", True)):
             codes = _chunk_ids(actions, sample["actions"], sample.get("step_mask"), chunks)
         tokens = np.zeros((rows, length), np.int32)
         mask, loss_mask, is_action = (np.zeros((rows, length), bool) for _ in range(3))
@@ -193,20 +218,32 @@ def write_targets(tokenizer: Tokenizer, actions: ActionTokens | None, text_room:
     return Transform(forward, lambda sample: sample)
 
 
-def _cut_text(tokenizer: Tokenizer, text: str, room: int, cuts: Cuts) -> list[int]:
+def _cut_text(tokenizer: Tokenizer, text: str, room: int, cut: Count) -> list[int]:
     """Ids of a text and EOS; none of an empty one."""
     if not text.strip():
         return []
     ids = tokenizer.encode(text.strip())
-    cuts.count(len(ids) + 1, room)
+    cut.add(len(ids) >= room)
     return [*ids[: room - 1], tokenizer.eos_id]
 
 
-def _chunk_ids(actions: ActionTokens, values: np.ndarray, steps: np.ndarray | None, cuts: Cuts) -> list[list[int]]:
+class ChunkCounts(NamedTuple):
+    """What does not go as it should with chunks."""
+
+    cut: Count
+    lossy: Count
+
+
+def _chunk_ids(
+    actions: ActionTokens, values: np.ndarray, steps: np.ndarray | None, counts: ChunkCounts
+) -> list[list[int]]:
     values = values.reshape(-1, *values.shape[-2:])
     if steps is not None:
         values = hold(values, steps.reshape(len(values), -1))
-    found = [actions.ids(codes) for codes in actions.codec.encode(values)]
-    for ids in found:
-        cuts.count(len(ids), actions.room)
-    return [ids[: actions.room] for ids in found]
+    found = []
+    for codes in actions.codec.encode(values):
+        ids = actions.ids(codes)
+        counts.cut.add(len(ids) > actions.room)
+        counts.lossy.add(actions.codec.count_values(codes) < values[0].size)
+        found.append(ids[: actions.room])
+    return found

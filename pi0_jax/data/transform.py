@@ -14,6 +14,7 @@ leave the state as it was `reported`, for the signs of quaternions (`ANCHORS` ar
 # pyright: reportTypedDictNotRequiredAccess=false
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypedDict, cast
@@ -72,6 +73,8 @@ class Sample(TypedDict, total=False):
     """Whether the prompt asks for text, `[*b]`; left out: where there is `text`."""
     actions: np.ndarray
     """The demonstrated chunk in training, the model's at inference, `[*b ah d]`."""
+    has_actions: np.ndarray
+    """False where `actions` mean nothing, `[*b]`; left out: they do."""
     step_mask: np.ndarray
     """False at steps of `actions` that are not to be learnt, `[*b ah]`; in training."""
     targets: Targets
@@ -164,6 +167,20 @@ def make_transform(
         to_normalized(robot, normalization, policy.normalization),
         targets,
         tokenize(tokenizer, policy),
+        select_images(model.cameras, model.vision.image_size),
+        pad(model.action_dim, robot),
+    )
+
+
+def make_pairs_transform(
+    policy: PolicyConfig, robot: Robot, tokenizer: Tokenizer, targets: Transform = identity
+) -> Transform:
+    """The transform of image-text pairs: the prompt is the question, and the robot's state is not in it."""
+    model = policy.model
+    return chain(
+        Transform(lambda sample: sample | {"asks": np.zeros(np.shape(sample["prompt"]), bool)}, _same),
+        targets,
+        tokenize(tokenizer, dataclasses.replace(policy, state_in_prompt=False)),
         select_images(model.cameras, model.vision.image_size),
         pad(model.action_dim, robot),
     )

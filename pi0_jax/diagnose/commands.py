@@ -120,6 +120,7 @@ def open_data(assets: checkpoint.Assets, args: Diagnose) -> tuple[list[OpenDatas
     training: list[OpenDataset] | None = None
     try:
         training = open_datasets(data, policy) if assets.train is not None else []
+        training = [each for each in training if each.source.has_actions]
     except FileNotFoundError as error:
         _log.warning("without the training data: %s", error)
     chosen = dataclasses.replace(data, validation_path=str(args.data)) if args.data is not None else data

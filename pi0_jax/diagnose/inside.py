@@ -12,7 +12,8 @@ from jaxtyping import Array, Float
 
 from pi0_jax.batch import Observation, scale_images
 from pi0_jax.diagnose.frames import in_batches
-from pi0_jax.inference.policy import Policy, prompt_lengths
+from pi0_jax.inference.policy import Policy
+from pi0_jax.inference.shapes import prompt_lengths
 from pi0_jax.model.attention import watch_attention
 from pi0_jax.objective import SampleOptions
 

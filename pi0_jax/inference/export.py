@@ -23,7 +23,8 @@ from jaxtyping import Array, Float
 from pi0_jax.atomic import written
 from pi0_jax.data.normalization import affine
 from pi0_jax.errors import require_package
-from pi0_jax.inference.policy import Policy, prompt_lengths
+from pi0_jax.inference.policy import Policy
+from pi0_jax.inference.shapes import prompt_lengths
 from pi0_jax.model.target import tracing_for
 
 PLATFORMS = ("cpu", "cuda", "tpu")

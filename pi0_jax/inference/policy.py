@@ -21,15 +21,18 @@ from pi0_jax.batch import Observation
 from pi0_jax.config import Guidance, ModelConfig, PolicyConfig, RealTimeConfig
 from pi0_jax.config.model import Dtype, Kernel
 from pi0_jax.config.replace import replace
+from pi0_jax.data.fast import FastCodec
 from pi0_jax.data.normalization import Normalization, Stats, semantics_from_json, stats_from_json
 from pi0_jax.data.observation import check_observation
 from pi0_jax.data.robot_json import kept_robot
 from pi0_jax.data.robots import RawObservation, Robot, get_robot, semantics_of
+from pi0_jax.data.targets import tables_of
 from pi0_jax.data.tokenizer import Tokenizer
 from pi0_jax.data.transform import ANCHORS, Sample, make_transform, to_observation
 from pi0_jax.errors import UserError
 from pi0_jax.flow.realtime import Previous
 from pi0_jax.inference.sampler import ChunkSampler, Inputs, from_checkpoint, with_steps
+from pi0_jax.inference.shapes import check_batch_sizes, prompt_lengths
 from pi0_jax.model.attention import report_kernel
 from pi0_jax.model.fold import Read
 from pi0_jax.model.quantize import Bits
@@ -69,9 +72,11 @@ class Policy:
         tokenizer: the one that the weights were trained with.
         folded: run folded parameters (`model.fold`); the numbers are the same.
         robot: as a checkpoint keeps it; None: the one that `config` names.
+        codec: of action tokens, where the objective writes some.
 
     Raises:
-        UserError: statistics, tokenizer or cameras do not fit the robot or the model, or settings do not go together.
+        UserError: statistics, tokenizer, codec or cameras do not fit the robot or the model, or settings do not go
+            together.
     """
 
     def __init__(
@@ -83,6 +88,7 @@ class Policy:
         *,
         folded: bool = True,
         robot: Robot | None = None,
+        codec: FastCodec | None = None,
     ):
         self.config = config
         self.robot: Robot = robot or get_robot(config.robot)
@@ -92,7 +98,8 @@ class Policy:
         # A camera that the robot lacks is masked; leaving it out gives the same numbers.
         present = tuple(name for name in config.model.cameras if name in self.robot.cameras.values())
         model = dataclasses.replace(config.model, cameras=present)
-        self.sampler = ChunkSampler(config, model, read, folded=folded)
+        tables = tables_of(config, self.robot, tokenizer, codec)
+        self.sampler = ChunkSampler(config, model, read, folded=folded, codec=tables)
         self._batch_sizes: tuple[int, ...] = ()
         self._timings: collections.deque[Timing] = collections.deque(maxlen=1000)
 
@@ -147,7 +154,9 @@ class Policy:
         report_kernel(config.model.attention, config.model.dtype)
         robot = kept_robot(config.robot, assets.robot)
         stats, tokenizer = stats_from_json(assets.norm_stats, robot.name), Tokenizer(assets.tokenizer)
-        policy = cls(config, from_checkpoint(path, config), stats, tokenizer, folded=folded, robot=robot)
+        codec = None if assets.codec is None else FastCodec.from_files(assets.codec)
+        read = from_checkpoint(path, config)
+        policy = cls(config, read, stats, tokenizer, folded=folded, robot=robot, codec=codec)
         if bits is not None:
             policy.quantize(bits)
         return policy
@@ -352,7 +361,8 @@ class Policy:
         function, scale = self.sampler.function(self.config.sampler), self._guidance_scale(None)
 
         def sample(params, observation, noise):
-            return function(params, Inputs(observation, jax.random.split(jax.random.key(0), size), noise, scale))
+            keys = jax.random.split(jax.random.key(0), size)
+            return function(params, Inputs(observation, keys, noise, scale, None, self.sampler.codec))
 
         observation = self._prepare([self.robot.example()] * size, length).observation
         model = self.config.model
@@ -424,23 +434,3 @@ class Policy:
     def _raw(self, actions: np.ndarray, anchors: dict[str, np.ndarray]) -> np.ndarray:
         sample = self._transform.inverse(cast(Sample, {"actions": actions, **anchors}))
         return np.asarray(sample.get("actions"), np.float32)
-
-
-def check_batch_sizes(sizes: Sequence[int]) -> tuple[int, ...]:
-    """The sizes in order, each once.
-
-    Raises:
-        UserError: none, or some below 1.
-    """
-    if not sizes or min(sizes) < 1:
-        raise UserError(f"batch sizes came as {list(sizes)}; expected at least one, of at least 1.")
-    return tuple(sorted(set(sizes)))
-
-
-def prompt_lengths(longest: int) -> tuple[int, ...]:
-    """Lengths that prompts are padded to: 32, 64, 128, … and the model's own. Padding is masked and has no position, so
-    the numbers are those of the longest."""
-    lengths = []
-    while (length := 32 << len(lengths)) < longest:
-        lengths.append(length)
-    return (*lengths, longest)

@@ -16,7 +16,9 @@ from pi0_jax.plan.sample import SamplePlan, make_sample_plan
 from pi0_jax.training.resolve import wide_enough
 
 
-def plan(config: TrainConfig, topology: str | None, *, sample: bool = False, cameras: int | None = None) -> None:
+def plan(
+    config: TrainConfig, topology: str | None, *, sample: bool = False, cameras: int | None = None, chunks: int = 1
+) -> None:
     """Runs `pi0 plan`: prints the plan of a run, and where it does not fit, that of the nearest one that does.
 
     Args:
@@ -24,6 +26,7 @@ def plan(config: TrainConfig, topology: str | None, *, sample: bool = False, cam
         topology: as of `devices.find_devices`.
         sample: plan a chunk of actions of its policy instead.
         cameras: how many of the model's cameras there are then; None: those of the robot.
+        chunks: how many are computed together then.
 
     Raises:
         UserError: see `plan.cost.make_plan` and `plan.sample.make_sample_plan`.
@@ -32,7 +35,7 @@ def plan(config: TrainConfig, topology: str | None, *, sample: bool = False, cam
     if sample:
         if topology is None:
             raise UserError("a chunk is planned for a device that is named: --topology h100:1, or v6e:2x2.")
-        print(describe_sample(make_sample_plan(config.policy, topology, cameras=cameras)))
+        print(describe_sample(make_sample_plan(config.policy, topology, cameras=cameras, batch_size=chunks)))
         return
     first = make_plan(config, topology)
     print(describe(first), flush=True)

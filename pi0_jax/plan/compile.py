@@ -53,7 +53,7 @@ def build_program(config: TrainConfig, devices: Sequence[Any]) -> tuple[Run, Pro
     program = build(run, make_augment(changes, run.robot, {}, config.policy.normalization, cameras))
     batch = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=run.batch_placement),
-        batch_shapes(run.policy.model, config.batch_size),
+        batch_shapes(run.policy.model, run.policy.objective, config.batch_size),
     )
     return run, program, batch
 

@@ -171,7 +171,7 @@ def _residuals(model: ModelConfig, config: ObjectiveConfig, tune: TuneConfig, si
         return jax.vjp(lambda t: objective.loss(combine(t, frozen), draws, count, *teacher)[0], trainable)[1]
 
     teacher = () if objective.teacher is None else (weights,)
-    program = jax.make_jaxpr(residuals)(trainable, frozen, batch_shapes(model, size), *teacher).jaxpr
+    program = jax.make_jaxpr(residuals)(trainable, frozen, batch_shapes(model, config, size), *teacher).jaxpr
     inputs = set(program.invars)
     kept = {var for var in program.outvars if not hasattr(var, "val") and var not in inputs}  # literals have a value
     return float(sum(var.aval.size * var.aval.dtype.itemsize for var in kept))

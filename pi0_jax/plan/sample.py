@@ -72,6 +72,8 @@ def make_sample_plan(
     known = config.model.cameras
     if cameras is not None and not 1 <= cameras <= len(known):
         raise UserError(f"--cameras {cameras}: the model has {len(known)}, {', '.join(known)}; take 1 to {len(known)}.")
+    if batch_size < 1:
+        raise UserError(f"--chunks {batch_size}: at least 1 is planned.")
     name, devices, device = find_devices(topology)
     if device is None or estimates(devices, device):
         raise UserError(

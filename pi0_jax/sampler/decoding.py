@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,5 +24,6 @@ class Greedy(Decoder):
 class Categorical(Decoder):
     """A token drawn at random at each place."""
 
+    stochastic: ClassVar[bool] = True
     temperature: float = 1.0
     """What logits are divided by: below 1, likely tokens are likelier."""

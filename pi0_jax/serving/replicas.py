@@ -19,7 +19,8 @@ from ray.exceptions import RayActorError  # pyright: ignore[reportMissingImports
 from pi0_jax import checkpoint
 from pi0_jax.compilation import keep_programs
 from pi0_jax.data.robot_json import kept_robot
-from pi0_jax.inference.policy import Policy, check_batch_sizes
+from pi0_jax.inference.policy import Policy
+from pi0_jax.inference.shapes import check_batch_sizes
 from pi0_jax.serving.backend import Session
 from pi0_jax.serving.robot_policy import RobotPolicy, ValidatedRequest, describe, validate_request
 

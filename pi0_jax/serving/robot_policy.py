@@ -15,7 +15,8 @@ from pi0_jax.config import PolicyConfig
 from pi0_jax.data.observation import check_observation
 from pi0_jax.data.robots import RawObservation, Robot
 from pi0_jax.errors import UserError
-from pi0_jax.inference.policy import Policy, check_batch_sizes
+from pi0_jax.inference.policy import Policy
+from pi0_jax.inference.shapes import check_batch_sizes
 from pi0_jax.serving.backend import Session
 from pi0_jax.serving.client_formats import read_executed, read_request, read_seed
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from pi0_jax.batch import Batch
 from pi0_jax.checkpoint import Assets
-from pi0_jax.config import DataConfig, DatasetConfig, PolicyConfig, TrainConfig
+from pi0_jax.config import AugmentConfig, DataConfig, DatasetConfig, PolicyConfig, TrainConfig
 from pi0_jax.data.augment import make_augment
 from pi0_jax.data.fast import FastCodec
 from pi0_jax.data.loader import Loader, eval_batches, make_loader
@@ -25,6 +25,7 @@ from pi0_jax.data.normalization import (
     semantics_from_json,
     stats_to_json,
 )
+from pi0_jax.data.pairs import IMAGE, PairsDataset
 from pi0_jax.data.robot_json import robot_to_json
 from pi0_jax.data.source import text_of
 from pi0_jax.data.targets import check_shape, target_transform
@@ -32,7 +33,7 @@ from pi0_jax.data.tokenizer import Tokenizer
 from pi0_jax.data.tools.fit_codec import fit_codec
 from pi0_jax.data.tools.given import SHOWN, fit_given, some_episodes
 from pi0_jax.data.tools.stats import compute_normalizations
-from pi0_jax.data.transform import make_transform
+from pi0_jax.data.transform import make_pairs_transform, make_transform
 from pi0_jax.errors import UserError, listed
 from pi0_jax.training.resolve import Run
 from pi0_jax.training.step import Augment
@@ -79,6 +80,8 @@ def load_inputs(run: Run, *, resumed: Assets | None = None, initial: Assets | No
     datasets = open_datasets(config.data, policy)
     for each in datasets:
         each.source.check_files(list(each.cameras))
+        if isinstance(each.source, PairsDataset) and each.source.has_boxes:
+            _check_boxes(config.augment, each.cameras[IMAGE])
     groups = _normalizations(config, datasets, resumed)
     if robot.name not in groups:
         raise UserError(
@@ -95,8 +98,13 @@ def load_inputs(run: Run, *, resumed: Assets | None = None, initial: Assets | No
     tokenizer = _tokenizer(config, datasets, resumed or initial, codec, keep=resumed is not None)
     targets = target_transform(policy, tokenizer, codec, _texts(datasets))
 
+    def transform_of(each: OpenDataset):
+        if not each.source.has_actions:
+            return make_pairs_transform(policy, each.robot, tokenizer, targets)
+        return make_transform(policy, each.robot, groups[each.stats], tokenizer, targets)
+
     def transformed(datasets: Sequence[OpenDataset]):
-        return [(each, make_transform(policy, each.robot, groups[each.stats], tokenizer, targets)) for each in datasets]
+        return [(each, transform_of(each)) for each in datasets]
 
     for each in datasets:
         counts = len(each.training), _frames(each, each.training), len(each.source.tasks)
@@ -151,6 +159,15 @@ def open_held_out(
     return held_out
 
 
+def _check_boxes(augment: AugmentConfig, camera: str) -> None:
+    moves = augment.crop < 1 or augment.rotate_degrees or augment.square_symmetries
+    if moves and (augment.square_symmetries or camera not in augment.fixed_cameras):
+        raise UserError(
+            f"image-text pairs have boxes, and augment moves the picture of {camera!r} that they are places in: take "
+            f"crop and rotation away, or name the camera in augment.fixed_cameras."
+        )
+
+
 def _frames(dataset: OpenDataset, episodes: np.ndarray) -> int:
     return int(dataset.source.lengths[episodes].sum())
 
@@ -174,7 +191,7 @@ def _normalizations(
         return compute_normalizations(datasets, config.policy.model.action_horizon, sampled=True)
     found = {each.stats: normalization_from_json(content, each.robot, semantics, each.stats) for each in datasets}
     if resumed is None or resumed.norm_stats is None:
-        for each in datasets:
+        for each in (each for each in datasets if each.source.has_actions):
             _check_given(each, found[each.stats].stats, config)
     return found
 

@@ -16,8 +16,8 @@ from flax.linen import meta
 from jax.sharding import Mesh, NamedSharding
 
 from pi0_jax import pi0
-from pi0_jax.batch import Batch, example_batch, example_observation
-from pi0_jax.config import ModelConfig, PolicyConfig, RealTimeConfig, TrainConfig
+from pi0_jax.batch import Batch, example_batch, example_codec, example_observation
+from pi0_jax.config import ModelConfig, ObjectiveConfig, PolicyConfig, RealTimeConfig, TrainConfig
 from pi0_jax.data.robots import Robot, get_robot
 from pi0_jax.errors import UserError
 from pi0_jax.flow.realtime import Previous
@@ -90,7 +90,7 @@ def resolve(config: TrainConfig, devices: Sequence[Any] | None = None) -> Run:
     objective = make_objective(policy.objective, model)
     weights = jax.eval_shape(objective.network.init, jax.random.key(0))
     _check_sampling(policy, objective, weights)
-    _check_draws(objective, batch_shapes(model, config.batch_size), config.grad_accum_steps, mesh)
+    _check_draws(objective, batch_shapes(model, policy.objective, config.batch_size), config.grad_accum_steps, mesh)
     frozen = frozen_names(config.tune, model, flat(weights))
     _check_random(config, frozen)
     schedule = optimizer.make_schedule(config.optim, config.num_steps)
@@ -124,9 +124,9 @@ def wide_enough(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, policy=dataclasses.replace(config.policy, model=model))
 
 
-def batch_shapes(model: ModelConfig, size: int) -> Batch:
+def batch_shapes(model: ModelConfig, objective: ObjectiveConfig, size: int) -> Batch:
     """Shapes of a training batch."""
-    return jax.eval_shape(lambda: example_batch(model, size))
+    return jax.eval_shape(lambda: example_batch(model, size, objective.target_length))
 
 
 def _check_numbers(config: TrainConfig) -> None:
@@ -175,6 +175,8 @@ def _check_sampling(policy: PolicyConfig, objective: Objective, weights: Any) ->
 
     def sample(params, key):
         options = pi0.sampling_options(policy)._replace(keys=key[None])
+        if policy.objective.codec is not None:
+            options = options._replace(codec=example_codec(1))
         if policy.real_time != RealTimeConfig():
             options = options._replace(previous=Previous(jnp.zeros(shape), jnp.ones(1, int), jnp.ones(1, int)))
         return pi0.sample_actions(objective, params, example_observation(policy.model, 1), jnp.zeros(shape), options)

@@ -50,6 +50,12 @@ def source_of(kind, name, folder):
     return folder, read_all(open_safetensors(folder / "model.safetensors")), "open_safetensors"
 
 
+def one_per_kind(names):
+    """The first of the tensors whose names differ by the number of a layer alone."""
+    kinds = {re.sub(r"\.\d+\.", ".*.", name): name for name in reversed(list(names))}
+    return list(kinds.values())
+
+
 def damaged(array):
     """The tensor, damaged in each way that its shape allows; None: not there."""
     ways = {"deleted": None, "renamed": None, "nan": array.copy()}
@@ -69,8 +75,11 @@ def test_any_one_damaged_tensor_is_named(tmp_path, monkeypatch, kind, name):
     weights = ("params", "model.safetensors", "pt.npz")
     monkeypatch.setattr(module, opener, lambda file: found if file.name in weights else opened(file))
     tied = [name for name in arrays if name.endswith(SPARE) and "gemma_expert" not in name]
+    first = one_per_kind(arrays)
     for victim, array in arrays.items():
         for way, changed in damaged(array).items():
+            if way != "nan" and victim not in first:
+                continue
             found = {n: tensor for n, tensor in whole.items() if n != victim}
             if way == "renamed":
                 found[victim + "_"] = whole[victim]
@@ -114,7 +123,7 @@ def test_any_change_of_a_converted_folder_is_named_a_square_transposed_too(tmp_p
     arrays = read_all((open_orbax if orbax else open_safetensors)(file))
     square = [name for name, a in arrays.items() if a.ndim > 1 and a.shape[-1] == a.shape[-2] and "head" not in name]
     assert len(square) >= (3 if orbax else 12)
-    for victim in square:
+    for victim in one_per_kind(square):
         changed = {**arrays, victim: np.ascontiguousarray(arrays[victim].swapaxes(-1, -2))}
         if orbax:
             shutil.rmtree(file)

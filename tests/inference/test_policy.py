@@ -12,8 +12,9 @@ from pi0_jax.data.normalization import Normalization, NormStats, stats_to_json
 from pi0_jax.data.poses import Pose
 from pi0_jax.data.robot_json import robot_to_json
 from pi0_jax.errors import UserError
-from pi0_jax.inference.policy import Policy, prompt_lengths
+from pi0_jax.inference.policy import Policy
 from pi0_jax.inference.sampler import check_policy
+from pi0_jax.inference.shapes import prompt_lengths
 from pi0_jax.sampler import Euler, Greedy
 from pi0_jax.sampler.ddim import DDIM
 from pi0_jax.sampler.runge_kutta import Heun

@@ -117,5 +117,7 @@ def test_what_cannot_be_planned_says_what_to_do(monkeypatch, tmp_path, capsys):
     assert "--topology h100:1" in capsys.readouterr().err
     assert cli.main([command[0], command[1], "--cameras", "2"]) == 1
     assert "--sample --cameras 2" in capsys.readouterr().err
+    assert cli.main([*command, "--topology", "h100:1", "--chunks", "0"]) == 1
+    assert "--chunks 0" in capsys.readouterr().err
     assert cli.main(["plan", str(tmp_path), "--sample", "--topology", "h100:1"]) == 1
     assert "config.py" in capsys.readouterr().err

@@ -10,8 +10,19 @@ import numpy as np
 import pytest
 
 from pi0_jax import pi0
-from pi0_jax.config import AugmentConfig, DataConfig, DatasetConfig, PolicyConfig, TrainConfig
+from pi0_jax.config import (
+    AugmentConfig,
+    Autoregressive,
+    DataConfig,
+    DatasetConfig,
+    Fast,
+    Joint,
+    PolicyConfig,
+    TrainConfig,
+)
+from pi0_jax.data.fast import FastCodec
 from pi0_jax.data.normalization import semantics_from_json, stats_from_json
+from pi0_jax.sampler import Euler, Greedy
 from pi0_jax.training.inputs import Inputs, load_inputs, open_held_out
 from pi0_jax.training.loop import _describe
 from pi0_jax.training.program import build
@@ -140,3 +151,34 @@ def test_symmetries_need_one_set_of_statistics(config):
     data = dataclasses.replace(config.data, datasets=datasets)
     with pytest.raises(ValueError, match="one set of statistics"):
         load(dataclasses.replace(config, data=data, augment=AugmentConfig(square_symmetries=True)))
+
+
+@pytest.mark.parametrize("objective", [Autoregressive(codec=Fast(skip=8, max_tokens=40)), Joint(codec=Fast(skip=8))])
+def test_a_codec_is_fitted_kept_and_read_again(tmp_path, objective):
+    pytest.importorskip("tokenizers")
+    decodes = isinstance(objective, Autoregressive)
+    model = tiny_config(
+        "pi0_fast" if decodes else "pi05", cameras=("top",), action_dim=8, vocab_size=1800, prompt_length=64
+    )
+    policy = PolicyConfig(
+        robot="tabletop",
+        model=model,
+        objective=objective,
+        sampler=Greedy() if decodes else Euler(),
+        normalization="quantile",
+    )
+    config = TrainConfig(policy=policy, data=DataConfig(str(write(tmp_path / "data"))), batch_size=8)
+    inputs = load(config)
+    codec = FastCodec.from_files(inputs.assets.codec)
+    assert (codec.horizon, codec.dims) == (6, 3)
+    batch = next(inputs.loader)
+    assert batch.targets.tokens.shape == (8, objective.target_length)
+    assert batch.targets.is_action.any(1).all()
+    assert ((batch.targets.tokens > 1800 - 9 - codec.num_codes) & batch.targets.is_action).any(1).all()
+    codec.save(tmp_path / "codec")
+    other = dataclasses.replace(config, data=dataclasses.replace(config.data, codec=str(tmp_path / "codec")))
+    assert load(other).assets.codec == inputs.assets.codec
+    assert load(config, resumed=inputs.assets).assets.codec == inputs.assets.codec
+    small = dataclasses.replace(policy, model=dataclasses.replace(model, vocab_size=600))
+    with pytest.raises(ValueError, match=r"vocab_size is 600, and action tokens take .* --vocab 300"):
+        load(dataclasses.replace(config, policy=small))

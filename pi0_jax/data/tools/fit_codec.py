@@ -33,7 +33,7 @@ def normalized_chunks(
     seed: int = 0,
     progress: bool = True,
 ) -> list[Float[np.ndarray, "_n _ah _d"]]:
-    """Random chunks as training writes them in action tokens, one array per dataset.
+    """Random chunks as training writes them in action tokens, one array per dataset, all of which have actions.
 
     Args:
         datasets: shares are their weights, or else their frames.
@@ -74,6 +74,7 @@ def fit_codec(
 ) -> FastCodec:
     """A codec for the chunks that a policy is trained on; the arguments are those of `normalized_chunks` and
     `FastCodec.fit`. The same demonstrations give the same codec."""
+    datasets = [dataset for dataset in datasets if dataset.source.has_actions]
     chunks = normalized_chunks(datasets, normalizations, policy, count)
     return FastCodec.fit(chunks, num_codes, scale, progress=sys.stderr.isatty())
 
@@ -91,8 +92,10 @@ def report_lines(
     dataset: OpenDataset,
     normalization: Normalization,
     mode: Mode,
+    room: int,
 ) -> list[str]:
-    """What a codec does to chunks of a dataset, for people: codes per chunk, error of each dimension, what it lacks."""
+    """What a codec does to chunks of a dataset, for people: codes per chunk, of which there may be `room`, error of each
+    dimension, and what the codec lacks."""
     report = round_trip(codec, chunks)
     lengths, unused = report.lengths, codec.num_codes - int(report.used.sum())
     mean, usual = lengths.mean(), np.quantile(lengths, 0.95)
@@ -105,6 +108,8 @@ def report_lines(
     for row in zip(dataset.robot.model_actions, report.error, report.largest, report.error * units, strict=True):
         lines.append("  {:28} {:10.4f} {:10.4f} {:12.4g}".format(*row))
     lines.append(f"  codes that never occur here: {unused} of {codec.num_codes}")
+    if long := int((lengths > room).sum()):
+        lines.append(f"  {long} chunks ({long / len(lengths):.2%}) take more than {room}, and will be cut")
     if report.lossy:
         lines.append(
             f"  {report.lossy} chunks ({report.lossy / len(lengths):.2%}) do not come back whole: they exceed the "

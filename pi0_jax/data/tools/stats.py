@@ -72,6 +72,7 @@ def compute_normalizations(
         UserError: as of `summarise_source`; datasets of one group have different dimensions, or actions of different
             meaning; Ray is not installed.
     """
+    datasets = [dataset for dataset in datasets if dataset.source.has_actions]
     first: dict[str, OpenDataset] = {}
     for dataset in datasets:
         one = first.setdefault(dataset.stats, dataset)

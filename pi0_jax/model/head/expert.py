@@ -38,8 +38,8 @@ class ActionTokenNetwork(PrefixNetwork):
     def __post_init__(self):
         if self.config.variant not in ("pi0", "pi05"):
             raise UserError(
-                f"a model of variant {self.config.variant!r} has no velocity and cannot run or train yet; "
-                "`pi0 convert` carries its weights between formats. The variants that run are pi0 and pi05."
+                f"a model of variant {self.config.variant!r} has no action expert: it writes action tokens "
+                "(--policy.objective autoregressive --policy.sampler greedy)."
             )
 
     @property

@@ -1,0 +1,66 @@
+"""Policies that act by action tokens, from a checkpoint to actions."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from pi0_jax.config import Autoregressive, Fast
+from pi0_jax.data.fast import FastCodec
+from pi0_jax.inference.policy import Policy
+from pi0_jax.sampler import Categorical, Greedy
+from tests.conftest import tiny_config
+from tests.policies import TINY, save_tiny_checkpoint
+
+MODEL = tiny_config("pi0_fast", depth=1, action_dim=8, vocab_size=1024, prompt_length=64)
+FAST = dataclasses.replace(
+    TINY,
+    model=MODEL,
+    objective=Autoregressive(codec=Fast(skip=5, max_tokens=30)),
+    sampler=Greedy(),
+    normalization="quantile",
+)
+
+
+@pytest.fixture(scope="module")
+def codec() -> FastCodec:
+    pytest.importorskip("tokenizers")
+    chunks = np.random.default_rng(0).uniform(-1, 1, (100, MODEL.action_horizon, 3))
+    return FastCodec.fit([np.cumsum(chunks, axis=1) / 3], 300)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, codec):
+    return save_tiny_checkpoint(tmp_path_factory.mktemp("fast"), policy=FAST, codec=codec.files())
+
+
+def test_a_policy_of_action_tokens_acts(folder, codec):
+    policy = Policy.load(folder)
+    observation: Any = policy.robot.example()
+    actions = policy.infer(observation)
+    assert actions.shape == (MODEL.action_horizon, 3)
+    assert np.isfinite(actions).all()
+    np.testing.assert_array_equal(policy.infer(observation, seed=1), actions)
+    # What another one in the batch writes, and how long, changes nothing.
+    other: Any = observation | {"images": {name: 255 - x for name, x in observation["images"].items()}}
+    both = policy.infer_batch([other, observation], jax.random.split(jax.random.key(0), 2))
+    np.testing.assert_allclose(both[1], actions, atol=1e-6)
+    drawn = [policy.infer(observation, seed=seed, sampler=Categorical(temperature=2.0)) for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(drawn[0], drawn[1])
+    assert np.abs(drawn[2] - drawn[0]).max() > 1e-3
+    free = policy.infer(observation, sampler=Greedy(constrained=False))
+    assert np.isfinite(free).all()
+    with pytest.raises(ValueError, match="no number of steps to choose"):
+        policy.infer(observation, num_steps=3)
+
+
+def test_a_policy_without_the_codec_of_its_chunks_is_refused(tmp_path, codec):
+    save_tiny_checkpoint(tmp_path / "none", policy=FAST)
+    with pytest.raises(ValueError, match="holds no codec"):
+        Policy.load(tmp_path / "none")
+    longer = dataclasses.replace(FAST, model=dataclasses.replace(MODEL, action_horizon=9))
+    save_tiny_checkpoint(tmp_path / "longer", policy=longer, codec=codec.files())
+    with pytest.raises(ValueError, match="fitted to chunks of 6 actions"):
+        Policy.load(tmp_path / "longer")
