@@ -163,6 +163,11 @@ class Joint(_Common):
     """As of `Autoregressive`, for text and action tokens apart."""
 
     @property
+    def max_delay(self) -> int:
+        """Of the flow."""
+        return self.flow.max_delay
+
+    @property
     def target_length(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Room for text and action tokens."""
         return self.text_tokens + (self.codec.max_tokens if self.codec else 0)
