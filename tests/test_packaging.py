@@ -29,7 +29,17 @@ TRANSITIVE = {"absl", "anyio", "array_record", "ml_dtypes", "msgpack", "scipy", 
 """Modules that a declared dependency requires itself."""
 PLUGINS = {"flatbuffers", "gcsfs", "packaging", "s3fs"}
 """Modules that jax.export, fsspec and Meta-World import."""
-FOREIGN = {"gym_aloha", "gym_pusht", "gymnasium_robotics", "lerobot", "libero", "openpi", "pymunk", "robosuite"}
+FOREIGN = {
+    "dm_control",
+    "gym_aloha",
+    "gym_pusht",
+    "gymnasium_robotics",
+    "lerobot",
+    "libero",
+    "openpi",
+    "pymunk",
+    "robosuite",
+}
 FOREIGN |= {"tensorflow", "torch", "transformers"}
 """Frameworks and simulators of others, in environments of their own."""
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from pi0_jax.config import Fast as FastTokens
 from pi0_jax.config import TrainConfig
 from pi0_jax.data.cache import build_cache
 from pi0_jax.data.fast import FastCodec
@@ -35,6 +36,9 @@ from pi0_jax.data.tools.show import show
 from pi0_jax.data.tools.stats import compute_normalizations
 from pi0_jax.data.transform import check_fits
 from pi0_jax.errors import UserError, listed
+
+FRAME = 5
+"""Action tokens that are no codes: a marker of three, `|` and EOS."""
 
 Config = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
 
@@ -298,10 +302,11 @@ def fast(args: Fast, config: TrainConfig) -> None:
     policy, datasets = config.policy, _open(config, args.skip_bad_episodes, config.data.validation_share)
     groups = _normalizations(config, datasets)
     codec = given or fit_codec(datasets, groups, policy, args.vocab, args.scale, args.chunks)
+    room = (policy.objective.codec or FastTokens()).max_tokens - FRAME
     measured = normalized_chunks(datasets, groups, policy, min(args.chunks, 4000), seed=1, progress=False)
     for dataset, chunks in zip(datasets, measured, strict=True):
         normalization = groups[dataset.stats]
-        print("\n" + "\n".join(report_lines(codec, chunks, dataset, normalization, policy.normalization)))
+        print("\n" + "\n".join(report_lines(codec, chunks, dataset, normalization, policy.normalization, room)))
     if given is None:
         codec.save(args.output)
         print(f"\nwrote {args.output}, {codec.num_codes} codes; set data.codec to it")

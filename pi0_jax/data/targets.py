@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -96,27 +96,19 @@ class ActionTokens:
         )
 
 
-class Cuts:
-    """A count of what did not fit, which the log is told of: the first, the tenth, the hundredth."""
+class Count:
+    """A count of what does not go as it should, which the log is told of: the first, the tenth, the hundredth."""
 
-    def __init__(self, what: str, remedy: str):
-        self._what, self._remedy, self._seen, self._cut, self._next = what, remedy, 0, 0, 1
+    def __init__(self, what: str):
+        self._what, self._seen, self._bad, self._next = what, 0, 0, 1
 
-    def count(self, length: int, room: int) -> None:
-        """Counts one, of some tokens, that has `room`."""
+    def add(self, bad: bool) -> None:
+        """Counts one."""
         self._seen += 1
-        self._cut += length > room
-        if self._cut >= self._next and length > room:
+        self._bad += bad
+        if bad and self._bad >= self._next:
             self._next *= 10
-            _log.warning(
-                "%d of %d %s were cut, the last from %d to %d tokens. %s",
-                self._cut,
-                self._seen,
-                self._what,
-                length,
-                room,
-                self._remedy,
-            )
+            _log.warning("%d of %d %s", self._bad, self._seen, self._what)
 
 
 def target_transform(
@@ -189,8 +181,17 @@ def write_targets(tokenizer: Tokenizer, actions: ActionTokens | None, text_room:
     """
     length = text_room + (actions.room if actions else 0)
     given = actions.given if actions else 0
-    texts = Cuts("texts", "Raise the objective's text_tokens.")
-    chunks = Cuts("action chunks", "Raise the objective's codec.max_tokens, or fit the codec with a smaller --scale.")
+    cut = Count(f"texts were cut to {text_room} tokens. Raise the objective's text_tokens.")
+    chunks = ChunkCounts(
+        Count(
+            f"action chunks were cut to {length - text_room} tokens. Raise the objective's codec.max_tokens, or fit a "
+            "codec with a smaller --scale."
+        ),
+        Count(
+            "action chunks lack coefficients, because the codec has no codes for some of their bytes. Fit one that "
+            "has: pi0 data fast"
+        ),
+    )
 
     def forward(sample: Sample) -> Sample:
         if "actions" not in sample and "text" not in sample:  # a robot acts
@@ -198,7 +199,7 @@ def write_targets(tokenizer: Tokenizer, actions: ActionTokens | None, text_room:
         batch = np.shape(sample["state"])[:-1]
         rows = int(np.prod(batch))
         written = np.broadcast_to(np.asarray(sample.get("text", ""), object), batch).ravel()
-        text = [_cut_text(tokenizer, str(each), text_room, texts) if text_room else [] for each in written]
+        text = [_cut_text(tokenizer, str(each), text_room, cut) if text_room else [] for each in written]
         codes = [[] for _ in range(rows)]
         if actions is not None and "actions" in sample and np.all(sample.get("has_actions", True)):
             codes = _chunk_ids(actions, sample["actions"], sample.get("step_mask"), chunks)
@@ -217,20 +218,32 @@ def write_targets(tokenizer: Tokenizer, actions: ActionTokens | None, text_room:
     return Transform(forward, lambda sample: sample)
 
 
-def _cut_text(tokenizer: Tokenizer, text: str, room: int, cuts: Cuts) -> list[int]:
+def _cut_text(tokenizer: Tokenizer, text: str, room: int, cut: Count) -> list[int]:
     """Ids of a text and EOS; none of an empty one."""
     if not text.strip():
         return []
     ids = tokenizer.encode(text.strip())
-    cuts.count(len(ids) + 1, room)
+    cut.add(len(ids) >= room)
     return [*ids[: room - 1], tokenizer.eos_id]
 
 
-def _chunk_ids(actions: ActionTokens, values: np.ndarray, steps: np.ndarray | None, cuts: Cuts) -> list[list[int]]:
+class ChunkCounts(NamedTuple):
+    """What does not go as it should with chunks."""
+
+    cut: Count
+    lossy: Count
+
+
+def _chunk_ids(
+    actions: ActionTokens, values: np.ndarray, steps: np.ndarray | None, counts: ChunkCounts
+) -> list[list[int]]:
     values = values.reshape(-1, *values.shape[-2:])
     if steps is not None:
         values = hold(values, steps.reshape(len(values), -1))
-    found = [actions.ids(codes) for codes in actions.codec.encode(values)]
-    for ids in found:
-        cuts.count(len(ids), actions.room)
-    return [ids[: actions.room] for ids in found]
+    found = []
+    for codes in actions.codec.encode(values):
+        ids = actions.ids(codes)
+        counts.cut.add(len(ids) > actions.room)
+        counts.lossy.add(actions.codec.count_values(codes) < values[0].size)
+        found.append(ids[: actions.room])
+    return found

@@ -17,7 +17,7 @@ from scipy.stats import binomtest
 from tqdm import tqdm
 
 from pi0_jax.config import PolicyConfig
-from pi0_jax.data.robots import RawObservation, Robot
+from pi0_jax.data.robots import RawObservation, Robot, get_robot
 from pi0_jax.errors import UserError
 from pi0_jax.evaluate.simulators.gym import Episodes, Running, Simulator
 
@@ -154,8 +154,9 @@ def closed_loop(
     Returns:
         The seconds of each call of the policy but the first.
     """
-    if policy.robot.name != simulator.robot:
-        raise UserError(f"this policy is for the robot {policy.robot.name!r}; the environment has {simulator.robot!r}.")
+    robot = get_robot(simulator.robot).name if simulator.robot.endswith(".py") else simulator.robot
+    if policy.robot.name != robot:
+        raise UserError(f"this policy is for the robot {policy.robot.name!r}; the environment has {robot!r}.")
     following, base, seconds = [*indices][::-1], jax.random.key(seed), []
     # Threads that wait for processes are as many as episodes; those that compute, as many as cores.
     count = os.cpu_count() if isinstance(simulator, Simulator) else batch_size

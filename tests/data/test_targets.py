@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pi0_jax.config import Autoregressive, Fast, Joint
-from pi0_jax.data.fast import FastCodec
+from pi0_jax.data.fast import FastCodec, to_text, train_bpe
 from pi0_jax.data.normalization import Normalization
 from pi0_jax.data.robots import get_robot
 from pi0_jax.data.source import Instruction, Wrapped
@@ -87,15 +87,20 @@ def test_what_has_no_room_is_cut_and_counted(tokenizer, codec, caplog):
     words = tokenizer.encode("reach the red block")
     assert targets.tokens[0, :4].tolist() == [*words[:3], 1]  # so that a policy learns to end in time
     assert targets.is_action[:, 4:].all()
-    found = [message for message in caplog.messages if "were cut" in message]
-    assert found[:2] == [
-        f"1 of 1 texts were cut, the last from {len(words) + 1} to 4 tokens. Raise the objective's text_tokens.",
-        f"10 of 10 texts were cut, the last from {len(words) + 1} to 4 tokens. Raise the objective's text_tokens.",
+    assert [message.split(".")[0] for message in caplog.messages] == [
+        "1 of 1 texts were cut to 4 tokens",
+        "10 of 10 texts were cut to 4 tokens",
+        f"1 of 1 action chunks were cut to {room} tokens",
+        f"10 of 10 action chunks were cut to {room} tokens",
     ]
-    assert [message.split(",")[0] for message in found[2:]] == [
-        "1 of 1 action chunks were cut",
-        "10 of 10 action chunks were cut",
-    ]
+
+
+def test_chunks_that_a_foreign_codec_cannot_write_whole_are_counted(tokenizer, caplog):
+    bpe = train_bpe(to_text(np.full((5, 4, 3), 20)), 300, [chr(value) for value in range(41)])
+    foreign = FastCodec(bpe.to_str().encode(), b'{"scale": 10, "min_token": -20}')
+    tokens = ActionTokens(foreign, Fast(skip=5, max_tokens=60), tokenizer, VOCAB)
+    write_targets(tokenizer, tokens, 0).forward(sample(1))
+    assert "1 of 1 action chunks lack coefficients" in caplog.text
 
 
 def test_codes_and_text_that_share_ids_are_refused(tokenizer, codec):

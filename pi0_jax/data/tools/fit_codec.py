@@ -92,8 +92,10 @@ def report_lines(
     dataset: OpenDataset,
     normalization: Normalization,
     mode: Mode,
+    room: int,
 ) -> list[str]:
-    """What a codec does to chunks of a dataset, for people: codes per chunk, error of each dimension, what it lacks."""
+    """What a codec does to chunks of a dataset, for people: codes per chunk, of which there may be `room`, error of each
+    dimension, and what the codec lacks."""
     report = round_trip(codec, chunks)
     lengths, unused = report.lengths, codec.num_codes - int(report.used.sum())
     mean, usual = lengths.mean(), np.quantile(lengths, 0.95)
@@ -106,6 +108,8 @@ def report_lines(
     for row in zip(dataset.robot.model_actions, report.error, report.largest, report.error * units, strict=True):
         lines.append("  {:28} {:10.4f} {:10.4f} {:12.4g}".format(*row))
     lines.append(f"  codes that never occur here: {unused} of {codec.num_codes}")
+    if long := int((lengths > room).sum()):
+        lines.append(f"  {long} chunks ({long / len(lengths):.2%}) take more than {room}, and will be cut")
     if report.lossy:
         lines.append(
             f"  {report.lossy} chunks ({report.lossy / len(lengths):.2%}) do not come back whole: they exceed the "

@@ -49,7 +49,9 @@ class AlohaEnv:
 
     def __init__(self, task: str, steps: int, fast: bool):
         import gym_aloha.env  # type: ignore[import-not-found]
+        from dm_control.rl.control import PhysicsError  # type: ignore[import-not-found]
 
+        self._diverged = PhysicsError
         self.task, self._limit = task, steps
         self._env: Any = gym_aloha.env.AlohaEnv(task, obs_type="pixels_agent_pos")
         inner, blank = self._env._env, {"top": np.empty(0)}
@@ -62,12 +64,17 @@ class AlohaEnv:
     def reset(self, *, seed: int, options: Any = None) -> tuple[np.ndarray, dict[str, Any]]:
         self._steps = 0
         seen, info = self._env.reset(seed=seed)
-        return seen["agent_pos"].astype(np.float32), info
+        self._last = seen["agent_pos"].astype(np.float32)
+        return self._last, info
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        seen, reward, terminated, _, info = self._env.step(np.asarray(action))
+        try:
+            seen, reward, terminated, _, info = self._env.step(np.asarray(action))
+        except self._diverged:  # such actions are a failure of the policy
+            return self._last, 0.0, False, True, {"is_success": False}
+        self._last = seen["agent_pos"].astype(np.float32)
         self._steps += 1
-        return seen["agent_pos"].astype(np.float32), reward, terminated, self._steps >= self._limit, info
+        return self._last, reward, terminated, self._steps >= self._limit, info
 
     def render(self) -> np.ndarray:
         return self.physics.render(height=480, width=640, camera_id="top")

@@ -11,11 +11,16 @@ from pi0_jax.errors import UserError
 from pi0_jax.evaluate.environments import open_simulator
 
 
+def python_of(name: str) -> Path | None:
+    """The interpreter of an environment in that folder."""
+    python = Path(os.environ.get("PI0_ENVS", "none")) / Path(name).stem / "bin" / "python"
+    return python if python.is_file() else None
+
+
 def opened(name: str, options: dict[str, Any]) -> Iterator[Any]:
     """The simulator in one process, which ends with the fixture; skips where nothing has its packages."""
-    python = Path(os.environ.get("PI0_ENVS", "none")) / name / "bin" / "python"
     try:
-        simulator: Any = open_simulator(name, options, python if python.is_file() else None, most=1)
+        simulator: Any = open_simulator(name, options, python_of(name), most=1)
     except UserError as error:
         pytest.skip(f"{error} Tests find environments in the folder PI0_ENVS.")
     yield simulator
