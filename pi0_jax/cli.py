@@ -69,7 +69,8 @@ the nearest flags that do. Nothing is allocated, and no demonstrations are read.
 rtx4090, rtx5090, b200, thor; extra cuda12 has their compiler, else memory is an estimate), there or not; left out, it
 means the devices of this machine.
 --sample compiles the program that computes a chunk of actions, of a config or a checkpoint's folder, for one device.
---cameras N: with so many of the model's cameras; left out: those of the robot. --chunks N: for so many robots at once."""
+--cameras N: with so many of the model's cameras; left out: those of the robot. --chunks N: for so many robots at
+once."""
 
 
 def main(args: list[str] | None = None) -> int:

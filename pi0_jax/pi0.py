@@ -15,9 +15,9 @@ training is one pass over all tokens (`network.joint`). Sampling computes the pr
     value, _  = loss(objective, params, batch, key)
     actions   = sample_actions(objective, params, observation, noise, SampleOptions(sampler=Euler(num_steps=10)))
 
-`objective/gaussian.py` is the objective above; `objective/__init__.py` says what any objective consists of. The network
-is in `model/head/expert.py`, its layers are in `model/layers.py`, the solvers in `sampler/`. `training/step.py` is one
-update: it calls `objective.draw` once per batch and `objective.loss` once per microbatch.
+`objective/gaussian.py` is the objective above; `joint.py` adds text and action tokens that the language expert writes
+(π0.5 as published), `autoregressive.py` has these alone (π0-FAST). The network is in `model/head/expert.py`, its layers in
+`model/layers.py`, solvers in `sampler/`. `training/step.py` is one update: `objective.draw` once, `loss` per microbatch.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def sample_actions(
         params: of its network, as trained or rewritten for faster inference (`model/fold.py`).
         observation: images uint8 or in [-1, 1].
         noise: standard normal; the caller draws it.
-        options: sampler (10 Euler steps by default), guidance, and for real-time chunking the actions of the previous
-            chunk that are not executed yet.
+        options: sampler (10 Euler steps by default), guidance, text that was written, the codec of action tokens, and
+            for real-time chunking the actions of the previous chunk that are not executed yet.
 
     Returns:
         Normalised, padded actions, float32.

@@ -35,6 +35,8 @@ class _Common:
     """Whether prompts are in lower case."""
     target_length: ClassVar[int] = 0
     """Room for the tokens that an example's `Batch.targets` has; 0: the objective learns none."""
+    blank_cameras: ClassVar[bool] = False
+    """Whether cameras that a robot lacks are seen, black; else they are left out."""
     dropout: ConditionDropout = ConditionDropout()
     mask_padded_steps: bool = True
     """Leave steps after the episode's end out of the loss. openpi counts them: set False to match it."""
@@ -127,6 +129,8 @@ class Autoregressive(_Common):
     codec: Fast = Fast()  # pyright: ignore[reportIncompatibleVariableOverride]
     lowercase: bool = True  # pyright: ignore[reportIncompatibleVariableOverride]
     """Instructions are read in lower case, as openpi's π0-FAST does and LeRobot's does not."""
+    blank_cameras: bool = False  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Cameras that a robot lacks are seen, black, as openpi trained its π0-FAST; else they are left out."""
     reduction: Literal["example", "token"] = "example"
     """example: the mean over an example's tokens, then over examples, as in openpi. token: over all tokens of the
     batch, as in LeRobot."""
@@ -157,6 +161,11 @@ class Joint(_Common):
     """Stop the flow's gradient at the keys and values of the language expert (knowledge insulation)."""
     reduction: Literal["example", "token"] = "example"
     """As of `Autoregressive`, for text and action tokens apart."""
+
+    @property
+    def max_delay(self) -> int:
+        """Of the flow."""
+        return self.flow.max_delay
 
     @property
     def target_length(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]

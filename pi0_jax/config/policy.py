@@ -64,6 +64,9 @@ class PolicyConfig:
     state_in_prompt: bool = True
     """π0.5: the normalised state is part of the prompt, as integers (openpi: `discrete_state_input`). False: the policy
     does not see it, as in openpi's `pi05_libero`. π0 has a token for it either way."""
+    subtask_every: int = 0
+    """Chunks for which a subtask holds that the policy writes for itself before it acts (objective `Joint`, trained on
+    subtasks). 0: it writes none. A subtask that comes with the observation is taken instead."""
     execute_steps: int = 4
     """Actions of each chunk that are executed before the policy is asked again."""
 
@@ -82,5 +85,10 @@ class PolicyConfig:
             raise UserError(
                 "action tokens have their bins between the 1st and the 99th percentile, which takes quantile "
                 f"normalisation; it is {self.normalization!r} (--policy.normalization quantile)."
+            )
+        if self.subtask_every and not self.objective.text_tokens:
+            raise UserError(
+                f"policy.subtask_every is {self.subtask_every}, and objective {type(self.objective).__name__} writes "
+                "no text: take Joint, or 0."
             )
         _ = getattr(self.sampler, "grid", None)  # which refuses numbers of steps below 1

@@ -47,6 +47,10 @@ def check_observation(raw: Mapping[str, Any], robot: Robot) -> Sample:
         "state": _check_state(raw["state"], robot),
         "prompt": prompt,
     }
+    if (subtask := raw.get("subtask")) is not None:
+        if not isinstance(subtask, str):
+            raise UserError(f"`subtask` came as {subtask!r}; expected a string, empty for none.")
+        sample["text"] = subtask.strip()
     return sample | _check_previous(raw, robot)
 
 

@@ -7,14 +7,17 @@ from typing import TypedDict
 import numpy as np
 
 
-class _Continued(TypedDict, total=False):
+class _Optional(TypedDict, total=False):
     previous: np.ndarray
     """What remains of the chunk in execution, `[n, d]`, for a new chunk that continues it."""
     delay: int
     """How many actions of `previous` will be executed before the new chunk can be."""
+    subtask: str
+    """What to do first, for a policy that was trained on subtasks: the fixed one, or that of an earlier chunk; empty is
+    none."""
 
 
-class RawObservation(_Continued):
+class RawObservation(_Optional):
     """What a robot sees, in its own units."""
 
     images: dict[str, np.ndarray]

@@ -15,7 +15,7 @@ import functools
 import io
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +122,10 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without BOS and EOS."""
         return list(self._encode(text))
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of token ids; those beyond the vocabulary are left out."""
+        return self._processor.decode([token for token in tokens if token < self.vocab_size])
 
     def piece(self, token: int) -> str:
         """The text of a token id; "" beyond the vocabulary."""

@@ -167,7 +167,7 @@ def make_transform(
         to_normalized(robot, normalization, policy.normalization),
         targets,
         tokenize(tokenizer, policy),
-        select_images(model.cameras, model.vision.image_size),
+        select_images(model.cameras, model.vision.image_size, blank=policy.objective.blank_cameras),
         pad(model.action_dim, robot),
     )
 
@@ -349,8 +349,9 @@ def tokenize(tokenizer: Tokenizer, policy: PolicyConfig) -> Transform:
     return Transform(forward, _same)
 
 
-def select_images(cameras: tuple[str, ...], size: int) -> Transform:
-    """Exactly the model's `cameras`, `size` pixels square, and `image_masks`; an absent camera is black and False."""
+def select_images(cameras: tuple[str, ...], size: int, *, blank: bool = False) -> Transform:
+    """Exactly the model's `cameras`, `size` pixels square, and `image_masks`; an absent camera is black and False, or
+    with `blank` True."""
 
     def forward(sample: Sample) -> Sample:
         batch = np.shape(sample["state"])[:-1]
@@ -360,7 +361,7 @@ def select_images(cameras: tuple[str, ...], size: int) -> Transform:
             for c in cameras
         }
         seen = sample.get("image_masks", {})
-        masks = {c: np.asarray(seen[c]) if c in seen else np.full(batch, c in present) for c in cameras}
+        masks = {c: np.asarray(seen[c]) if c in seen else np.full(batch, blank or c in present) for c in cameras}
         return sample | {"images": images, "image_masks": masks}
 
     return Transform(forward, _same)

@@ -156,8 +156,9 @@ class Record:
     """Options of the simulator, as NAME=VALUE."""
     env_python: Path | None = None
     """Interpreter that has the simulator's packages, as in `pi0 evaluate`."""
-    noise: float = 0.08
-    """Chance per step that a burst of random motion begins, which shows how to recover; its actions are not learnt."""
+    noise: float | None = None
+    """Chance per step that a burst of random motion begins, which shows how to recover; its actions are not learnt. By
+    default 0.08 where actions are changes, else 0."""
     episodes: int = 1200
     """Demonstrations, the tasks in turn."""
     split: Literal["train", "validation"] = "train"
@@ -339,7 +340,7 @@ def record(args: Record) -> None:
     """Runs `pi0 record`; errors as in `infer`."""
     options = tuple(_options(args.env_options).items())
     python = None if args.env_python is None else str(args.env_python)
-    source = Source(args.env, args.split, args.seed, Noise(args.noise), options, python)
+    source = Source(args.env, args.split, args.seed, None if args.noise is None else Noise(args.noise), options, python)
     summary = record_demonstrations(args.path, source, args.episodes, overwrite=args.overwrite)
     failed = f"; {summary['dropped']} failures of the expert were left out" if summary["dropped"] else ""
     print(f"{args.episodes} demonstrations, {summary['frames']} frames: {args.path}{failed}")

@@ -34,7 +34,9 @@ class Source:
     """"train" or "validation". Evaluation layouts are refused: nobody should train on them."""
     seed: int = 0
     """Other seeds give other episodes of the split."""
-    noise: Noise = Noise()
+    noise: Noise | None = None
+    """None: the default `Noise` where actions are changes (`Robot.changes`), and none where a random action is a far
+    target."""
     options: tuple[tuple[str, Any], ...] = ()
     """Options of the simulator."""
     python: str | None = None
@@ -71,12 +73,17 @@ def _open(source: Source, num_episodes: int, workers: int | None) -> Simulator |
 
 
 def _record(simulator: Simulator | Processes, source: Source, num_episodes: int) -> Iterator[Demonstration]:
-    what = (source.seed, source.split, source.noise, get_robot(simulator.robot).cameras)
+    robot = get_robot(simulator.robot)
+    what = (source.seed, source.split, _noise(source, robot), robot.cameras)
     if isinstance(simulator, Processes):
         yield from simulator.demonstrations(num_episodes, *what)
         simulator.close()
     else:
         yield from (demonstrate(simulator, number, *what) for number in range(num_episodes))
+
+
+def _noise(source: Source, robot: Robot) -> Noise:
+    return source.noise or (Noise() if robot.changes else Noise(0.0))
 
 
 def features(demonstration: Demonstration, robot: Robot) -> dict[str, dict[str, Any]]:
@@ -114,6 +121,10 @@ def record(
             episodes.append({"task": episode.task, "seed": episode.seed, **mode})
             frames += len(episode.frames["action"])
             dropped += episode.dropped
-    summary = dataclasses.asdict(source) | {"frames": frames, "dropped": dropped, "episodes": episodes}
+    summary = dataclasses.asdict(dataclasses.replace(source, noise=_noise(source, robot))) | {
+        "frames": frames,
+        "dropped": dropped,
+        "episodes": episodes,
+    }
     (Path(root) / "meta" / "recording.json").write_text(json.dumps(summary, indent=1))
     return summary

@@ -86,5 +86,5 @@ def main() -> None:
             answer = [f"the simulator needs {error.name}, which {sys.executable} does not have.", None]
         except Exception as error:
             trace = traceback.format_exc()
-            answer = [f"{type(error).__name__}: {error}.{gl_advice(trace)}\n{trace}", None]
+            answer = [f"{type(error).__name__}: {error}.{gl_advice(trace) or chr(10) + trace}", None]
         send(answers, answer)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
@@ -28,9 +27,9 @@ from pi0_jax.data.robot_json import kept_robot
 from pi0_jax.data.robots import RawObservation, Robot, get_robot, semantics_of
 from pi0_jax.data.targets import tables_of
 from pi0_jax.data.tokenizer import Tokenizer
-from pi0_jax.data.transform import ANCHORS, Sample, make_transform, to_observation
+from pi0_jax.data.transform import Sample, make_transform
 from pi0_jax.errors import UserError
-from pi0_jax.flow.realtime import Previous
+from pi0_jax.inference.prepare import Prepared, prepare
 from pi0_jax.inference.sampler import ChunkSampler, Inputs, from_checkpoint, with_steps
 from pi0_jax.inference.shapes import check_batch_sizes, prompt_lengths
 from pi0_jax.model.attention import report_kernel
@@ -50,16 +49,6 @@ class Timing(NamedTuple):
     """The program, until its result is in host memory; the first call of each program compiles."""
     postprocess: float
     """From the model's actions to the robot's."""
-
-
-class _Prepared(NamedTuple):
-    """Observations as the sampler takes them."""
-
-    observation: Observation
-    anchors: dict[str, np.ndarray]
-    """States that relative actions and signs of quaternions refer to, by key, if there are such."""
-    previous: Previous | None
-    """What is left of the chunks in execution, if any is."""
 
 
 class Policy:
@@ -95,8 +84,9 @@ class Policy:
         self.tokenizer, self.stats = tokenizer, stats
         self.normalization = Normalization(stats, semantics_of(self.robot, config.action_semantics))
         self._transform = make_transform(config, self.robot, self.normalization, tokenizer)
-        # A camera that the robot lacks is masked; leaving it out gives the same numbers.
-        present = tuple(name for name in config.model.cameras if name in self.robot.cameras.values())
+        # A camera that the robot lacks is masked; leaving it out gives the same numbers. Not so a blank one.
+        blank, there = config.objective.blank_cameras, self.robot.cameras.values()
+        present = tuple(name for name in config.model.cameras if blank or name in there)
         model = dataclasses.replace(config.model, cameras=present)
         tables = tables_of(config, self.robot, tokenizer, codec)
         self.sampler = ChunkSampler(config, model, read, folded=folded, codec=tables)
@@ -112,6 +102,7 @@ class Policy:
         guidance: Guidance | None = None,
         real_time: RealTimeConfig | None = None,
         execute_steps: int | None = None,
+        subtask_every: int | None = None,
         model: ModelConfig | None = None,
         attention: Kernel | None = None,
         dtype: Dtype | None = None,
@@ -122,8 +113,8 @@ class Policy:
 
         Args:
             path: where it is.
-            sampler, guidance, real_time, execute_steps, model: fields of `PolicyConfig` to use in place of the
-                checkpoint's own.
+            sampler, guidance, real_time, execute_steps, subtask_every, model: fields of `PolicyConfig` to use in place
+                of the checkpoint's own.
             attention: `ModelConfig.attention`; None: as it was trained.
             dtype: of matrices and activations (`ModelConfig.dtype`). None: as it was trained, but float32 on CPUs,
                 where XLA widens bfloat16 weights to float32 and keeps both: more memory, and no time saved.
@@ -148,7 +139,7 @@ class Policy:
         if dtype is None and jax.default_backend() == "cpu":
             dtype = "float32"
         changes = {"model": model, "model.attention": attention, "model.dtype": dtype}
-        changes |= {"sampler": sampler, "guidance": guidance}
+        changes |= {"sampler": sampler, "guidance": guidance, "subtask_every": subtask_every}
         changes |= {"real_time": real_time, "execute_steps": execute_steps, "action_semantics": semantics}
         config = replace(assets.policy, {name: value for name, value in changes.items() if value is not None})
         report_kernel(config.model.attention, config.model.dtype)
@@ -216,34 +207,63 @@ class Policy:
         Raises:
             UserError: as of `infer`, or keys or noise of another number.
         """
+        how = {"num_steps": num_steps, "guidance_scale": guidance_scale, "sampler": sampler, "noise": noise}
+        return self.answer_batch(observations, keys, **how)[0]
+
+    def answer_batch(
+        self,
+        observations: Sequence[RawObservation],
+        keys: Key[Array, "b"],
+        *,
+        num_steps: int | None = None,
+        guidance_scale: float | None = None,
+        sampler: Sampler | None = None,
+        noise: Float[np.ndarray, "n ah ad"] | None = None,
+    ) -> tuple[Float[np.ndarray, "b ah d"], list[str | None]]:
+        """`infer_batch`, and the subtask of each chunk: the observation's, or what the policy wrote for itself
+        (`PolicyConfig.subtask_every`); None where there is none."""
         count = len(observations)
         if count == 0 or len(keys) != count or (noise is not None and len(noise) != count):
             chosen = "" if noise is None else f" and {len(noise)} of noise"
             raise UserError(
                 f"{count} observations came with {len(keys)} keys{chosen}; expected one each, of at least 1."
             )
-        if self._batch_sizes and count > (most := self._batch_sizes[-1]):
-            slices = [slice(i, i + most) for i in range(0, count, most)]
-            parts = [(observations[rows], keys[rows], None if noise is None else noise[rows]) for rows in slices]
-            how = {"num_steps": num_steps, "guidance_scale": guidance_scale, "sampler": sampler}
-            return np.concatenate([self.infer_batch(raw, key, noise=own, **how) for raw, key, own in parts])
+        asks = np.array([bool(self.config.subtask_every) and raw.get("subtask") is None for raw in observations])
+        most = self._batch_sizes[-1] if self._batch_sizes else count
+        rows = [np.flatnonzero(asks), np.flatnonzero(~asks)]
+        groups = [some[i : i + most] for some in rows for i in range(0, len(some), most)]
+        how = {"num_steps": num_steps, "guidance_scale": guidance_scale, "sampler": sampler}
+        if len(groups) > 1:
+            own = [None if noise is None else noise[some] for some in groups]
+            parts = [
+                self.answer_batch([observations[i] for i in some], keys[some], noise=x, **how)
+                for some, x in zip(groups, own, strict=True)
+            ]
+            order, texts = np.argsort(np.concatenate(groups)), [text for _, found in parts for text in found]
+            return np.concatenate([actions for actions, _ in parts])[order], [texts[i] for i in order]
         start = time.perf_counter()
         size = next((n for n in self._batch_sizes if n >= count), count)
         rows = np.minimum(np.arange(size), count - 1)
-        prepared = self._prepare([observations[i] for i in rows])
+        prepared = self._prepare([observations[i] for i in rows], asks=bool(asks[0]))
         inputs = Inputs(
             prepared.observation,
             keys if size == count else keys[rows],
             None if noise is None else np.asarray(noise, np.float32)[rows],
             self._guidance_scale(guidance_scale),
             prepared.previous,
+            prepared.text,
         )
         ready = time.perf_counter()
-        normalised = self.sampler(inputs, self._chosen(sampler, num_steps))
+        texts: list[str | None] = [raw.get("subtask") for raw in observations]
+        if asks[0]:
+            normalised, block = self.sampler.write(inputs, self._chosen(sampler, num_steps))
+            texts[:] = [self.tokenizer.decode(row[there].tolist()) for row, there in zip(*block, strict=True)][:count]
+        else:
+            normalised = self.sampler(inputs, self._chosen(sampler, num_steps))
         computed = time.perf_counter()
         actions = self._raw(normalised, prepared.anchors)[:count]
         self._timings.append(Timing(ready - start, computed - ready, time.perf_counter() - computed))
-        return actions
+        return actions, texts
 
     def sample(
         self, observation: Observation, keys: Key[Array, "b"], noise: Float[np.ndarray, "b ah ad"]
@@ -269,31 +289,35 @@ class Policy:
         example = self.robot.example()
         unplayed = np.tile(self.robot.example_action(), (self.config.model.action_horizon, 1))
         examples = [example, {**example, "previous": unplayed}] if real_time else [example]
+        if self.config.subtask_every:  # written, or that of an earlier chunk
+            examples += [{**raw, "subtask": "x"} for raw in examples]
         lengths = prompt_lengths(self.config.model.prompt_length)
         programs = list(itertools.product(self._batch_sizes, lengths, examples))
         _log.info("compiling %d programs, for batches of %s", len(programs), ", ".join(map(str, self._batch_sizes)))
         seconds = dict.fromkeys(self._batch_sizes, 0.0)
         for number, (size, length, raw) in enumerate(programs, 1):
-            prepared = self._prepare([cast(RawObservation, raw)] * size, length)
+            writes = bool(self.config.subtask_every) and "subtask" not in raw
+            prepared = self._prepare([cast(RawObservation, raw)] * size, length, asks=writes)
             keys, scale = jax.random.split(jax.random.key(0), size), self._guidance_scale(None)
-            inputs = Inputs(prepared.observation, keys, None, scale, prepared.previous)
+            inputs = Inputs(prepared.observation, keys, None, scale, prepared.previous, prepared.text)
             start = time.perf_counter()
-            self.sampler.compiled(inputs, self.config.sampler)
+            self.sampler.compiled(inputs, self.config.sampler, write=writes)
             compiled = time.perf_counter() - start
-            ran = self._seconds(inputs)
+            ran = self._seconds(inputs, write=writes)
             if ran < 1:  # a first call does more than the next ones, which shows where they are quick
-                ran = self._seconds(inputs)
+                ran = self._seconds(inputs, write=writes)
             seconds[size] = max(seconds[size], ran)
             kind = f"batch of {size}, prompt of {length} tokens" + (", real time" if "previous" in raw else "")
+            kind += ", writing a subtask" if writes else ""
             done = "program %d of %d (%s): compiled in %.1f s, runs in %.3g s"
             _log.info(done, number, len(programs), kind, compiled, ran)
         self.forget_latency()
         return seconds
 
-    def _seconds(self, inputs: Inputs) -> float:
+    def _seconds(self, inputs: Inputs, *, write: bool) -> float:
         """The time of a call of the network."""
         start = time.perf_counter()
-        self.sampler(inputs, self.config.sampler)
+        (self.sampler.write if write else self.sampler)(inputs, self.config.sampler)
         return time.perf_counter() - start
 
     @property
@@ -362,7 +386,7 @@ class Policy:
 
         def sample(params, observation, noise):
             keys = jax.random.split(jax.random.key(0), size)
-            return function(params, Inputs(observation, keys, noise, scale, None, self.sampler.codec))
+            return function(params, Inputs(observation, keys, noise, scale, codec=self.sampler.codec))
 
         observation = self._prepare([self.robot.example()] * size, length).observation
         model = self.config.model
@@ -399,37 +423,13 @@ class Policy:
         scale = guidance.scale if scale is None and guidance is not None else scale
         return None if scale is None or scale == 1 else np.asarray(scale, np.float32)
 
-    def _prepare(self, observations: Sequence[RawObservation], length: int | None = None) -> _Prepared:
-        """Prompts are cut to the length, or to what they need."""
-        samples = [self._transform.forward(check_observation(raw, self.robot)) for raw in observations]
-        anchors = {key: np.stack([np.asarray(x.get(key)) for x in samples]) for key in ANCHORS if key in samples[0]}
-        stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *map(to_observation, samples))
-        needed = int(stacked.prompt_mask.sum(axis=1).max())
-        length = length or next(n for n in prompt_lengths(self.config.model.prompt_length) if n >= needed)
-        cameras = self.sampler.model.cameras
-        stacked = stacked._replace(
-            images={name: stacked.images[name] for name in cameras},
-            image_masks={name: stacked.image_masks[name] for name in cameras},
-            prompt=stacked.prompt[:, :length],
-            prompt_mask=stacked.prompt_mask[:, :length],
-        )
-        return _Prepared(stacked, anchors, self._previous(samples))
-
-    def _previous(self, samples: Sequence[Sample]) -> Previous | None:
-        """What remains of the chunks in execution, relative to the new state where actions are relative.
-
-        A trained network cannot be told of more certain actions than it learned with: only so many are."""
-        if not any("previous" in sample for sample in samples):
-            return None
-        model, trained = self.config.model, self.config.real_time.method == "trained"
-        max_delay = getattr(self.config.objective, "max_delay", 0)
-        actions = np.zeros((len(samples), model.action_horizon, model.action_dim), np.float32)
-        delay, end = np.zeros((2, len(samples)), np.int32)
-        for i, sample in enumerate(samples):
-            left = sample.get("previous", actions[0, :0])[: model.action_horizon]
-            actions[i, : len(left)], end[i] = left, len(left)
-            delay[i] = min(sample.get("delay", 0), len(left), max_delay if trained else len(left))
-        return Previous(*map(jnp.asarray, (actions, delay, end)))
+    def _prepare(
+        self, observations: Sequence[RawObservation], length: int | None = None, *, asks: bool = False
+    ) -> Prepared:
+        """Observations as the network takes them; with `asks`, their prompts ask for a subtask."""
+        checked = [check_observation(raw, self.robot) for raw in observations]
+        samples = [self._transform.forward(cast(Sample, {**x, "asks": True}) if asks else x) for x in checked]
+        return prepare(samples, self.config, self.tokenizer, self.sampler.model.cameras, length)
 
     def _raw(self, actions: np.ndarray, anchors: dict[str, np.ndarray]) -> np.ndarray:
         sample = self._transform.inverse(cast(Sample, {"actions": actions, **anchors}))

@@ -21,6 +21,7 @@ from pi0_jax.flow.realtime import Previous
 from pi0_jax.model import target
 from pi0_jax.model.fold import Read, fold, shapes_of
 from pi0_jax.model.quantize import Bits, quantize
+from pi0_jax.model.writer import Block
 from pi0_jax.objective import Objective, Params, SampleOptions, make_objective
 from pi0_jax.objective.sampling import check_trained, solver_of
 from pi0_jax.sampler import Sampler, trajectory
@@ -39,6 +40,8 @@ class Inputs(NamedTuple):
     """Standard normal, in place of the keys' own."""
     guidance_scale: Float[np.ndarray, ""] | None = None
     previous: Previous | None = None
+    text: Block | None = None
+    """Text that was written after the prompts, such as subtasks."""
     codec: CodecTables | None = None
     """Of action tokens; `ChunkSampler` fills it in."""
 
@@ -49,6 +52,8 @@ class ProgramKey(NamedTuple):
     sampler: Sampler
     path: bool
     """Whether it gives all points from noise to actions."""
+    write: bool
+    """Whether it writes text first."""
     inputs: Any
     """Shapes and dtypes of the inputs, and which of them there are."""
 
@@ -96,20 +101,30 @@ class ChunkSampler:
         with target.advice():
             return np.asarray(program(self.params, inputs))
 
-    def compiled(self, inputs: Inputs, sampler: Sampler, *, path: bool = False) -> jax.stages.Compiled:
+    def write(self, inputs: Inputs, sampler: Sampler) -> tuple[Float[np.ndarray, "b ah ad"], Block]:
+        """Actions as above, and the text that was written before them, in host memory."""
+        inputs = inputs._replace(codec=self.codec)
+        program = self.compiled(inputs, sampler, write=True)
+        with target.advice():
+            return jax.tree.map(np.asarray, program(self.params, inputs))
+
+    def compiled(
+        self, inputs: Inputs, sampler: Sampler, *, path: bool = False, write: bool = False
+    ) -> jax.stages.Compiled:
         """The program of such a call, a function of parameters and inputs; compiled once."""
         inputs = inputs._replace(codec=self.codec)
         avals = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)
         leaves, tree = jax.tree.flatten(avals)
-        key = ProgramKey(sampler, path, (tuple(leaves), tree))
+        key = ProgramKey(sampler, path, write, (tuple(leaves), tree))
         if key not in self.programs:
+            function = jax.jit(self.function(sampler, path=path, write=write))
             with target.advice():
-                self.programs[key] = jax.jit(self.function(sampler, path=path)).lower(self.params, inputs).compile()
+                self.programs[key] = function.lower(self.params, inputs).compile()
         return self.programs[key]
 
-    def function(self, sampler: Sampler, *, path: bool = False) -> Callable[[Params, Inputs], Float[Array, "..."]]:
+    def function(self, sampler: Sampler, *, path: bool = False, write: bool = False) -> Callable[[Params, Inputs], Any]:
         """What is compiled: a function of parameters and inputs."""
-        return sampling_function(self.objective, self.config, self.model, sampler, path=path)
+        return sampling_function(self.objective, self.config, self.model, sampler, path=path, write=write)
 
     def quantize(self, bits: Bits) -> None:
         """Rounds the matrices of all layers to eight bits; programs are compiled again.
@@ -124,9 +139,16 @@ class ChunkSampler:
 
 
 def sampling_function(
-    objective: Objective, config: PolicyConfig, model: ModelConfig, sampler: Sampler, *, path: bool = False
-) -> Callable[[Params, Inputs], Float[Array, "..."]]:
-    """A function of parameters and inputs, to normalised, padded actions; arguments of `ChunkSampler`."""
+    objective: Objective,
+    config: PolicyConfig,
+    model: ModelConfig,
+    sampler: Sampler,
+    *,
+    path: bool = False,
+    write: bool = False,
+) -> Callable[[Params, Inputs], Any]:
+    """A function of parameters and inputs, to normalised, padded actions; arguments of `ChunkSampler`. With `write`,
+    also to the text that is written before them."""
 
     def sample(params: Params, inputs: Inputs):
         noise: Any = inputs.noise
@@ -144,7 +166,11 @@ def sampling_function(
             # Where each action has a time of its own, the sampler's are not all there are.
             None if objective.features is None or trained else objective.features(params, sampler),
             inputs.codec,
+            inputs.text,
         )
+        if write:
+            assert objective.write is not None
+            return objective.write(params, inputs.observation, noise, options)
         if not path:
             return objective.sample(params, inputs.observation, noise, options)
         if objective.flow is None:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from pi0_jax.config.model import Kernel
+from pi0_jax.model import target
 
 MASKED = -2.3819763e38
 """Stands for minus infinity in masked logits; the reference implementations' value, finite in bfloat16."""
@@ -87,7 +88,10 @@ def attention_weights(
     """
     logits = jnp.einsum("BKRH,BSKH->BKRS", query, key, preferred_element_type=jnp.float32)
     shape = logits.shape
-    if mask is not None:
+    if mask is not None and target.platform() == "tpu":
+        # With an axis of heads, TPUs would not have room to fetch the next product's weights meanwhile.
+        logits = jnp.where(jnp.repeat(mask, shape[2] // mask.shape[1], axis=1)[:, None], logits, MASKED)
+    elif mask is not None:
         # Heads have an axis of their own here, so that XLA fuses the mask as it is into the softmax.
         by_head = logits.reshape(*shape[:2], mask.shape[1], -1, shape[-1])
         logits = jnp.where(mask[:, None, :, None], by_head, MASKED)

@@ -81,7 +81,8 @@ def make_sample_plan(
             "NVIDIA GPUs: pip install -e '.[cuda12]'. It needs no GPU and no driver."
         )
     there = get_robot(config.robot).cameras.values() if cameras is None else known[:cameras]
-    present = tuple(name for name in known if name in there)
+    blank = config.objective.blank_cameras and cameras is None
+    present = tuple(name for name in known if blank or name in there)
     model = dataclasses.replace(config.model, cameras=present, attention="xla")
     check_policy(config)
     objective = make_objective(config.objective, model)

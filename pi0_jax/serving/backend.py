@@ -16,10 +16,12 @@ class Session:
     """Requests answered since the connection, or since its last reset."""
     memory: Any = None
     """The policy's own state, such as the last chunk."""
+    subtask: tuple[str, int] | None = None
+    """That of the last chunk, and for how many more chunks it holds; None: there is none."""
 
     def reset(self) -> None:
         """Resets to the state of a new connection, as before a new episode."""
-        self.answered, self.memory = 0, None
+        self.answered, self.memory, self.subtask = 0, None, None
 
 
 @runtime_checkable

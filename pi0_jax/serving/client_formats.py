@@ -30,6 +30,8 @@ def read_request(request: Any, robot: Robot, prompt: str | None = None) -> dict[
         raise UserError(f"a request came as {type(request).__name__}; expected a map with images, state and prompt.")
     observation = {"state": _state(request, robot), "images": _images(request, robot)}
     observation |= {key: request[key] for key in REAL_TIME if key in request}
+    if (subtask := request.get("subtask")) is not None:
+        observation["subtask"] = str(subtask)[:MAX_PROMPT]
     prompt = request.get("prompt", prompt)
     if isinstance(prompt, (str, bytes)) and len(prompt) > MAX_PROMPT:
         raise UserError(f"`prompt` has {len(prompt)} characters; at most {MAX_PROMPT} are accepted.")

@@ -56,6 +56,9 @@ class Serve:
     """PEM file; clients then connect to wss://."""
     tls_key: Path | None = None
     """PEM file."""
+    subtask_every: int | None = None
+    """Chunks for which a subtask holds that the policy writes for itself (policies trained on subtasks); 0: it writes
+    none. By default as the checkpoint says. A request's own `subtask` is taken instead."""
     num_steps: int | None = None
     """Solver steps from noise to actions; the checkpoint's own number by default."""
     prompt: str | None = None
@@ -115,7 +118,7 @@ def _backend(args: Serve, stack: contextlib.ExitStack) -> RobotPolicy | Fleet:
     from pi0_jax.serving.robot_policy import RobotPolicy, describe_for_roboarena
 
     keep_programs("default")
-    load: dict[str, Any] = {"bits": args.bits, "attention": args.attention, "dtype": args.dtype}
+    load: dict[str, Any] = {name: getattr(args, name) for name in ("bits", "attention", "dtype", "subtask_every")}
     if args.num_steps is not None:
         load["sampler"] = with_steps(load_assets(args.run).policy.sampler, args.num_steps)
     options = {name: getattr(args, name) for name in ("batch_sizes", "prompt", "seed", "real_time")}

@@ -37,6 +37,8 @@ class Metrics:
         """Latencies of the last answers, milliseconds from arrival to sent."""
         self.last: tuple[Any, Any] | None = None
         """The observation and the actions of the last answer."""
+        self.subtask: str | None = None
+        """Its subtask, if it has one."""
 
     def count_batch(self, size: int, seconds: float, waits: Sequence[float]) -> None:
         """Counts a computed batch; `waits` are the seconds that its requests waited."""

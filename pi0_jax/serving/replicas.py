@@ -6,6 +6,7 @@ stateless. So any replica may take any batch, and one that crashes is replaced; 
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from pi0_jax.data.robot_json import kept_robot
 from pi0_jax.inference.policy import Policy
 from pi0_jax.inference.shapes import check_batch_sizes
 from pi0_jax.serving.backend import Session
-from pi0_jax.serving.robot_policy import RobotPolicy, ValidatedRequest, describe, validate_request
+from pi0_jax.serving.robot_policy import RobotPolicy, ValidatedRequest, describe, remember, validate_request
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +63,8 @@ class Fleet:
 
     def __init__(self, run: Path, replicas: int, gpus: float = 0.0, *, load: dict[str, Any], options: dict[str, Any]):
         assets = checkpoint.load_assets(run)
-        config = assets.policy
+        every = load.get("subtask_every")
+        config = assets.policy if every is None else dataclasses.replace(assets.policy, subtask_every=every)
         self.robot, self._options = kept_robot(config.robot, assets.robot), options
         self.config, self.parallel, self.batch_sizes = config, replicas, check_batch_sizes(options["batch_sizes"])
         self.metadata = describe(config, self.robot, options.get("real_time", False))
@@ -94,7 +96,7 @@ class Fleet:
             log.warning("a replica crashed (%s); another one computes its batch", error)
             answers = self._handle.infer_batch.remote(observations, sessions).result()
         for session, answer in zip(sessions, answers, strict=True):
-            session.memory = answer["actions"]
+            remember(session, answer, self.config.subtask_every)
         return answers
 
     def close(self) -> None:

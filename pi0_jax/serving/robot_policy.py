@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Sequence
 from typing import Any, cast
@@ -19,6 +20,8 @@ from pi0_jax.inference.policy import Policy
 from pi0_jax.inference.shapes import check_batch_sizes
 from pi0_jax.serving.backend import Session
 from pi0_jax.serving.client_formats import read_executed, read_request, read_seed
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,19 +101,37 @@ class RobotPolicy:
         requests = list(zip(observations, sessions, strict=True))
         seeds = [request.seed or session for request, session in requests]
         keys = noise_keys([seeds[i] for i in rows], self.seed)
-        raw = [_with_previous(request, session) for request, session in requests]
-        chunks = self.policy.infer_batch([raw[i] for i in rows], keys)[:count]
-        for session, chunk in zip(sessions, chunks, strict=True):
-            session.memory = chunk
+        raw = [_with_memory(request, session) for request, session in requests]
+        chunks, texts = self.policy.answer_batch([raw[i] for i in rows], keys)
         timing = {"infer_ms": 1000 * (time.perf_counter() - start), "batch_size": count}
-        return [{"actions": np.asarray(chunk, np.float32), "policy_timing": timing} for chunk in chunks]
+        answers = []
+        for chunk, text, session in zip(chunks, texts, sessions, strict=False):
+            answer = {"actions": np.asarray(chunk, np.float32), "policy_timing": timing}
+            answers.append(answer if text is None else answer | {"subtask": text})
+            remember(session, answers[-1], self.config.subtask_every)
+        return answers
 
 
-def _with_previous(request: ValidatedRequest, session: Session) -> RawObservation:
-    """The observation, with what remains of the session's last chunk if the new one is to continue it."""
-    if request.executed is None or session.memory is None:
-        return request.observation
-    return {**request.observation, "previous": session.memory[request.executed :]}
+def _with_memory(request: ValidatedRequest, session: Session) -> RawObservation:
+    """The observation, with what remains of the session's last chunk if the new one is to continue it, and with its
+    subtask while that holds."""
+    observation: dict[str, Any] = {**request.observation}
+    if request.executed is not None and session.memory is not None:
+        observation["previous"] = session.memory[request.executed :]
+    if session.subtask is not None and session.subtask[1]:
+        observation = {"subtask": session.subtask[0], **observation}
+    return cast(RawObservation, observation)
+
+
+def remember(session: Session, answer: dict[str, Any], subtask_every: int) -> None:
+    """Keeps a chunk in its session, and the subtask with the number of chunks for which it still holds."""
+    session.memory, text = answer["actions"], answer.get("subtask")
+    if text is None:
+        return
+    left = session.subtask[1] if session.subtask else 0
+    if not left:
+        log.info("subtask: %s", text, extra={"session": session.name})
+    session.subtask = text, (left or max(subtask_every, 1)) - 1
 
 
 def noise_keys(seeds: Sequence[tuple[int, ...] | Session], base: int) -> jax.Array:

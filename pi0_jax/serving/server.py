@@ -211,7 +211,7 @@ class PolicyServer:
             return "reset successful"
         answer = await self._batcher.infer(observation, session, start)
         session.answered += 1
-        self.metrics.last = (observation, answer["actions"])
+        self.metrics.last, self.metrics.subtask = (observation, answer["actions"]), answer.get("subtask")
         timing = answer["server_timing"] | ({} if previous is None else {"prev_total_ms": 1000 * previous})
         return pack(answer | {"server_timing": timing})
 

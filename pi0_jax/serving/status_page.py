@@ -52,7 +52,7 @@ def render(state: str, metadata: Mapping[str, Any], metrics: Metrics, clients: i
         _figure("latency of the last answers, ms", latency_histogram(recent)),
         _figure("requests in a batch", bars([str(n) for n in sizes], [metrics.batch_sizes[n] for n in sizes])),
         "</div>",
-        _last(metrics.last, metadata.get("actions", [])),
+        _last(metrics.last, metadata.get("actions", []), metrics.subtask),
         '<p class="muted">This page renews itself every 2 seconds. Metrics for Prometheus: /metrics.</p>',
     ]
     head = f"<meta charset='utf-8'><meta http-equiv='refresh' content='2'><title>{_escape(title)}</title>"
@@ -113,7 +113,7 @@ def chunk_plot(actions: np.ndarray, names: Sequence[str]) -> str:
     return "".join(elements) + "</svg>"
 
 
-def _last(last: tuple[Any, Any] | None, names: Sequence[str]) -> str:
+def _last(last: tuple[Any, Any] | None, names: Sequence[str], subtask: str | None) -> str:
     if last is None:
         return ""
     observation, actions = last
@@ -122,6 +122,7 @@ def _last(last: tuple[Any, Any] | None, names: Sequence[str]) -> str:
     images = observation.get("images", {})
     frames = "".join(_figure(str(name), _picture(image)) for name, image in images.items() if np.ndim(image) == 3)
     prompt = f"<p>{_escape(observation['prompt'])}</p>" if "prompt" in observation else ""
+    prompt += "" if subtask is None else f"<p>subtask: {_escape(subtask or 'none')}</p>"
     shown = f"<h2>Last observation</h2>{prompt}<div class='row'>{frames}</div>" if frames or prompt else ""
     steps = f"{len(actions)} steps, in the robot's units"
     return f"{shown}<h2>Last chunk</h2>{_figure(steps, chunk_plot(np.asarray(actions), list(names)))}"

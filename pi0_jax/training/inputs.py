@@ -236,6 +236,11 @@ def _codec(
     else:
         codec = fit_codec(datasets, groups, config.policy, CODES)
         _log.info("action tokens: a FAST codec of %d codes is fitted to the demonstrations", codec.num_codes)
+        if weights is not None:
+            _log.warning(
+                "the weights come without a codec: if they have written action tokens before, name theirs, "
+                "--data.codec, since the same ids mean other actions now"
+            )
     for robot in (each.robot for each in datasets):
         check_shape(codec, config.policy.model.action_horizon, len(robot.model_actions), robot.name)
     return codec

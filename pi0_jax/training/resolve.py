@@ -82,7 +82,7 @@ def resolve(config: TrainConfig, devices: Sequence[Any] | None = None) -> Run:
     config = with_adapters(config)
     _check_numbers(config)
     robots = _robots(config)
-    cameras = _cameras(config.policy.model, robots)
+    cameras = _cameras(config.policy, robots)
     model = dataclasses.replace(config.policy.model, cameras=cameras.present)
     policy = dataclasses.replace(config.policy, model=model)
     mesh = sharding.make_mesh(config.mesh, devices)
@@ -154,7 +154,8 @@ def _robots(config: TrainConfig) -> list[Robot]:
     return [get_robot(name) for name in dict.fromkeys(names)]
 
 
-def _cameras(model: ModelConfig, robots: Sequence[Robot]) -> Cameras:
+def _cameras(policy: PolicyConfig, robots: Sequence[Robot]) -> Cameras:
+    model = policy.model
     exist = sorted({camera for robot in robots for camera in robot.cameras.values()})
     present = tuple(camera for camera in model.cameras if camera in exist)
     if model.cameras and not present:
@@ -165,6 +166,8 @@ def _cameras(model: ModelConfig, robots: Sequence[Robot]) -> Cameras:
     absent, unused = (
         tuple(a for a in ours if a not in others) for ours, others in ((model.cameras, exist), (exist, model.cameras))
     )
+    if policy.objective.blank_cameras:
+        return Cameras(model.cameras, (), unused)
     return Cameras(present, absent, unused)
 
 

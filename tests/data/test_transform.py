@@ -7,6 +7,7 @@ import PIL.Image
 import pytest
 
 from pi0_jax.batch import Observation
+from pi0_jax.config import Autoregressive
 from pi0_jax.data.normalization import Normalization, normalize_values
 from pi0_jax.data.observation import check_observation
 from pi0_jax.data.robots import get_robot
@@ -80,6 +81,16 @@ def test_inverse_returns_what_forward_was_given(policy, normalization, tokenizer
     np.testing.assert_allclose(back["actions"], sample["actions"], atol=1e-6)
     np.testing.assert_allclose(back["state"], sample["state"], atol=1e-6)
     assert transform.inverse({"actions": ready["actions"]})["actions"].shape == (4, 3)
+
+
+def test_a_camera_that_is_absent_is_left_out_or_seen_black(policy, normalization, tokenizer, sample):
+    policy = with_model(policy, cameras=("top", "wrist"), variant="pi0_fast", prompt_length=64)
+    for blank in (False, True):
+        objective = Autoregressive(blank_cameras=blank)
+        transform = make_transform(dataclasses.replace(policy, objective=objective), ROBOT, normalization, tokenizer)
+        ready = transform.forward(sample)
+        assert {name: bool(mask) for name, mask in ready["image_masks"].items()} == {"top": True, "wrist": blank}
+        assert not ready["images"]["wrist"].any()
 
 
 def test_forward_leaves_its_input_as_it_was(policy, normalization, tokenizer, sample):

@@ -7,10 +7,12 @@ import jax
 import numpy as np
 import pytest
 
-from pi0_jax.config import Autoregressive, Fast
+from pi0_jax.config import Autoregressive, Fast, Joint
 from pi0_jax.data.fast import FastCodec
 from pi0_jax.inference.policy import Policy
-from pi0_jax.sampler import Categorical, Greedy
+from pi0_jax.sampler import Categorical, Euler, Greedy
+from pi0_jax.serving.backend import Session
+from pi0_jax.serving.robot_policy import RobotPolicy
 from tests.conftest import tiny_config
 from tests.policies import TINY, save_tiny_checkpoint
 
@@ -64,3 +66,58 @@ def test_a_policy_without_the_codec_of_its_chunks_is_refused(tmp_path, codec):
     save_tiny_checkpoint(tmp_path / "longer", policy=longer, codec=codec.files())
     with pytest.raises(ValueError, match="fitted to chunks of 6 actions"):
         Policy.load(tmp_path / "longer")
+
+
+JOINT = dataclasses.replace(
+    TINY,
+    model=tiny_config("pi05", depth=1, action_dim=8, vocab_size=1024, prompt_length=64),
+    objective=Joint(codec=None, text_tokens=4),
+    sampler=Euler(2),
+    normalization="quantile",
+    subtask_every=2,
+)
+
+
+@pytest.fixture(scope="module")
+def writer(tmp_path_factory):
+    return Policy.load(save_tiny_checkpoint(tmp_path_factory.mktemp("joint"), policy=JOINT))
+
+
+def test_a_subtask_is_written_and_acted_by(writer):
+    observation, keys = writer.robot.example(), jax.random.split(jax.random.key(0), 3)
+    given: Any = observation | {"subtask": "reach the red block"}
+    none: Any = observation | {"subtask": ""}
+    actions, texts = writer.answer_batch([observation, given, none], keys)
+    assert texts[1:] == ["reach the red block", ""]
+    assert texts[0] is not None
+    # Each answer is the one it gets alone; what was written and is given again leads to the same actions.
+    for row, raw in enumerate((observation, given, none)):
+        np.testing.assert_allclose(writer.infer_batch([raw], keys[row : row + 1])[0], actions[row], atol=1e-5)
+    assert np.abs(actions[1] - writer.infer_batch([none], keys[1:2])[0]).max() > 1e-4
+
+
+def test_sessions_hold_a_subtask_for_some_chunks(writer, monkeypatch):
+    written = iter(["first", "second"])
+
+    def answer(observations, keys):
+        texts = [raw["subtask"] if "subtask" in raw else next(written) for raw in observations]
+        return np.zeros((len(observations), 6, 3)), texts
+
+    monkeypatch.setattr(writer, "answer_batch", answer)
+    served, session = RobotPolicy(writer, (1,)), Session("robot")
+    request = served.validate(writer.robot.example())
+    found = [served.infer_batch([request], [session])[0]["subtask"] for _ in range(4)]
+    assert found == ["first", "first", "second", "second"]
+    session.reset()
+    assert session.subtask is None
+    fixed = served.validate(writer.robot.example() | {"subtask": "third"})
+    assert served.infer_batch([fixed], [session])[0]["subtask"] == "third"
+
+
+def test_a_policy_that_reads_no_subtask_refuses_one(folder):
+    policy = Policy.load(folder)
+    given: Any = policy.robot.example() | {"subtask": "x"}
+    with pytest.raises(ValueError, match="this policy reads none"):
+        policy.infer(given)
+    with pytest.raises(ValueError, match="writes no text: take Joint"):
+        Policy.load(folder, subtask_every=2)

@@ -12,6 +12,7 @@ from pi0_jax.model import siglip
 from pi0_jax.model.attention import attend, fused, watch_attention
 from pi0_jax.model.declare import Declare
 from pi0_jax.model.layers import gated, rotate, rotation
+from pi0_jax.model.target import tracing_for
 
 
 def test_rotation_keeps_lengths_and_depends_on_relative_positions_only():
@@ -32,6 +33,8 @@ def test_grouped_heads_equal_repeated_keys_and_values():
     mask = jax.random.bernoulli(jax.random.key(2), 0.7, (2, 3, 5)).at[..., 0].set(True)
     repeated = attend(q, jnp.repeat(k, 2, axis=2), jnp.repeat(v, 2, axis=2), mask)
     np.testing.assert_allclose(attend(q, k, v, mask), repeated, atol=1e-6)
+    with tracing_for("tpu"):  # which has the mask in another form
+        np.testing.assert_allclose(attend(q, k, v, mask), repeated, atol=1e-6)
 
 
 def test_masked_keys_have_exactly_no_effect():

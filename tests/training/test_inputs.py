@@ -154,7 +154,7 @@ def test_symmetries_need_one_set_of_statistics(config):
 
 
 @pytest.mark.parametrize("objective", [Autoregressive(codec=Fast(skip=8, max_tokens=40)), Joint(codec=Fast(skip=8))])
-def test_a_codec_is_fitted_kept_and_read_again(tmp_path, objective):
+def test_a_codec_is_fitted_kept_and_read_again(tmp_path, objective, caplog):
     pytest.importorskip("tokenizers")
     decodes = isinstance(objective, Autoregressive)
     model = tiny_config(
@@ -175,6 +175,9 @@ def test_a_codec_is_fitted_kept_and_read_again(tmp_path, objective):
     assert batch.targets.tokens.shape == (8, objective.target_length)
     assert batch.targets.is_action.any(1).all()
     assert ((batch.targets.tokens > 1800 - 9 - codec.num_codes) & batch.targets.is_action).any(1).all()
+    bare = inputs.assets._replace(codec=None)
+    assert load(config, initial=bare).assets.codec == inputs.assets.codec
+    assert "the weights come without a codec" in caplog.text
     codec.save(tmp_path / "codec")
     other = dataclasses.replace(config, data=dataclasses.replace(config.data, codec=str(tmp_path / "codec")))
     assert load(other).assets.codec == inputs.assets.codec

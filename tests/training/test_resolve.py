@@ -2,9 +2,27 @@
 
 import dataclasses
 
-from pi0_jax.config import DataConfig, DatasetConfig, PolicyConfig, Reflow, TrainConfig
-from pi0_jax.training.resolve import wide_enough
+import jax
+
+from pi0_jax.config import Autoregressive, DataConfig, DatasetConfig, PolicyConfig, Reflow, TrainConfig
+from pi0_jax.sampler import Greedy
+from pi0_jax.training.resolve import resolve, wide_enough
 from tests.conftest import tiny_config
+
+
+def test_cameras_that_no_robot_has_stay_where_they_are_seen_black():
+    for blank in (False, True):
+        policy = PolicyConfig(
+            robot="tabletop",
+            model=tiny_config("pi0_fast", cameras=("top", "wrist"), vocab_size=200),
+            objective=Autoregressive(blank_cameras=blank),
+            sampler=Greedy(),
+            normalization="quantile",
+        )
+        run = resolve(TrainConfig(policy=policy, batch_size=2), jax.devices()[:1])
+        present, absent = (("top", "wrist"), ()) if blank else (("top",), ("wrist",))
+        assert (run.cameras.present, run.cameras.absent) == (present, absent)
+        assert run.policy.model.cameras == present
 
 
 def test_a_model_of_random_weights_becomes_as_wide_as_its_widest_robot(caplog):

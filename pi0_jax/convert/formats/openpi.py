@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pi0_jax import checkpoint
-from pi0_jax.config import ModelConfig
+from pi0_jax.config import Autoregressive, ModelConfig
 from pi0_jax.convert import assemble
 from pi0_jax.convert.files import read_json, write_json
 from pi0_jax.convert.formats import Format, OpenCheckpoint, Overrides
@@ -126,7 +126,8 @@ def _detect(path: Path) -> Path | None:
 def _open(folder: Path, overrides: Overrides) -> OpenCheckpoint:
     tensors = all_finite(open_orbax(folder / "params" if (folder / "params").is_dir() else folder))
     guess = guess_model(tensors)
-    policy = assemble.make_policy(folder, overrides, guess)
+    fast = {"objective": Autoregressive(blank_cameras=True)} if guess.variant == "pi0_fast" else {}
+    policy = assemble.make_policy(folder, overrides, guess, defaults=fast)
     claimed = assemble.claim(rules(guess.variant), tensors, policy.model)
     adapted = [e for e in ("language", "action") if getattr(claimed.model, e).lora_attn_rank]
     if adapted and assemble.recorded_policy(folder, guess.variant) is None:

@@ -94,7 +94,7 @@ def report_lines(
     mode: Mode,
     room: int,
 ) -> list[str]:
-    """What a codec does to chunks of a dataset, for people: codes per chunk, of which there may be `room`, error of each
+    """What a codec does to chunks of a dataset, for people: codes per chunk, for which there is `room`, error of each
     dimension, and what the codec lacks."""
     report = round_trip(codec, chunks)
     lengths, unused = report.lengths, codec.num_codes - int(report.used.sum())
