@@ -16,8 +16,8 @@ training is one pass over all tokens (`network.joint`). Sampling computes the pr
     actions   = sample_actions(objective, params, observation, noise, SampleOptions(sampler=Euler(num_steps=10)))
 
 `objective/gaussian.py` is the objective above; `joint.py` adds text and action tokens that the language expert writes
-(π0.5 as published), `autoregressive.py` has these alone (π0-FAST). The network is in `model/head/expert.py`, its layers in
-`model/layers.py`, solvers in `sampler/`. `training/step.py` is one update: `objective.draw` once, `loss` per microbatch.
+(π0.5 as published), `autoregressive.py` has these alone (π0-FAST). The network is in `model/head/expert.py`, its layers
+in `model/layers.py`, solvers in `sampler/`. `training/step.py` is one update: `objective.draw` once, then `loss`.
 """
 
 from __future__ import annotations

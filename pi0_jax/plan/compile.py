@@ -104,10 +104,14 @@ def compile_program(
         if (refused := compat.bytes_of_refused_program(error)) is None:
             raise
         return Compiled(refused, math.nan, dict.fromkeys(KINDS, math.nan), [], time.monotonic() - start)
-    seconds, text = time.monotonic() - start, compiled.as_text() or ""
+    seconds = time.monotonic() - start
     memory: Any = compiled.memory_analysis()
-    program = hlo.parse(text)
     arguments = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     temporaries = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+    try:
+        text = compiled.as_text() or ""
+    except jax.errors.JaxRuntimeError:  # libtpu compiles loops of decoding that it cannot print
+        return Compiled(float(arguments + temporaries), float(temporaries), dict.fromkeys(KINDS, math.nan), [], seconds)
+    program = hlo.parse(text)
     found = [] if device is None or target.platform == "cpu" else kernels(program, device, unknown_rounds)
     return Compiled(float(arguments + temporaries), float(temporaries), traffic(program), found, seconds, text)

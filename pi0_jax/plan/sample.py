@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pi0_jax.batch import Observation, example_observation
+from pi0_jax.batch import Observation, example_codec, example_observation
 from pi0_jax.config import ModelConfig, PolicyConfig
 from pi0_jax.data.robots import get_robot
 from pi0_jax.errors import UserError
@@ -22,6 +22,9 @@ from pi0_jax.objective import make_objective
 from pi0_jax.plan.compile import Compiled, compile_program, placed_bytes
 from pi0_jax.plan.devices import Device, estimates, find_devices
 from pi0_jax.plan.kernels import Cost, total
+
+CODES = 50
+"""Codes that a planned chunk of action tokens is counted with: 30 to 60 are usual for a second (arXiv 2501.09747)."""
 
 
 class SamplePlan(NamedTuple):
@@ -35,6 +38,8 @@ class SamplePlan(NamedTuple):
     weights: float
     """Bytes."""
     compiled: Compiled
+    codes: int | None = None
+    """Action tokens that are written one after another; None: the chunk is not made of codes."""
 
     @property
     def cost(self) -> Cost:
@@ -90,16 +95,19 @@ def make_sample_plan(
     if bits is not None:
         params = jax.eval_shape(lambda p: quantize(p, bits), params)
     inputs = Inputs(observation_shapes(model, batch_size, prompt_length), jax.eval_shape(_keys(batch_size)))
+    codes = CODES if config.objective.decodes and config.objective.codec is not None else None
+    if codes is not None:
+        inputs = inputs._replace(codec=jax.eval_shape(example_codec))
     mesh = Mesh(devices[:1], ("x",))
     params, inputs = place((params, inputs), mesh)
     with tracing_for("tpu" if device.clock else "gpu"):
         lowered = jax.jit(sampling_function(objective, config, model, config.sampler)).lower(params, inputs)
     try:
-        compiled = compile_program(lowered, devices[0], device)
+        compiled = compile_program(lowered, devices[0], device, unknown_rounds=codes)
     except ValueError as error:
         raise UserError(f"{type(config.sampler).__name__} cannot be planned: {error}.") from error
     length = inputs.observation.prompt.shape[1]
-    return SamplePlan(name, device, model.cameras, batch_size, length, placed_bytes(params), compiled)
+    return SamplePlan(name, device, model.cameras, batch_size, length, placed_bytes(params), compiled, codes)
 
 
 def observation_shapes(model: ModelConfig, batch_size: int, prompt_length: int | None = None) -> Observation:
