@@ -35,11 +35,11 @@ class SamplePlan(NamedTuple):
     cameras: tuple[str, ...]
     batch_size: int
     prompt_length: int
-    codes: int | None
-    """Action tokens that are written one after another; None: the chunk is not made of codes."""
     weights: float
     """Bytes."""
     compiled: Compiled
+    codes: int | None = None
+    """Action tokens that are written one after another; None: the chunk is not made of codes."""
 
     @property
     def cost(self) -> Cost:
@@ -107,7 +107,7 @@ def make_sample_plan(
     except ValueError as error:
         raise UserError(f"{type(config.sampler).__name__} cannot be planned: {error}.") from error
     length = inputs.observation.prompt.shape[1]
-    return SamplePlan(name, device, model.cameras, batch_size, length, codes, placed_bytes(params), compiled)
+    return SamplePlan(name, device, model.cameras, batch_size, length, placed_bytes(params), compiled, codes)
 
 
 def observation_shapes(model: ModelConfig, batch_size: int, prompt_length: int | None = None) -> Observation:

@@ -82,7 +82,7 @@ def test_the_mean_of_both_sides_does_not_get_past_the_pillar():
 def test_touching_between_two_control_steps_counts():
     env = DetourEnv(lazy_images=True)
     env.reset(seed=0)
-    for distance, touches in ((0.094, False), (0.08, True)):
+    for distance, touches in ((TOUCH + 0.004, False), (TOUCH - 0.005, True)):
         ends = [env.pillar + np.array([distance, y]) for y in (-0.04, 0.04)]
         assert np.linalg.norm(ends[1] - env.pillar) > TOUCH
         env._before, env._data.qpos[:2] = ends

@@ -1,7 +1,7 @@
 """A task with two right answers: the ring has to pass a pillar, on either side, on its way to the yellow circle.
 
 Demonstrations take either side with equal probability, whatever the layout. The mean of the two goes straight on, into
-the pillar, and touching it ends the episode.
+the pillar, and coming nearer to it than a centimetre ends the episode.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import numpy as np
 from pi0_jax.evaluate.simulators.tabletop import scene
 from pi0_jax.evaluate.simulators.tabletop.single import SingleTaskEnv, shortened
 
-PILLAR_RADIUS = 0.015
-TOUCH = scene.RING_RADIUS + scene.POST_RADIUS + PILLAR_RADIUS
-"""Distance between the axes of ring and pillar at which they touch, metres."""
-CLEARANCE = 0.025
-"""Distance that the expert keeps from the pillar besides, metres."""
+PILLAR_RADIUS, KEEP_OFF = 0.015, 0.01
+TOUCH = scene.RING_RADIUS + scene.POST_RADIUS + PILLAR_RADIUS + KEEP_OFF
+"""Distance between the axes of ring and pillar below which the episode has failed, metres: ring and pillar are nearer
+than KEEP_OFF."""
+CLEARANCE = 0.015
+"""Distance that the expert keeps besides, metres."""
 START_DISTANCE, GOAL_DISTANCE = 0.18, 0.165
 """From the pillar to the ring at the start, and to the circle, metres."""
 SPREAD, BEND = 0.02, 0.3
