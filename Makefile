@@ -10,6 +10,8 @@ BIN := $(VENV)/bin
 RUN ?= runs/tabletop
 SEED ?= 0
 JOBS ?= 2
+# One test process more than cores, since some tests wait for other processes.
+WORKERS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 
 .PHONY: demo test compare compare-quick check format clean
 .DELETE_ON_ERROR:
@@ -22,7 +24,7 @@ compare compare-quick: data/tabletop/meta/info.json data/tabletop-validation/met
 	$(BIN)/pi0 compare configs/compare_tabletop.py $(if $(findstring quick,$@),--quick) --jobs $(JOBS)
 
 test: $(VENV)/dev
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/dev
 	$(BIN)/ruff check .
