@@ -92,6 +92,8 @@ def test_flags_of_the_command_itself_go_to_it(configs, monkeypatch):
         "--sample",
         "--cameras",
         "2",
+        "--chunks",
+        "4",
         "--batch-size",
         "8",
         "--sharding",
@@ -102,7 +104,7 @@ def test_flags_of_the_command_itself_go_to_it(configs, monkeypatch):
     assert cli.main(["plan", "configs/good.py", *arguments]) == 0
     ((config, topology, how),) = calls
     assert (config.batch_size, config.mesh.fsdp, topology) == (8, 4, "v5e:4x4")
-    assert how == {"sample": True, "cameras": 2}
+    assert how == {"sample": True, "cameras": 2, "chunks": 4}
 
 
 @pytest.mark.parametrize(("args", "code"), [([], 2), (["--help"], 0), (["train"], 2), (["train", "--help"], 0)])

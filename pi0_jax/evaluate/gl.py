@@ -6,6 +6,7 @@ import ctypes
 import os
 import re
 import sys
+from typing import Any
 
 LIBRARIES = {
     "egl": (("libEGL.so.1",), ("libEGL_mesa.so.0", "libEGL_nvidia.so.0")),
@@ -23,6 +24,16 @@ def choose_gl() -> None:
             if all(any(map(_loads, group)) for group in groups):
                 os.environ["MUJOCO_GL"] = name
                 return
+
+
+def make_current(env: Any) -> None:
+    """Makes the GL context of one of Gymnasium's MuJoCo environments the current one.
+
+    They draw into whichever is current, that of another environment or, after that has been closed, none.
+    """
+    renderer = getattr(getattr(env, "unwrapped", env), "mujoco_renderer", None)
+    if viewer := getattr(renderer, "viewer", None):
+        viewer.make_context_current()
 
 
 def gl_advice(trace: str) -> str:

@@ -23,6 +23,7 @@ import numpy as np
 
 from pi0_jax.data.raw import RawObservation
 from pi0_jax.errors import UserError
+from pi0_jax.evaluate.gl import make_current
 
 SPLITS = ("train", "validation", "evaluation")
 MAX_IDLE = 4
@@ -146,6 +147,7 @@ class Episode:
         Raises:
             UserError: a camera's first picture is of one colour, which is how drawing fails that fails silently.
         """
+        make_current(self._env)
         raw = self._simulator.observe(self._env, self._observation)
         for camera, image in {} if self._seen else raw.get("images", {}).items():
             if np.ptp(image) == 0:
@@ -166,6 +168,7 @@ class Episode:
         return bool(terminated or truncated or success), success
 
     def picture(self) -> np.ndarray:
+        make_current(self._env)
         return np.asarray(self._simulator.picture(self._env))
 
     def expert(self) -> np.ndarray:

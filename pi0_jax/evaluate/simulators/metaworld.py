@@ -129,7 +129,7 @@ class SawyerEnv:
         self._env._partially_observable = self._env._freeze_rand_vec = False
         self._env._set_task_called = self._env.seeded_rand_vec = True
         vars(self._env).pop("sawyer_observation_space", None)  # made anew, with room for the goal
-        self.action_space = self._env.action_space
+        self.action_space, self.mujoco_renderer = self._env.action_space, self._env.mujoco_renderer
         model = self._env.model
         model.cam_pos[model.camera("corner2").id] = CAMERA_POSITION
         model.vis.global_.offwidth = model.vis.global_.offheight = image_size

@@ -1,5 +1,7 @@
 """A simulator is one file, of any Gymnasium environment."""
 
+from types import SimpleNamespace
+
 import gymnasium
 import numpy as np
 import pytest
@@ -160,3 +162,29 @@ def test_environments_are_used_again_and_what_is_missing_is_said():
             episode.expert()
         episode.close()
     assert made == ["stand"]
+
+
+def test_each_environment_draws_into_its_own_gl_context():
+    current = []
+
+    class Drawing(gymnasium.Env):
+        """As Gymnasium's MuJoCo environments draw: into whichever context is current."""
+
+        def __init__(self, task):
+            self.task = task
+            self.mujoco_renderer = SimpleNamespace(viewer=SimpleNamespace(make_context_current=self.take))
+
+        def take(self):
+            current[:] = [self.task]
+
+        def reset(self, *, seed=None, options=None):
+            return None, {}
+
+        def render(self):
+            (task,) = current
+            return np.array([[[0, 1, ord(task)]]], np.uint8)
+
+    simulator = Simulator(Drawing, "tabletop", 5, ("a", "b"), observe=lambda env, _: {"images": {"top": env.render()}})
+    episodes = [simulator.start(i, 0) for i in range(2)]
+    for pictures in ([e.observe()["images"]["top"] for e in episodes], [e.picture() for e in episodes]):
+        assert [chr(picture[0, 0, 2]) for picture in pictures] == ["a", "b"]
