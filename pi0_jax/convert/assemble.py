@@ -15,7 +15,7 @@ from pi0_jax.convert.formats import OpenCheckpoint, Overrides
 from pi0_jax.convert.lazy import LazyArray, LazyArrays
 from pi0_jax.convert.parameters import exists_elsewhere, infer_model, parameters, replaced
 from pi0_jax.convert.rules import Rule, bind, from_ours, to_ours
-from pi0_jax.data.fast import TOKENIZER
+from pi0_jax.data.fast import TOKENIZER, FastCodec
 from pi0_jax.errors import UserError
 from pi0_jax.sampler import Euler, Greedy, Solver
 
@@ -114,8 +114,8 @@ def make_policy(
     """The policy as far as it is known without the shapes.
 
     In order of precedence: `stated`, fields such as `model.cameras` in the folder's own configuration; the record of an
-    earlier conversion; `--horizon`, the only override used here; the format's `defaults`; openpi's settings for the
-    variant. `guess` has variant and adapters, as the names of the tensors show them.
+    earlier conversion; `--horizon`, or that of `--codec`; the format's `defaults`; openpi's settings for the variant. A
+    backbone without a codec does not act, and needs no horizon. `guess` has variant and adapters, as the names of the tensors show them.
 
     Raises:
         UserError: nothing says the horizon.
@@ -129,10 +129,12 @@ def make_policy(
         }
         return replaced(recorded, ranks | dict(stated))
     horizon = stated.get("model.action_horizon", overrides.horizon)
-    if horizon is None and guess.variant != "pi0_fast":
+    if horizon is None and overrides.codec is not None:
+        horizon = FastCodec.load(overrides.codec).horizon
+    if horizon is None and (guess.variant != "pi0_fast" or overrides.codec is not None):
         raise UserError(
             f"{folder} does not say how many actions are in a chunk; give --horizon (openpi's configs: 50 for π0 and "
-            "ALOHA, 10 for LIBERO and π0 DROID, 15 for π0.5 DROID)."
+            "ALOHA, 10 for LIBERO, π0-FAST and π0 DROID, 15 for π0.5 DROID)."
         )
     horizon = guess.action_horizon if horizon is None else horizon
     usual = {

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from pi0_jax import cli
+from pi0_jax.config import Fast, Joint
 from pi0_jax.convert.describe import describe, differences, text
 from pi0_jax.convert.formats import Overrides, open_checkpoint, write_checkpoint
 from pi0_jax.convert.lazy import in_memory
@@ -117,6 +118,22 @@ def test_an_action_codec_travels_with_the_weights(tmp_path):
         assert f"FAST, {codec.num_codes} codes, scale 10, 4 actions of 2 dimensions" in text(describe(opened))
     assert (tmp_path / "lerobot/action_tokenizer/processor_config.json").is_file()
     assert "codec: only one has it" in differences(open_checkpoint(source), open_checkpoint(tmp_path / "pi0"))
+    (tmp_path / "openpi/conversion.json").unlink()  # as released weights come: nothing says the horizon but the codec
+    made = open_checkpoint(tmp_path / "openpi", Overrides(codec=str(tmp_path / "codec"), num_heads=4, num_kv_heads=1))
+    assert made.policy.model.action_horizon == 4
+    FastCodec.fit([np.zeros((2, 4, 2)), np.zeros((2, 5, 2))], 300).save(tmp_path / "universal")
+    with pytest.raises(ValueError, match="--horizon"):
+        open_checkpoint(tmp_path / "openpi", Overrides(codec=str(tmp_path / "universal")))
+
+
+@pytest.mark.parametrize("to", ["openpi", "openpi-torch", "lerobot"])
+def test_policies_that_write_and_flow_come_back_as_they_were(tmp_path, to):
+    weights = tiny_weights("pi05", objective=Joint(text_tokens=5, codec=Fast(skip=3, max_tokens=9)))
+    write_checkpoint(weights, tmp_path / "source", "pi0")
+    convert(tmp_path / "source", tmp_path / "there", to)
+    convert(tmp_path / "there", tmp_path / "back")
+    assert differences(open_checkpoint(tmp_path / "source"), open_checkpoint(tmp_path / "back")) == []
+    assert "Joint" in text(describe(open_checkpoint(tmp_path / "back")))
 
 
 def test_statistics_are_not_written_elsewhere(tmp_path, source):

@@ -1,7 +1,7 @@
 """Whatever happens to a run, taking it up again gives the losses of one to which nothing happened.
 
 What can go wrong lies around the network, so two layers stand in for it here, and a killed process costs little;
-`test_loop.py` and `test_multihost.py` do the same with a whole one. PI0_KILLS=100: more kills than 20.
+`test_loop.py` and `test_multihost.py` do the same with a whole one. PI0_KILLS=100: more kills than 12.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from tests.conftest import tiny_config
 from tests.data.conftest import write
 from tests.training.test_loop import at_step, rows
 
-KILLS = int(os.environ.get("PI0_KILLS", "20"))
+KILLS = int(os.environ.get("PI0_KILLS", "12"))
 STEPS = 3 * KILLS
 """As many as the killed processes may make together, at most."""
 SAVE_EVERY = STEPS // 6
