@@ -115,7 +115,8 @@ def make_policy(
 
     In order of precedence: `stated`, fields such as `model.cameras` in the folder's own configuration; the record of an
     earlier conversion; `--horizon`, or that of `--codec`; the format's `defaults`; openpi's settings for the variant. A
-    backbone without a codec does not act, and needs no horizon. `guess` has variant and adapters, as the names of the tensors show them.
+    backbone without a codec does not act, and needs no horizon. `guess` has variant and adapters, as the names of the
+    tensors show them.
 
     Raises:
         UserError: nothing says the horizon.

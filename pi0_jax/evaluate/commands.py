@@ -332,7 +332,8 @@ def report(args: Report) -> None:
     if control := figures["success_under_counterfactual_instructions"]:
         print(f"counterfactual instructions: {control['rate']:.1%} of {control['episodes']}")
     by_steps = figures["success_by_steps"]
-    print("by solver steps: " + ", ".join(f"{steps}: {by_steps[steps]['rate']:.1%}" for steps in sorted(by_steps)))
+    if not policy.config.objective.decodes:
+        print("by solver steps: " + ", ".join(f"{steps}: {by_steps[steps]['rate']:.1%}" for steps in sorted(by_steps)))
     print(f"\nsuccess rate {figures['success']['all']['rate']:.1%}, report: {path}")
 
 

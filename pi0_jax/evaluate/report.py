@@ -43,6 +43,8 @@ Section = tuple[str, bytes | None, str]
 STEPS = (10, 4, 2, 1)
 REFERENCE_STEPS = 100
 """Solver steps that stand for the exact solution of the flow."""
+DECODED = "decoded"
+"""Stands for the number of solver steps of policies that decode tokens."""
 
 
 def write_report(
@@ -64,21 +66,25 @@ def write_report(
     Returns:
         The figures, as in `report.json`.
     """
-    rollouts = {}
-    for steps in STEPS:
-        title, film = f"closed loop, {steps:>2} solver steps", range(len(simulator.tasks)) if steps == STEPS[0] else ()
-        rollouts[steps] = roll_out(policy, simulator, num_episodes, seed, num_steps=steps, film=film, progress=title)
-    main, rates = rollouts[STEPS[0]], {steps: rollout.rates() for steps, rollout in rollouts.items()}
+    decodes, rollouts = policy.config.objective.decodes, {}
+    settings = (None,) if decodes else STEPS
+    for steps in settings:
+        title = "closed loop" if decodes else f"closed loop, {steps:>2} solver steps"
+        film = range(len(simulator.tasks)) if steps == settings[0] else ()
+        found = roll_out(policy, simulator, num_episodes, seed, num_steps=steps, film=film, progress=title)
+        rollouts[steps or DECODED] = found
+    main, rates = rollouts[settings[0] or DECODED], {steps: rollout.rates() for steps, rollout in rollouts.items()}
+    rate = main.rates()
     control = None
     if counterfactual is not None:
         title = "counterfactual instructions"
-        found = roll_out(policy, counterfactual, num_episodes, seed, num_steps=STEPS[0], progress=title)
+        found = roll_out(policy, counterfactual, num_episodes, seed, num_steps=settings[0], progress=title)
         control = found.rates()["all"]._asdict()
     train = checkpoint.load_assets(run).train
     figures = {
         **measured,
-        "success": {task: rate._asdict() for task, rate in rates[STEPS[0]].items()},
-        "success_by_steps": {steps: rate["all"]._asdict() for steps, rate in rates.items()},
+        "success": {task: found._asdict() for task, found in rate.items()},
+        "success_by_steps": {steps: found["all"]._asdict() for steps, found in rates.items()},
         "success_under_counterfactual_instructions": control,
         "chunk_error": chunk_errors(policy, train),
         "latency_ms_per_call": {steps: float(np.median(rollout.seconds) * 1000) for steps, rollout in rollouts.items()},
@@ -89,20 +95,22 @@ def write_report(
         "jax": jax.__version__,
     }
     sections: list[Section] = [
-        ("Success by instruction", _success_plot(rates[STEPS[0]]), "Bars are 95 % Wilson intervals."),
+        ("Success by instruction", _success_plot(rate), "Bars are 95 % Wilson intervals."),
         *_counterfactual(control),
         ("Episodes", None, f'<div class="videos">{_videos(main, simulator.fps)}</div>'),
-        ("Compute against accuracy", _steps_plot(figures), _steps_table(figures)),
-        _denoising(policy, simulator.start(0, seed).observe(), seed),
+        ("Compute against accuracy", None if decodes else _steps_plot(figures), _steps_table(figures)),
+        *([] if decodes else [_denoising(policy, simulator.start(0, seed).observe(), seed)]),
         *_training(read_metrics(run / "metrics.jsonl"), train),
     ]
-    model, overall = policy.config.model, rates[STEPS[0]]["all"]
+    model, overall = policy.config.model, rate["all"]
     lead = (
         f"<b>{overall.rate:.1%}</b> success in closed loop: {overall.successes} of {overall.episodes} fresh episodes, "
-        f"95 % interval {overall.low:.1%} to {overall.high:.1%}, {STEPS[0]} solver steps."
+        f"95 % interval {overall.low:.1%} to {overall.high:.1%}, "
+        + ("its tokens decoded." if decodes else f"{STEPS[0]} solver steps.")
     )
+    family = {"pi0": "π0", "pi05": "π0.5", "pi0_fast": "π0-FAST"}[model.variant]
     footer = (
-        f"{ {'pi0': 'π0', 'pi05': 'π0.5'}[model.variant] }, cameras {', '.join(model.cameras)}, chunks of "
+        f"{family}, cameras {', '.join(model.cameras)}, chunks of "
         f"{model.action_horizon} actions of which {policy.config.execute_steps} are executed; evaluation seed {seed}; "
         f"{figures['device']}, JAX {figures['jax']}. Made by pi0_jax. The figures are in <code>report.json</code>."
     )
@@ -111,16 +119,18 @@ def write_report(
     return figures
 
 
-def chunk_errors(policy: Policy, train: TrainConfig | None) -> dict[int, dict[str, float]] | None:
+def chunk_errors(policy: Policy, train: TrainConfig | None) -> dict[int | str, dict[str, float]] | None:
     """Error of sampled chunks on held-out demonstrations, by number of solver steps; None without such data.
 
     `to_expert` is the root-mean-square difference to the demonstrated actions over valid steps, `to_exact` that to the
-    flow's own solution from the same noise; both in robot units.
+    flow's own solution from the same noise, where there is a flow; both in robot units.
     """
     data = held_out(train, policy.robot)
     if data is None:
         return None
     keys = jax.random.split(jax.random.key(0), len(data.observations))
+    if policy.config.objective.decodes:
+        return {DECODED: {"to_expert": data.rms(policy.infer_batch(data.observations, keys) - data.expert)}}
     chunks = {
         steps: policy.infer_batch(data.observations, keys, steps)
         for steps in tqdm((*STEPS, REFERENCE_STEPS), desc="error of chunks", unit="setting")
@@ -174,7 +184,7 @@ def _steps_table(figures: dict[str, Any]) -> str:
         row = [s, f"{rate['rate']:.1%}", f"{rate['low']:.1%} to {rate['high']:.1%}", f"{latency[s]:.0f}"]
         rows.append(row + ([f"{error:.4f}" for error in errors[s].values()] if errors else []))
     head = ["solver steps", "success", "95 % interval", "ms per call"]
-    head += ["RMS error to the expert", "to the exact flow"] if errors else []
+    head += ["RMS error to the expert", "to the exact flow"][: len(next(iter(errors.values())))] if errors else []
     calls = f"One call makes {figures['batch_size']} chunks; images, tokens and transfers included."
     return f"{table(head, rows)}<p>{calls}</p>"
 

@@ -7,11 +7,14 @@ import jax
 import numpy as np
 import pytest
 
+from pi0_jax.config import Tokens
 from pi0_jax.evaluate import report
 from pi0_jax.evaluate.page import encode_mp4, hold_last
 from pi0_jax.evaluate.rollout import roll_out, success_rate
 from pi0_jax.evaluate.simulators import get_simulator
 from pi0_jax.inference.policy import Policy
+from pi0_jax.sampler import Greedy
+from tests.policies import TINY, save_tiny_checkpoint
 
 pytest.importorskip("mujoco", reason="the simulator is not installed: pip install -e '.[sim]'")
 
@@ -114,6 +117,17 @@ def test_the_report_is_one_file_with_everything_in_it(policy, checkpoint_folder,
         assert title in page
     assert set(figures["success_by_steps"]) == {1, policy.config.sampler.num_steps}
     assert (tmp_path / "report.json").is_file()
+
+
+def test_the_report_of_a_policy_that_decodes_tokens_has_no_solver_steps(simulator, tmp_path):
+    decoder = dataclasses.replace(TINY, objective=Tokens(bins=6), sampler=Greedy(), normalization="quantile")
+    folder = save_tiny_checkpoint(tmp_path / "tokens", policy=decoder)
+    simulator = dataclasses.replace(simulator, picture=lambda env: env.unwrapped.draw_view(size=32))
+    figures = report.write_report(Policy.load(folder), folder, simulator, None, 1, 0, tmp_path / "report.html")
+    assert set(figures["success_by_steps"]) == {report.DECODED}
+    page = (tmp_path / "report.html").read_text()
+    assert "its tokens decoded" in page
+    assert "From noise to a chunk" not in page
 
 
 def test_videos_hold_their_last_picture():
