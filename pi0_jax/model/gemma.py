@@ -95,16 +95,17 @@ class Prefix(NamedTuple):
     """Of the state and the actions, which is the same in each step of a solver."""
 
 
-def aligned(
-    keys_values: KeysValuesOfLayers, valid: Bool[Array, "b s"]
-) -> tuple[KeysValuesOfLayers, Bool[Array, "b _"]]:
-    """Keys and values of a prefix, and which are valid, at a length that accelerators read without copies."""
-    added = target.aligned(valid.shape[1], 128) - valid.shape[1]
-    if not added:
-        return keys_values, valid
-    padding = [(0, added), (0, 0), (0, 0)]
-    keys_values = jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 3) + padding), keys_values)
-    return keys_values, jnp.pad(valid, [(0, 0), padding[0]])
+def prefix_of(segment: Segment, keys_values: KeysValuesOfLayers) -> Prefix:
+    """A segment whose tokens are valid or not, by its keys and values, at a length that accelerators read without
+    copies."""
+    valid = segment.valid
+    assert valid is not None
+    length = jnp.sum(valid, axis=1, dtype=jnp.int32)
+    if added := target.aligned(valid.shape[1], 128) - valid.shape[1]:
+        padding = [(0, added), (0, 0), (0, 0)]
+        keys_values = jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 3) + padding), keys_values)
+        valid = jnp.pad(valid, [(0, 0), padding[0]])
+    return Prefix(keys_values, valid, length)
 
 
 def fan_in(in_axis, out_axis, batch_axis=()):

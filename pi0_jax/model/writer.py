@@ -48,6 +48,18 @@ class Rules(NamedTuple):
     """The state after one more token in each row, and whether the row ends with it."""
 
 
+def until(ends: Callable[[Int[Array, "b"]], Bool[Array, "b"]], embedding: Float[Array, "v d"], b: int) -> Rules:
+    """Any of the first v tokens of the vocabulary, until one that ends a row."""
+    count = len(embedding)
+    return Rules(
+        embedding,
+        jnp.arange(count),
+        jnp.zeros(b),
+        lambda state: jnp.ones((b, count), bool),
+        lambda state, token: (state, ends(token)),
+    )
+
+
 class Written(NamedTuple):
     """Tokens that were written, and all before them."""
 
@@ -106,9 +118,8 @@ class Writer(PrefixNetwork):
         assert outputs is not None
         assert segment.valid is not None
         last = jnp.max(jnp.where(segment.valid, jnp.arange(outputs.shape[1])[None], 0), axis=1)
-        length = jnp.sum(segment.valid, axis=1, dtype=jnp.int32)
-        keys_values, valid = gemma.aligned(keys_values, segment.valid)
-        return Prefix(keys_values, valid, length), jnp.take_along_axis(outputs, last[:, None, None], axis=1)[:, 0]
+        hidden = jnp.take_along_axis(outputs, last[:, None, None], axis=1)[:, 0]
+        return gemma.prefix_of(segment, keys_values), hidden
 
     def decode(
         self,

@@ -22,7 +22,7 @@ from pi0_jax.model import fast
 from pi0_jax.model.entropy import cross_entropy
 from pi0_jax.model.head import language
 from pi0_jax.model.head.language import LanguageNetwork
-from pi0_jax.model.writer import Block, Rules, Writer
+from pi0_jax.model.writer import Block, Rules, Writer, greedy, until
 from pi0_jax.objective import Metrics, Objective, Params, SampleOptions
 from pi0_jax.objective.conditioning import check_dropout, drop
 from pi0_jax.sampler import Categorical, Decoder
@@ -145,14 +145,7 @@ def constrained(embedding: Float[Array, "v d"], config: Fast, tables: CodecTable
 
 def unconstrained(embedding: Float[Array, "v d"], tables: CodecTables, b: int) -> Rules:
     """Any token of the vocabulary, until EOS or `|`."""
-    every = jnp.arange(len(embedding))
-    return Rules(
-        embedding,
-        every,
-        jnp.zeros(b),
-        lambda state: jnp.ones((b, len(embedding)), bool),
-        lambda state, token: (state, (token == tables.eos) | (token == tables.bar)),
-    )
+    return until(lambda token: (token == tables.eos) | (token == tables.bar), embedding, b)
 
 
 def codes_of(
@@ -171,7 +164,7 @@ def chooser(sampler: Decoder, keys: Key[Array, "b"] | None):
         UserError: at random, and there are no keys.
     """
     if not isinstance(sampler, Categorical):
-        return lambda logits, step: jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return greedy
     if keys is None:
         raise UserError("Categorical draws tokens at random, which takes a key per chunk (SampleOptions.keys).")
 

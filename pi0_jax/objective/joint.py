@@ -25,7 +25,7 @@ from pi0_jax.model.entropy import cross_entropy
 from pi0_jax.model.gemma import Prefix
 from pi0_jax.model.head import joint
 from pi0_jax.model.head.joint import JointNetwork
-from pi0_jax.model.writer import Block, Rules, greedy
+from pi0_jax.model.writer import Block, Rules, greedy, until
 from pi0_jax.objective import Metrics, Objective, Params, SampleOptions, for_validation, gaussian
 from pi0_jax.objective.autoregressive import count_of, learnt, reduced, targets_of
 from pi0_jax.objective.sampling import make_flow, sample_flow
@@ -88,20 +88,16 @@ def make(config: Joint, network: JointNetwork) -> Objective:
         weights = config.text_weight, config.token_weight
         return sum((w * x for w, x in zip(weights, losses, strict=False)), config.flow_weight * flow), metrics
 
+    def flow_from(prefill, params: Params, observation: Observation, options: SampleOptions):
+        """The flow against what `prefill` gives for parameters and an observation."""
+        path, predicts, most = config.flow.path, config.flow.predicts, config.flow.max_delay
+        return make_flow(network, path, predicts, params, observation, options, max_delay=most, prefill=prefill)
+
     def flow(params: Params, observation: Observation, options: SampleOptions):
         def prefill(params: Params, observation: Observation) -> Prefix:
             return network.prefill(params, observation, text=_text(options, len(observation.prompt)))
 
-        return make_flow(
-            network,
-            config.flow.path,
-            config.flow.predicts,
-            params,
-            observation,
-            options,
-            max_delay=config.flow.max_delay,
-            prefill=prefill,
-        )
+        return flow_from(prefill, params, observation, options)
 
     def sample(
         params: Params, observation: Observation, noise: Float[Array, "b ah ad"], options: SampleOptions
@@ -122,9 +118,7 @@ def make(config: Joint, network: JointNetwork) -> Objective:
         def known(params: Params, observation: Observation) -> Prefix:
             return network.against(params, observation, written.prefix)
 
-        path, predicts, most = config.flow.path, config.flow.predicts, config.flow.max_delay
-        found = make_flow(network, path, predicts, params, observation, options, max_delay=most, prefill=known)
-        return sample_flow(*found, noise, options), text
+        return sample_flow(*flow_from(known, params, observation, options), noise, options), text
 
     return flows._replace(draw=draw, loss=loss, sample=sample, flow=flow, write=write)
 
@@ -135,13 +129,7 @@ def text_rules(embedding: Float[Array, "v d"], config: Joint, tables: CodecTable
     if config.codec is not None and tables is not None:
         end -= config.codec.skip + len(tables.code_bytes)
     eos = EOS if tables is None else tables.eos
-    return Rules(
-        embedding[:end],
-        jnp.arange(end),
-        jnp.zeros(b),
-        lambda state: jnp.ones((b, end), bool),
-        lambda state, token: (state, token == eos),
-    )
+    return until(lambda token: token == eos, embedding[:end], b)
 
 
 def _text(options: SampleOptions, rows: int) -> Block | None:

@@ -51,10 +51,7 @@ class ActionTokenNetwork(PrefixNetwork):
         """Runs everything that depends on neither the noisy chunk nor the time."""
         segment = self._prefix_segment(params, observation, record=record)
         _, keys_values = gemma.forward(self.config, params["backbone"], [segment], record=record)
-        assert segment.valid is not None
-        length = jnp.sum(segment.valid, axis=1, dtype=jnp.int32)
-        keys_values, valid = gemma.aligned(keys_values, segment.valid)
-        return Prefix(keys_values, valid, length, self.embed_state(params, observation))
+        return gemma.prefix_of(segment, keys_values)._replace(state=self.embed_state(params, observation))
 
     def run_jointly(
         self,

@@ -77,10 +77,7 @@ class JointNetwork(Writer, ExpertNetwork):
         """As of `ExpertNetwork`, with text that was written after the prompt."""
         segment, _ = self.segment(params, observation, [] if text is None else [text], record=record)
         _, keys_values = gemma.forward(self.config, params["backbone"], [segment], record=record)
-        assert segment.valid is not None
-        length = jnp.sum(segment.valid, axis=1, dtype=jnp.int32)
-        keys_values, valid = gemma.aligned(keys_values, segment.valid)
-        return self.against(params, observation, Prefix(keys_values, valid, length))
+        return self.against(params, observation, gemma.prefix_of(segment, keys_values))
 
     def against(self, params: Spec, observation: Observation, prefix: Prefix) -> Prefix:
         """What was read and written, as a prefix that `velocity` takes."""
