@@ -98,6 +98,9 @@ class Infer:
     """Round the weights to eight bits; what that changes is logged. fp8 is quick on GPUs that multiply float8."""
     execute_steps: int | None = None
     """Actions of a chunk executed before the policy is asked again; the checkpoint's own number by default."""
+    subtask_every: int | None = None
+    """1: the policy writes a subtask before each chunk (policies trained on subtasks); 0: it writes none. By default as
+    the checkpoint says."""
     batch_size: int | None = None
     """Episodes side by side in the simulator; 64 by default, or 4 per core where environments live in processes."""
     strategy: Literal["synchronous", "asynchronous", "ensemble", "guidance", "identity", "trained"] | None = None
@@ -397,6 +400,7 @@ def _changes(args: Infer) -> dict[str, Any]:
         "guidance": None if scale is None else "Guidance",
         "guidance.scale": scale,
         "execute-steps": args.execute_steps,
+        "subtask-every": args.subtask_every,
     }
     flags = [word for name, value in values.items() if value is not None for word in (f"--{name}", str(value))]
     policy = parse(now, flags, prog="pi0 infer", description="Fields of the policy.") if flags else now
