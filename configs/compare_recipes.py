@@ -15,14 +15,14 @@ from pi0_jax.config import Autoregressive, DatasetConfig, ExpertConfig, Fast, Ga
 from pi0_jax.config.replace import replace
 from pi0_jax.sampler import Euler, Greedy, Sampler
 
-UPDATES, EVERY = 1600, 200
+UPDATES, EVERY = 1200, 150
 
 train = replace(
     base,
     {
-        # The picture from above shows all there is to know, so prompts are words alone.
+        # The picture from the ring shows all there is to know, so prompts are words alone.
         "policy.model.variant": "pi05",
-        "policy.model.cameras": ("top",),
+        "policy.model.cameras": ("tool",),
         "policy.model.depth": 2,
         "policy.model.action": ExpertConfig(width=64, mlp_dim=128),
         "policy.model.vocab_size": 896,
@@ -68,6 +68,7 @@ config = CompareConfig(
     backbone=None,
     episodes=60,
     measure_every=EVERY,
+    control=False,
     run_dir="runs/compare-recipes",
     quick=Changes(seeds=(0,)),
 )
