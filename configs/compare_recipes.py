@@ -15,7 +15,7 @@ from pi0_jax.config import Autoregressive, DatasetConfig, ExpertConfig, Fast, Ga
 from pi0_jax.config.replace import replace
 from pi0_jax.sampler import Euler, Greedy, Sampler
 
-UPDATES, EVERY = 1200, 150
+UPDATES, EVERY = 1500, 150
 
 train = replace(
     base,
