@@ -81,6 +81,17 @@ def pytest_collection_finish(session):
     gc.set_threshold(100_000, 20, 20)
 
 
+def random_weights(run, shapes):
+    """Weights of a run as NumPy draws them, which compiles nothing, in place of its network's own initial values."""
+    rng = np.random.default_rng(run.config.seed)
+
+    def values(x):
+        drawn = (0.1 * rng.standard_normal(x.shape)).astype(x.dtype)
+        return jax.make_array_from_callback(x.shape, x.sharding, drawn.__getitem__)
+
+    return jax.tree.map(values, shapes.weights)
+
+
 def quick_runs(patch: pytest.MonkeyPatch):
     """Has runs of the default mesh train on one of the devices, and from weights that NumPy draws: most of what a run
     of a few updates takes is compiling, for eight devices and of the network's own initial values."""
@@ -94,12 +105,7 @@ def quick_runs(patch: pytest.MonkeyPatch):
     def draw(run, shapes):
         if run.config.init_from is not None or run.config.mesh != MeshConfig():
             return first_weights(run, shapes)
-        rng = np.random.default_rng(run.config.seed)
-
-        def values(x):
-            return jax.device_put((0.1 * rng.standard_normal(x.shape)).astype(x.dtype), x.sharding)
-
-        return jax.tree.map(values, shapes.weights)
+        return random_weights(run, shapes)
 
     patch.setattr(loop, "resolve", resolve_there)
     patch.setattr(loop, "first_weights", draw)
