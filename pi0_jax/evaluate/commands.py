@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -25,7 +26,7 @@ from pi0_jax.evaluate.environments import install, open_simulator
 from pi0_jax.evaluate.latency import STRATEGIES, Latency, describe, simulate, summary
 from pi0_jax.evaluate.outcomes import OutcomeFile
 from pi0_jax.evaluate.page import encode_mp4, hold_last
-from pi0_jax.evaluate.record import Source
+from pi0_jax.evaluate.record import Rollouts, Source
 from pi0_jax.evaluate.record import record as record_demonstrations
 from pi0_jax.evaluate.report import write_report
 from pi0_jax.evaluate.rollout import Outcome, Rate, roll_out
@@ -75,6 +76,11 @@ class Infer:
     """In the simulator: go on with an evaluation that was interrupted, or to more episodes."""
     videos: Literal["first", "failures", "all", "none"] = "first"
     """In the simulator: the episodes of which videos are saved; first: the first of each task."""
+    record: Path | None = None
+    """In the simulator: folder to create, a LeRobot v3.0 dataset of all episodes, successes and failures, each marked.
+    Every step is drawn, and episodes are in memory until they end."""
+    overwrite: bool = False
+    """Replace an existing dataset at --record."""
     seed: int = 0
     """Seed of the noise, and of the simulator's layouts."""
     num_steps: int | None = None
@@ -92,6 +98,9 @@ class Infer:
     """Round the weights to eight bits; what that changes is logged. fp8 is quick on GPUs that multiply float8."""
     execute_steps: int | None = None
     """Actions of a chunk executed before the policy is asked again; the checkpoint's own number by default."""
+    subtask_every: int | None = None
+    """1: the policy writes a subtask before each chunk (policies trained on subtasks); 0: it writes none. By default as
+    the checkpoint says."""
     batch_size: int | None = None
     """Episodes side by side in the simulator; 64 by default, or 4 per core where environments live in processes."""
     strategy: Literal["synchronous", "asynchronous", "ensemble", "guidance", "identity", "trained"] | None = None
@@ -203,6 +212,8 @@ def infer(args: Infer) -> None:
         load_observation(args.observation)  # fails before the weights are read
     if args.strategy is None and (args.latency or args.jitter or args.drop):
         raise UserError("--latency, --jitter and --drop need a --strategy, which says what the robot does meanwhile.")
+    if args.record is not None:
+        _check_recording(args.record, args, evaluates)
     if args.write_example is not None:
         example = args.write_example
         example = example if example.suffix == ".npz" else Path(f"{example}.npz")
@@ -217,6 +228,16 @@ def infer(args: Infer) -> None:
         (_evaluate if args.strategy is None else _evaluate_in_time)(simulator, policy, args)
         return
     _act(policy, args)
+
+
+def _check_recording(path: Path, args: Infer, evaluates: bool) -> None:
+    if not evaluates or args.resume or args.strategy is not None:
+        raise UserError(
+            "--record takes the episodes of one evaluation from its beginning, in a simulator that waits: without "
+            "--resume and --strategy, and with --env."
+        )
+    if path.exists() and not args.overwrite:
+        raise FileExistsError(f"{path} exists. Choose another folder, or replace it with --overwrite.")
 
 
 def evaluate(args: Evaluate) -> None:
@@ -260,28 +281,35 @@ def _act(policy: Policy, args: Infer) -> None:
 
 def _evaluate(simulator: Episodes, policy: Policy, args: Infer) -> None:
     output, (episodes, batch_size) = _folder(args.output or run_folder(args.run) / "infer"), _sizes(simulator, args)
-    log = OutcomeFile(output / f"{simulator.name}.jsonl", _about(simulator, args), resume=args.resume)
+    about = _about(simulator, args)
+    recording = None if args.record is None else Rollouts(args.record, simulator, about, overwrite=args.overwrite)
+    log = OutcomeFile(output / f"{simulator.name}.jsonl", about, resume=args.resume)
     films = output / f"{simulator.name}_videos"
     saved = []
 
     def keep(outcome: Outcome) -> Outcome:
         log.add(outcome)
+        if rollouts is not None:
+            rollouts.add(outcome)
         if outcome.pictures and not (outcome.success and args.videos == "failures"):
             name = f"{outcome.index:05}_{outcome.task.replace(' ', '_')}_{'success' if outcome.success else 'failure'}"
             film = _folder(films) / f"{name}.mp4"
             film.write_bytes(encode_mp4(hold_last(outcome.pictures, simulator.fps), simulator.fps))
             saved.append(film)
-        return dataclasses.replace(outcome, pictures=())
+        return dataclasses.replace(outcome, pictures=(), frames={})
 
     film = range({"first": len(simulator.tasks), "none": 0}.get(args.videos, episodes))
     how: dict[str, Any] = {"batch_size": batch_size, "film": film, "done": log.done, "keep": keep}
-    result = roll_out(policy, simulator, episodes, args.seed, **how, progress="closed loop")
+    with recording or contextlib.nullcontext() as rollouts:
+        how["record"] = {} if rollouts is None else rollouts.robot.cameras
+        result = roll_out(policy, simulator, episodes, args.seed, **how, progress="closed loop")
     print(result.table())
     failed = Counter(outcome.task for outcome in result.outcomes if not outcome.success)
     if failed:
         print("failures:", ", ".join(f"{task} {count}" for task, count in failed.most_common()))
     filmed = f"; videos of {len(saved)} episodes: {films}" if saved else ""
-    print(f"device {jax.devices()[0].device_kind}; outcomes: {log.path}{filmed}")
+    recorded = "" if args.record is None else f"; {len(result.outcomes)} episodes recorded: {args.record}"
+    print(f"device {jax.devices()[0].device_kind}; outcomes: {log.path}{filmed}{recorded}")
 
 
 def _sizes(simulator: Episodes, args: Infer) -> tuple[int, int]:
@@ -372,6 +400,7 @@ def _changes(args: Infer) -> dict[str, Any]:
         "guidance": None if scale is None else "Guidance",
         "guidance.scale": scale,
         "execute-steps": args.execute_steps,
+        "subtask-every": args.subtask_every,
     }
     flags = [word for name, value in values.items() if value is not None for word in (f"--{name}", str(value))]
     policy = parse(now, flags, prog="pi0 infer", description="Fields of the policy.") if flags else now

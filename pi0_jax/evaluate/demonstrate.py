@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from pi0_jax.data.raw import RawObservation
 from pi0_jax.errors import UserError
 from pi0_jax.evaluate.simulators import MAX_ATTEMPTS
 from pi0_jax.evaluate.simulators.gym import Episode, Simulator
@@ -75,9 +77,17 @@ def _run(episode: Episode, noise: Noise, cameras: dict[str, str]) -> tuple[dict[
         valid = burst_left == 0
         action = np.asarray(episode.expert() if valid else burst, np.float32)
         burst_left = max(burst_left - 1, 0)
-        row = {feature: raw["images"][camera] for feature, camera in cameras.items()}
-        rows.append(
-            {**row, STATE: np.asarray(raw["state"], np.float32), ACTION: action, VALID: np.array([valid], np.float32)}
-        )
+        rows.append(frame(raw, action, cameras) | {VALID: np.array([valid], np.float32)})
         over, success = episode.step(action)
-    return ({name: np.stack([row[name] for row in rows]) for name in rows[0]} if success else None), prompt
+    return (stack(rows) if success else None), prompt
+
+
+def frame(raw: RawObservation, action: np.ndarray, cameras: Mapping[str, str]) -> dict[str, np.ndarray]:
+    """One row of a recording: what was observed, by feature, and the action executed there."""
+    images = {feature: raw["images"][camera] for feature, camera in cameras.items()}
+    return {**images, STATE: np.asarray(raw["state"], np.float32), ACTION: np.asarray(action, np.float32)}
+
+
+def stack(rows: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """An episode's rows as arrays by feature name."""
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}

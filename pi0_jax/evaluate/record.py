@@ -1,4 +1,5 @@
-"""Records demonstrations of a simulator's scripted expert as a LeRobot dataset, on all cores and reproducibly."""
+"""Records episodes as LeRobot datasets: demonstrations of a simulator's scripted expert, on all cores and reproducibly,
+and the episodes of a policy that is being evaluated."""
 
 from __future__ import annotations
 
@@ -6,10 +7,11 @@ import dataclasses
 import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from tqdm import tqdm
 
 from pi0_jax.data.robots import Robot, get_robot
@@ -17,9 +19,18 @@ from pi0_jax.errors import UserError
 from pi0_jax.evaluate.demonstrate import ACTION, STATE, VALID, Demonstration, Noise, demonstrate
 from pi0_jax.evaluate.environments import open_simulator
 from pi0_jax.evaluate.processes import Processes
+from pi0_jax.evaluate.rollout import Outcome
 from pi0_jax.evaluate.simulators import MAX_DEMONSTRATIONS
-from pi0_jax.evaluate.simulators.gym import Simulator
+from pi0_jax.evaluate.simulators.gym import Episodes, Simulator
 
+if TYPE_CHECKING:
+    from pi0_jax.data.lerobot import LeRobotWriter
+
+SUCCESS, INTERVENTION = "next.success", "complementary_info.is_intervention"
+"""Features of recorded rollouts, `[n, 1]`, named as in LeRobot's datasets and its recordings with a human in the loop:
+whether the episode succeeded with this frame's action; 1 where a human acted instead of the policy, so 0 here."""
+STORY = Path("meta/recording.json")
+"""How the episodes of a dataset came about."""
 MIN_SHARE = 4
 """Episodes that make another process worth its start."""
 
@@ -86,13 +97,14 @@ def _noise(source: Source, robot: Robot) -> Noise:
     return source.noise or (Noise() if robot.changes else Noise(0.0))
 
 
-def features(demonstration: Demonstration, robot: Robot) -> dict[str, dict[str, Any]]:
+def features(frames: Mapping[str, np.ndarray], robot: Robot) -> dict[str, dict[str, Any]]:
     """The dataset's columns in LeRobot's terms."""
-    names = {STATE: [*robot.state], ACTION: [*robot.actions], VALID: [VALID]}
+    names = {STATE: [*robot.state], ACTION: [*robot.actions]}
+    names |= {name: [name.rpartition(".")[2]] for name in (VALID, SUCCESS, INTERVENTION)}
     names |= {camera: ["height", "width", "channels"] for camera in robot.cameras}
     return {
         name: {"dtype": "video" if name in robot.cameras else str(x.dtype), "shape": x.shape[1:], "names": names[name]}
-        for name, x in demonstration.frames.items()
+        for name, x in frames.items()
     }
 
 
@@ -111,7 +123,7 @@ def record(
     simulator = _open(source, num_episodes, workers)
     robot, found = get_robot(simulator.robot), _record(simulator, source, num_episodes)
     first = next(found)
-    columns = features(first, robot)
+    columns = features(first.frames, robot)
     episodes, frames, dropped = [], 0, 0
     with LeRobotWriter(root, simulator.fps, robot_type=robot.name, features=columns, overwrite=overwrite) as writer:
         found = tqdm(itertools.chain([first], found), f"recording {source.split}", num_episodes, unit="episode")
@@ -126,5 +138,55 @@ def record(
         "dropped": dropped,
         "episodes": episodes,
     }
-    (Path(root) / "meta" / "recording.json").write_text(json.dumps(summary, indent=1))
+    (Path(root) / STORY).write_text(json.dumps(summary, indent=1))
     return summary
+
+
+class Rollouts:
+    """A LeRobot dataset of a policy's episodes, successes and failures; use it in a `with` statement.
+
+    Each frame has `SUCCESS` and `INTERVENTION` beside observation and action, and each episode's row in `meta/episodes`
+    has `episode_success`, "success" or "failure". Episodes are in the order in which they ended; `meta/recording.json`
+    has each one's index. The dataset appears at the end, and not at all after an error.
+
+    Args:
+        root: folder to create.
+        simulator: the one that the policy is evaluated in.
+        about: what the episodes depend on, as JSON, for `meta/recording.json`.
+        overwrite: whether to replace an existing folder.
+    """
+
+    def __init__(self, root: Path, simulator: Episodes, about: Mapping[str, Any], *, overwrite: bool = False):
+        self._root, self._fps, self._about, self._overwrite = root, simulator.fps, about, overwrite
+        self.robot = get_robot(simulator.robot)
+        self.episodes: list[dict[str, Any]] = []
+        self._writer: LeRobotWriter | None = None
+
+    def __enter__(self) -> Rollouts:
+        return self
+
+    def add(self, outcome: Outcome) -> None:
+        """Appends an episode with its `frames`; errors are those of `LeRobotWriter`."""
+        from pi0_jax.data.lerobot import LeRobotWriter
+
+        marks = np.zeros((outcome.num_steps, 1), bool)
+        success = marks.copy()
+        success[-1] = outcome.success
+        frames = {**outcome.frames, SUCCESS: success, INTERVENTION: marks.astype(np.float32)}
+        if self._writer is None:
+            what = (self._root, self._fps, self.robot.name, features(frames, self.robot))
+            self._writer = LeRobotWriter(*what, overwrite=self._overwrite)
+        label = {"episode_success": "success" if outcome.success else "failure"}
+        self._writer.add_episode(frames, task=outcome.prompt, labels=label)
+        names = ("index", "task", "seed", "success", "mode")
+        self.episodes.append({name: getattr(outcome, name) for name in names})
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if self._writer is None:
+            return
+        if error is not None:
+            self._writer.discard()
+            return
+        self._writer.close()
+        summary = {**self._about, "frames": self._writer.num_frames, "episodes": self.episodes}
+        (self._root / STORY).write_text(json.dumps(summary, indent=1, default=repr))

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from pi0_jax.config import PolicyConfig
 from pi0_jax.data.robots import RawObservation, Robot, get_robot
 from pi0_jax.errors import UserError
+from pi0_jax.evaluate.demonstrate import frame, stack
 from pi0_jax.evaluate.simulators.gym import Episodes, Running, Simulator
 
 
@@ -69,6 +70,8 @@ class Outcome:
     """Executed actions, robot units `[num_steps, d]`; empty where the outcome was read from a file."""
     pictures: tuple[np.ndarray, ...] = dataclasses.field(default=(), repr=False)
     """One per step, for the episodes that were filmed."""
+    frames: dict[str, np.ndarray] = dataclasses.field(default_factory=dict, repr=False)
+    """What `roll_out` was told to record: observations and actions by feature name, `num_steps` rows each."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,6 +211,7 @@ def roll_out(
     num_steps: int | None = None,
     batch_size: int = 64,
     film: Collection[int] = (),
+    record: Mapping[str, str] = MappingProxyType({}),
     done: Mapping[int, Outcome] = MappingProxyType({}),
     keep: Callable[[Outcome], Outcome] = lambda outcome: outcome,
     progress: str | None = None,
@@ -216,9 +220,10 @@ def roll_out(
 
     Layouts and noise depend on the seed and the episode alone, whatever the batch size. Episode i is of task i modulo
     the number of tasks. `num_steps` are solver steps, None: the policy's; `batch_size` episodes run side by side; those
-    of the indices `film` have pictures. `done` are outcomes from before, by index, which are not run again. `keep` gets
-    each outcome as its episode ends, and returns what is kept of it. `progress` is the title of a progress bar; None
-    shows none.
+    of the indices `film` have pictures. `record` are cameras, by feature of a dataset, to record with states and
+    actions in `Outcome.frames`; every step is drawn then. `done` are outcomes from before, by index, which are not run
+    again. `keep` gets each outcome as its episode ends, and returns what is kept of it. `progress` is the title of a
+    progress bar; None shows none.
 
     Raises:
         UserError: the simulator is another robot's, or there is nothing to run.
@@ -227,7 +232,7 @@ def roll_out(
     outcomes = {index: outcome for index, outcome in done.items() if index < num_episodes}
 
     def begin(index: int) -> _Slot:
-        return _Slot(index, simulator.start(index, seed), steps, filmed=index in film)
+        return _Slot(index, simulator.start(index, seed), steps, record, filmed=index in film)
 
     def end(slot: _Slot) -> None:
         outcomes[slot.index] = keep(slot.outcome())
@@ -241,21 +246,24 @@ def roll_out(
 class _Slot(Driver):
     """Executes the beginning of each chunk while the simulator waits for the next."""
 
-    def __init__(self, index: int, episode: Running, execute_steps: int, *, filmed: bool):
+    def __init__(self, index: int, episode: Running, execute_steps: int, record: Mapping[str, str], *, filmed: bool):
         super().__init__(index, episode)
-        self._execute_steps, self._prompt = execute_steps, ""
+        self._execute_steps, self._record, self._prompt = execute_steps, record, ""
+        self._rows: list[dict[str, np.ndarray]] = []
         self._pictures = [episode.picture()] if filmed else []
 
     def observe(self) -> RawObservation:
-        raw = super().observe()
-        self._prompt = self._prompt or raw["prompt"]
-        return raw
+        self._raw = super().observe()
+        self._prompt = self._prompt or self._raw["prompt"]
+        return self._raw
 
     def receive(self, chunk: np.ndarray) -> None:
         self._chunk = chunk
 
     def advance(self) -> None:
-        for action in self._chunk[: self._execute_steps]:
+        for i, action in enumerate(self._chunk[: self._execute_steps]):
+            if self._record:
+                self._rows.append(frame(self._raw if i == 0 else self.episode.observe(), action, self._record))
             self.execute(action)
             if self._pictures:
                 self._pictures.append(self.episode.picture())
@@ -264,4 +272,5 @@ class _Slot(Driver):
 
     def outcome(self) -> Outcome:
         actions, what = np.array(self.actions), (self.index, self.episode.task, self.episode.seed, self._prompt)
-        return Outcome(*what, self.success, len(actions), self.episode.mode, actions, tuple(self._pictures))
+        frames = stack(self._rows) if self._rows else {}
+        return Outcome(*what, self.success, len(actions), self.episode.mode, actions, tuple(self._pictures), frames)

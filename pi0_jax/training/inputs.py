@@ -97,6 +97,11 @@ def load_inputs(run: Run, *, resumed: Assets | None = None, initial: Assets | No
     codec = _codec(config, datasets, groups, resumed or initial, keep=resumed is not None)
     tokenizer = _tokenizer(config, datasets, resumed or initial, codec, keep=resumed is not None)
     targets = target_transform(policy, tokenizer, codec, _texts(datasets))
+    if not policy.subtask_every and any(text_of(t) for d in datasets if d.source.has_actions for t in d.source.tasks):
+        _log.warning(
+            "the policy learns to write a subtask before it acts, and policy.subtask_every is 0: it would act without. "
+            "Set --policy.subtask-every 1, or later `pi0 serve --subtask-every` and `pi0 evaluate --subtask-every`"
+        )
 
     def transform_of(each: OpenDataset):
         if not each.source.has_actions:

@@ -115,7 +115,20 @@ def test_an_action_codec_travels_with_the_weights(tmp_path):
         convert(tmp_path / there, tmp_path / back)
         opened = open_checkpoint(tmp_path / back)
         assert opened.codec == codec.files()
+        assert opened.policy.execute_steps == 4  # LeRobot's n_action_steps is another thing
         assert f"FAST, {codec.num_codes} codes, scale 10, 4 actions of 2 dimensions" in text(describe(opened))
+    # LeRobot's own loader finds the codec by the step's artifact, and its policy by config.json's name.
+    steps = json.loads((tmp_path / "lerobot/policy_preprocessor.json").read_text())["steps"]
+    assert [step["registry_name"] for step in steps][-3:] == [
+        "tokenizer_processor",
+        "action_tokenizer_processor",
+        "device_processor",
+    ]
+    assert steps[-2]["artifacts"] == {"action_tokenizer_name": "action_tokenizer"}
+    assert steps[-2]["config"]["max_action_tokens"] == 256
+    config = json.loads((tmp_path / "lerobot/config.json").read_text())
+    assert config["action_tokenizer_name"] == steps[-2]["config"]["action_tokenizer_name"] == "action_tokenizer"
+    assert config["n_action_steps"] == config["chunk_size"] == 6
     assert (tmp_path / "lerobot/action_tokenizer/processor_config.json").is_file()
     assert "codec: only one has it" in differences(open_checkpoint(source), open_checkpoint(tmp_path / "pi0"))
     (tmp_path / "openpi/conversion.json").unlink()  # as released weights come: nothing says the horizon but the codec
@@ -133,7 +146,8 @@ def test_policies_that_write_and_flow_come_back_as_they_were(tmp_path, to):
     convert(tmp_path / "source", tmp_path / "there", to)
     convert(tmp_path / "there", tmp_path / "back")
     assert differences(open_checkpoint(tmp_path / "source"), open_checkpoint(tmp_path / "back")) == []
-    assert "Joint" in text(describe(open_checkpoint(tmp_path / "back")))
+    recipe = "π0.5 joint: text and action tokens by cross-entropy, beside a flow, insulated"
+    assert recipe in text(describe(open_checkpoint(tmp_path / "back")))
 
 
 def test_statistics_are_not_written_elsewhere(tmp_path, source):

@@ -1,15 +1,20 @@
 """Environments in processes of this interpreter, and of one that has neither JAX nor this package."""
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import venv
+from types import SimpleNamespace
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
+from pi0_jax.data.lerobot import LeRobotDataset
+from pi0_jax.data.robots import get_robot
 from pi0_jax.errors import UserError
 from pi0_jax.evaluate import environments, messages
 from pi0_jax.evaluate.commands import Evaluate, evaluate
@@ -17,6 +22,8 @@ from pi0_jax.evaluate.demonstrate import Noise, demonstrate
 from pi0_jax.evaluate.environments import install, open_simulator
 from pi0_jax.evaluate.gl import gl_advice
 from pi0_jax.evaluate.processes import Processes
+from pi0_jax.evaluate.record import INTERVENTION, SUCCESS, Rollouts
+from pi0_jax.evaluate.rollout import roll_out
 from pi0_jax.evaluate.simulators import get_simulator
 from tests.evaluate.simulators.test_gym import LINE
 
@@ -93,6 +100,7 @@ def test_an_evaluation_in_processes_has_the_same_outcomes_and_resumes(line, chec
     for threads in ("true", "false"):
         options = (f"threads={threads}",)
         how = {"env": line, "env_options": options, "num_steps": 1, "output": tmp_path / threads}
+        how["record"] = tmp_path / f"record_{threads}"
         evaluate(Evaluate(checkpoint_folder, **how, episodes=3, videos="failures"))
     there, here = ((tmp_path / name / "line.jsonl").read_text().splitlines() for name in ("false", "true"))
     assert there[1:] == here[1:]
@@ -100,6 +108,9 @@ def test_an_evaluation_in_processes_has_the_same_outcomes_and_resumes(line, chec
     assert {row["task"] for row in rows.values()} == {"up", "down"}
     failures = sum(not row["success"] for row in rows.values())
     assert len([*(tmp_path / "false").rglob("*failure.mp4")]) == len([*(tmp_path / "false").rglob("*.mp4")]) == failures
+
+    check_recording(tmp_path / "record_true", rows)
+    assert "3 episodes recorded" in capsys.readouterr().out
 
     file = tmp_path / "true" / "line.jsonl"
     file.write_text("\n".join(here[:2]) + '\n{"index": 1, "ta')  # as if interrupted while it was written
@@ -111,6 +122,48 @@ def test_an_evaluation_in_processes_has_the_same_outcomes_and_resumes(line, chec
     assert "of 6" in capsys.readouterr().out
     with pytest.raises(UserError, match="seed 0 there and 1 now"):
         evaluate(Evaluate(checkpoint_folder, **how, resume=True, seed=1))
+    with pytest.raises(UserError, match="--record takes the episodes of one evaluation from its beginning"):
+        evaluate(Evaluate(checkpoint_folder, **how, resume=True, record=tmp_path / "new"))
+    with pytest.raises(FileExistsError, match=r"record_true exists.*--overwrite"):
+        evaluate(Evaluate(checkpoint_folder, **how, record=tmp_path / "record_true"))
+
+
+class Pusher:
+    """Stands for a policy: it goes up."""
+
+    robot, config = get_robot("tabletop"), SimpleNamespace(execute_steps=2)
+
+    def infer_batch(self, observations, keys, num_steps=None):
+        return np.full((len(observations), 4, 3), [0.3, 0, 0], np.float32)
+
+
+@pytest.mark.parametrize("threads", [True, False])
+def test_a_policys_successes_and_failures_are_recorded(line, threads, tmp_path):
+    simulator = open_simulator(line, {"threads": threads}, most=2)
+    with Rollouts(tmp_path / "rollouts", simulator, {"policy": "pusher"}) as rollouts:
+        how = {"record": rollouts.robot.cameras, "keep": lambda outcome: rollouts.add(outcome) or outcome}
+        outcomes = roll_out(Pusher(), simulator, 4, batch_size=3, **how).outcomes
+    assert [outcome.success for outcome in outcomes] == [True, False, True, False]
+    check_recording(tmp_path / "rollouts", {outcome.index: dataclasses.asdict(outcome) for outcome in outcomes})
+
+
+def check_recording(root, outcomes):
+    """A policy's episodes are in the dataset as they went, and marked."""
+    dataset, story = LeRobotDataset(root), json.loads((root / "meta/recording.json").read_text())
+    assert {row["index"]: row["success"] for row in story["episodes"]} == {i: x["success"] for i, x in outcomes.items()}
+    labels = pq.read_table(root / "meta/episodes/chunk-000/file-000.parquet")["episode_success"].to_pylist()
+    columns = {name: dataset.columns(name)[:, 0] for name in ("observation.state", "action", SUCCESS, INTERVENTION)}
+    assert not columns[INTERVENTION].any()
+    begin = 0
+    for row, label in zip(story["episodes"], labels, strict=True):
+        end = begin + outcomes[row["index"]]["num_steps"]
+        place, action, success = (columns[name][begin:end] for name in ("observation.state", "action", SUCCESS))
+        np.testing.assert_allclose(np.diff(place), action[:-1], atol=1e-6)
+        assert success.tolist() == [False] * (end - begin - 1) + [row["success"]]
+        assert label == ("success" if row["success"] else "failure")
+        assert dataset.task(begin) == outcomes[row["index"]]["prompt"]
+        begin = end
+    assert begin == dataset.num_frames
 
 
 def test_a_camera_that_draws_nothing_stops_the_run_with_its_name(line):

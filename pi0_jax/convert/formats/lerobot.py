@@ -15,7 +15,7 @@ from pi0_jax.convert.lazy import LazyArrays, all_finite, in_memory, open_safeten
 from pi0_jax.convert.relative import converts_units, relative_actions
 from pi0_jax.convert.verify import lerobot as verify
 from pi0_jax.errors import UserError
-from pi0_jax.sampler import Solver
+from pi0_jax.sampler import Categorical, Solver
 
 _STATE, _ACTION, _IMAGES = "observation.state", "action", "observation.images."
 _NORMALIZATIONS = {"MEAN_STD": "zscore", "QUANTILES": "quantile"}
@@ -24,6 +24,7 @@ _STAT_KEYS = (("state", _STATE), ("actions", _ACTION))
 _STATS = ("mean", "std", "min", "max", "q01", "q99")
 _IMAGE_RESOLUTION = (224, 224)
 _TOKENIZER = "google/paligemma-3b-pt-224"
+_CODEC = CODEC_FOLDERS[1]
 _EXACT_STATS = "norm_stats.json"
 """The statistics in double precision, beside LeRobot's in single precision; used while the two agree."""
 
@@ -70,8 +71,9 @@ def read_settings(path: Path, raw: dict[str, Any]) -> tuple[dict[str, Any], tupl
         "model.cameras": cameras,
         "model.prompt_length": raw.get("tokenizer_max_length", 48 if variant == "pi0" else 200),
         "normalization": _NORMALIZATIONS[state],
-        "execute_steps": raw.get("n_action_steps", horizon),
     }
+    if (steps := raw.get("n_action_steps", horizon)) < horizon or variant != "pi0_fast":
+        stated["execute_steps"] = steps  # else the length that LeRobot decodes, and not how much of it is executed
     if "num_inference_steps" in raw:
         stated["sampler.num_steps"] = raw["num_inference_steps"]
     if delay := raw.get("rtc_training_max_delay"):
@@ -113,6 +115,7 @@ def write_settings(folder: Path, opened: OpenCheckpoint, *, use_peft: bool = Fal
     """Writes config.json, both processors and their statistics; `use_peft` where the folder holds adapters."""
     policy, norm_stats = opened.policy, opened.norm_stats
     model, relative = policy.model, relative_actions(opened)
+    tokens = _action_tokens(opened)
     features = _features(policy, norm_stats)
     outputs = {_ACTION: features[_ACTION]}
     mode = {ours: theirs for theirs, ours in _NORMALIZATIONS.items()}[policy.normalization]
@@ -128,7 +131,8 @@ def write_settings(folder: Path, opened: OpenCheckpoint, *, use_peft: bool = Fal
         **openpi_torch.VARIANTS,
         "dtype": openpi_torch.dtype_name(opened),
         "chunk_size": model.action_horizon,
-        "n_action_steps": min(policy.execute_steps, model.action_horizon),
+        # LeRobot's π0-FAST takes this for the length of the chunks that it decodes.
+        "n_action_steps": model.action_horizon if tokens else min(policy.execute_steps, model.action_horizon),
         "max_state_dim": model.action_dim,
         "max_action_dim": model.action_dim,
         "image_resolution": [model.vision.image_size] * 2,
@@ -140,8 +144,8 @@ def write_settings(folder: Path, opened: OpenCheckpoint, *, use_peft: bool = Fal
         config["use_peft"] = True
     if isinstance(policy.sampler, Solver):
         config["num_inference_steps"] = policy.sampler.num_steps
-    elif (codec := policy.objective.codec) is not None:
-        config |= {"max_action_tokens": codec.max_tokens, "fast_skip_tokens": codec.skip}
+    elif tokens:
+        config |= tokens | {"temperature": getattr(policy.sampler, "temperature", 0.0)}
     excluded = list(relative.excluded) if relative.names else ["gripper"]
     if relative.names:
         config |= {"use_relative_actions": True, "relative_exclude_joints": excluded}
@@ -170,14 +174,20 @@ def write_settings(folder: Path, opened: OpenCheckpoint, *, use_peft: bool = Fal
             truncation=True,
             tokenizer_name=_TOKENIZER,
         ),
+        "tokenize_actions": _step(
+            "action_tokenizer_processor", trust_remote_code=True, paligemma_tokenizer_name=_TOKENIZER, **tokens
+        )
+        # LeRobot 0.6.1 takes the name as it is; later ones look for the folder beside this file.
+        | {"artifacts": {"action_tokenizer_name": _CODEC}},
         "device": device,
     }
-    # π0-FAST's action tokenizer is for training, and names a tokenizer that only the user can choose.
     order = (
         ("rename", "batch", "new_line", "tokenize", "device", "relative", "normalize")
         if model.variant == "pi0"
-        else ("rename", "batch", "relative", "normalize", "state_in_prompt", "tokenize", "device")
+        else ("rename", "batch", "relative", "normalize", "state_in_prompt", "tokenize", "tokenize_actions", "device")
     )
+    if "action_tokenizer_name" not in tokens:
+        order = tuple(key for key in order if key != "tokenize_actions")
     after = [
         _step("unnormalizer_processor", eps=1e-8, features=outputs, norm_map=norm_map),
         _step("absolute_actions_processor", enabled=relative.names is not None),
@@ -192,6 +202,15 @@ def write_settings(folder: Path, opened: OpenCheckpoint, *, use_peft: bool = Fal
         write_json(folder / f"{name}.json", {"name": name, "steps": steps})
     if norm_stats is not None:
         write_json(folder / _EXACT_STATS, norm_stats)
+
+
+def _action_tokens(opened: OpenCheckpoint) -> dict[str, Any]:
+    """LeRobot's settings of action tokens; empty where the policy does not act by them."""
+    codec = opened.policy.objective.codec
+    if codec is None or opened.policy.model.variant != "pi0_fast":
+        return {}
+    found = {"max_action_tokens": codec.max_tokens, "fast_skip_tokens": codec.skip}
+    return found if opened.codec is None else found | {"action_tokenizer_name": _CODEC}
 
 
 def _step(name: str, **config: Any) -> dict[str, Any]:
@@ -235,6 +254,8 @@ def _open(folder: Path, overrides: Overrides) -> OpenCheckpoint:
         room, skip = config.get("max_action_tokens", 256), config.get("fast_skip_tokens", 128)
         codec = Fast(skip=skip, max_tokens=room, bos=True)
         defaults["objective"] = Autoregressive(codec=codec, lowercase=False, reduction="token")
+        if temperature := config.get("temperature"):
+            defaults["sampler"] = Categorical(temperature=temperature)
     policy = make_policy(folder, overrides, guess, stated, defaults)
     claimed = openpi_torch.claim_tensors(folder, overrides, tensors, policy.model, config)
     image_size = config.get("image_resolution", _IMAGE_RESOLUTION)[0]
@@ -251,16 +272,14 @@ def _write(opened: OpenCheckpoint, folder: Path, asset_id: str) -> None:
     tensors = {f"model.{name}": tensor for name, tensor in openpi_torch.torch_tensors(opened, "lerobot").items()}
     write_safetensors(folder / openpi_torch.WEIGHTS, tensors, {"format": "pt"})
     write_settings(folder, opened)
-    write_tokenizers(opened, folder, CODEC_FOLDERS[1])
+    write_tokenizers(opened, folder, _CODEC)
 
 
 def _lost(opened: OpenCheckpoint) -> list[str]:
     notes, delay = lost_settings(opened, "lerobot"), getattr(opened.policy.objective, "max_delay", 0)
     if opened.tokenizer is not None:
         notes.append("LeRobot names its tokenizer and reads no file: tokenizer.model lies beside the weights unused")
-    if opened.codec is not None:
-        where = CODEC_FOLDERS[1]
-        notes.append(f"LeRobot reads the action codec that action_tokenizer_name names; this one is in {where}/")
+    notes += _lost_tokens(opened)
     if opened.policy.model.variant == "pi05" and not opened.policy.state_in_prompt:
         notes.append("LeRobot writes the state into every prompt of a π0.5; these weights were trained without it")
     if (relative := relative_actions(opened)).count and relative.names is None:
@@ -270,6 +289,30 @@ def _lost(opened: OpenCheckpoint) -> list[str]:
         notes.append("the robot's `adapt` converts units, which LeRobot does not: states and actions are the weights'")
     if delay and opened.policy.model.variant == "pi05":
         notes.append(f'LeRobot after 0.6.1 reads "rtc_training_max_delay": {delay} in config.json of a π0.5')
+    return notes
+
+
+def _lost_tokens(opened: OpenCheckpoint) -> list[str]:
+    """What LeRobot does otherwise with action tokens."""
+    policy = opened.policy
+    objective, tokens = policy.objective, _action_tokens(opened)
+    if not tokens:
+        why = "acts by the flow alone and reads no action codec"
+        return [f"LeRobot {why}: this one is in {_CODEC}/ unused"] if opened.codec is not None else []
+    if opened.codec is None:
+        notes = ["there is no action codec to write (--codec FOLDER), and LeRobot would decode with its own"]
+    else:
+        how = "start it there, or name the folder's full path, or a repository, in config.json"
+        notes = [f"LeRobot looks for action_tokenizer_name {_CODEC!r} where it is started: {how}"]
+    if objective.codec is not None and not objective.codec.bos:
+        notes.append("LeRobot begins action tokens with a BOS; these weights were trained without one (codec.bos)")
+    if objective.lowercase:
+        notes.append("LeRobot reads instructions as they are; these weights read them in lower case: send them so")
+    if policy.execute_steps < policy.model.action_horizon:
+        notes.append(
+            "LeRobot's π0-FAST decodes chunks of n_action_steps, so that is the whole chunk; conversion.json has the "
+            f"{policy.execute_steps} that are executed"
+        )
     return notes
 
 

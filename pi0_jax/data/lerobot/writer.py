@@ -109,11 +109,13 @@ class LeRobotWriter:
         else:
             self.discard()
 
-    def add_episode(self, frames: dict[str, np.ndarray], task: str | Sequence[str]) -> None:
+    def add_episode(
+        self, frames: dict[str, np.ndarray], task: str | Sequence[str], labels: dict[str, str] | None = None
+    ) -> None:
         """Appends one episode.
 
         `frames` are the values of each feature, `[n, *shape]`, images uint8 RGB; `task` is the instruction, or one for
-        each frame.
+        each frame; `labels` are further columns of `meta/episodes`, the same for all episodes.
 
         Raises:
             UserError: a feature is missing, unknown, or of the wrong shape or dtype; not finite; no frames.
@@ -143,6 +145,7 @@ class LeRobotWriter:
             "data/file_index": self._data.file_index,
             "dataset_from_index": first,
             "dataset_to_index": first + length,
+            **(labels or {}),
         }
         stats = {}
         for camera, files in self._videos.items():
@@ -201,7 +204,9 @@ class LeRobotWriter:
 
     def _refuse_existing(self) -> None:
         if self.root.exists() and not self.overwrite:
-            raise FileExistsError(f"{self.root} exists. Choose another folder, or pass overwrite=True to replace it.")
+            raise FileExistsError(
+                f"{self.root} exists. Choose another folder, or replace it: --overwrite, overwrite=True."
+            )
 
     def _close_files(self) -> None:
         for files in (self._data, *self._videos.values()):

@@ -29,7 +29,7 @@ def episodes():
 
 def test_columns_are_those_announced(episodes):
     robot = get_robot("tabletop")
-    announced = features(episodes[0], robot)
+    announced = features(episodes[0].frames, robot)
     assert set(announced) == {*robot.cameras, "observation.state", "action", "valid"}
     for episode in episodes:
         assert set(episode.frames) == set(announced)
