@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.stats import t as student
 
 from pi0_jax.compare.behaviour import mode_coverage
 from pi0_jax.compare.cells import CELL, CONTROL_STEPS, HORIZONS, cells, control_latencies, folder
@@ -39,6 +38,8 @@ class Interval(NamedTuple):
 
 def over_seeds(values: list[float], low: float = 0.0, high: float = np.inf) -> Interval:
     """Mean over training seeds with Student's 95 % interval, cut to what is possible; one seed has no interval."""
+    from scipy.stats import t as student
+
     array = np.array(values, float)
     half = 0.0
     if len(array) > 1:
