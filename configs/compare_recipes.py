@@ -62,6 +62,7 @@ config = CompareConfig(
         "joint-open": contender(dataclasses.replace(joint, insulate=False)),
         "tokens": contender(Autoregressive(codec=codec), model=language, sampler=Greedy()),
         "joint-subtasks": contender(joint, subtasks),
+        "flow-regression": contender(dataclasses.replace(flow, regression_draw=True)),
         "few": contender(joint, {"data.datasets": (few,)}),
         "few-pairs": contender(joint, {"data.datasets": (few, pairs)}),
     },
