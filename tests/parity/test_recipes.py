@@ -1,7 +1,7 @@
 """Prompts and what is to be written, against LeRobot's recipes on the same language columns.
 
-Of these recipes our data has the high level (the instruction, and the subtask is written), the low level (the subtask is
-the prompt), and both in one sequence (subtask_joint). Memory, questions about frames and speech have no counterpart.
+Of these recipes our data has the high level (the instruction, and the subtask is written), the low level (the subtask
+is the prompt), and both in one sequence (subtask_joint). Memory, questions about frames and speech have no counterpart.
 """
 
 import json
