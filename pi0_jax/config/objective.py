@@ -37,6 +37,8 @@ class _Common:
     """Room for the tokens that an example's `Batch.targets` has; 0: the objective learns none."""
     blank_cameras: ClassVar[bool] = False
     """Whether cameras that a robot lacks are seen, black; else they are left out."""
+    recipe: ClassVar[str] = ""
+    """What is learnt, in the field's words."""
     dropout: ConditionDropout = ConditionDropout()
     mask_padded_steps: bool = True
     """Leave steps after the episode's end out of the loss. openpi counts them: set False to match it."""
@@ -73,11 +75,17 @@ class Gaussian(_Regression):
     """Training-time real-time chunking (arXiv 2512.05964): the network learns to go on from a prefix of up to so many
     clean actions, whose number is drawn uniformly from 0 to this per draw. 0: no such training."""
 
+    @property
+    def recipe(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """What is learnt."""
+        return "flow matching" if self.predicts == "velocity" else f"diffusion, predicts {self.predicts}"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shortcut(_Regression):
     """Average velocities over spans of time, for few steps (Frans et al. 2024, arXiv 2410.12557)."""
 
+    recipe: ClassVar[str] = "shortcut model"
     bootstrap_fraction: float = 0.25
     """Fraction of the examples trained on the self-consistency target: one step of d equals two steps of d / 2. The
     others learn the velocity itself."""
@@ -88,6 +96,7 @@ class Reflow(_Regression):
     """Rectified flow: straight lines from noise to the actions that a teacher's flow makes of it (Liu et al. 2022,
     arXiv 2209.03003)."""
 
+    recipe: ClassVar[str] = "rectified flow of a teacher"
     teacher: str
     """Checkpoint of the teacher, a flow of the same network."""
     teacher_steps: int = 20
@@ -100,6 +109,7 @@ class Tokens(_Common):
     """Discretised actions: cross-entropy over uniform bins, after RT-2 (arXiv 2307.15818)."""
 
     decodes: ClassVar[bool] = True
+    recipe: ClassVar[str] = "actions in uniform bins, by cross-entropy"
     bins: int = 256
     """Bins per action dimension, uniform between its 1st and 99th percentile: needs quantile normalisation."""
     dims: int | None = None
@@ -126,6 +136,7 @@ class Autoregressive(_Common):
     """π0-FAST (arXiv 2501.09747): the language expert writes action tokens, and there is no other expert."""
 
     decodes: ClassVar[bool] = True
+    recipe: ClassVar[str] = "π0-FAST: action tokens alone, by cross-entropy"
     codec: Fast = Fast()  # pyright: ignore[reportIncompatibleVariableOverride]
     lowercase: bool = True  # pyright: ignore[reportIncompatibleVariableOverride]
     """Instructions are read in lower case, as openpi's π0-FAST does and LeRobot's does not."""
@@ -161,6 +172,13 @@ class Joint(_Common):
     """Stop the flow's gradient at the keys and values of the language expert (knowledge insulation)."""
     reduction: Literal["example", "token"] = "example"
     """As of `Autoregressive`, for text and action tokens apart."""
+
+    @property
+    def recipe(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """What is learnt, with or without insulation."""
+        tokens = " and ".join(["text"] * (self.text_tokens > 0) + ["action tokens"] * (self.codec is not None))
+        how = "insulated" if self.insulate else "whose gradient reaches the language expert"
+        return f"π0.5 joint: {tokens} by cross-entropy, beside a flow, {how}"
 
     @property
     def max_delay(self) -> int:

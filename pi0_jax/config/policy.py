@@ -89,6 +89,6 @@ class PolicyConfig:
         if self.subtask_every and not self.objective.text_tokens:
             raise UserError(
                 f"policy.subtask_every is {self.subtask_every}, and objective {type(self.objective).__name__} writes "
-                "no text: take Joint, or 0."
+                "no text: take Joint with text_tokens above 0, or 0 subtasks."
             )
         _ = getattr(self.sampler, "grid", None)  # which refuses numbers of steps below 1

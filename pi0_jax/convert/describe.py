@@ -50,6 +50,7 @@ def describe(opened: OpenCheckpoint) -> dict[str, Any]:
         "robot": opened.policy.robot,
         "normalization": opened.policy.normalization,
         "model": config,
+        "recipe": _recipe(opened),
         "objective": policy["objective"],
         "sampler": policy["sampler"],
         "parameters": {**counts, "all": sum(counts.values())},
@@ -86,6 +87,7 @@ def text(content: dict[str, Any]) -> str:
         head = f"expert of width {model['action']['width']}" if kind == "Expert" else f"head {kind}"
         horizon = model["action_horizon"] or "a length that is not stored"
         lines.append(f"  actions        {head}, {model['action_dim']} dimensions, chunks of {horizon}")
+    lines.append(f"  recipe         {content['recipe']}")
     objective = content["objective"]
     settings = [f"{name} {value}" for name in ("predicts", "path") if (value := _short(objective.get(name)))]
     lines.append(f"  objective      {', '.join([objective['type'], *settings])}")
@@ -138,6 +140,15 @@ def differences(a: OpenCheckpoint, b: OpenCheckpoint) -> list[str]:
         if x.dtype != y.dtype:
             lines.append(f"{path}: {x.dtype} and {y.dtype}")
     return lines
+
+
+def _recipe(opened: OpenCheckpoint) -> str:
+    """What the policy learns and how it acts, in a line."""
+    policy = opened.policy
+    if policy.model.variant == "pi0_fast" and opened.codec is None:
+        return "π0-FAST, or a backbone that does not act: no action codec says which"
+    writes = f"; writes a subtask for every {policy.subtask_every} chunks" if policy.subtask_every else ""
+    return policy.objective.recipe + writes
 
 
 def _short(value: Any) -> Any:

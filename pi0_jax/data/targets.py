@@ -62,6 +62,8 @@ class ActionTokens:
         self.end = [*tokenizer.encode(BAR), tokenizer.eos_id]
         if len(self.end) != 2:
             raise UserError(f"the tokenizer writes {BAR!r}, the end of action tokens, as {len(self.end) - 1} tokens.")
+        if self.room <= (least := len(self.marker) + len(self.end)):
+            raise UserError(f"codec.max_tokens is {self.room}, and marker and end take {least} of them: 256 is usual.")
         lowest = self.first - codec.num_codes + 1
         taken = {token for text in (*texts, EVERY_PROMPT) for token in tokenizer.encode(text)}
         clash = sorted(token for token in taken if lowest <= token <= self.first)
@@ -132,7 +134,7 @@ def target_transform(
     if texts and not room:
         raise UserError(
             f"the datasets have {len(texts)} texts to be written, such as {texts[0]!r} (`prompt_from` predict, or "
-            f"image-text pairs); objective {type(objective).__name__} writes none: take Joint, with text_tokens."
+            f"image-text pairs); objective {type(objective).__name__} writes none: take Joint with text_tokens above 0."
         )
     words = [*dict.fromkeys([*instructions, *texts])][:MOST_TEXTS]
     actions = None

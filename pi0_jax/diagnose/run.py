@@ -77,13 +77,25 @@ def subject(policy: Policy, batch_size: int, seed: int) -> Subject:
     present = dataclasses.replace(config, model=model)
     return Subject(
         sample=sampled(policy, batch_size, seed),
-        transform=make_transform(present, policy.robot, policy.normalization, policy.tokenizer),
+        transform=as_it_acts(
+            make_transform(present, policy.robot, policy.normalization, policy.tokenizer), bool(config.subtask_every)
+        ),
         model=model,
         robot=policy.robot,
         semantics=policy.normalization.semantics,
         execute_steps=min(config.execute_steps, model.action_horizon),
         sees_state=model.variant != "pi05" or config.state_in_prompt,
     )
+
+
+def as_it_acts(transform: Transform, asks: bool) -> Transform:
+    """The transform without the texts of demonstrations, whose prompts ask for one where the policy writes it."""
+
+    def forward(sample: TransformSample) -> TransformSample:
+        seen = {name: value for name, value in sample.items() if name != "text"}
+        return transform.forward(cast(TransformSample, {**seen, "asks": asks}))
+
+    return transform._replace(forward=forward)
 
 
 def diagnose(

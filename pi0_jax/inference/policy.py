@@ -270,9 +270,12 @@ class Policy:
     ) -> Float[np.ndarray, "b ah ad"]:
         """Normalised, padded chunks for observations as the model takes them, with the cameras that the robot has.
 
-        Noise, keys and programs are as in `infer_batch`.
+        Noise, keys and programs are as in `infer_batch`; a policy that writes subtasks writes one for each.
         """
-        return self.sampler(Inputs(observation, keys, noise, self._guidance_scale(None)), self.config.sampler)
+        inputs = Inputs(observation, keys, noise, self._guidance_scale(None))
+        if self.config.subtask_every:
+            return self.sampler.write(inputs, self.config.sampler)[0]
+        return self.sampler(inputs, self.config.sampler)
 
     def warm_up(self, batch_sizes: Sequence[int] = (1,), *, real_time: bool = False) -> dict[int, float]:
         """Compiles what calls will need, so that none of them waits for a compiler, and runs each program.

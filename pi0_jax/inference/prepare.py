@@ -11,12 +11,15 @@ import numpy as np
 
 from pi0_jax.batch import Observation
 from pi0_jax.config import PolicyConfig
+from pi0_jax.data.targets import Count
 from pi0_jax.data.tokenizer import Tokenizer
 from pi0_jax.data.transform import ANCHORS, Sample, to_observation
 from pi0_jax.errors import UserError
 from pi0_jax.flow.realtime import Previous
 from pi0_jax.inference.shapes import prompt_lengths
 from pi0_jax.model.writer import Block
+
+_cut = Count("subtasks were cut to the tokens that the policy reads (objective.text_tokens).")
 
 
 class Prepared(NamedTuple):
@@ -72,15 +75,23 @@ def _previous(samples: Sequence[Sample], config: PolicyConfig) -> Previous | Non
 def _text(samples: Sequence[Sample], config: PolicyConfig, tokenizer: Tokenizer) -> Block | None:
     """Ids of the subtasks and EOS, as they are trained."""
     texts, room = [str(sample.get("text", "")) for sample in samples], config.objective.text_tokens
-    if not any(texts):
+    for text in texts:
+        check_subtask(text, config)
+    if not room or not any("text" in sample for sample in samples):
         return None
-    if not room:
-        raise UserError(
-            f"the observation has a subtask, {next(filter(None, texts))!r}, and this policy reads none: it was trained "
-            f"with objective {type(config.objective).__name__}, without text after the prompt."
-        )
     tokens, mask = np.zeros((len(texts), room), np.int32), np.zeros((len(texts), room), bool)
-    for i, text in enumerate(texts):
-        ids = [*tokenizer.encode(text)[: room - 1], tokenizer.eos_id] if text else []
+    for i, text in enumerate(texts):  # an empty one is masked: the same program
+        ids = [*tokenizer.encode(text), tokenizer.eos_id] if text else []
+        _cut.add(len(ids) > room)
+        ids = [*ids[: room - 1], tokenizer.eos_id] if len(ids) > room else ids
         tokens[i, : len(ids)], mask[i, : len(ids)] = ids, True
     return Block(jnp.asarray(tokens), jnp.asarray(mask))
+
+
+def check_subtask(text: str, config: PolicyConfig) -> None:
+    """Raises UserError for a subtask, if the policy reads none."""
+    if text and not config.objective.text_tokens:
+        raise UserError(
+            f"the observation has a subtask, {text[:80]!r}, and this policy reads none: it was trained with objective "
+            f"{type(config.objective).__name__}, without text after the prompt."
+        )

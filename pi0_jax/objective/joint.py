@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from pi0_jax.batch import Batch, CodecTables, Observation, scale_images
 from pi0_jax.config import Joint, ModelConfig
+from pi0_jax.errors import UserError
 from pi0_jax.flow.loss import flow_loss
 from pi0_jax.model.entropy import cross_entropy
 from pi0_jax.model.gemma import Prefix
@@ -55,6 +56,11 @@ def network(config: Joint, model: ModelConfig) -> JointNetwork:
     Raises:
         UserError: settings that do not go together.
     """
+    if not config.target_length:
+        raise UserError(
+            "objective Joint with text_tokens 0 and no codec has no tokens to learn: give it text_tokens or a codec, "
+            "or take Gaussian, which learns the flow alone."
+        )
     gaussian.network(_flow(config), model)
     return joint.network(model, config.insulate)
 

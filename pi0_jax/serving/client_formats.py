@@ -31,10 +31,11 @@ def read_request(request: Any, robot: Robot, prompt: str | None = None) -> dict[
     observation = {"state": _state(request, robot), "images": _images(request, robot)}
     observation |= {key: request[key] for key in REAL_TIME if key in request}
     if (subtask := request.get("subtask")) is not None:
-        observation["subtask"] = str(subtask)[:MAX_PROMPT]
+        observation["subtask"] = str(subtask)
     prompt = request.get("prompt", prompt)
-    if isinstance(prompt, (str, bytes)) and len(prompt) > MAX_PROMPT:
-        raise UserError(f"`prompt` has {len(prompt)} characters; at most {MAX_PROMPT} are accepted.")
+    for name, text in (("prompt", prompt), ("subtask", observation.get("subtask"))):
+        if isinstance(text, (str, bytes)) and len(text) > MAX_PROMPT:
+            raise UserError(f"`{name}` has {len(text)} characters; at most {MAX_PROMPT} are accepted.")
     if prompt is not None:
         observation["prompt"] = prompt.decode("utf-8", "replace") if isinstance(prompt, bytes) else prompt
     return observation

@@ -84,7 +84,8 @@ class Fleet:
 
     def validate(self, request: Any) -> ValidatedRequest:
         """As `PolicyBackend.validate`."""
-        return validate_request(request, self.robot, self._options.get("prompt"), self._options.get("real_time", False))
+        prompt, real_time = self._options.get("prompt"), self._options.get("real_time", False)
+        return validate_request(request, self.robot, self.config, prompt, real_time)
 
     def infer_batch(
         self, observations: Sequence[ValidatedRequest], sessions: Sequence[Session]

@@ -17,6 +17,7 @@ from pi0_jax.data.observation import check_observation
 from pi0_jax.data.robots import RawObservation, Robot
 from pi0_jax.errors import UserError
 from pi0_jax.inference.policy import Policy
+from pi0_jax.inference.prepare import check_subtask
 from pi0_jax.inference.shapes import check_batch_sizes
 from pi0_jax.serving.backend import Session
 from pi0_jax.serving.client_formats import read_executed, read_request, read_seed
@@ -35,9 +36,9 @@ class ValidatedRequest:
 
 
 def validate_request(
-    request: Any, robot: Robot, prompt: str | None = None, real_time: bool = False
+    request: Any, robot: Robot, config: PolicyConfig, prompt: str | None = None, real_time: bool = False
 ) -> ValidatedRequest:
-    """Checks a decoded frame that should come from `robot`; UserError says how the request is at fault.
+    """Checks a decoded frame that should come from `robot` for a policy; UserError says how the request is at fault.
 
     `prompt` is the instruction for requests without one; `real_time` says whether they may include what remains of the
     chunk in execution.
@@ -47,6 +48,7 @@ def validate_request(
     if executed is not None and raw.get("previous") is None:  # so that `delay` is checked
         to_check = raw | {"previous": np.zeros((1, len(robot.actions)))}
     checked: dict[str, Any] = {**check_observation(to_check, robot)}
+    check_subtask(checked.get("text", ""), config)
     observation = cast(RawObservation, raw | {key: checked[key] for key in ("images", "state", "prompt")})
     if not real_time and ("previous" in raw or executed is not None):
         raise UserError("`previous` and `executed` need a server with --real-time, which compiles what they take.")
@@ -88,7 +90,7 @@ class RobotPolicy:
 
     def validate(self, request: Any) -> ValidatedRequest:
         """Checks a decoded request; raises as `PolicyBackend.validate` does."""
-        return validate_request(request, self.policy.robot, self.prompt, self.real_time)
+        return validate_request(request, self.policy.robot, self.config, self.prompt, self.real_time)
 
     def infer_batch(
         self, observations: Sequence[ValidatedRequest], sessions: Sequence[Session]

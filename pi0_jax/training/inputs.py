@@ -38,8 +38,6 @@ from pi0_jax.errors import UserError, listed
 from pi0_jax.training.resolve import Run
 from pi0_jax.training.step import Augment
 
-CODES = 1024
-"""Codes of an action codec that is fitted when a training begins."""
 FEWEST_TOKENS = 512
 """Tokens that a vocabulary trained on the instructions has room for, at least, beside action tokens."""
 
@@ -97,6 +95,11 @@ def load_inputs(run: Run, *, resumed: Assets | None = None, initial: Assets | No
     codec = _codec(config, datasets, groups, resumed or initial, keep=resumed is not None)
     tokenizer = _tokenizer(config, datasets, resumed or initial, codec, keep=resumed is not None)
     targets = target_transform(policy, tokenizer, codec, _texts(datasets))
+    if not policy.subtask_every and any(text_of(t) for d in datasets if d.source.has_actions for t in d.source.tasks):
+        _log.warning(
+            "the policy learns to write a subtask before it acts, and policy.subtask_every is 0: it would act without. "
+            "Set --policy.subtask-every 1, or later `pi0 serve --subtask-every` and `pi0 evaluate --subtask-every`"
+        )
 
     def transform_of(each: OpenDataset):
         if not each.source.has_actions:
@@ -234,7 +237,7 @@ def _codec(
     elif config.data.codec is not None:
         codec = FastCodec.load(config.data.codec)
     else:
-        codec = fit_codec(datasets, groups, config.policy, CODES)
+        codec = fit_codec(datasets, groups, config.policy, config.data.codes)
         _log.info("action tokens: a FAST codec of %d codes is fitted to the demonstrations", codec.num_codes)
         if weights is not None:
             _log.warning(
@@ -272,7 +275,7 @@ def _tokenizer(
         if config.policy.model.vocab_size - reserved < FEWEST_TOKENS:
             raise UserError(
                 f"model.vocab_size is {config.policy.model.vocab_size}, and action tokens take {reserved} of it: raise "
-                f"it to {reserved + FEWEST_TOKENS} or more, or fit a codec of fewer codes: pi0 data fast CONFIG "
-                "--vocab 300, and data.codec."
+                f"it to {reserved + FEWEST_TOKENS} or more, or take a codec of fewer codes: --data.codes "
+                "300."
             )
     return Tokenizer.train(_texts(datasets), config.policy.model.vocab_size - reserved)

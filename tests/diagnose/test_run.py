@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from pi0_jax.data.transform import relative_actions
+from pi0_jax.data.transform import Transform, relative_actions
 from pi0_jax.diagnose.findings import findings
-from pi0_jax.diagnose.run import examine, gripper_dims, to_robot, worst_moments
+from pi0_jax.diagnose.run import as_it_acts, examine, gripper_dims, to_robot, worst_moments
 from tests.diagnose import made
 
 
@@ -83,3 +83,8 @@ def test_worst_moments_are_of_different_episodes_and_the_worst_first():
 
 def test_grippers_are_known_by_meaning_or_name():
     assert gripper_dims(("a", "left_gripper", "claw"), ("absolute", "absolute", "gripper")) == [1, 2]
+
+
+def test_prompts_are_those_that_the_policy_acts_by_whatever_the_demonstrations_have_written():
+    seen = as_it_acts(Transform(lambda sample: sample, lambda sample: sample), True)
+    assert seen.forward({"prompt": "go", "text": "first there"}) == {"prompt": "go", "asks": True}

@@ -94,6 +94,14 @@ def test_a_subtask_is_written_and_acted_by(writer):
     for row, raw in enumerate((observation, given, none)):
         np.testing.assert_allclose(writer.infer_batch([raw], keys[row : row + 1])[0], actions[row], atol=1e-5)
     assert np.abs(actions[1] - writer.infer_batch([none], keys[1:2])[0]).max() > 1e-4
+    assert writer.compiled == 3  # alone and in a batch of two, given or none; and written
+
+
+def test_its_chunks_for_normalised_observations_are_by_subtasks_too(writer, monkeypatch):
+    written = np.zeros((1, 6, 8), np.float32)
+    monkeypatch.setattr(writer.sampler, "write", lambda inputs, sampler: (written, None))
+    observation = writer.program(1, 64)[2]
+    assert writer.sample(observation, jax.random.split(jax.random.key(0), 1), written) is written
 
 
 def test_sessions_hold_a_subtask_for_some_chunks(writer, monkeypatch):
@@ -117,7 +125,8 @@ def test_sessions_hold_a_subtask_for_some_chunks(writer, monkeypatch):
 def test_a_policy_that_reads_no_subtask_refuses_one(folder):
     policy = Policy.load(folder)
     given: Any = policy.robot.example() | {"subtask": "x"}
-    with pytest.raises(ValueError, match="this policy reads none"):
-        policy.infer(given)
+    for ask in (policy.infer, RobotPolicy(policy, (1,)).validate):  # which is the client's fault
+        with pytest.raises(ValueError, match="this policy reads none"):
+            ask(given)
     with pytest.raises(ValueError, match="writes no text: take Joint"):
         Policy.load(folder, subtask_every=2)

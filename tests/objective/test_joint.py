@@ -9,6 +9,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from pi0_jax.config import Fast, Gaussian, Joint
+from pi0_jax.errors import UserError
 from pi0_jax.objective import make_objective
 from tests.batches import random_batch
 from tests.conftest import tiny_config
@@ -85,3 +86,8 @@ def test_examples_without_actions_do_not_train_the_flow():
     assert set(found.values()) == {0.0}
     assert losses[0] > 0
     assert losses[2] == 0
+
+
+def test_an_objective_without_any_tokens_is_refused():
+    with pytest.raises(UserError, match="has no tokens to learn: give it text_tokens or a codec, or take Gaussian"):
+        make_objective(Joint(codec=None, text_tokens=0), MODEL)

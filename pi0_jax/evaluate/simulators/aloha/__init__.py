@@ -40,6 +40,7 @@ def make(*, tasks: str = "transfer_cube", steps: int = 300, prompt: str = "", fa
             "prompt": prompt or TASKS[env.task],
         },
         success=lambda info: info["is_success"],
+        expert=lambda env, state: env.expert.act(),
         per_task=50,
     )
 
@@ -51,12 +52,15 @@ class AlohaEnv:
         import gym_aloha.env  # type: ignore[import-not-found]
         from dm_control.rl.control import PhysicsError  # type: ignore[import-not-found]
 
+        from pi0_jax.evaluate.simulators.aloha.expert import Expert
+
         self._diverged = PhysicsError
         self.task, self._limit = task, steps
         self._env: Any = gym_aloha.env.AlohaEnv(task, obs_type="pixels_agent_pos")
         inner, blank = self._env._env, {"top": np.empty(0)}
         inner.task.get_observation = lambda physics: {"qpos": inner.task.get_qpos(physics), "images": blank}
         self.action_space, self.physics = self._env.action_space, inner.physics
+        self.expert = Expert(task, self.physics.model.ptr, self.physics.data.ptr)
         if fast:
             model = self.physics.model
             model.light_castshadow[:] = model.vis.quality.shadowsize = model.vis.quality.offsamples = 0
@@ -64,6 +68,7 @@ class AlohaEnv:
     def reset(self, *, seed: int, options: Any = None) -> tuple[np.ndarray, dict[str, Any]]:
         self._steps = 0
         seen, info = self._env.reset(seed=seed)
+        self.expert.begin()
         self._last = seen["agent_pos"].astype(np.float32)
         return self._last, info
 
