@@ -17,6 +17,7 @@ from pi0_jax import checkpoint
 from pi0_jax.atomic import written
 from pi0_jax.compare.behaviour import modes, reactions, recorded_modes
 from pi0_jax.compare.config import CompareConfig
+from pi0_jax.compare.learning import curve
 from pi0_jax.config import Reflow, TrainConfig
 from pi0_jax.config.replace import replace
 from pi0_jax.data.robots import RawObservation, get_robot
@@ -47,7 +48,8 @@ def folder(config: CompareConfig, seed: int, name: str) -> Path:
 def cells(config: CompareConfig) -> list[tuple[int, str]]:
     """All cells, each after those it needs."""
     names = sorted(config.contenders, key=lambda name: config.contenders[name].teacher is not None)
-    return [(config.seeds[0], BACKBONE), *((seed, name) for seed in config.seeds for name in names)]
+    first = [] if config.backbone is None else [(config.seeds[0], BACKBONE)]
+    return [*first, *((seed, name) for seed in config.seeds for name in names)]
 
 
 def needs(config: CompareConfig, seed: int, name: str) -> list[tuple[int, str]]:
@@ -55,7 +57,9 @@ def needs(config: CompareConfig, seed: int, name: str) -> list[tuple[int, str]]:
     if name == BACKBONE:
         return []
     teacher = config.contenders[name].teacher
-    return [(config.seeds[0], BACKBONE) if teacher is None else (seed, teacher)]
+    if teacher is not None:
+        return [(seed, teacher)]
+    return [] if config.backbone is None else [(config.seeds[0], BACKBONE)]
 
 
 def is_done(config: CompareConfig, seed: int, name: str) -> bool:
@@ -69,7 +73,12 @@ def training(config: CompareConfig, seed: int, name: str) -> TrainConfig:
     if name == BACKBONE:
         return replace(train, {"policy.objective": config.backbone, "num_steps": config.backbone_steps})
     contender = config.contenders[name]
-    objective, first = contender.objective, (str(folder(config, seed, BACKBONE)), config.backbone_subtrees)
+    train = replace(train, dict(contender.changes))
+    if every := config.measure_every:
+        train = dataclasses.replace(train, save_every=every, keep_every=every)
+    objective, first = contender.objective, (None, ())
+    if config.backbone is not None:
+        first = str(folder(config, seed, BACKBONE)), config.backbone_subtrees
     if isinstance(objective, Reflow):
         first = str(folder(config, seed, objective.teacher)), ()
         objective = dataclasses.replace(objective, teacher=first[0])
@@ -103,13 +112,16 @@ def measure(config: CompareConfig, seed: int, name: str) -> dict[str, Any]:
     """Closed loop, held-out error, jitter, latency, and the paths from noise to actions.
 
     Returns:
-        `rows`, one for each sampler and number of network evaluations; `demonstrated`, the modes of the demonstrations;
+        `rows`, one for each sampler and number of network evaluations; `curve`, success while it learnt;
+        `demonstrated`, the modes of the demonstrations;
         `delays`, one row for each way of acting and latency; `straightness` and `paths` of deterministic
         solvers; sizes, seconds and versions.
     """
     contender, path = config.contenders[name], folder(config, seed, name)
     simulator = open_simulator(config.env, dict(config.env_options))
-    data = held_out(checkpoint.load_assets(path).train, get_robot(simulator.robot))
+    train = checkpoint.load_assets(path).train
+    data = held_out(train, get_robot(simulator.robot))
+    assert train is not None
     assert data is not None, "a comparison needs held-out demonstrations: data.validation_path"
     rows, paths, straight = [], {}, {}
     begin = time.monotonic()
@@ -126,9 +138,16 @@ def measure(config: CompareConfig, seed: int, name: str) -> dict[str, Any]:
             points = policy.paths(data.observations[:BATCH], keys, STRAIGHTNESS_STEPS)
             straight[label] = float(straightness(jnp.asarray(points)))
             paths[label] = _some_paths(policy, data)
+    first, most = next(iter(contender.samplers.items())), max(contender.evaluations)
+    how = first[1], most if isinstance(first[1], Solver) else None
+    points = curve(config, path, how, simulator, 1000 + seed, BATCH)
+    if config.measure_every:
+        last = next(row for row in rows if (row["sampler"], row["evaluations"]) == (first[0], most))
+        points.append({"step": train.num_steps, "successes": last["successes"], "episodes": last["episodes"]})
     return {
         "parameters": sum(x.size for x in jax.tree.leaves(checkpoint.restore_params(path))),
         "rows": rows,
+        "curve": points,
         "demonstrated": recorded_modes(config.train.data.path, simulator.modes),
         "delays": reactions(config, contender, path, simulator, seed),
         "straightness": straight,

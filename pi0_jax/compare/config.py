@@ -25,6 +25,8 @@ class Contender:
     """Network evaluations per chunk to measure at."""
     ways: tuple[str, ...] = ()
     """Ways of acting (`evaluate.latency.STRATEGIES`) whose reaction to `CompareConfig.latencies` is measured."""
+    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Other fields of `CompareConfig.train` that are its own, such as its data, by their dotted names."""
 
     @property
     def teacher(self) -> str | None:
@@ -59,8 +61,9 @@ class CompareConfig:
     train: TrainConfig
     """What all have in common: data, optimizer, batch, steps."""
     contenders: dict[str, Contender]
-    backbone: ObjectiveConfig
-    """Objective of a run of `train.policy` before all others, which all seeds of all contenders start from."""
+    backbone: ObjectiveConfig | None
+    """Objective of a run of `train.policy` before all others, which all seeds of all contenders start from; None: they
+    start from random weights."""
     env: str
     """Simulator for the closed loop."""
     env_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -73,6 +76,13 @@ class CompareConfig:
     seeds: tuple[int, ...] = (0, 1, 2)
     episodes: int = 66
     """Episodes for each contender, sampler and number of evaluations."""
+    measure_every: int | None = None
+    """Updates from one measurement in closed loop to the next while a contender learns (its first sampler, and its most
+    evaluations); None: it is measured at the end alone."""
+    learnt: float = 0.5
+    """Success from which on such a policy counts as one that follows the instruction."""
+    control: bool = True
+    """Measure latency by horizon and solver steps, for the table of high-rate control."""
     run_dir: str = "runs/compare"
     quick: Changes = Changes()
     """What `pi0 compare --quick` changes."""

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.stats import t as student
 
 from pi0_jax.compare.behaviour import mode_coverage
 from pi0_jax.compare.cells import CELL, CONTROL_STEPS, HORIZONS, cells, control_latencies, folder
 from pi0_jax.compare.config import CompareConfig
+from pi0_jax.compare.learning import section, summary
 from pi0_jax.errors import UserError
 from pi0_jax.evaluate.page import BLUE, bars, figure_svg, new_figure, page, step_ticks, table
 from pi0_jax.evaluate.rollout import success_rate
@@ -38,6 +38,8 @@ class Interval(NamedTuple):
 
 def over_seeds(values: list[float], low: float = 0.0, high: float = np.inf) -> Interval:
     """Mean over training seeds with Student's 95 % interval, cut to what is possible; one seed has no interval."""
+    from scipy.stats import t as student
+
     array = np.array(values, float)
     half = 0.0
     if len(array) > 1:
@@ -62,14 +64,15 @@ def write_comparison(config: CompareConfig) -> Path:
     root = Path(config.run_dir)
     demonstrated = done[0].get("demonstrated")
     control = root / "control.json"
-    if not control.is_file():
+    if config.control and not control.is_file():
         control.write_text(json.dumps(control_latencies(config), indent=1) + "\n")
-    figures = summarize(done, demonstrated) | {
+    figures = summarize(done, demonstrated, config.learnt) | {
         "demonstrated": demonstrated,
-        "control_latency_seconds": json.loads(control.read_text()),
+        "control_latency_seconds": json.loads(control.read_text()) if config.control else None,
         "settings": {
             "seeds": list(config.seeds),
-            "backbone_steps": config.backbone_steps,
+            "backbone_steps": config.backbone_steps if config.backbone is not None else None,
+            "learnt": config.learnt,
             "steps": config.train.num_steps,
             "batch": config.train.batch_size,
             "episodes": config.episodes,
@@ -92,9 +95,11 @@ def write_comparison(config: CompareConfig) -> Path:
     return path
 
 
-def summarize(done: list[dict[str, Any]], demonstrated: dict[str, int] | None = None) -> dict[str, Any]:
+def summarize(
+    done: list[dict[str, Any]], demonstrated: dict[str, int] | None = None, learnt: float = 0.5
+) -> dict[str, Any]:
     """The figures of all cells, by policy (contender and sampler) and number of network evaluations. `demonstrated` are
-    the demonstrations by mode, where there are several."""
+    the demonstrations by mode, where there are several; `learnt` is the success from which on one counts as learnt."""
     policies: dict[str, Any] = {}
     for label, (name, sampler) in _labels(done).items():
         mine = [cell for cell in done if cell["name"] == name]
@@ -111,6 +116,7 @@ def summarize(done: list[dict[str, Any]], demonstrated: dict[str, int] | None = 
             "error_floor": over_seeds([min(row["error_floor"] for row in r) for r in rows]),
             "straightness": over_seeds(straightness) if straightness else None,
             "delays": _delays(mine) if sampler == mine[0]["rows"][0]["sampler"] else [],
+            "learning": summary(mine, learnt) if sampler == mine[0]["rows"][0]["sampler"] else None,
             "parameters": mine[0]["parameters"],
             "training_seconds": float(np.mean([cell["training_seconds"] for cell in mine])),
         }
@@ -167,10 +173,11 @@ def _enough(rows: list[dict[str, Any]]) -> int:
 
 
 def _page(figures: dict[str, Any], pictures: dict[str, bytes]) -> str:
-    policies, settings = figures["policies"], figures["settings"]
+    policies, settings, control = (figures[name] for name in ("policies", "settings", "control_latency_seconds"))
     seeds = len(settings["seeds"])
     spread = f"over {seeds} training seeds" if seeds > 1 else "one training seed: no interval over seeds"
     sections = [
+        *section(policies, settings["learnt"], over_seeds),
         ("How many evaluations does each need?", pictures["success"], _main_table(policies)),
         (
             "Who jitters, who is precise?",
@@ -187,13 +194,16 @@ def _page(figures: dict[str, Any], pictures: dict[str, bytes]) -> str:
             "units, over 50 steps from noise (left) to action (right).",
         ),
         *_behaviour(policies, figures["demonstrated"]),
-        ("High-rate control", None, _control_table(figures["control_latency_seconds"])),
+        *([("High-rate control", None, _control_table(control))] if control else []),
         ("All figures", None, _full_table(policies)),
     ]
+    begins = "random weights"
+    if settings["backbone_steps"]:
+        begins = f"the same backbone ({settings['backbone_steps']} steps of plain regression)"
     return page(
-        "Flow matching, diffusion and discretised actions, on one backbone",
-        f"Every policy starts from the same backbone ({settings['backbone_steps']} steps of plain regression) and is "
-        f"trained for {settings['steps']} steps of batch {settings['batch']} with the same data and optimizer; "
+        "Kinds of policies, trained and measured alike",
+        f"Every policy starts from {begins} and is trained for {settings['steps']} steps of batch {settings['batch']} "
+        "with the same optimizer, and with the same data but where it is called otherwise; "
         f"{settings['episodes']} fresh episodes for each figure. Intervals are 95 %, {spread}.",
         sections,
         f"{html.escape(settings['environment'])}, seeds {', '.join(map(str, settings['seeds']))}, "

@@ -131,4 +131,7 @@ class DataConfig:
     """SentencePiece model file (PaliGemma's for released weights); None trains a small one on the instructions."""
     codec: str | None = None
     """Folder of a FAST codec (`pi0 data fast`, or physical-intelligence/fast), for objectives that write action tokens;
-    None: that of the weights, or one of 1024 codes fitted to the demonstrations."""
+    None: that of the weights, or one fitted to the demonstrations."""
+    codes: int = 1024
+    """Codes of a codec that is fitted when a training begins: fewer leave room in a small vocabulary, and make chunks
+    longer."""

@@ -8,9 +8,10 @@ conversion with both sides' names.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -34,7 +35,7 @@ class Parameter(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """One correspondence."""
+    """One correspondence. Formats have some dozens of them, so what follows from one is computed once per process."""
 
     ours: str
     """Path of the parameter."""
@@ -44,14 +45,17 @@ class Rule(NamedTuple):
     """Axes of one of their tensors by our names, `(heads head_dim)` where two are one; empty: in our order."""
 
     @property
+    @functools.cache  # noqa: B019
     def names(self) -> tuple[str, ...]:
         return (self.theirs,) if isinstance(self.theirs, str) else self.theirs
 
     @property
+    @functools.cache  # noqa: B019
     def by_layer(self) -> bool:
         """Whether each layer is a tensor of its own."""
         return "{}" in self.names[0]
 
+    @functools.cache  # noqa: B019
     def groups(self, parameter: Parameter) -> list[list[str]]:
         """Our axes by axis of one of their tensors."""
         if self.axes:
@@ -59,16 +63,20 @@ class Rule(NamedTuple):
         split = ("layers",) * self.by_layer + ("stack",) * (len(self.names) > 1)
         return [[axis] for axis in parameter.axes if axis not in split]
 
+    @functools.cache  # noqa: B019
     def shape(self, parameter: Parameter) -> tuple[int, ...]:
         """Shape of one of their tensors."""
         sizes = parameter.sizes
         return tuple(math.prod(sizes[axis] for axis in group) for group in self.groups(parameter))
 
-    def tensors(self, parameter: Parameter) -> Iterator[tuple[str, int | None, int | None]]:
+    @functools.cache  # noqa: B019
+    def tensors(self, parameter: Parameter) -> tuple[tuple[str, int | None, int | None], ...]:
         """Name of each of their tensors, with its layer and its entry of `stack` (None where they are not split)."""
-        for layer in range(parameter.sizes["layers"]) if self.by_layer else (None,):
-            for entry, name in enumerate(self.names):
-                yield name.replace("{}", str(layer)), layer, entry if len(self.names) > 1 else None
+        return tuple(
+            (name.replace("{}", str(layer)), layer, entry if len(self.names) > 1 else None)
+            for layer in (range(parameter.sizes["layers"]) if self.by_layer else (None,))
+            for entry, name in enumerate(self.names)
+        )
 
 
 def bind(

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import scipy.fft
 from jaxtyping import Bool, Float, Float32, Int, Int32, UInt8
 
 from pi0_jax.atomic import written
@@ -220,8 +219,10 @@ class FastCodec:
             valid[row] = well_formed and inside.all() and len(values) == horizon * dims and (values == clamped).all()
             kept = clamped[: horizon * dims]
             found[row, : len(kept)] = kept
+        from scipy.fft import idct  # takes a while, and few runs need it
+
         coefficients = found.reshape(-1, horizon, dims) / self.scale
-        return np.asarray(scipy.fft.idct(coefficients, axis=1, norm="ortho"), np.float32), valid
+        return np.asarray(idct(coefficients, axis=1, norm="ortho"), np.float32), valid
 
     def count_values(self, codes: Sequence[int]) -> int:
         """Coefficients that begin in a string of codes; a chunk has its horizon times its dimensions."""
@@ -287,7 +288,9 @@ def hold(actions: Float[np.ndarray, "b ah d"], valid: Bool[np.ndarray, "b ah"]) 
 
 def quantize(chunks: Float[np.ndarray, "*b ah d"], scale: int | float) -> Int[np.ndarray, "*b ah d"]:
     """Rounded coefficients of the cosine transform along time, the first the lowest frequency; halves to even."""
-    return np.around(np.asarray(scipy.fft.dct(chunks, axis=-2, norm="ortho")) * scale).astype(np.int64)
+    from scipy.fft import dct
+
+    return np.around(np.asarray(dct(chunks, axis=-2, norm="ortho")) * scale).astype(np.int64)
 
 
 def to_text(values: Int[np.ndarray, "n ah d"]) -> list[str]:

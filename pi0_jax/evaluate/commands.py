@@ -26,7 +26,7 @@ from pi0_jax.evaluate.environments import install, open_simulator
 from pi0_jax.evaluate.latency import STRATEGIES, Latency, describe, simulate, summary
 from pi0_jax.evaluate.outcomes import OutcomeFile
 from pi0_jax.evaluate.page import encode_mp4, hold_last
-from pi0_jax.evaluate.record import Rollouts, Source
+from pi0_jax.evaluate.record import Rollouts, Source, record_questions
 from pi0_jax.evaluate.record import record as record_demonstrations
 from pi0_jax.evaluate.report import write_report
 from pi0_jax.evaluate.rollout import Outcome, Rate, roll_out
@@ -152,9 +152,11 @@ class Report:
 class Record:
     """Records demonstrations of a simulator's scripted expert, as a LeRobot v3.0 dataset.
 
-    Example:
+    Examples:
 
         pi0 record data/tabletop --env tabletop
+
+        pi0 record data/questions --env tabletop_stages --questions 1000
     """
 
     path: Run
@@ -170,6 +172,8 @@ class Record:
     default 0.08 where actions are changes, else 0."""
     episodes: int = 1200
     """Demonstrations, the tasks in turn."""
+    questions: int | None = None
+    """In place of demonstrations: so many pictures with questions and answers, as a folder of image-text pairs."""
     split: Literal["train", "validation"] = "train"
     """Layouts of the two never overlap, nor with those of evaluation."""
     seed: int = 0
@@ -370,6 +374,10 @@ def record(args: Record) -> None:
     options = tuple(_options(args.env_options).items())
     python = None if args.env_python is None else str(args.env_python)
     source = Source(args.env, args.split, args.seed, None if args.noise is None else Noise(args.noise), options, python)
+    if args.questions is not None:
+        count = record_questions(args.path, source, args.questions)
+        print(f"{args.questions} pictures, {count} questions with answers: {args.path}")
+        return
     summary = record_demonstrations(args.path, source, args.episodes, overwrite=args.overwrite)
     failed = f"; {summary['dropped']} failures of the expert were left out" if summary["dropped"] else ""
     print(f"{args.episodes} demonstrations, {summary['frames']} frames: {args.path}{failed}")

@@ -42,6 +42,8 @@ class Demonstration(NamedTuple):
     """Failed attempts before this one."""
     mode: str | None = None
     """Which of the simulator's `modes` it took."""
+    subtasks: tuple[str, ...] = ()
+    """The expert's subtask at each step; empty where the simulator has none."""
 
 
 def demonstrate(
@@ -55,20 +57,20 @@ def demonstrate(
     """
     for attempt in range(MAX_ATTEMPTS):
         episode = simulator.start(number, seed, split, attempt)
-        frames, prompt = _run(episode, noise, cameras)
+        frames, prompt, subtasks = _run(episode, noise, cameras)
         episode.close()
         if frames is not None:
-            return Demonstration(frames, episode.task, prompt, episode.seed, attempt, episode.mode)
+            return Demonstration(frames, episode.task, prompt, episode.seed, attempt, episode.mode, subtasks)
     raise UserError(
         f"the expert failed {MAX_ATTEMPTS} times at episode {number} under {noise}: the bursts leave it no time to "
         "finish. Lower their rate or length."
     )
 
 
-def _run(episode: Episode, noise: Noise, cameras: dict[str, str]) -> tuple[dict[str, Any] | None, str]:
-    """Runs the expert to the end of an episode: the frames, None if it fails, and the instruction."""
+def _run(episode: Episode, noise: Noise, cameras: dict[str, str]) -> tuple[dict[str, Any] | None, str, tuple[str, ...]]:
+    """Runs the expert to the end of an episode: the frames, None if it fails, the instruction, and subtasks."""
     rng, rows, over, success = np.random.default_rng((episode.seed, 1)), [], False, False
-    prompt, burst, burst_left = "", np.empty(0), 0
+    prompt, burst, burst_left, subtasks = "", np.empty(0), 0, []
     while not over:
         raw = episode.observe()
         prompt = prompt or raw["prompt"]
@@ -78,8 +80,9 @@ def _run(episode: Episode, noise: Noise, cameras: dict[str, str]) -> tuple[dict[
         action = np.asarray(episode.expert() if valid else burst, np.float32)
         burst_left = max(burst_left - 1, 0)
         rows.append(frame(raw, action, cameras) | {VALID: np.array([valid], np.float32)})
+        subtasks += [] if (subtask := episode.subtask()) is None else [subtask]
         over, success = episode.step(action)
-    return (stack(rows) if success else None), prompt
+    return (stack(rows) if success else None), prompt, tuple(subtasks)
 
 
 def frame(raw: RawObservation, action: np.ndarray, cameras: Mapping[str, str]) -> dict[str, np.ndarray]:

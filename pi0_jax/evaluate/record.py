@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import PIL.Image
 from tqdm import tqdm
 
 from pi0_jax.data.robots import Robot, get_robot
@@ -31,6 +32,8 @@ SUCCESS, INTERVENTION = "next.success", "complementary_info.is_intervention"
 whether the episode succeeded with this frame's action; 1 where a human acted instead of the policy, so 0 here."""
 STORY = Path("meta/recording.json")
 """How the episodes of a dataset came about."""
+SUBTASK_INDEX = "subtask_index"
+"""Feature of a dataset with subtasks; `pi0_jax.data.lerobot.language` has the same."""
 MIN_SHARE = 4
 """Episodes that make another process worth its start."""
 
@@ -102,6 +105,7 @@ def features(frames: Mapping[str, np.ndarray], robot: Robot) -> dict[str, dict[s
     names = {STATE: [*robot.state], ACTION: [*robot.actions]}
     names |= {name: [name.rpartition(".")[2]] for name in (VALID, SUCCESS, INTERVENTION)}
     names |= {camera: ["height", "width", "channels"] for camera in robot.cameras}
+    names |= {SUBTASK_INDEX: None}
     return {
         name: {"dtype": "video" if name in robot.cameras else str(x.dtype), "shape": x.shape[1:], "names": names[name]}
         for name, x in frames.items()
@@ -113,15 +117,20 @@ def record(
 ) -> dict[str, Any]:
     """Writes `demonstrations(...)` to `root` as a LeRobot dataset, and how they came about to `meta/recording.json`.
 
+    Where the simulator has subtasks, each frame has its `subtask_index`, and `meta/subtasks.parquet` the texts.
+
     Returns:
         The content of `meta/recording.json`: the source's fields, `frames`, `dropped` (failed attempts, left out of
         the dataset), and for each episode its task's name, its layout's seed, and its mode where there are several.
     """
     # Here, so that worker processes start without video and parquet.
     from pi0_jax.data.lerobot import LeRobotWriter
+    from pi0_jax.data.lerobot.writer import write_texts
 
     simulator = _open(source, num_episodes, workers)
     robot, found = get_robot(simulator.robot), _record(simulator, source, num_episodes)
+    subtasks: dict[str, int] = {}
+    found = (_with_subtasks(each, subtasks) for each in found)
     first = next(found)
     columns = features(first.frames, robot)
     episodes, frames, dropped = [], 0, 0
@@ -138,8 +147,46 @@ def record(
         "dropped": dropped,
         "episodes": episodes,
     }
+    if subtasks:
+        write_texts(Path(root) / "meta" / "subtasks.parquet", "subtask", [*subtasks])
     (Path(root) / STORY).write_text(json.dumps(summary, indent=1))
     return summary
+
+
+def _with_subtasks(demonstration: Demonstration, texts: dict[str, int]) -> Demonstration:
+    """A demonstration whose frames have the index of their subtask in `texts`, which grow."""
+    if not demonstration.subtasks:
+        return demonstration
+    index = [texts.setdefault(text, len(texts)) for text in demonstration.subtasks]
+    column = np.array(index, np.int64)[:, None]
+    return demonstration._replace(frames={**demonstration.frames, SUBTASK_INDEX: column})
+
+
+def record_questions(root: str | Path, source: Source, num_pictures: int) -> int:
+    """Writes pictures of a source's layouts to a new folder, and what the simulator asks about them with the answers
+    to `questions.jsonl`, as `data.pairs` reads them.
+
+    Returns:
+        The number of questions.
+
+    Raises:
+        FileExistsError: there is such a folder.
+        UserError: the simulator asks no questions.
+    """
+    simulator = open_simulator(source.simulator, dict(source.options), source.python)
+    if not isinstance(simulator, Simulator) or simulator.questions is None:
+        raise UserError(f"the simulator {source.simulator} asks no questions about its pictures.")
+    folder, lines = Path(root), []
+    folder.mkdir(parents=True)
+    for number in tqdm(range(num_pictures), "drawing", unit="picture"):
+        episode = simulator.start(number, source.seed, source.split)
+        camera, asked = episode.questions()
+        name = f"{number:06}.png"
+        PIL.Image.fromarray(episode.observe()["images"][camera]).save(folder / name)
+        episode.close()
+        lines += [{"image": name, "question": question, "answer": answer} for question, answer in asked.items()]
+    (folder / "questions.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return len(lines)
 
 
 class Rollouts:

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 import jax
 import numpy as np
 from jaxtyping import Int, Key
-from scipy.stats import binomtest
 from tqdm import tqdm
 
 from pi0_jax.config import PolicyConfig
@@ -48,6 +47,8 @@ class Rate(NamedTuple):
 
 def success_rate(successes: int, episodes: int) -> Rate:
     """The rate of some successes."""
+    from scipy.stats import binomtest  # takes half a second, which environments' processes need not wait
+
     interval = binomtest(successes, episodes).proportion_ci(0.95, method="wilson")
     return Rate(successes, episodes, successes / episodes, float(interval.low), float(interval.high))
 

@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
-from scipy.optimize import linear_sum_assignment
 
 Rows = Float[Array, "b *e"]
 """One row per example."""
@@ -82,6 +81,7 @@ def transport_cost(
 
 def assignment(cost: Float[Array, "b b"]) -> Int[Array, "b"]:
     """For each column the row of the cheapest one-to-one assignment; exact, through SciPy on the host; jits."""
+    from scipy.optimize import linear_sum_assignment  # takes a while, and few runs need it
 
     def solve(cost) -> np.ndarray:
         # A cost that is not finite is not for here to report: the loss is not finite either.

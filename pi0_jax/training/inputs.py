@@ -38,8 +38,6 @@ from pi0_jax.errors import UserError, listed
 from pi0_jax.training.resolve import Run
 from pi0_jax.training.step import Augment
 
-CODES = 1024
-"""Codes of an action codec that is fitted when a training begins."""
 FEWEST_TOKENS = 512
 """Tokens that a vocabulary trained on the instructions has room for, at least, beside action tokens."""
 
@@ -239,7 +237,7 @@ def _codec(
     elif config.data.codec is not None:
         codec = FastCodec.load(config.data.codec)
     else:
-        codec = fit_codec(datasets, groups, config.policy, CODES)
+        codec = fit_codec(datasets, groups, config.policy, config.data.codes)
         _log.info("action tokens: a FAST codec of %d codes is fitted to the demonstrations", codec.num_codes)
         if weights is not None:
             _log.warning(
@@ -272,12 +270,12 @@ def _tokenizer(
     if config.data.tokenizer is not None:
         return Tokenizer.from_file(config.data.tokenizer)
     fast, reserved = config.policy.objective.codec, 0
-    if fast is not None and codec is not None:
+    if fast is not None and codec is not None and not fast.own_table:
         reserved = fast.skip + codec.num_codes
         if config.policy.model.vocab_size - reserved < FEWEST_TOKENS:
             raise UserError(
                 f"model.vocab_size is {config.policy.model.vocab_size}, and action tokens take {reserved} of it: raise "
-                f"it to {reserved + FEWEST_TOKENS} or more, or fit a codec of fewer codes: pi0 data fast CONFIG "
-                "--vocab 300, and data.codec."
+                f"it to {reserved + FEWEST_TOKENS} or more, or take a codec of fewer codes: --data.codes "
+                "300."
             )
     return Tokenizer.train(_texts(datasets), config.policy.model.vocab_size - reserved)

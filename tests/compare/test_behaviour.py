@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from pi0_jax.compare.behaviour import mode_coverage, modes, recorded_modes
+from pi0_jax.compare.cells import training
 from pi0_jax.compare.config import CompareConfig
 from pi0_jax.config_file import load_config
 from pi0_jax.evaluate.latency import STRATEGIES
@@ -59,3 +60,19 @@ def test_the_three_tasks_have_a_comparison(task):
     assert bool(simulator.modes) == (task == "detour")
     seeds = [simulator.start(index, 0).seed for index in range(4)]
     assert len(set(seeds)) == (2 if task == "detour" else 4)
+
+
+def test_the_comparison_of_recipes_is_of_policies_that_can_act():
+    pytest.importorskip("mujoco", reason="the simulator is not installed: pip install -e '.[sim]'")
+    config = load_config(CONFIGS / "compare_recipes.py", CompareConfig)
+    simulator = get_simulator(config.env)
+    assert simulator.subtask is not None
+    assert simulator.questions is not None
+    runs = {name: training(config, 0, name) for name in config.contenders}
+    for run in runs.values():
+        run.policy.check()
+        assert run.init_from is None
+        assert run.num_steps % run.save_every == 0
+    assert runs["joint-subtasks"].policy.subtask_every == 1
+    assert [each.path for each in runs["few-pairs"].data.datasets] == ["data/stages-few", "data/stages-questions"]
+    assert runs["flow"].data.path == config.train.data.path

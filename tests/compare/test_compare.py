@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pi0_jax.compare import cells, report
+from pi0_jax.compare import cells, learning, report
 from pi0_jax.compare.commands import Compare, configure
 from pi0_jax.compare.config import Changes, CompareConfig, Contender
 from pi0_jax.compare.run import CellFailed, run_cells
@@ -128,7 +128,7 @@ def test_cells_train_measure_and_make_a_page(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "HORIZONS", (6,))
     record(tmp_path / "data", Source("tabletop_detour"), 6)
     record(tmp_path / "held_out", Source("tabletop_detour", "validation"), 6)
-    how = {"env": "tabletop_detour", "env_options": {"repeats": 2}, "latencies": (400,)}
+    how = {"env": "tabletop_detour", "env_options": {"repeats": 2}, "latencies": (400,), "measure_every": 1}
     config = comparison(tmp_path, seeds=(0,), **how)
     config = dataclasses.replace(config, contenders={n: c for n, c in config.contenders.items() if n != "reflow"})
     for cell in cells.cells(config):
@@ -139,12 +139,45 @@ def test_cells_train_measure_and_make_a_page(tmp_path, monkeypatch):
     assert all(row["episodes"] == 6 and row["error"] > 0 and row["latency_ms"] > 0 for row in flow["rows"])
     assert flow["straightness"]["Euler"] > 0
     assert sum(flow["demonstrated"].values()) == 6
+    assert [point["step"] for point in flow["curve"]] == [1, 2]
+    assert flow["curve"][1]["successes"] == flow["rows"][1]["successes"]
     assert [(row["way"], row["latency_ms"]) for row in flow["delays"]] == [("synchronous", 400)]
     assert flow["delays"][0]["held"] >= 2  # two steps of a fifth of a second, at least once
     page = report.write_comparison(config).read_text()
-    assert page.count("<img") == 4
+    assert page.count("<img") == 5
+    assert "How soon does each follow" in page
     assert "Which of the right ways?" in page
     assert "What does delay do?" in page
     figures = json.loads((tmp_path / "runs" / "compare.json").read_text())
     assert set(figures["policies"]) == {"flow", "bins"}
     assert figures["policies"]["bins"]["straightness"] is None
+
+
+def test_contenders_may_start_at_random_and_have_data_of_their_own(tmp_path):
+    own = Contender(MODEL, Gaussian(), changes={"data.path": "elsewhere", "policy.execute_steps": 2})
+    config = comparison(tmp_path, backbone=None, measure_every=1, contenders={"own": own})
+    assert cells.cells(config) == [(0, "own"), (1, "own")]
+    assert cells.needs(config, 0, "own") == []
+    train = cells.training(config, 1, "own")
+    assert (train.init_from, train.data.path, train.policy.execute_steps) == (None, "elsewhere", 2)
+    assert train.save_every == train.keep_every == 1
+
+
+def test_the_updates_until_a_policy_follows_are_those_of_each_seed():
+    def cell(*successes):
+        return {"curve": [{"step": 100 * (i + 1), "successes": n, "episodes": 10} for i, n in enumerate(successes)]}
+
+    found = learning.summary([cell(1, 5, 9), cell(4, 4, 6)], 0.5)
+    assert found is not None
+    assert found["learnt_at"] == [200, 300]
+    assert [round(values[0], 2) for values in found["success"].values()] == [0.25, 0.45, 0.75]
+    never = learning.summary([cell(1, 1)], 0.5)
+    assert never is not None
+    assert never["learnt_at"] == [None]
+    assert learning.summary([{"curve": []}, {}], 0.5) is None
+    ((_, picture, text),) = learning.section(
+        {"a": {"learning": found}, "b": {"learning": never}, "c": {"learning": None}}, 0.5, report.over_seeds
+    )
+    assert picture is not None
+    assert "250 [" in text
+    assert "never" in text

@@ -183,5 +183,5 @@ def test_a_codec_is_fitted_kept_and_read_again(tmp_path, objective, caplog):
     assert load(other).assets.codec == inputs.assets.codec
     assert load(config, resumed=inputs.assets).assets.codec == inputs.assets.codec
     small = dataclasses.replace(policy, model=dataclasses.replace(model, vocab_size=600))
-    with pytest.raises(ValueError, match=r"vocab_size is 600, and action tokens take .* --vocab 300"):
+    with pytest.raises(ValueError, match=r"vocab_size is 600, and action tokens take .* --data.codes 300"):
         load(dataclasses.replace(config, policy=small))

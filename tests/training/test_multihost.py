@@ -43,6 +43,8 @@ PROGRAM = """
 import os, signal, sys
 import pytest
 from pi0_jax.cli import main
+from pi0_jax.training import loop
+from tests.conftest import random_weights
 from tests.training.test_loop import at_step
 step, action, *args = sys.argv[1:]
 
@@ -51,6 +53,7 @@ def act():
         raise OSError("the disk of this host is gone")
     os.kill(os.getpid(), getattr(signal, action))
 
+loop.first_weights = random_weights  # test_sharding.py has the network's own, on any mesh
 if action:
     at_step(pytest.MonkeyPatch(), int(step), act)
 sys.exit(main(args))

@@ -16,6 +16,8 @@ import pytest
 from pi0_jax.config import MeshConfig
 from pi0_jax.config_file import load_config
 from pi0_jax.training import sharding
+from pi0_jax.training.init_weights import first_weights
+from pi0_jax.training.partition import flat
 from tests.batches import random_batch
 from tests.conftest import tiny_config
 from tests.training.common import OPTIM, harness
@@ -57,6 +59,15 @@ def test_all_presets_give_the_losses_of_one_device(runs):
     for name, (_, _, losses) in runs.items():
         print(f"{name}: losses differ by at most {np.abs(np.subtract(losses, runs['single'][2])).max():.1e}")
         np.testing.assert_allclose(losses, runs["single"][2], atol=1e-5, err_msg=name)
+
+
+def test_random_weights_are_the_same_on_any_mesh(runs):
+    whole, divided = (
+        first_weights(runs[name][0].run_of, runs[name][0].program.shapes) for name in ("single", "fsdp_tensor")
+    )
+    for name, x in flat(divided).items():
+        np.testing.assert_array_equal(x, flat(whole)[name], name)
+    assert {len(x.sharding.device_set) for x in flat(divided).values()} == {8}
 
 
 def test_each_device_holds_its_share_of_parameters_and_optimizer(runs):

@@ -255,8 +255,7 @@ def write_meta(
     meta = root / "meta"
     (meta / "episodes/chunk-000").mkdir(parents=True)
     pq.write_table(pa.Table.from_pylist(episodes), meta / "episodes/chunk-000/file-000.parquet")
-    table = pa.table({"task_index": pa.array(range(len(tasks)), pa.int64()), "task": tasks})
-    pq.write_table(table.replace_schema_metadata({"pandas": json.dumps(_PANDAS_INDEX)}), meta / "tasks.parquet")
+    write_texts(meta / "tasks.parquet", "task", tasks)
     (meta / "stats.json").write_text(json.dumps(stats, indent=4))
     count, frames = len(episodes), episodes[-1]["dataset_to_index"]
     totals = {"total_episodes": count, "total_frames": frames, "total_tasks": len(tasks)}
@@ -269,18 +268,25 @@ def _pandas_column(field: str | None, name: str | None, pandas: str, numpy: str,
     return {"name": name, "field_name": field, **types}
 
 
-_PANDAS_INDEX = {
-    "index_columns": ["task"],
-    "column_indexes": [_pandas_column(None, None, "unicode", "object", {"encoding": "UTF-8"})],
-    "columns": [
-        _pandas_column("task_index", "task_index", "int64", "int64"),
-        _pandas_column("task", "task", "unicode", "object"),
-    ],
-    "attributes": {},
-    "creator": {"library": "pyarrow", "version": pa.__version__},
-    "pandas_version": "2.3.3",
-}
-"""What pandas stores in a parquet file whose index is the column `task`, which is how lerobot reads it."""
+def write_texts(path: Path, name: str, texts: Sequence[str]) -> None:
+    """Writes the instructions ("task") or subtasks ("subtask") of a dataset by their index, as lerobot reads them."""
+    table = pa.table({f"{name}_index": pa.array(range(len(texts)), pa.int64()), name: texts})
+    pq.write_table(table.replace_schema_metadata({"pandas": json.dumps(_pandas_index(name))}), path)
+
+
+def _pandas_index(name: str) -> dict[str, Any]:
+    """What pandas stores in a parquet file whose index is that column, which is how lerobot reads it."""
+    return {
+        "index_columns": [name],
+        "column_indexes": [_pandas_column(None, None, "unicode", "object", {"encoding": "UTF-8"})],
+        "columns": [
+            _pandas_column(f"{name}_index", f"{name}_index", "int64", "int64"),
+            _pandas_column(name, name, "unicode", "object"),
+        ],
+        "attributes": {},
+        "creator": {"library": "pyarrow", "version": pa.__version__},
+        "pandas_version": "2.3.3",
+    }
 
 
 class _ParquetFile:

@@ -101,6 +101,10 @@ class Simulator:
     """A scripted expert's action of the robot, from what `observe` gets, for recording; None: there is no expert."""
     random_action: Callable[[np.random.Generator], np.ndarray] | None = None
     """A random action of the robot, for noise while recording; None: uniform over the (bounded) action space."""
+    subtask: Callable[[Env], str] | None = None
+    """The scripted expert's subtask at this moment, for recording; None: there are none."""
+    questions: Callable[[Env], tuple[str, dict[str, str]]] | None = None
+    """A camera, and questions about its picture at this moment with their answers; None: there are none."""
     per_task: int = 10
     """Episodes of each task in an evaluation, by the benchmark's protocol."""
     modes: tuple[str, ...] = ()
@@ -175,6 +179,15 @@ class Episode:
         if self._simulator.expert is None:
             raise UserError("this simulator has no scripted expert, so nothing can be recorded in it.")
         return self._simulator.expert(self._env, self._observation)
+
+    def subtask(self) -> str | None:
+        """What the expert is doing now; None where the simulator has no subtasks."""
+        return None if self._simulator.subtask is None else self._simulator.subtask(self._env)
+
+    def questions(self) -> tuple[str, dict[str, str]]:
+        """A camera, and questions about its picture with their answers; of a simulator that asks some."""
+        assert self._simulator.questions is not None
+        return self._simulator.questions(self._env)
 
     def random_action(self, rng: np.random.Generator) -> np.ndarray:
         if self._simulator.random_action is not None:

@@ -25,9 +25,9 @@ def load_scene(things: str) -> mujoco.MjModel:
 class SingleTaskEnv(GantryEnv):
     """An environment of one task. `info` holds `task`, `success`, `failed` (for good) and `mode`."""
 
-    name: ClassVar[str]
+    name: str
     """The task's name."""
-    prompts: ClassVar[tuple[str, ...]]
+    prompts: tuple[str, ...]
     """Phrasings of the instruction. None says left or right, since training mirrors the scene."""
     things: ClassVar[str]
     """What is on the table, in MuJoCo's XML: mocap bodies, in the order in which `_layout` places them."""
