@@ -87,7 +87,7 @@ def find_fitting(config: TrainConfig, plan: Plan) -> tuple[str, Plan] | None:
         """Bytes per device; of what is resident alone where that is more than the memory, since the rest takes time."""
         run, program, batch = build_program(other, devices)
         held = sum(resident_bytes(program, batch).values())
-        return held + scale * estimate_temporaries(run, program) if held <= memory else held
+        return held + (scale * estimate_temporaries(run, program) if held <= memory else 0.0)
 
     for flags, other in alternatives(config, run.mesh, guess):
         if guess(other, plan.device.memory) <= plan.device.memory and (checked := make_plan(other, plan.topology)).fits:
