@@ -7,10 +7,7 @@ Run:     pi0 record data/chase --env tabletop_chase --episodes 1000
 
 from configs.compare_detour import config as base
 from configs.compare_detour import contenders
-from pi0_jax.compare.config import Contender
-from pi0_jax.config import Gaussian
 from pi0_jax.config.replace import replace
-from pi0_jax.sampler import Euler
 
 config = replace(
     base,
@@ -23,10 +20,5 @@ config = replace(
         "run_dir": "runs/compare-chase",
     },
 )
-ways = ("synchronous", "asynchronous", "ensemble", "guidance", "identity")
-model = config.train.policy.model
-# Trained to go on from the actions that are being executed. Where one answer is right, few steps are enough.
-trained = Contender(
-    model, Gaussian(draws=4, max_delay=3), samplers={"Euler": Euler(num_steps=2)}, evaluations=(1, 2), ways=("trained",)
-)
-config = replace(config, {"contenders": {**contenders(model, ways), "flow-rtc": trained}})
+ways = ("synchronous", "asynchronous", "ensemble", "guidance")
+config = replace(config, {"contenders": contenders(config.train.policy.model, ways)})

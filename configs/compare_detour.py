@@ -7,7 +7,7 @@ Run:     pi0 record data/detour --env tabletop_detour --episodes 1000
 
 from configs.tabletop import config as base
 from pi0_jax.compare.config import Changes, CompareConfig, Contender
-from pi0_jax.config import Beta, Cosine, Gaussian, Reflow, Shortcut, Tokens, Uniform
+from pi0_jax.config import Beta, Compact, Cosine, Gaussian, OptimalTransport, Reflow, Shortcut, Tokens, Uniform
 from pi0_jax.config.replace import replace
 from pi0_jax.sampler import Euler, Greedy
 from pi0_jax.sampler.ddim import DDIM
@@ -34,8 +34,12 @@ train = replace(
 def contenders(model, ways=()):
     """The kinds of policies that are compared on each of the three tasks; `ways` are measured for flow matching."""
     plain = tuple(way for way in ways if way in ("synchronous", "asynchronous", "ensemble"))
-    noisy = Gaussian(path=Cosine(), predicts="v", time=Uniform(), draws=4)
     few = (1, 2, 4, 10)
+
+    def diffusion(predicts):
+        objective = Gaussian(path=Cosine(), predicts=predicts, time=Uniform(), draws=4)
+        return Contender(model, objective, samplers={"DDIM": DDIM(clip=1.0)}, evaluations=few)
+
     return {
         "flow": Contender(model, Gaussian(draws=4), evaluations=few, ways=ways),
         # At t = 1 the noisy actions tell nothing: what is learned is the mean of the actions given the observation.
@@ -47,7 +51,13 @@ def contenders(model, ways=()):
             ways=plain,
         ),
         "bins": Contender(model, Tokens(dims=3), samplers={"Greedy": Greedy()}, evaluations=(1,), ways=plain),
-        "diffusion-v": Contender(model, noisy, samplers={"DDIM": DDIM(clip=1.0)}, evaluations=few),
+        "diffusion-v": diffusion("v"),
+        "diffusion-epsilon": diffusion("noise"),
+        "flow-ot": Contender(
+            model, Gaussian(draws=4, coupling=OptimalTransport(condition_weight=0.02)), evaluations=few
+        ),
+        # The published width of the compact head, 1024, has ten times the weights of this backbone.
+        "compact": Contender(replace(model, {"head": Compact(width=256)}), Gaussian(draws=4), evaluations=few),
         "shortcut": Contender(model, Shortcut(draws=4), evaluations=few),
         "reflow": Contender(model, Reflow(teacher="flow", draws=4), evaluations=few),
     }
@@ -58,7 +68,7 @@ config = CompareConfig(
     env="tabletop_detour",
     # Two episodes of each layout tell whether a policy takes both ways from one start.
     env_options={"repeats": 2},
-    contenders=contenders(train.policy.model, ("synchronous", "asynchronous", "ensemble", "guidance")),
+    contenders=contenders(train.policy.model),
     backbone=Gaussian(regression_draw=True),
     backbone_steps=300,
     episodes=200,

@@ -15,18 +15,18 @@ from pi0_jax.config import Autoregressive, DatasetConfig, ExpertConfig, Fast, Ga
 from pi0_jax.config.replace import replace
 from pi0_jax.sampler import Euler, Greedy, Sampler
 
-UPDATES, EVERY = 1600, 200
+UPDATES, EVERY = 1500, 150
 
 train = replace(
     base,
     {
-        # The picture from above shows all there is to know, so prompts are words alone.
+        # The picture from the ring shows all there is to know, so prompts are words alone.
         "policy.model.variant": "pi05",
-        "policy.model.cameras": ("top",),
+        "policy.model.cameras": ("tool",),
         "policy.model.depth": 2,
         "policy.model.action": ExpertConfig(width=64, mlp_dim=128),
         "policy.model.vocab_size": 896,
-        "policy.model.prompt_length": 12,
+        "policy.model.prompt_length": 18,
         "policy.state_in_prompt": False,
         "policy.normalization": "quantile",
         "policy.objective": Gaussian(draws=2),
@@ -41,9 +41,9 @@ train = replace(
 )
 model = train.policy.model
 language = dataclasses.replace(model, variant="pi0_fast")
-codec = Fast(skip=0, max_tokens=24)
+codec = Fast(skip=0, max_tokens=30)
 flow = Gaussian(draws=2)
-joint = Joint(flow=flow, codec=codec, text_tokens=10)
+joint = Joint(flow=flow, codec=codec, text_tokens=6)
 subtasks = {"data.datasets": (DatasetConfig("data/stages", prompt_from="predict"),), "policy.subtask_every": 1}
 few = DatasetConfig("data/stages-few", weight=0.75)
 pairs = DatasetConfig("data/stages-questions", weight=0.25)
@@ -68,6 +68,7 @@ config = CompareConfig(
     backbone=None,
     episodes=60,
     measure_every=EVERY,
+    control=False,
     run_dir="runs/compare-recipes",
     quick=Changes(seeds=(0,)),
 )

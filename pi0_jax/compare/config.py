@@ -81,6 +81,8 @@ class CompareConfig:
     evaluations); None: it is measured at the end alone."""
     learnt: float = 0.5
     """Success from which on such a policy counts as one that follows the instruction."""
+    control: bool = True
+    """Measure latency by horizon and solver steps, for the table of high-rate control."""
     run_dir: str = "runs/compare"
     quick: Changes = Changes()
     """What `pi0 compare --quick` changes."""

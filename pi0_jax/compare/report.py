@@ -64,11 +64,11 @@ def write_comparison(config: CompareConfig) -> Path:
     root = Path(config.run_dir)
     demonstrated = done[0].get("demonstrated")
     control = root / "control.json"
-    if not control.is_file():
+    if config.control and not control.is_file():
         control.write_text(json.dumps(control_latencies(config), indent=1) + "\n")
     figures = summarize(done, demonstrated, config.learnt) | {
         "demonstrated": demonstrated,
-        "control_latency_seconds": json.loads(control.read_text()),
+        "control_latency_seconds": json.loads(control.read_text()) if config.control else None,
         "settings": {
             "seeds": list(config.seeds),
             "backbone_steps": config.backbone_steps if config.backbone is not None else None,
@@ -173,7 +173,7 @@ def _enough(rows: list[dict[str, Any]]) -> int:
 
 
 def _page(figures: dict[str, Any], pictures: dict[str, bytes]) -> str:
-    policies, settings = figures["policies"], figures["settings"]
+    policies, settings, control = (figures[name] for name in ("policies", "settings", "control_latency_seconds"))
     seeds = len(settings["seeds"])
     spread = f"over {seeds} training seeds" if seeds > 1 else "one training seed: no interval over seeds"
     sections = [
@@ -194,7 +194,7 @@ def _page(figures: dict[str, Any], pictures: dict[str, bytes]) -> str:
             "units, over 50 steps from noise (left) to action (right).",
         ),
         *_behaviour(policies, figures["demonstrated"]),
-        ("High-rate control", None, _control_table(figures["control_latency_seconds"])),
+        *([("High-rate control", None, _control_table(control))] if control else []),
         ("All figures", None, _full_table(policies)),
     ]
     begins = "random weights"

@@ -129,6 +129,10 @@ class Fast:
     """Room for action tokens: marker, codes, `|` and EOS."""
     bos: bool = False
     """Begin action tokens with a BOS, as LeRobot's π0-FAST does; it is given, not learnt."""
+    own_table: int = 0
+    """Codes with an embedding table and a linear head of their own beside the vocabulary, as in OpenTau's π0.5, and at
+    least as many as the codec has; only codes are learnt then, without `|` and EOS. 0: codes are ids of the
+    vocabulary, as everywhere else. Objective `Joint`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -170,13 +174,15 @@ class Joint(_Common):
     """Of the flow's loss. π0.5 without insulation: 0, and 10 later on."""
     insulate: bool = True
     """Stop the flow's gradient at the keys and values of the language expert (knowledge insulation)."""
-    reduction: Literal["example", "token"] = "example"
-    """As of `Autoregressive`, for text and action tokens apart."""
+    reduction: Literal["example", "token", "place"] = "example"
+    """As of `Autoregressive`, for text and action tokens apart. place: over all places that there is room for, empty
+    ones too, as in OpenTau: what is longer counts for more."""
 
     @property
     def recipe(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
         """What is learnt, with or without insulation."""
         tokens = " and ".join(["text"] * (self.text_tokens > 0) + ["action tokens"] * (self.codec is not None))
+        tokens += " of a table of their own" if self.codec and self.codec.own_table else ""
         how = "insulated" if self.insulate else "whose gradient reaches the language expert"
         return f"π0.5 joint: {tokens} by cross-entropy, beside a flow, {how}"
 

@@ -17,9 +17,10 @@ import numpy as np
 from pi0_jax.config import Gaussian, ModelConfig
 from pi0_jax.convert.formats import OpenCheckpoint, Overrides
 from pi0_jax.convert.lazy import LazyArray, computed, entry_by_entry, in_memory
-from pi0_jax.convert.parameters import has_velocity_expert, initial_parameters, parameters, replaced
+from pi0_jax.convert.parameters import FLOW, has_velocity_expert, initial_parameters, parameters, replaced
 from pi0_jax.errors import UserError
 from pi0_jax.model import lora
+from pi0_jax.model.head.joint import CODE_HEAD, CODE_TABLE
 from pi0_jax.sampler import Euler
 
 Dtype = Literal["float32", "bfloat16"]
@@ -51,6 +52,18 @@ def merge_lora(opened: OpenCheckpoint) -> OpenCheckpoint:
         for field, value in (("lora_attn_rank", 0), ("lora_mlp_rank", 0), ("lora_scale", 1.0)):
             plain[f"model.{expert}.{field}"] = value
     return opened._replace(policy=replaced(opened.policy, plain), tensors=tensors)
+
+
+def without_table(opened: OpenCheckpoint) -> OpenCheckpoint:
+    """The policy without a table of codes of their own and their head, which only its training needs: it acts by the
+    flow, as before, and by text."""
+    objective = opened.policy.objective
+    if objective.codec is None or not objective.codec.own_table:
+        return opened
+    tensors = {path: x for path, x in opened.tensors.items() if not path.startswith((CODE_TABLE, CODE_HEAD))}
+    objective = replaced(objective, {"codec": None}) if objective.text_tokens else getattr(objective, "flow", FLOW)
+    policy = dataclasses.replace(opened.policy, objective=objective)
+    return opened._replace(policy=policy, tensors=tensors, codec=None)
 
 
 def grow(opened: OpenCheckpoint, overrides: Overrides) -> OpenCheckpoint:

@@ -147,7 +147,8 @@ def _recipe(opened: OpenCheckpoint) -> str:
     policy = opened.policy
     if policy.model.variant == "pi0_fast" and opened.codec is None:
         return "π0-FAST, or a backbone that does not act: no action codec says which"
-    writes = f"; writes a subtask for every {policy.subtask_every} chunks" if policy.subtask_every else ""
+    every = f"every {policy.subtask_every} chunks" if policy.subtask_every > 1 else "each chunk"
+    writes = f"; writes a subtask for {every}" if policy.subtask_every else ""
     return policy.objective.recipe + writes
 
 

@@ -76,6 +76,9 @@ def convert(
     _check_target(target, overwrite)
     opened = open_checkpoint(source, overrides, offline)
     result, notes = _changed(opened, overrides, dtype, merge_lora, model)
+    if to != "pi0" and (less := change.without_table(result)) is not result:
+        result = less
+        notes.append(f"{to} has no action tokens of a table of their own: table, head and codec are left out")
     notes = [*opened.warnings, *notes, *formats()[to].lost(result)]
     license = license or card.find_license(opened)
     if formats()[to].card and license is None:

@@ -3,9 +3,10 @@
     text       {subtask or answer}  EOS
     actions    [BOS]  "Action: "  codes  |  EOS
 
-Code t of the FAST codec is id vocab_size - 1 - skip - t. Text that is longer than its room is cut, and still ends with
-EOS, so that a policy never writes more than there is room for; a chunk of too many codes loses its last ones. Both are
-counted in the log.
+Code t of the FAST codec is id vocab_size - 1 - skip - t. With a table of its own it is vocab_size + t, "Action: " is
+given and not learnt, and there is no end. Text that is longer than its room is cut, and still ends with EOS, so that a
+policy never writes more than there is room for; a chunk of too many codes loses its last ones. Both are counted in the
+log.
 """
 
 # pyright: reportTypedDictNotRequiredAccess=false
@@ -53,7 +54,8 @@ class ActionTokens:
     """
 
     def __init__(self, codec: FastCodec, fast: Fast, tokenizer: Tokenizer, vocab_size: int, texts: Iterable[str] = ()):
-        self.codec, self.room = codec, fast.max_tokens
+        self.codec, self.room, self.table = codec, fast.max_tokens, fast.own_table
+        """`table`: codes that are not of the vocabulary, but ids above it."""
         self.first = vocab_size - 1 - fast.skip
         """Id of code 0; the others are below."""
         self.given = int(fast.bos)
@@ -62,8 +64,15 @@ class ActionTokens:
         self.end = [*tokenizer.encode(BAR), tokenizer.eos_id]
         if len(self.end) != 2:
             raise UserError(f"the tokenizer writes {BAR!r}, the end of action tokens, as {len(self.end) - 1} tokens.")
-        if self.room <= (least := len(self.marker) + len(self.end)):
+        if self.room <= (least := len(self.marker) + (0 if self.table else len(self.end))):
             raise UserError(f"codec.max_tokens is {self.room}, and marker and end take {least} of them: 256 is usual.")
+        if self.table:
+            if self.table < codec.num_codes:
+                raise UserError(
+                    f"the action codec has {codec.num_codes} codes, and codec.own_table {self.table}: take as many."
+                )
+            self.first, self.given = vocab_size, len(self.marker)
+            return
         lowest = self.first - codec.num_codes + 1
         taken = {token for text in (*texts, EVERY_PROMPT) for token in tokenizer.encode(text)}
         clash = sorted(token for token in taken if lowest <= token <= self.first)
@@ -80,6 +89,8 @@ class ActionTokens:
 
     def ids(self, codes: list[int]) -> list[int]:
         """Ids of a chunk, however many."""
+        if self.table:
+            return [*self.marker, *(self.first + code for code in codes)]
         return [*self.marker, *(self.first - code for code in codes), *self.end]
 
     def tables(self, dims: int) -> CodecTables:

@@ -43,6 +43,8 @@ def network(config: Autoregressive, model: ModelConfig) -> LanguageNetwork:
         UserError: the model has an action expert.
     """
     check_dropout(config.dropout)
+    if config.codec.own_table:
+        raise UserError("codec.own_table is for objective Joint; π0-FAST writes ids of the vocabulary: take 0.")
     return language.network(model)
 
 

@@ -62,7 +62,7 @@ def network(config: Joint, model: ModelConfig) -> JointNetwork:
             "or take Gaussian, which learns the flow alone."
         )
     gaussian.network(_flow(config), model)
-    return joint.network(model, config.insulate)
+    return joint.network(model, config.insulate, config.codec.own_table if config.codec else 0)
 
 
 def make(config: Joint, network: JointNetwork) -> Objective:
@@ -72,24 +72,21 @@ def make(config: Joint, network: JointNetwork) -> Objective:
     def draw(batch: Batch, key: Key[Array, ""], step: Int[Array, ""] | int) -> tuple[gaussian.Draws, Counts]:
         draws = gaussian.draw_all(_flow(config), batch, key, step)
         text, *tokens = parts(config, batch)
-        found = count_of(tokens[0].learnt, config.reduction) if tokens else jnp.int32(0)
+        found = count(tokens[0], config.reduction) if tokens else jnp.int32(0)
         mask = gaussian.noisy(_flow(config), draws).mask & acts(batch)
-        return draws, Counts(count_of(text.learnt, config.reduction), found, jnp.sum(mask))
+        return draws, Counts(count(text, config.reduction), found, jnp.sum(mask))
 
-    def loss(params: Params, draws: gaussian.Draws, count: Counts) -> tuple[Float[Array, ""], Metrics]:
+    def loss(params: Params, draws: gaussian.Draws, counts: Counts) -> tuple[Float[Array, ""], Metrics]:
         it, found = gaussian.noisy(_flow(config), draws), parts(config, draws.batch)
         blocks = [part.block for part in found]
         hidden, velocity = network.write_and_flow(params, it.observation, blocks, it.x, it.time, unseen=len(blocks) - 1)
+        entropies = [cross_entropy(hidden[0], params["embedding"], found[0].block.tokens, found[0].learnt)]
+        entropies += [network.token_entropy(params, x, *part) for x, part in zip(hidden[1:], found[1:], strict=True)]
         losses = [
-            reduced(
-                cross_entropy(outputs, params["embedding"], part.block.tokens, part.learnt),
-                part.learnt,
-                number,
-                config.reduction,
-            )
-            for outputs, part, number in zip(hidden, found, count, strict=False)
+            reduced(entropy, part.learnt, number, config.reduction)
+            for entropy, part, number in zip(entropies, found, counts, strict=False)
         ]
-        flow = flow_loss(velocity, it.target, it.mask & acts(draws.batch), count.flow)
+        flow = flow_loss(velocity, it.target, it.mask & acts(draws.batch), counts.flow)
         metrics = dict(zip(("loss_text", "loss_tokens"), losses, strict=False)) | {"loss_flow": flow}
         weights = config.text_weight, config.token_weight
         return sum((w * x for w, x in zip(weights, losses, strict=False)), config.flow_weight * flow), metrics
@@ -132,7 +129,7 @@ def make(config: Joint, network: JointNetwork) -> Objective:
 def text_rules(embedding: Float[Array, "v d"], config: Joint, tables: CodecTables | None, b: int) -> Rules:
     """Any token but those of the codec, and what is above them in the vocabulary, until EOS."""
     end = len(embedding)
-    if config.codec is not None and tables is not None:
+    if config.codec is not None and tables is not None and not config.codec.own_table:
         end -= config.codec.skip + len(tables.code_bytes)
     eos = EOS if tables is None else tables.eos
     return until(lambda token: token == eos, embedding[:end], b)
@@ -162,6 +159,15 @@ def acts(batch: Batch) -> Bool[Array, "b 1 1 1"]:
     """Which examples have actions."""
     there = jnp.ones(len(batch.actions), bool) if batch.has_actions is None else batch.has_actions
     return there[:, None, None, None]
+
+
+def count(part: Part, reduction: str) -> Int[Array, ""]:
+    """What a part's loss is divided by; of places, those of tokens that are given do not count."""
+    if reduction != "place":
+        return count_of(part.learnt, reduction)
+    rows, columns = part.learnt.shape
+    given = jnp.sum(part.block.mask & ~part.learnt, axis=1)
+    return rows * (columns - jnp.min(jnp.where(jnp.any(part.learnt, axis=1), given, columns)))
 
 
 def parts(config: Joint, batch: Batch) -> list[Part]:

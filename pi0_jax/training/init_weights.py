@@ -10,6 +10,7 @@ from flax.traverse_util import unflatten_dict
 
 from pi0_jax import checkpoint
 from pi0_jax.errors import UserError
+from pi0_jax.model.head.joint import CODE_HEAD, CODE_TABLE
 from pi0_jax.training.partition import combine, flat, is_adapter
 from pi0_jax.training.resolve import Run
 from pi0_jax.training.state import TrainState
@@ -19,7 +20,7 @@ def first_weights(run: Run, shapes: TrainState) -> Any:
     """All weights, in the dtypes of `shapes` and made where they will live.
 
     Those of a checkpoint (all, or those of `init_parts`) are read into them; adapters that the checkpoint lacks start
-    without any effect (`model.lora.declare`). Everything else is random.
+    without any effect (`model.lora.declare`), and a table of codes that it lacks, and everything else, is random.
 
     Raises:
         UserError: `init_parts` that begin no parameter; or the checkpoint is damaged or does not fit
@@ -38,7 +39,8 @@ def first_weights(run: Run, shapes: TrainState) -> Any:
     taken = {
         name: leaf
         for name, leaf in names.items()
-        if name.startswith(beginnings or "") and not (is_adapter(name) and name not in stored)
+        if name.startswith(beginnings or "")
+        and not ((is_adapter(name) or name.startswith((CODE_TABLE, CODE_HEAD))) and name not in stored)
     }
     weights = checkpoint.restore_params(source, unflatten_dict(taken, sep="/"), partial=bool(beginnings))
     others = {name: leaf for name, leaf in names.items() if name not in taken}

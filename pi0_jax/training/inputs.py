@@ -270,7 +270,7 @@ def _tokenizer(
     if config.data.tokenizer is not None:
         return Tokenizer.from_file(config.data.tokenizer)
     fast, reserved = config.policy.objective.codec, 0
-    if fast is not None and codec is not None:
+    if fast is not None and codec is not None and not fast.own_table:
         reserved = fast.skip + codec.num_codes
         if config.policy.model.vocab_size - reserved < FEWEST_TOKENS:
             raise UserError(

@@ -150,6 +150,15 @@ def test_policies_that_write_and_flow_come_back_as_they_were(tmp_path, to):
     assert recipe in text(describe(open_checkpoint(tmp_path / "back")))
 
 
+def test_codes_of_a_table_of_their_own_stay_here(tmp_path):
+    weights = tiny_weights("pi05", objective=Joint(text_tokens=5, codec=Fast(own_table=7, max_tokens=9)))
+    write_checkpoint(weights, tmp_path / "source", "pi0")
+    record = convert(tmp_path / "source", tmp_path / "there", "openpi")
+    assert "openpi has no action tokens of a table of their own: table, head and codec are left out" in record["notes"]
+    found = differences(open_checkpoint(tmp_path / "source"), open_checkpoint(tmp_path / "there"))
+    assert len(found) == 4, found  # the objective's codec, and three parameters
+
+
 def test_statistics_are_not_written_elsewhere(tmp_path, source):
     with pytest.raises(ValueError, match="--asset-id"):
         convert(source, tmp_path / "out", "openpi", overrides=Overrides(asset_id="../../elsewhere"))

@@ -57,6 +57,19 @@ def test_action_tokens_are_marker_codes_bar_and_end(tokenizer, codec, bos):
     np.testing.assert_array_equal(targets.loss_mask, targets.mask & (np.arange(60) >= bos))
 
 
+def test_codes_of_a_table_of_their_own_come_after_a_marker_that_is_given(tokenizer, codec):
+    tokens = ActionTokens(codec, Fast(own_table=400, max_tokens=60), tokenizer, VOCAB, TEXTS)
+    example, marker = sample(1), tokenizer.encode("Action: ")
+    targets = write_targets(tokenizer, tokens, 0).forward(example)["targets"]
+    (codes,) = codec.encode(example["actions"])
+    assert targets.tokens[0][targets.mask[0]].tolist() == [*marker, *(VOCAB + code for code in codes)]
+    np.testing.assert_array_equal(targets.loss_mask, targets.mask & (np.arange(60) >= len(marker)))
+    with pytest.raises(UserError, match=f"has {codec.num_codes} codes, and codec.own_table 20: take as many"):
+        ActionTokens(codec, Fast(own_table=20), tokenizer, VOCAB)
+    with pytest.raises(UserError, match=r"codec\.max_tokens is 3, and marker and end take"):
+        ActionTokens(codec, Fast(max_tokens=3), tokenizer, VOCAB)
+
+
 def test_text_comes_first_and_the_flow_may_see_it(tokenizer, codec):
     tokens = ActionTokens(codec, Fast(skip=5, max_tokens=60), tokenizer, VOCAB, TEXTS)
     transform = pickle.loads(pickle.dumps(tokens)), write_targets(tokenizer, tokens, 20)

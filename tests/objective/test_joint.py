@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict
 
 from pi0_jax.config import Fast, Gaussian, Joint
 from pi0_jax.errors import UserError
-from pi0_jax.objective import make_objective
+from pi0_jax.objective import gaussian, joint, make_objective
 from tests.batches import random_batch
 from tests.conftest import tiny_config
 from tests.model.common import random_params
@@ -86,6 +86,51 @@ def test_examples_without_actions_do_not_train_the_flow():
     assert set(found.values()) == {0.0}
     assert losses[0] > 0
     assert losses[2] == 0
+
+
+OWN = 13
+"""Codes with a table of their own, of which each chunk has some after two tokens of the vocabulary that are given."""
+
+
+def test_codes_with_a_table_and_a_head_of_their_own():
+    codec = Fast(own_table=OWN, max_tokens=8)
+    config = Joint(codec=codec, text_tokens=4, flow=CONFIG.flow, reduction="place")
+    objective = make_objective(config, MODEL)
+    params = random_params(objective.network, np.random.default_rng(0))
+    place = jnp.cumsum(BATCH.targets.is_action, axis=1)
+    codes = jnp.where(place > 2, MODEL.vocab_size + BATCH.targets.tokens % OWN, BATCH.targets.tokens)
+    learnt = BATCH.targets.loss_mask & ((place == 0) | (place > 2))
+    batch = BATCH._replace(targets=BATCH.targets._replace(tokens=codes, loss_mask=learnt))
+
+    @jax.jit
+    def run(params, weights):
+        draws, counts = objective.draw(batch, jax.random.key(0), 0)
+        _, metrics = objective.loss(params, draws, counts)
+        text, actions = joint.parts(config, batch)
+        it = gaussian.noisy(config.flow, draws)
+        blocks = [text.block, actions.block]
+        hidden, _ = objective.network.write_and_flow(params, it.observation, blocks, it.x, it.time, unseen=1)
+        return jnp.dot(weights, jnp.stack([metrics[f"loss_{part}"] for part in PARTS])), (actions, hidden[1], metrics)
+
+    gradient = jax.jit(jax.grad(run, has_aux=True))
+    by_tokens, (actions, hidden, metrics) = gradient(params, jnp.array([0.0, 1.0, 0.0]))
+    by_flow, _ = gradient(params, jnp.array([0.0, 0.0, 1.0]))
+    # The loss as OpenTau has it: a linear head, and the mean over all places of codes, empty ones too.
+    head, mask = params["code_head"], np.asarray(actions.learnt)
+    logits = np.asarray(hidden, np.float64) @ np.asarray(head["kernel"], np.float64) + np.asarray(head["bias"])
+    logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    code = np.asarray(actions.block.tokens) - MODEL.vocab_size
+    nll = -np.take_along_axis(logp, np.maximum(code, 0)[..., None], axis=-1)[..., 0]
+    assert mask.any()
+    np.testing.assert_allclose(metrics["loss_tokens"], nll[mask].sum() / (len(nll) * (8 - 2)), rtol=1e-5)
+    for gradient, trains in ((by_tokens, True), (by_flow, False)):
+        norms = {path: float(jnp.abs(x).max()) for path, x in flatten_dict(gradient, sep="/").items()}
+        for path, largest in norms.items():
+            if path.startswith(("code_", *LANGUAGE)):
+                assert (largest > 0) == trains, path
+    # The table is not scaled by the root of the width, as words are.
+    embedded = objective.network.embed_tokens(params, jnp.array([[MODEL.vocab_size + 3]]))
+    np.testing.assert_array_equal(embedded[0, 0], params["code_embedding"][3])
 
 
 def test_an_objective_without_any_tokens_is_refused():

@@ -26,5 +26,5 @@ def make(*, image_size: int = 48) -> Simulator:
         per_task=50,
         layout=layout,
         subtask=lambda env: env.subtask,
-        questions=lambda env: ("top", env.questions()),
+        questions=lambda env: ("tool", env.questions()),
     )

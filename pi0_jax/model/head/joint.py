@@ -14,26 +14,62 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+import optax
+from jaxtyping import Array, Bool, Float, Int
 
 from pi0_jax.batch import Observation
 from pi0_jax.config import Expert, ModelConfig
 from pi0_jax.errors import UserError
-from pi0_jax.model import gemma
-from pi0_jax.model.declare import Spec
+from pi0_jax.model import gemma, layers
+from pi0_jax.model.declare import Leaf, Spec, linear
+from pi0_jax.model.entropy import cross_entropy
 from pi0_jax.model.gemma import Prefix
 from pi0_jax.model.head.expert import ExpertNetwork
 from pi0_jax.model.layers import Record
 from pi0_jax.model.writer import Block, Writer
 
+CODE_TABLE, CODE_HEAD = "code_embedding", "code_head"
+"""Parameters of codes that are not of the vocabulary."""
+
 
 @dataclasses.dataclass(frozen=True)
 class JointNetwork(Writer, ExpertNetwork):
-    """The network of π0.5 whose language expert writes; its parameters are the same."""
+    """The network of π0.5 whose language expert writes; its parameters are the same, but for a table of codes."""
 
     insulate: bool = True
+    own_table: int = 0
+    """Codes with an embedding and a linear head of their own: ids vocab_size and above."""
+
+    @property
+    def head_spec(self) -> Spec:
+        width, spec = self.config.language.width, super().head_spec
+        if not self.own_table:
+            return spec
+        # Unlike the vocabulary's, these embeddings are not scaled by the root of the width.
+        table = Leaf((self.own_table, width), ("vocab", "embed"), nn.initializers.normal(1.0))
+        return spec | {CODE_TABLE: table, CODE_HEAD: linear(width, self.own_table, ("embed", "vocab"))}
+
+    def embed_tokens(self, params: Spec, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+        """As of `PrefixNetwork`, and codes."""
+        if not self.own_table:
+            return super().embed_tokens(params, tokens)
+        code = tokens - self.config.vocab_size
+        words = super().embed_tokens(params, jnp.minimum(tokens, self.config.vocab_size - 1))
+        codes = params[CODE_TABLE][jnp.maximum(code, 0)].astype(self.dtype)
+        return jnp.where(code[..., None] >= 0, codes, words)
+
+    def token_entropy(
+        self, params: Spec, hidden: Float[Array, "b c d"], block: Block, learnt: Bool[Array, "b c"]
+    ) -> Float[Array, "b c"]:
+        """Cross-entropy of action tokens given the outputs that predict them, nats; 0 where nothing is learnt."""
+        if not self.own_table:
+            return cross_entropy(hidden, params["embedding"], block.tokens, learnt)
+        logits = layers.linear(hidden.astype(jnp.float32), params[CODE_HEAD])
+        code = jnp.maximum(block.tokens - self.config.vocab_size, 0)
+        return jnp.where(learnt, optax.softmax_cross_entropy_with_integer_labels(logits, code), 0.0)
 
     def write_and_flow(
         self,
@@ -84,12 +120,12 @@ class JointNetwork(Writer, ExpertNetwork):
         return self.placed(prefix._replace(state=self.embed_state(params, observation)))
 
 
-def network(config: ModelConfig, insulate: bool) -> JointNetwork:
-    """The network of a model with an action expert.
+def network(config: ModelConfig, insulate: bool, own_table: int) -> JointNetwork:
+    """The network of a model with an action expert; arguments are its fields.
 
     Raises:
         UserError: it has none.
     """
     if not isinstance(config.head, Expert):
         raise UserError(f"objective Joint needs the head Expert; policy.model.head is {type(config.head).__name__}.")
-    return JointNetwork(config, insulate=insulate)
+    return JointNetwork(config, insulate=insulate, own_table=own_table)

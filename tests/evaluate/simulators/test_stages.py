@@ -53,14 +53,14 @@ def test_objects_are_taken_at_rest_alone_and_are_gone():
     env = StagesEnv(image_size=24)
     env.reset(seed=3, options={"task": "leave_red_block"})
     ball = env.objects["blue ball"]
-    env._before, env._data.qpos[:2] = ball - [0.02, 0], ball
+    env._before, env._data.qpos[:2] = ball - [0.03, 0], ball
     env._judge()
     assert "blue ball" in env.objects  # it was passed
-    assert (env.observe()["images"]["top"][..., 2] > 150).any()
+    assert (env.observe()["images"]["tool"][..., 2] > 150).any()
     env._judge()
     assert (sorted(env.objects), env.wanted, env.failed) == (["green puck", "red block"], ["green puck"], False)
     assert env.subtask == "take the green puck"
-    assert not (env.observe()["images"]["top"][..., 2] > 150).any()
+    assert not (env.observe()["images"]["tool"][..., 2] > 150).any()
     env._before = env._data.qpos[:2] = env.objects["red block"]
     env._judge()
     assert (env.failed, env.success) == (True, False)

@@ -17,7 +17,7 @@ TURN_RATE, TURN = 0.12, 1.6
 """Probability that the circle turns at a control step, and the most it turns then, radians."""
 HALF_SPREAD, OFFSET = 0.15, 0.1
 """The circle stays within HALF_SPREAD of the table's centre, the ring starts within OFFSET of it, x and y, metres."""
-NEAR, HOLD = 0.025, 6
+NEAR, HOLD = 0.02, 8
 """The task is done when the ring's axis was this near the circle's centre, metres, for so many control steps on end."""
 HEIGHT = 0.05
 

@@ -124,10 +124,12 @@ def objects_xml() -> str:
     </body>"""
 
 
-def sample_positions(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Uniform positions within `HALF_SPREAD`, all at least `MIN_GAP` apart. Metres, float64[count, 2]."""
+def sample_positions(
+    rng: np.random.Generator, count: int, half_spread: float = HALF_SPREAD, min_gap: float = MIN_GAP
+) -> np.ndarray:
+    """Uniform positions within `half_spread`, all at least `min_gap` apart. Metres, float64[count, 2]."""
     while True:
-        points = rng.uniform(-HALF_SPREAD, HALF_SPREAD, size=(count, 2))
+        points = rng.uniform(-half_spread, half_spread, size=(count, 2))
         gaps = np.linalg.norm(points[:, None] - points[None], axis=-1)[np.triu_indices(count, 1)]
-        if gaps.min() >= MIN_GAP:
+        if gaps.min() >= min_gap:
             return points

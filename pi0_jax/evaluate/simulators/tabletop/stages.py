@@ -22,8 +22,9 @@ from pi0_jax.evaluate.simulators.tabletop.tasks import OBJECTS
 
 NEAR, REST = 0.04, 0.02
 """The ring takes an object this near its axis, if it moved less than this in a control step, metres."""
-APART = 0.08
-"""Least distance of the ring from all objects at the start, metres."""
+SPREAD, GAP = 0.11, 0.09
+"""Objects and ring start within SPREAD of the table's centre, x and y, so that the camera at the ring sees all objects,
+and at least GAP apart, metres."""
 HEIGHT = 0.06
 AWAY = np.array([2.0, 2.0])
 """Where taken objects are: out of sight."""
@@ -66,11 +67,9 @@ class StagesEnv(SingleTaskEnv):
         self.name = self._asked or drawn
         kind, named = TASKS[self.name]
         self.prompts = tuple(phrase.format(named) for phrase in PHRASINGS[kind])
-        self.objects: dict[str, np.ndarray] = dict(zip(OBJECTS, scene.sample_positions(rng, len(OBJECTS)), strict=True))
+        *places, start = scene.sample_positions(rng, len(OBJECTS) + 1, SPREAD, GAP)
+        self.objects = dict[str, np.ndarray](zip(OBJECTS, places, strict=True))
         self.wanted: list[str] = [name for name in OBJECTS if (name == named) == (kind == "take")]
-        start = rng.uniform(scene.START_LOW[:2], scene.START_HIGH[:2])
-        while min(np.linalg.norm(start - place) for place in self.objects.values()) < APART:
-            start = rng.uniform(scene.START_LOW[:2], scene.START_HIGH[:2])
         self._before = start
         return np.array([*start, HEIGHT])
 
@@ -106,10 +105,10 @@ class StagesEnv(SingleTaskEnv):
         return np.array([*shortened(move), lift], np.float32)
 
     def questions(self) -> dict[str, str]:
-        """Questions about the picture of the camera "top", with their answers: how many hundredths of the picture an
+        """Questions about the picture of the camera "tool", with their answers: how many hundredths of the picture an
         object is from the left, and from the top."""
-        reach = scene.TOP_CAMERA_REACH
+        reach = scene.TOOL_CAMERA_REACH * (1 + HEIGHT / scene.TOOL_CAMERA_HEIGHT)  # on the table
         return {
-            f"where is the {name}?": "{:.0f} {:.0f}".format(*(50 * (1 + place * (1, -1) / reach)))
+            f"where is the {name}?": "{:.0f} {:.0f}".format(*(50 * (1 + (place - self._tool[:2]) * (1, -1) / reach)))
             for name, place in self.objects.items()
         }
