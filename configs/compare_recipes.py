@@ -1,6 +1,6 @@
 """What action tokens, knowledge insulation, subtasks and image-text pairs do for following an instruction.
 
-Run:     pi0 record data/stages --env tabletop_stages
+Run:     pi0 record data/stages --env tabletop_stages --episodes 5000
          pi0 record data/stages-few --env tabletop_stages --episodes 60
          pi0 record data/stages-validation --env tabletop_stages --episodes 60 --split validation
          pi0 record data/stages-questions --env tabletop_stages --questions 1000 --seed 1
@@ -62,6 +62,7 @@ config = CompareConfig(
         "joint-open": contender(dataclasses.replace(joint, insulate=False)),
         "tokens": contender(Autoregressive(codec=codec), model=language, sampler=Greedy()),
         "joint-subtasks": contender(joint, subtasks),
+        "flow-regression": contender(dataclasses.replace(flow, regression_draw=True)),
         "few": contender(joint, {"data.datasets": (few,)}),
         "few-pairs": contender(joint, {"data.datasets": (few, pairs)}),
     },
