@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 
 from pi0_client.client import Client
+from pi0_jax import pi0
 from pi0_jax.config import TrainConfig
 from pi0_jax.config_file import load_config, parse
 from pi0_jax.data.robots import get_robot
 from pi0_jax.inference.policy import Policy
 from pi0_jax.serving.robot_policy import RobotPolicy
 from pi0_jax.training.resolve import resolve
+from tests.objective.cases import weights
 from tests.serving.fake import serving
 
 ROOT = Path(__file__).parents[1]
@@ -28,7 +30,15 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```", SERVING, re.MULTILINE | re.DOTALL)
 COMMANDS = [line.strip() for line in re.findall(r"^    (pi0 train (?:.*\\\n)*.*)$", f"{FLOW}\n{SERVING}", re.MULTILINE)]
 
 
-def test_the_blocks_of_the_page_on_flow_run_one_after_another():
+def test_the_blocks_of_the_page_on_flow_run_one_after_another(monkeypatch):
+    made = []
+
+    def init_params(objective, key):
+        """The page's six networks start at random; of all but the first, NumPy draws: it takes long to compile."""
+        made.append(objective)
+        return weights(objective) if len(made) > 1 else pi0.init_params(objective, key)
+
+    monkeypatch.setattr("pi0_jax.init_params", init_params)
     namespace: dict = {}
     blocks = list(re.finditer(r"^```python\n(.*?)^```", FLOW, re.MULTILINE | re.DOTALL))
     assert len(blocks) > 8
@@ -36,6 +46,7 @@ def test_the_blocks_of_the_page_on_flow_run_one_after_another():
         # Blank lines put the block where it stands, so that an error names the page's line.
         code = "\n" * FLOW[: block.start(1)].count("\n") + block.group(1)
         exec(compile(code, "docs/flow.md", "exec"), namespace)
+    assert len(made) == 6
     assert all(bool(jax.numpy.isfinite(namespace[name]).all()) for name in ("chunk", "error", "value", "ddpm", "bend"))
 
 

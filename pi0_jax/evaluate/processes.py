@@ -132,7 +132,8 @@ class Processes:
                 process = free.popleft()
             try:
                 how = (dataclasses.asdict(noise), cameras)
-                return Demonstration(*process.call("demonstrate", number, seed, split, *how))
+                *fields, subtasks = process.call("demonstrate", number, seed, split, *how)
+                return Demonstration(*fields, tuple(subtasks))  # a tuple arrives as a list
             finally:
                 free.append(process)
 

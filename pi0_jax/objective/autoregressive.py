@@ -107,17 +107,24 @@ def act(
     b = len(observation.prompt)
     begin = tables.marker if sampler.constrained else tables.marker[: int(config.bos)]
     given = jnp.broadcast_to(begin, (b, len(begin))) if len(begin) else None
+    like_openpi = sampler.like == "openpi"
+    if sampler.like == "lerobot" and given is not None:
+        observation, given = seen_by_prompt(observation, given), None
     prefix, hidden = network.read(params, observation, given)
     if sampler.constrained:
         rules = constrained(params["embedding"], config, tables, shape[0], b)
         room = config.max_tokens - len(begin) - 2  # `|` and EOS need not be written
     else:
-        rules, room = unconstrained(params["embedding"], tables, b), config.max_tokens - len(begin)
+        bar = tables.eos if like_openpi else tables.bar
+        rules = until(lambda token: (token == tables.eos) | (token == bar), params["embedding"], b)
+        room = config.max_tokens - len(begin)
     if room < 1:
         raise UserError(f"codec.max_tokens is {config.max_tokens}, which leaves no room for codes; 256 is usual.")
-    written = network.decode(params, prefix, hidden, rules, room, chooser(sampler, options.keys))
+    choose = chooser(sampler, options.keys)
+    written = network.decode(params, prefix, hidden, rules, room, choose, like_openpi=like_openpi)
     codes, mask = written.tokens, written.mask
     if not sampler.constrained:
+        mask = mask & (jnp.cumsum((codes == tables.bar) | (codes == tables.eos), axis=1) == 0)
         codes, mask = codes_of(codes, mask, config, tables, params["embedding"].shape[0])
     return fast.decode(codes, mask, tables, (shape[0], shape[1]))
 
@@ -145,9 +152,13 @@ def constrained(embedding: Float[Array, "v d"], config: Fast, tables: CodecTable
     )
 
 
-def unconstrained(embedding: Float[Array, "v d"], tables: CodecTables, b: int) -> Rules:
-    """Any token of the vocabulary, until EOS or `|`."""
-    return until(lambda token: (token == tables.eos) | (token == tables.bar), embedding, b)
+def seen_by_prompt(observation: Observation, tokens: Int[Array, "b g"]) -> Observation:
+    """The observation with further tokens of the prompt, which all of it sees."""
+    mask = jnp.ones(tokens.shape, bool)
+    return observation._replace(
+        prompt=jnp.concatenate([observation.prompt, tokens], axis=1),
+        prompt_mask=jnp.concatenate([observation.prompt_mask, mask], axis=1),
+    )
 
 
 def codes_of(

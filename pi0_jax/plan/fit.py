@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -82,11 +83,13 @@ def find_fitting(config: TrainConfig, plan: Plan) -> tuple[str, Plan] | None:
     run, program, _ = build_program(config, devices)
     scale = plan.temporaries / estimate_temporaries(run, program)
 
-    def guess(other: TrainConfig) -> float:
+    def guess(other: TrainConfig, memory: float = math.inf) -> float:
+        """Bytes per device; of what is resident alone where that is more than the memory, since the rest takes time."""
         run, program, batch = build_program(other, devices)
-        return sum(resident_bytes(program, batch).values()) + scale * estimate_temporaries(run, program)
+        held = sum(resident_bytes(program, batch).values())
+        return held + (scale * estimate_temporaries(run, program) if held <= memory else 0.0)
 
     for flags, other in alternatives(config, run.mesh, guess):
-        if guess(other) <= plan.device.memory and (checked := make_plan(other, plan.topology)).fits:
+        if guess(other, plan.device.memory) <= plan.device.memory and (checked := make_plan(other, plan.topology)).fits:
             return flags, checked
     return None

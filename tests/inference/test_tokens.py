@@ -54,6 +54,10 @@ def test_a_policy_of_action_tokens_acts(folder, codec):
     assert np.abs(drawn[2] - drawn[0]).max() > 1e-3
     free = policy.infer(observation, sampler=Greedy(constrained=False))
     assert np.isfinite(free).all()
+    like = policy.infer(observation, sampler=Greedy(constrained=False, like="openpi"))
+    assert np.isfinite(like).all()
+    with pytest.raises(ValueError, match="'openpi' is for unconstrained decoding"):
+        Greedy(like="openpi")
     with pytest.raises(ValueError, match="no number of steps to choose"):
         policy.infer(observation, num_steps=3)
 

@@ -218,9 +218,10 @@ def test_bfloat16_stays_close_and_returns_float32(variant):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_rematerialisation_changes_no_gradient(variant):
+    cameras = ("top", "tool") if variant == "pi0" else ()  # both have the same image encoder
     gradients = []
     for remat in ("none", "matmuls", "gate_up", "full"):
-        tiny = Tiny(variant, remat=remat)
+        tiny = Tiny(variant, remat=remat, cameras=cameras)
         gradients.append(jax.jit(jax.grad(lambda p: jnp.sum(jnp.square(tiny(params=p)))))(tiny.params))
     for other in gradients[1:]:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), gradients[0], other)

@@ -42,7 +42,8 @@ def path_names(tree) -> dict:
 
 @pytest.mark.parametrize(("head", "kind"), PAIRS)
 def test_a_few_updates_on_one_batch_lower_the_loss_and_reach_every_parameter(head, kind):
-    config = small_config(head=HEADS[head])
+    # An image encoder, of which no objective knows, takes a third of the time to compile.
+    config = small_config(head=HEADS[head], cameras=("top",) if kind in ("velocity", "parallel") else ())
     objective, rng = make_objective(OBJECTIVES[kind], config), np.random.default_rng(0)
     assert isinstance(objective.network, TokenNetwork if isinstance(OBJECTIVES[kind], Tokens) else Network)
     params = random_params(objective.network, rng)

@@ -15,6 +15,7 @@ from pi0_jax.model import fold, mask
 from pi0_jax.model.entropy import logits
 from pi0_jax.model.writer import Block, Rules, greedy
 from pi0_jax.objective import make_objective
+from pi0_jax.objective.autoregressive import seen_by_prompt
 from tests.parity.common import Case, folders, read_spec, relative_error
 
 SKIP = "no fixtures of π0-FAST; set PI0_FIXTURES"
@@ -101,10 +102,8 @@ def test_lerobots_greedy_tokens_with_its_bos_in_the_prompt(folder):
         pytest.skip(SKIP)
     case, bos = Fasts(folder, "token", bos=True), read_spec(folder)["bos"]
     o = case.observation
-    seen = o._replace(  # LeRobot trains a causal BOS, and decodes from one that the prompt sees
-        prompt=jnp.pad(o.prompt, ((0, 0), (0, 1)), constant_values=bos),
-        prompt_mask=jnp.pad(o.prompt_mask, ((0, 0), (0, 1)), constant_values=True),
-    )
+    # LeRobot trains a causal BOS, and decodes from one that the prompt sees (sampler.like).
+    seen = seen_by_prompt(o, jnp.full((len(o.prompt), 1), bos))
     count = case.io["greedy_kv"].shape[1]
     np.testing.assert_array_equal(case.decode(seen, count), case.io["greedy_kv"])
     folded = fold.fold(case.network, fold.from_tree(case.params))
@@ -148,3 +147,29 @@ def test_openpis_first_token_and_its_positions(folder):
     if all(case.io[f"image_masks/{name}"].all() for name in case.config.cameras):  # see test_openpi.py
         np.testing.assert_array_equal(ours, theirs)
     assert (ours != sound).any()
+
+
+@pytest.mark.parametrize("folder", folders("openpi_*", "pi0_fast"), ids=lambda folder: folder and folder.name)
+def test_openpis_rows_end_with_the_same_token_or_not_at_all(folder):
+    if folder is None:
+        pytest.skip(SKIP)
+    case, room = Fasts(folder, "example"), 5
+
+    @jax.jit
+    def lengths(params, ends):
+        """Tokens of rows that end after `ends` of them, as openpi has it."""
+        prefix, hidden = case.network.read(params, case.observation)
+        rules = Rules(
+            params["embedding"],
+            jnp.arange(len(params["embedding"])),
+            jnp.zeros(len(ends), int),
+            lambda count: jnp.ones((len(ends), len(params["embedding"])), bool),
+            lambda count, token: (count + 1, count + 1 == ends),
+        )
+        found = case.network.decode(params, prefix, hidden, rules, room, greedy, like_openpi=True)
+        return jnp.sum(found.mask, axis=1)
+
+    rows = len(case.observation.prompt)
+    assert rows > 1
+    np.testing.assert_array_equal(lengths(case.params, jnp.full(rows, 2)), np.full(rows, 2))
+    np.testing.assert_array_equal(lengths(case.params, 1 + jnp.arange(rows)), np.full(rows, room))
