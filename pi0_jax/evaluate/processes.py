@@ -132,8 +132,8 @@ class Processes:
                 process = free.popleft()
             try:
                 how = (dataclasses.asdict(noise), cameras)
-                *fields, subtasks = process.call("demonstrate", number, seed, split, *how)
-                return Demonstration(*fields, tuple(subtasks))  # a tuple arrives as a list
+                found = Demonstration(*process.call("demonstrate", number, seed, split, *how))
+                return found._replace(subtasks=tuple(found.subtasks))  # a tuple arrives as a list
             finally:
                 free.append(process)
 
