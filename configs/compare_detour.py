@@ -25,8 +25,8 @@ train = replace(
         "optim.ema_decay": 0.99,
         "data.path": "data/detour",
         "data.validation_path": "data/detour-validation",
-        "num_steps": 600,
-        "validate_every": 600,
+        "num_steps": 1200,
+        "validate_every": 1200,
     },
 )
 

@@ -134,10 +134,10 @@ def _check_numbers(config: TrainConfig) -> None:
     for name in counts.split():
         if getattr(config, name) < 1:
             raise UserError(f"{name} is {getattr(config, name)}; it has to be at least 1.")
-    if config.augment.square_symmetries and config.policy.model.variant == "pi05":
+    if config.augment.square_symmetries and config.policy.model.variant != "pi0" and config.policy.state_in_prompt:
         raise UserError(
-            "augment.square_symmetries turns the state, but π0.5 reads it from the prompt, where it would stay as it "
-            "was. Turn the symmetries off, or train pi0."
+            "augment.square_symmetries turns the state, but this policy reads it from the prompt, where it would stay "
+            "as it was. Turn the symmetries off, or policy.state_in_prompt, or train pi0."
         )
     if config.keep_best and config.save_every % config.validate_every:
         raise UserError(
