@@ -161,9 +161,15 @@ def _delays(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for way, latency in dict.fromkeys((row["way"], row["latency_ms"]) for row in found):
         mine = [row for row in found if (row["way"], row["latency_ms"]) == (way, latency)]
         pooled = success_rate(sum(row["successes"] for row in mine), sum(row["episodes"] for row in mine))
-        means = {key: float(np.mean([row[key] for row in mine])) for key in ("held", "seam", "inside", "break")}
+        means = {
+            key: float(np.mean([row[key] for row in mine])) for key in ("seconds", "held", "seam", "inside", "break")
+        }
         rows.append({"way": way, "latency_ms": latency, "pooled": pooled[2:], **means})
     return rows
+
+
+def _known(value: float) -> str:
+    return "–" if np.isnan(value) else f"{value:.1f}"
 
 
 def _enough(rows: list[dict[str, Any]]) -> int:
@@ -236,18 +242,20 @@ def _behaviour(policies: dict[str, Any], demonstrated: dict[str, int] | None) ->
             row["way"],
             row["latency_ms"],
             Interval(*row["pooled"]).text(style=".1%"),
-            f"{row['held']:.1f}",
-            *(f"{1e3 * row[key]:.1f}" for key in ("seam", "inside", "break")),
+            *(_known(row[key]) for key in ("seconds", "held")),
+            *(_known(1e3 * row[key]) for key in ("seam", "inside", "break")),
         ]
         for label, p in policies.items()
         for row in p["delays"]
     ]
     if rows:
         text = (
-            "Simulated time, in which answers come so late. Steps held still per episode; mean changes from one action "
-            "to the next where a chunk begins, and inside chunks; departure of a new chunk from the old. 1e-3 units."
+            "Simulated time, in which answers come so late. Seconds per successful episode; steps held still per "
+            "episode; mean changes from one action to the next where a chunk begins, and inside chunks; departure of a "
+            "new chunk from the old. 1e-3 units."
         )
-        head = ["policy", "way of acting", "latency, ms", "success (Wilson)", "held", "at seams", "inside", "departure"]
+        head = ["policy", "way of acting", "latency, ms", "success (Wilson)", "seconds"]
+        head += ["held", "at seams", "inside", "departure"]
         sections.append(("What does delay do?", None, f"<p>{text}</p>{table(head, rows)}"))
     return sections
 
