@@ -41,19 +41,35 @@ config = TrainConfig(
 """
 PROGRAM = """
 import os, signal, sys
+from pathlib import Path
+import numpy as np
 import pytest
 from pi0_jax.cli import main
 from pi0_jax.training import loop
+from pi0_jax.training.partition import flat
 from tests.conftest import random_weights
 from tests.training.test_loop import at_step
-step, action, *args = sys.argv[1:]
+step, action, own, *args = sys.argv[1:]
+own_weights = loop.first_weights
+
+def first_weights(run, shapes):
+    # NumPy's, which compile nothing. `own`: a file that the network's own are written to, or compared with.
+    if own:
+        weights = flat(own_weights(run, shapes))
+        if not Path(own).is_file():
+            np.savez(own, **weights)
+        with np.load(own) as alone:
+            for name, x in weights.items():
+                for shard in x.addressable_shards:
+                    np.testing.assert_array_equal(shard.data, alone[name][shard.index], name)
+    return random_weights(run, shapes)
 
 def act():
     if action == "fail":
         raise OSError("the disk of this host is gone")
     os.kill(os.getpid(), getattr(signal, action))
 
-loop.first_weights = random_weights  # test_sharding.py has the network's own, on any mesh
+loop.first_weights = first_weights
 if action:
     at_step(pytest.MonkeyPatch(), int(step), act)
 sys.exit(main(args))
@@ -86,15 +102,21 @@ def config(tmp_path_factory) -> Path:
 
 
 def start(
-    config: Path | None, run_dir: Path | None, *flags: str, devices: int = 1, at: int = 0, action: str = ""
+    config: Path | None,
+    run_dir: Path | None,
+    *flags: str,
+    devices: int = 1,
+    at: int = 0,
+    action: str = "",
+    weights: Path | str = "",
 ) -> subprocess.Popen:
     """`pi0 train` (without a config: votes alone) in a process of its own, which sends itself a signal, or fails, in
-    step `at`."""
+    step `at`, and writes the network's own initial weights to the file `weights`, or compares its own with it."""
     shared = re.sub("--xla_force_host_platform_device_count=[0-9]+", "", os.environ["XLA_FLAGS"])
     environment = os.environ | {
         "XLA_FLAGS": f"{shared} --xla_force_host_platform_device_count={devices}",
     }
-    program, own = PROGRAM, ("train", str(config), "--run-dir", str(run_dir))
+    program, own = PROGRAM, (str(weights), "train", str(config), "--run-dir", str(run_dir))
     if config is None:
         program, own = STEPS_ALONE.format(heartbeat=HEARTBEAT), ()
     return subprocess.Popen(
@@ -113,7 +135,7 @@ def together(
         port = free.getsockname()[1]
     processes = []
     for index in range(count):
-        own = options if index == actor else {k: v for k, v in options.items() if k == "devices"}
+        own = options if index == actor else {k: v for k, v in options.items() if k in ("devices", "weights")}
         joined = ("--hosts.coordinator", f"127.0.0.1:{port}", "--hosts.count", str(count), "--hosts.index", str(index))
         processes.append(start(config, run_dir, *joined, *flags, **own))
     try:
@@ -154,7 +176,7 @@ def assert_same_losses(run_dir: Path, reference: dict[int, float], steps: int):
 def reference(config) -> dict[int, float]:
     """Losses of one process with one device."""
     run_dir = config.parent / "reference"
-    done(start(config, run_dir))
+    done(start(config, run_dir, weights=config.parent / "weights.npz"))
     return losses(run_dir)
 
 
@@ -163,7 +185,9 @@ def test_two_processes_of_four_devices_stop_at_one_step_and_their_checkpoint_giv
 ):
     run_dir = tmp_path / "eight"
     preset = ("--sharding", str(ROOT / "configs" / "sharding" / "multi_slice.py"))
-    codes, texts, _ = together(config, run_dir, *preset, *PATIENT, devices=4, at=SAVED + 1, action="SIGTERM")
+    weights = config.parent / "weights.npz"
+    how = {"devices": 4, "at": SAVED + 1, "action": "SIGTERM", "weights": weights}
+    codes, texts, _ = together(config, run_dir, *preset, *PATIENT, **how)
     assert codes == [0, 0], texts
     assert "8 x cpu of 2 processes, mesh data 2 x fsdp 4" in texts[0]
     assert "step 5 of" not in texts[1]  # the first process alone says what both do
