@@ -63,10 +63,11 @@ def compare(args: Compare) -> None:
     if args.cell is not None:
         run_cell(config, *args.cell)
         return
-    for path in (config.train.data.path, config.train.data.validation_path):
+    for path, flags in ((config.train.data.path, ""), (config.train.data.validation_path, " --split validation")):
         if path is None or not Path(path).is_dir():
             raise FileNotFoundError(
-                f"a comparison needs demonstrations in {path}; record them first (make compare does)."
+                f"a comparison needs demonstrations in {path}. Record them first, as the head of {args.config} says: "
+                f"pi0 record {path} --env {config.env}{flags}"
             )
     begin = time.monotonic()
     run_cells(config, args.command(), args.jobs)

@@ -205,7 +205,8 @@ class LeRobotWriter:
     def _refuse_existing(self) -> None:
         if self.root.exists() and not self.overwrite:
             raise FileExistsError(
-                f"{self.root} exists. Choose another folder, or replace it: --overwrite, overwrite=True."
+                f"{self.root} exists. Choose another folder, or replace it: --overwrite at the command line, "
+                "overwrite=True in Python."
             )
 
     def _close_files(self) -> None:
