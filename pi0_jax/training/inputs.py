@@ -275,7 +275,7 @@ def _tokenizer(
         if config.policy.model.vocab_size - reserved < FEWEST_TOKENS:
             raise UserError(
                 f"model.vocab_size is {config.policy.model.vocab_size}, and action tokens take {reserved} of it: raise "
-                f"it to {reserved + FEWEST_TOKENS} or more, or take a codec of fewer codes: --data.codes "
-                "300."
+                f"it to {reserved + FEWEST_TOKENS} or more, or take a codec of fewer codes: "
+                "--data.codes 300."
             )
     return Tokenizer.train(_texts(datasets), config.policy.model.vocab_size - reserved)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from pi0_jax.evaluate.simulators.tabletop import scene
-from pi0_jax.evaluate.simulators.tabletop.single import SingleTaskEnv, shortened
+from pi0_jax.evaluate.simulators.tabletop.single import SingleTaskEnv
 
 SPEED = 0.016
 """Of the circle, metres per control step."""
@@ -62,5 +62,4 @@ class ChaseEnv(SingleTaskEnv):
     def expert(self) -> np.ndarray:
         """Goes where the circle will be after this step."""
         move = self.target + self.velocity - self._data.ctrl[:2]
-        lift = np.clip(HEIGHT - self._data.ctrl[2], -scene.MAX_ACTION, scene.MAX_ACTION)
-        return np.array([*shortened(move), lift], np.float32)
+        return self._action(move, HEIGHT)

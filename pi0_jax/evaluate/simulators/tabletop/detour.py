@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from pi0_jax.evaluate.simulators.tabletop import scene
-from pi0_jax.evaluate.simulators.tabletop.single import SingleTaskEnv, shortened
+from pi0_jax.evaluate.simulators.tabletop.single import SingleTaskEnv
 
 PILLAR_RADIUS, KEEP_OFF = 0.015, 0.01
 TOUCH = scene.RING_RADIUS + scene.POST_RADIUS + PILLAR_RADIUS + KEEP_OFF
@@ -96,5 +96,4 @@ class DetourEnv(SingleTaskEnv):
             # Along the tangent to the circle around the pillar; on that circle, along it; inside it, outward too.
             inward = np.arcsin(orbit / distance) if distance > orbit else np.pi / 2 + min(1.0, 20 * (orbit - distance))
             move = scene.MAX_ACTION * _turned(-away / distance, side * inward)
-        lift = np.clip(HEIGHT - self._data.ctrl[2], -scene.MAX_ACTION, scene.MAX_ACTION)
-        return np.array([*shortened(move), lift], np.float32)
+        return self._action(move, HEIGHT)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from pi0_jax.evaluate.simulators.tabletop import scene
-from pi0_jax.evaluate.simulators.tabletop.single import SingleTaskEnv, shortened
+from pi0_jax.evaluate.simulators.tabletop.single import SingleTaskEnv
 
 PLAY = 0.002
 """Room between the puck and the ring around it, metres. The round ends of the posts guide the ring on from
@@ -51,5 +51,4 @@ class InsertionEnv(SingleTaskEnv):
         move = self.puck - self._data.ctrl[:2]
         distance = float(np.linalg.norm(self.puck - self._tool[:2]))
         height = LOW_HEIGHT if distance < PLAY else TRAVEL_HEIGHT
-        lift = np.clip(height - self._data.ctrl[2], -scene.MAX_ACTION, scene.MAX_ACTION)
-        return np.array([*shortened(move), lift], np.float32)
+        return self._action(move, height)

@@ -72,6 +72,11 @@ class SingleTaskEnv(GantryEnv):
         """Sets `success` and `failed` after a control step."""
         raise NotImplementedError
 
+    def _action(self, move: np.ndarray, height: float) -> np.ndarray:
+        """An action of a horizontal move, made shorter where it is too long, that also leads to `height`, metres."""
+        lift = np.clip(height - self._data.ctrl[2], -scene.MAX_ACTION, scene.MAX_ACTION)
+        return np.array([*shortened(move), lift], np.float32)
+
     def _place(self) -> None:
         self._data.mocap_pos[:, :2] = self._positions()
 

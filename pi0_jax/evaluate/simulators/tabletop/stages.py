@@ -17,7 +17,7 @@ import numpy as np
 
 from pi0_jax.errors import UserError
 from pi0_jax.evaluate.simulators.tabletop import scene
-from pi0_jax.evaluate.simulators.tabletop.single import SingleTaskEnv, shortened
+from pi0_jax.evaluate.simulators.tabletop.single import SingleTaskEnv
 from pi0_jax.evaluate.simulators.tabletop.tasks import OBJECTS
 
 NEAR, REST = 0.04, 0.02
@@ -55,7 +55,7 @@ class StagesEnv(SingleTaskEnv):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As of `SingleTaskEnv`, which see."""
+        """As of `SingleTaskEnv`."""
         others = dict(options or {})
         self._asked = others.pop("task", None)
         if self._asked not in (None, *TASKS):
@@ -101,8 +101,7 @@ class StagesEnv(SingleTaskEnv):
     def expert(self) -> np.ndarray:
         """Goes straight to the next object, and rests there."""
         move = self.objects[self._next] - self._data.ctrl[:2]
-        lift = np.clip(HEIGHT - self._data.ctrl[2], -scene.MAX_ACTION, scene.MAX_ACTION)
-        return np.array([*shortened(move), lift], np.float32)
+        return self._action(move, HEIGHT)
 
     def questions(self) -> dict[str, str]:
         """Questions about the picture of the camera "tool", with their answers: how many hundredths of the picture an
