@@ -111,6 +111,9 @@ def describe(plan: Plan) -> str:
     rows += [(kind, _size(sent), "sent") for kind, sent in plan.comm_bytes.items() if sent]
     lines = [f"{plan.topology}: {math.prod(plan.mesh.values())} devices, mesh {axes}, batch {plan.batch_size}", ""]
     lines += _rows(rows)
+    if plan.timeline is not None and plan.network:
+        beside, sent = plan.timeline.beside, plan.timeline.sent
+        lines += ["", f"{beside / sent:.0%} of what is sent goes beside matrix products, in the order of the program"]
     if plan.times:
         times = ", ".join(f"{name} {_duration(seconds)}" for name, seconds in plan.times.items())
         lines += ["", f"a step takes at least {_duration(max(plan.times.values()))} ({times}),"]
