@@ -69,8 +69,6 @@ class Infer(SimulatorFlags):
     Every step is drawn, and episodes are in memory until they end."""
     overwrite: bool = False
     """Replace an existing dataset at --record."""
-    seed: int = 0
-    """Seed of the noise, and of the simulator's layouts."""
     num_steps: int | None = None
     """Solver steps from noise to actions; the checkpoint's own number by default."""
     sampler: str | None = None
@@ -126,8 +124,6 @@ class Report(SimulatorFlags):
 
     episodes: int = 200
     """Episodes for each number of solver steps."""
-    seed: int = 0
-    """Seed of the evaluation layouts, which never overlap with those of demonstrations."""
     output: Path | None = None
     """HTML file to write; <run>/report.html by default."""
 

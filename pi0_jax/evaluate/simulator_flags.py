@@ -35,19 +35,24 @@ class SimulatorFlags:
     env_python: Path | None = None
     """Interpreter that has the simulator's packages, if this one has not; neither JAX nor pi0_jax has to be in it. By
     default this one, or that of `pi0 env install`."""
+    seed: int = 0
+    """Seed of the noise, and of the simulator's layouts, which never overlap with those of demonstrations. Of rollouts
+    that the run was trained on, take another one."""
 
 
 Flags = TypeVar("Flags", bound=SimulatorFlags)
 
 
 class Recording(NamedTuple):
-    """How a dataset was recorded."""
+    """How a dataset was recorded in a simulator."""
 
     dataset: str
     """Its folder."""
     simulator: str
     """Its name, or its Python file."""
     options: dict[str, Any]
+    seed: int | None
+    """Seed of the evaluation's layouts, where it has the rollouts of one."""
 
 
 def with_simulator(args: Flags) -> Flags:
@@ -56,36 +61,43 @@ def with_simulator(args: Flags) -> Flags:
     Raises:
         UserError: neither the flags nor the run's demonstrations name a simulator, and none is of the policy's robot.
     """
-    given, recording = parse_options(args.env_options), find_recording(args.run, args.env)
-    if recording is None:
+    given, recordings = parse_options(args.env_options), find_recordings(args.run)
+    if args.env is None:
+        usable = [each for each in recordings if each.simulator in simulator_names() or Path(each.simulator).is_file()]
+    else:
+        usable = [each for each in recordings if Path(each.simulator).stem == Path(args.env).stem]
+    if not usable:
         assets = load_assets(args.run)
         name = args.env or find_simulator(kept_robot(assets.policy.robot, assets.robot).name)
         return dataclasses.replace(args, env=name)
-    words = {name: f"{name}={_word(value)}" for name, value in (recording.options | given).items()}
-    taken = [word for name, word in words.items() if name not in given]
+    first = usable[0]
+    name = args.env or first.simulator
+    words = {option: f"{option}={_word(value)}" for option, value in (first.options | given).items()}
+    taken = [word for option, word in words.items() if option not in given]
     if taken or args.env is None:
-        taken = " ".join([recording.simulator, *taken])
-        print(f"simulator {taken}, as {recording.dataset} was recorded; --env and --env-options choose otherwise")
-    return dataclasses.replace(args, env=recording.simulator, env_options=tuple(words.values()))
+        taken = " ".join([name, *taken])
+        print(f"simulator {taken}, as {first.dataset} was recorded; --env and --env-options choose otherwise")
+    for each in usable:
+        if each.seed == args.seed and Path(each.simulator).stem == Path(name).stem:
+            print(f"the run was trained on {each.dataset}, rollouts of seed {args.seed}; --seed gives other layouts")
+    return dataclasses.replace(args, env=name, env_options=tuple(words.values()))
 
 
-def find_recording(run: Path, simulator: str | None = None) -> Recording | None:
-    """How the first of the run's datasets was recorded that came from a simulator, or from the one given; None where no
-    dataset says so, or is not there."""
+def find_recordings(run: Path) -> list[Recording]:
+    """How those of a run's datasets were recorded that came from a simulator, and are where they were."""
     train = load_assets(run).train
     if train is None or not (train.data.datasets or train.data.path):
-        return None
+        return []
+    found = []
     for dataset in dataset_configs(train.data):
-        story = Path(dataset.path).expanduser() / STORY
-        if dataset.robot not in (None, train.policy.robot) or not story.is_file():
+        file = Path(dataset.path).expanduser() / STORY
+        if dataset.robot not in (None, train.policy.robot) or not file.is_file():
             continue
-        found = json.loads(story.read_text())
-        name = str(found.get("simulator"))
-        if simulator is not None and Path(name).stem == Path(simulator).stem:
-            return Recording(dataset.path, simulator, dict(found.get("options", {})))
-        if simulator is None and (name in simulator_names() or Path(name).is_file()):
-            return Recording(dataset.path, name, dict(found.get("options", {})))
-    return None
+        story = json.loads(file.read_text())
+        if "simulator" in story:
+            seed = story["seed"] if "policy" in story else None
+            found.append(Recording(dataset.path, story["simulator"], dict(story["options"]), seed))
+    return found
 
 
 def parse_options(texts: tuple[str, ...]) -> dict[str, Any]:

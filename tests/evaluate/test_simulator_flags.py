@@ -46,8 +46,17 @@ def test_a_run_is_evaluated_as_its_demonstrations_were_recorded(trained_on, caps
     said = capsys.readouterr().out
     assert "simulator tabletop_stages image_size=64, as " in said
     assert "2 was recorded" in said
-    options = with_simulator(Evaluate(RUN, env="tabletop_detour")).env_options
-    assert parse_options(options) == DETOUR["options"]
+    args = with_simulator(Evaluate(RUN, env="tabletop_detour"))
+    assert parse_options(args.env_options) == DETOUR["options"]
+    assert "trained on" not in said
+
+
+def test_layouts_of_rollouts_that_a_run_was_trained_on_are_named(trained_on, capsys):
+    trained_on(STAGES, {**STAGES, "policy": "runs/first", "seed": 7})
+    with_simulator(Evaluate(RUN, seed=7))
+    assert "1, rollouts of seed 7; --seed gives other layouts" in capsys.readouterr().out
+    with_simulator(Evaluate(RUN, seed=8))
+    assert "trained on" not in capsys.readouterr().out
 
 
 def test_flags_come_before_what_was_recorded(trained_on, capsys):
