@@ -17,9 +17,9 @@ from typing import Annotated
 
 import tyro
 
-from pi0_jax.evaluate.commands import _options
 from pi0_jax.evaluate.environments import open_simulator
 from pi0_jax.evaluate.rollout import roll_out
+from pi0_jax.evaluate.simulator_flags import parse_options
 from pi0_jax.evaluate.simulators.gym import Simulator
 from pi0_jax.inference.policy import Policy
 
@@ -36,7 +36,7 @@ class Args:
 
 def measure(args: Args, policy: Policy, batch_size: int, processes: int | None) -> float:
     """Steps per second, after a warm-up of one episode per environment."""
-    simulator = open_simulator(args.env, _options(args.env_options), args.env_python, processes)
+    simulator = open_simulator(args.env, parse_options(args.env_options), args.env_python, processes)
     roll_out(policy, simulator, batch_size, 1, batch_size=batch_size)
     begun = time.perf_counter()
     found = roll_out(policy, simulator, args.episodes, 0, batch_size=batch_size)

@@ -4,8 +4,7 @@ Run:     pi0 env install metaworld
          pi0 record data/mt5 --env metaworld --episodes 250 --env-options image_size=96 \
              tasks=reach,door-open,drawer-close,button-press-topdown,window-open
          pi0 train configs/metaworld_mt5.py
-         pi0 evaluate runs/mt5 --env metaworld --env-options image_size=96 \
-             tasks=reach,door-open,drawer-close,button-press-topdown,window-open
+         pi0 evaluate runs/mt5                     # in the simulator, and by the options, of data/mt5
 """
 
 from pi0_jax.config import (

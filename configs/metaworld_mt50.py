@@ -4,7 +4,7 @@ Run:     pi0 env install metaworld
          pi0 record data/mt50 --env metaworld --episodes 2500 --env-options image_size=96 tasks=mt50
          pi0 plan configs/metaworld_mt50.py --topology h100:1
          pi0 train configs/metaworld_mt50.py
-         pi0 evaluate runs/mt50 --env metaworld --env-options image_size=96 tasks=mt50
+         pi0 evaluate runs/mt50
 
 MT10:    record and evaluate with tasks=mt10 (500 episodes); plan and train with
          --data.path data/mt10 --run-dir runs/mt10 --num-steps 10000

@@ -96,6 +96,10 @@ class DataConfig:
     validation_share: float = 0.0
     """Share of the episodes that is held out for the validation loss, by a hash of their states and actions: copies of
     an episode are on the same side."""
+    success_only: bool = False
+    """Leave episodes that failed out of training, statistics and validation: those whose column `next.success` is 0
+    throughout (rollouts of `pi0 evaluate --record` have it; a dataset's `keys` name another one). Of a mixture,
+    datasets without the column are taken whole."""
     norm_stats: str | None = None
     """File of statistics (`pi0 data stats`, or openpi's norm_stats.json); None: computed from the demonstrations."""
     trust_norm_stats: bool = False

@@ -29,7 +29,7 @@ from pi0_jax.data.ranges import sampled_frames
 from pi0_jax.data.rates import Resampled, log_rate, same_rate
 from pi0_jax.data.rlds.reader import RldsDataset, feature_names
 from pi0_jax.data.robots import ROBOTS, Robot, get_robot, semantics_of
-from pi0_jax.data.source import ACTION, STATE, Renamed, Source
+from pi0_jax.data.source import ACTION, STATE, SUCCESS, Renamed, Source
 from pi0_jax.errors import UserError, did_you_mean, listed
 
 BLOCK = 2**16
@@ -69,7 +69,8 @@ def open_datasets(data: DataConfig, policy: PolicyConfig, *, log_skipped: bool =
 
     Raises:
         FileNotFoundError, UserError: no dataset is named, one cannot be read, or is not its robot's; some have weights
-            and others have not, or a weight is not positive; their rates differ; a share of episodes is out of range.
+            and others have not, or a weight is not positive; their rates differ; a share of episodes is out of range;
+            successful episodes are asked for, and no dataset says which those are, or one has none.
     """
     if not 0 <= data.validation_share < 1:
         raise UserError(f"`data.validation_share` is {data.validation_share}; expected a share, 0 or more and below 1.")
@@ -83,6 +84,12 @@ def open_datasets(data: DataConfig, policy: PolicyConfig, *, log_skipped: bool =
     for dataset in found if log_skipped else ():
         dataset.source.report_skipped()
     _check_rates(found, data.mixed_rates, get_robot(policy.robot))
+    if data.success_only and not any(SUCCESS in each.source.features for each in found):
+        raise UserError(
+            f"`data.success_only` is set, and {listed([str(each.source.root) for each in found])} has no column "
+            f"{SUCCESS!r} that says which episodes succeeded. `pi0 evaluate --record` writes one; name another with "
+            f"`keys`, DatasetConfig(path, keys={{{SUCCESS!r}: 'NAME'}}), or take success_only away."
+        )
     return found
 
 
@@ -137,8 +144,9 @@ def open_dataset(dataset: DatasetConfig, data: DataConfig, policy: PolicyConfig)
             f"no episode of {source.root} has an instruction: give them one, "
             f"datasets=(DatasetConfig({str(dataset.path)!r}, prompt='fold the towel'),), or prompt='' to train without."
         )
+    usable = worded & _succeeded(source) if data.success_only and SUCCESS in source.features else worded
     semantics, stats = semantics_of(robot, policy.action_semantics), dataset.stats or robot.name
-    training, held_out = episodes[worded & ~held_out], episodes[worded & held_out]
+    training, held_out = episodes[usable & ~held_out], episodes[usable & held_out]
     sampled = None if dataset.sample_ranges is None else sampled_frames(source, dataset.sample_ranges)
     if data.resample_fps is not None and not same_rate(source.fps, data.resample_fps):
         source = Resampled(source, data.resample_fps, robot, semantics)
@@ -247,6 +255,16 @@ def _worded(source: Source) -> Bool[np.ndarray, "e"]:
             listed(names),
         )
     return worded
+
+
+def _succeeded(source: Source) -> Bool[np.ndarray, "e"]:
+    """Whether an episode succeeded in any of its frames; the log says how many did."""
+    frames = np.flatnonzero(source.columns(SUCCESS)[:, 0])
+    succeeded = np.isin(np.arange(source.num_episodes), source.episode_of(frames))
+    if not succeeded.any():
+        raise UserError(f"{source.root}: column {SUCCESS!r} is 0 throughout, so no episode is left by success_only.")
+    _log.info("%s: kept %d of %d episodes, those that succeeded", source.root, succeeded.sum(), len(succeeded))
+    return succeeded
 
 
 class Stream:

@@ -24,6 +24,8 @@ from pi0_jax.errors import UserError, did_you_mean, listed
 STATE, ACTION, VALID = "observation.state", "action", "valid"
 """Names of the columns we read. `valid`, shape (1,), is optional: 0 where something other than the demonstrator chose
 the action, so that it must not be learnt."""
+SUCCESS = "next.success"
+"""Name of the column, shape (1,), that is not 0 in some frame of an episode that succeeded (LeRobot's name)."""
 
 FEW_FRAMES = 2**18
 """Frames up to which columns are read whole before training; of more, what the first batches need is read first."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import time
 from collections import Counter
@@ -30,16 +29,15 @@ from pi0_jax.evaluate.record import Rollouts, Source, record_questions
 from pi0_jax.evaluate.record import record as record_demonstrations
 from pi0_jax.evaluate.report import write_report
 from pi0_jax.evaluate.rollout import Outcome, Rate, roll_out
-from pi0_jax.evaluate.simulators import find_simulator, has_option
+from pi0_jax.evaluate.simulator_flags import Run, SimulatorFlags, parse_options, with_simulator
+from pi0_jax.evaluate.simulators import has_option
 from pi0_jax.evaluate.simulators.gym import Episodes, Simulator
 from pi0_jax.inference.files import format_chunk, load_observation, plot_chunk, save_observation
 from pi0_jax.inference.policy import Policy
 
-Run = Annotated[Path, tyro.conf.Positional]
-
 
 @dataclasses.dataclass(frozen=True)
-class Infer:
+class Infer(SimulatorFlags):
     """Runs a trained policy: on one observation from a file, or in closed loop in a simulator.
 
     On an observation it prints a chunk of actions in robot units and saves it with a plot. In a simulator it prints
@@ -54,18 +52,8 @@ class Infer:
         python infer.py runs/tabletop --env tabletop --episodes 200 --seed 1 --num-steps 10
     """
 
-    run: Run
-    """Run folder, or the folder of one checkpoint in it."""
     observation: Path | None = None
     """An .npz with the arrays images/<camera>, state and prompt; or a .json that names pictures beside it."""
-    env: str | None = None
-    """Simulator to run in: its name, or a Python file (pi0_jax.evaluate.simulators)."""
-    env_options: tuple[str, ...] = ()
-    """Options of the simulator, such as counterfactual=true: the instruction asks for something else than what is
-    scored, to see whether the policy ignores the language instruction."""
-    env_python: Path | None = None
-    """Interpreter that has the simulator's packages, if this one has not; neither JAX nor pi0_jax has to be in it. By
-    default this one, or that of `pi0 env install`."""
     write_example: Path | None = None
     """Write an observation of the right form (all zeros) to this .npz, to be filled in."""
     prompt: str | None = None
@@ -81,8 +69,6 @@ class Infer:
     Every step is drawn, and episodes are in memory until they end."""
     overwrite: bool = False
     """Replace an existing dataset at --record."""
-    seed: int = 0
-    """Seed of the noise, and of the simulator's layouts."""
     num_steps: int | None = None
     """Solver steps from noise to actions; the checkpoint's own number by default."""
     sampler: str | None = None
@@ -133,17 +119,11 @@ class Evaluate(Infer):
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class Report(SimulatorFlags):
     """Evaluates a run in closed loop and writes its report: one HTML file, with plots and videos inside."""
 
-    run: Run
-    """Run folder."""
-    env: str | None = None
-    """Simulator to evaluate in; the first of the policy's robot by default."""
     episodes: int = 200
     """Episodes for each number of solver steps."""
-    seed: int = 0
-    """Seed of the evaluation layouts, which never overlap with those of demonstrations."""
     output: Path | None = None
     """HTML file to write; <run>/report.html by default."""
 
@@ -211,7 +191,10 @@ def infer(args: Infer) -> None:
             "say what to run on: --observation FILE (one observation), --env NAME (closed loop in a simulator), or "
             "--write-example FILE (a template of an observation)."
         )
-    simulator = open_simulator(_env(args), _options(args.env_options), args.env_python) if evaluates else None
+    if evaluates:
+        args = with_simulator(args)
+        assert args.env is not None
+    simulator = open_simulator(args.env, parse_options(args.env_options), args.env_python) if args.env else None
     if args.observation is not None and not args.observation.is_file():
         load_observation(args.observation)  # fails before the weights are read
     if args.strategy is None and (args.latency or args.jitter or args.drop):
@@ -330,7 +313,7 @@ def _about(simulator: Episodes, args: Infer) -> dict[str, Any]:
         "step": _step(args.run),
         "changes": {name: repr(value) for name, value in _changes(args).items()},
         "simulator": simulator.name,
-        "options": _options(args.env_options),
+        "options": parse_options(args.env_options),
         "seed": args.seed,
         "dtype": args.dtype,
         "bits": args.bits,
@@ -349,9 +332,12 @@ def _evaluate_in_time(simulator: Episodes, policy: Policy, args: Infer) -> None:
 def report(args: Report) -> None:
     """Runs `pi0 report`; errors as in `infer`."""
     require_package("matplotlib", "report", "the report")
-    name, run = _env(args), run_folder(args.run)
-    simulator = open_simulator(name)
-    counterfactual = open_simulator(name, {"counterfactual": True}) if has_option(name, "counterfactual") else None
+    args, run = with_simulator(args), run_folder(args.run)
+    assert args.env is not None
+    name, options = args.env, parse_options(args.env_options)
+    simulator, counterfactual = open_simulator(name, options, args.env_python), None
+    if has_option(name, "counterfactual"):
+        counterfactual = open_simulator(name, options | {"counterfactual": True}, args.env_python)
     path = args.output or run / "report.html"
     _folder(path.parent)
     keep_programs("default")
@@ -359,8 +345,9 @@ def report(args: Report) -> None:
     measured = {"step": _step(args.run), "simulator": Path(name).stem}
     figures = write_report(policy, run, simulator, counterfactual, args.episodes, args.seed, path, measured)
     print()
+    width = max(18, *map(len, figures["success"]))
     for task, rate in figures["success"].items():
-        print(f"{task:<18} {Rate(**rate)}")
+        print(f"{task:<{width}} {Rate(**rate)}")
     if control := figures["success_under_counterfactual_instructions"]:
         print(f"counterfactual instructions: {control['rate']:.1%} of {control['episodes']}")
     by_steps = figures["success_by_steps"]
@@ -371,7 +358,7 @@ def report(args: Report) -> None:
 
 def record(args: Record) -> None:
     """Runs `pi0 record`; errors as in `infer`."""
-    options = tuple(_options(args.env_options).items())
+    options = tuple(parse_options(args.env_options).items())
     python = None if args.env_python is None else str(args.env_python)
     source = Source(args.env, args.split, args.seed, None if args.noise is None else Noise(args.noise), options, python)
     if args.questions is not None:
@@ -386,11 +373,6 @@ def record(args: Record) -> None:
 def env(args: Env) -> None:
     """Runs `pi0 env`; errors as in `infer`."""
     print(f"the simulator {args.name} runs in {install(args.name)}")
-
-
-def _env(args: Infer | Report) -> str:
-    """The simulator that is named, or the first of the policy's robot."""
-    return args.env or find_simulator(_robot(args.run).name)
 
 
 def _robot(run: Path) -> Robot:
@@ -416,20 +398,6 @@ def _changes(args: Infer) -> dict[str, Any]:
         policy = dataclasses.replace(policy, real_time=real_time)
     fields = [field.name for field in dataclasses.fields(policy)]
     return {name: getattr(policy, name) for name in fields if getattr(policy, name) != getattr(now, name)}
-
-
-def _options(texts: tuple[str, ...]) -> dict[str, Any]:
-    """Options of a simulator from NAME=VALUE; a value is JSON, or else text."""
-    options: dict[str, Any] = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise UserError(f"--env-options got {text!r}; expected NAME=VALUE, such as counterfactual=true.")
-        try:
-            options[name] = json.loads(value)
-        except ValueError:
-            options[name] = value
-    return options
 
 
 def _step(path: Path) -> int | None:

@@ -16,6 +16,7 @@ import PIL.Image
 from tqdm import tqdm
 
 from pi0_jax.data.robots import Robot, get_robot
+from pi0_jax.data.source import SUCCESS
 from pi0_jax.errors import UserError
 from pi0_jax.evaluate.demonstrate import ACTION, STATE, VALID, Demonstration, Noise, demonstrate
 from pi0_jax.evaluate.environments import open_simulator
@@ -27,9 +28,9 @@ from pi0_jax.evaluate.simulators.gym import Episodes, Simulator
 if TYPE_CHECKING:
     from pi0_jax.data.lerobot import LeRobotWriter
 
-SUCCESS, INTERVENTION = "next.success", "complementary_info.is_intervention"
-"""Features of recorded rollouts, `[n, 1]`, named as in LeRobot's datasets and its recordings with a human in the loop:
-whether the episode succeeded with this frame's action; 1 where a human acted instead of the policy, so 0 here."""
+INTERVENTION = "complementary_info.is_intervention"
+"""Feature of recorded rollouts, `[n, 1]`, named as in LeRobot's recordings with a human in the loop: 1 where a human
+acted instead of the policy, so 0 here. `SUCCESS` is True where the episode succeeded with this frame's action."""
 STORY = Path("meta/recording.json")
 """How the episodes of a dataset came about."""
 SUBTASK_INDEX = "subtask_index"
