@@ -67,10 +67,6 @@ class Row:
         return TOPOLOGIES[self.program].get(self.device, f"{self.device}:1")
 
     @property
-    def devices(self) -> int:
-        return math.prod(int(n) for n in self.topology.partition(":")[2].split("x"))
-
-    @property
     def name(self) -> str:
         return ", ".join(filter(None, (self.variant, self.program, self.topology, self.side, self.form)))
 
@@ -137,8 +133,7 @@ def measure(row: Row, args: Args) -> dict[str, Any]:
     found["fits"] = compiled.peak <= device.memory
     if compiled.kernels:
         cost = total(compiled.kernels, device)
-        link = device.link if not device.node or row.devices <= device.node else device.network
-        found |= cost._asdict() | {"total_seconds": max(cost.total_seconds, found["sent_bytes"] / link)}
+        found |= cost._asdict() | {"total_seconds": max(cost.total_seconds, compiled.network)}
     found["within"] = {
         part: total([k for k in compiled.kernels if any(part in line for line in k.lines)], device)._asdict()
         for part in args.within

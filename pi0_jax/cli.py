@@ -59,6 +59,7 @@ FILE is one whose `config` is a `MeshConfig`, as those in configs/sharding/ have
 PLAN_HELP = """
 
   pi0 plan configs/mine.py --topology v5e:4x4 --sharding configs/sharding/fsdp.py
+  pi0 plan configs/mine.py --topology h100:1 --largest-batch
   pi0 plan runs/mine --sample --cameras 2 --topology rtx4090:1
 
 Compiles the update of `pi0 train` with the same CONFIG and flags, and prints for each device: bytes, work, traffic,
@@ -68,6 +69,7 @@ the nearest flags that do. Nothing is allocated, and no demonstrations are read.
 --topology NAME:SHAPE is a TPU slice (v4, v5e, v5p, v6e; needs libtpu, extra tpu) or GPUs (h100:8, h200, a100, l40s,
 rtx4090, rtx5090, b200, thor; extra cuda12 has their compiler, else memory is an estimate), there or not; left out, it
 means the devices of this machine.
+--largest-batch looks for the largest --batch-size that fits, by compiling a few, and prints each.
 --sample compiles the program that computes a chunk of actions, of a config or a checkpoint's folder, for one device.
 --cameras N: with so many of the model's cameras; left out: those of the robot. --chunks N: for so many robots at
 once."""
@@ -141,6 +143,7 @@ def _experiment(command: str, args: list[str]) -> tuple[tuple[typing.Any, ...], 
         parser.add_argument("--sample", action="store_true")
         parser.add_argument("--cameras", type=int)
         parser.add_argument("--chunks", type=int, default=1)
+        parser.add_argument("--largest-batch", action="store_true")
     own, flags = parser.parse_known_args(args)
     sample = command == "plan" and own.sample
     if sample and not own.config.endswith(".py"):
@@ -158,7 +161,10 @@ def _experiment(command: str, args: list[str]) -> tuple[tuple[typing.Any, ...], 
         raise UserError(
             "--cameras and --chunks are of chunks of actions: pi0 plan CONFIG --sample --cameras 2 --chunks 8."
         )
-    return (config, own.topology), {"sample": sample, "cameras": own.cameras, "chunks": own.chunks}
+    if sample and own.largest_batch:
+        raise UserError("--largest-batch is of updates: pi0 plan CONFIG --topology h100:1 --largest-batch.")
+    how = {"sample": sample, "cameras": own.cameras, "chunks": own.chunks, "largest_batch": own.largest_batch}
+    return (config, own.topology), how
 
 
 def _flags(kind: type, args: list[str], prog: str, *, fields: bool = False) -> typing.Any:

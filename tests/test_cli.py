@@ -104,7 +104,10 @@ def test_flags_of_the_command_itself_go_to_it(configs, monkeypatch):
     assert cli.main(["plan", "configs/good.py", *arguments]) == 0
     ((config, topology, how),) = calls
     assert (config.batch_size, config.mesh.fsdp, topology) == (8, 4, "v5e:4x4")
-    assert how == {"sample": True, "cameras": 2, "chunks": 4}
+    assert how == {"sample": True, "cameras": 2, "chunks": 4, "largest_batch": False}
+    assert cli.main(["plan", "configs/good.py", "--largest-batch", "--topology", "h100:1"]) == 0
+    assert calls[-1][-1]["largest_batch"]
+    assert cli.main(["plan", "configs/good.py", "--largest-batch", "--sample"]) == 1
 
 
 @pytest.mark.parametrize(("args", "code"), [([], 2), (["--help"], 0), (["train"], 2), (["train", "--help"], 0)])

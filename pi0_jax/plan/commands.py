@@ -9,15 +9,22 @@ from pi0_jax.config import TrainConfig
 from pi0_jax.errors import UserError
 from pi0_jax.flops import GPUS
 from pi0_jax.plan.cost import Plan, make_plan
-from pi0_jax.plan.devices import has_gpu_compiler
+from pi0_jax.plan.devices import JAX_DEFAULT, JAX_SHARE, has_gpu_compiler
 from pi0_jax.plan.fit import find_fitting
 from pi0_jax.plan.kernels import LAUNCH_SECONDS, Cost, Kernel, largest
+from pi0_jax.plan.largest_batch import PER_DEVICE, find_largest
 from pi0_jax.plan.sample import SamplePlan, make_sample_plan
 from pi0_jax.training.resolve import wide_enough
 
 
 def plan(
-    config: TrainConfig, topology: str | None, *, sample: bool = False, cameras: int | None = None, chunks: int = 1
+    config: TrainConfig,
+    topology: str | None,
+    *,
+    sample: bool = False,
+    cameras: int | None = None,
+    chunks: int = 1,
+    largest_batch: bool = False,
 ) -> None:
     """Runs `pi0 plan`: prints the plan of a run, and where it does not fit, that of the nearest one that does.
 
@@ -27,9 +34,10 @@ def plan(
         sample: plan a chunk of actions of its policy instead.
         cameras: how many of the model's cameras there are then; None: those of the robot.
         chunks: how many are computed together then.
+        largest_batch: look for the largest batch that fits instead.
 
     Raises:
-        UserError: see `plan.cost.make_plan` and `plan.sample.make_sample_plan`.
+        UserError: see `plan.cost.make_plan`, `plan.sample.make_sample_plan` and `plan.largest_batch.find_largest`.
     """
     config = wide_enough(config)
     if sample:
@@ -37,13 +45,12 @@ def plan(
             raise UserError("a chunk is planned for a device that is named: --topology h100:1, or v6e:2x2.")
         print(describe_sample(make_sample_plan(config.policy, topology, cameras=cameras, batch_size=chunks)))
         return
+    if largest_batch:
+        _largest_batch(config, topology)
+        return
     first = make_plan(config, topology)
     print(describe(first), flush=True)
-    if first.estimated and first.topology.partition(":")[0] in GPUS and not has_gpu_compiler():
-        print(
-            "\nTemporaries and bytes through memory are estimates. XLA's compiler for NVIDIA GPUs, which needs no GPU, "
-            "makes them exact:\npip install -e '.[cuda12]'"
-        )
+    _say_what_it_takes(first)
     if first.fits:
         return
     print("\nIt does not fit. Looking for the nearest settings that do ...", flush=True)
@@ -52,6 +59,43 @@ def plan(
         print("None of the settings that this command knows fits: take more devices.")
     else:
         print(f"\nThis fits: {found[0]}\n\n{describe(found[1])}")
+
+
+def _say_what_it_takes(plan: Plan) -> None:
+    """Prints what has to be installed for exact figures, and what JAX has to be told where it fits by that alone."""
+    if plan.device is None or plan.topology.partition(":")[0] not in GPUS:
+        return
+    if plan.estimated and not has_gpu_compiler():
+        print(
+            "\nTemporaries and bytes through memory are estimates. XLA's compiler for NVIDIA GPUs, which needs no GPU, "
+            "makes them exact:\npip install -e '.[cuda12]'"
+        )
+    if plan.fits and plan.peak > JAX_DEFAULT * plan.device.memory:
+        print(
+            f"\nJAX takes {JAX_DEFAULT:.0%} of a GPU's memory, which is too little here: set "
+            f"XLA_PYTHON_CLIENT_MEM_FRACTION={JAX_SHARE} in the environment."
+        )
+
+
+def _largest_batch(config: TrainConfig, topology: str | None) -> None:
+    """Prints each batch as it is tried, then the plan of the largest that fits and the flag that asks for it."""
+    tried: list[Plan] = []
+
+    def report(plan: Plan, memory: float) -> None:
+        if not tried:
+            print(f"{plan.topology}: batches of {PER_DEVICE} examples per device and microbatch, or a multiple of it")
+        tried.append(plan)
+        how = "estimated" if plan.estimated else f"compiled in {plan.seconds_to_compile:.0f} s"
+        verdict = "fits" if plan.peak <= memory else "does not fit"
+        print(f"  batch {plan.batch_size:5}  {_size(plan.peak):>12} of {_size(memory)}  {how}: {verdict}", flush=True)
+
+    found = find_largest(config, topology, report)
+    if found is None:
+        print(f"\nNot even {tried[-1].batch_size} examples fit. pi0 plan without --largest-batch says what does.")
+        return
+    print(f"\n{describe(found)}")
+    _say_what_it_takes(found)
+    print(f"\nThe largest that fits: --batch-size {found.batch_size}")
 
 
 def describe(plan: Plan) -> str:
@@ -67,6 +111,9 @@ def describe(plan: Plan) -> str:
     rows += [(kind, _size(sent), "sent") for kind, sent in plan.comm_bytes.items() if sent]
     lines = [f"{plan.topology}: {math.prod(plan.mesh.values())} devices, mesh {axes}, batch {plan.batch_size}", ""]
     lines += _rows(rows)
+    if plan.timeline is not None and plan.network:
+        beside, sent = plan.timeline.beside, plan.timeline.sent
+        lines += ["", f"{beside / sent:.0%} of what is sent goes beside matrix products, in the order of the program"]
     if plan.times:
         times = ", ".join(f"{name} {_duration(seconds)}" for name, seconds in plan.times.items())
         lines += ["", f"a step takes at least {_duration(max(plan.times.values()))} ({times}),"]

@@ -18,8 +18,9 @@ from pi0_jax.data.augment import make_augment
 from pi0_jax.flops import Device
 from pi0_jax.plan import hlo
 from pi0_jax.plan.devices import compiler_options
-from pi0_jax.plan.hlo_collectives import KINDS, traffic
+from pi0_jax.plan.hlo_collectives import KINDS, network_seconds, traffic
 from pi0_jax.plan.kernels import Kernel, kernels
+from pi0_jax.plan.timeline import Timeline, timeline
 from pi0_jax.training import sharding
 from pi0_jax.training.program import Program, build
 from pi0_jax.training.resolve import Run, batch_shapes, resolve
@@ -40,6 +41,10 @@ class Compiled(NamedTuple):
     """To compile."""
     text: str = ""
     """The program."""
+    network: float = 0.0
+    """Seconds of all collectives by the data sheet."""
+    timeline: Timeline | None = None
+    """Of GPUs."""
 
 
 def build_program(config: TrainConfig, devices: Sequence[Any]) -> tuple[Run, Program, Batch]:
@@ -113,5 +118,11 @@ def compile_program(
     except jax.errors.JaxRuntimeError:  # libtpu compiles loops of decoding that it cannot print
         return Compiled(float(arguments + temporaries), float(temporaries), dict.fromkeys(KINDS, math.nan), [], seconds)
     program = hlo.parse(text)
-    found = [] if device is None or target.platform == "cpu" else kernels(program, device, unknown_rounds)
-    return Compiled(float(arguments + temporaries), float(temporaries), traffic(program), found, seconds, text)
+    found = Compiled(float(arguments + temporaries), float(temporaries), traffic(program), [], seconds, text)
+    if device is None:
+        return found
+    found = found._replace(network=network_seconds(program, device))
+    if target.platform == "cpu":
+        return found
+    played = None if target.platform == "tpu" else timeline(program, device, unknown_rounds)
+    return found._replace(kernels=kernels(program, device, unknown_rounds), timeline=played)

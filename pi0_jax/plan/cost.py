@@ -7,7 +7,8 @@ each device holds and which collectives there are is the same program's, but act
 backward pass keeps (`kept_for_backward`), because a CPU's temporaries are not a GPU's.
 
 Times are bounds: FLOPs at the data sheet's peak, bytes through memory, each kernel at what bounds it, and bytes sent,
-each as if the others cost nothing. A step takes at least the largest of them.
+each as if the others cost nothing; and kernels with what they wait for in the order of the program (`timeline.py`). A
+step takes at least the largest of them.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from pi0_jax.plan.compile import build_program, compile_program, placed_bytes, r
 from pi0_jax.plan.devices import Device, estimates, find_devices
 from pi0_jax.plan.hlo_collectives import KINDS
 from pi0_jax.plan.kernels import Cost, Kernel, total
+from pi0_jax.plan.timeline import Timeline
 from pi0_jax.training import sharding
 from pi0_jax.training.partition import combine, flat, frozen_names, partition
 from pi0_jax.training.program import Program
@@ -59,6 +61,10 @@ class Plan(NamedTuple):
     seconds_to_compile: float
     kernels: Sequence[Kernel] = ()
     """Of the compiled program; empty where it is not known."""
+    network: float = 0.0
+    """Seconds of all collectives."""
+    timeline: Timeline | None = None
+    """Of programs that were compiled for GPUs."""
 
     @property
     def cost(self) -> Cost | None:
@@ -74,13 +80,15 @@ class Plan(NamedTuple):
         """Lower bounds of a step by what bounds it; empty for an unknown device."""
         if self.device is None:
             return {}
-        devices = math.prod(self.mesh.values())
-        link = self.device.link if not self.device.node or devices <= self.device.node else self.device.network
-        return {
+        times = {
             "compute": self.flops / self.device.flops,
             "memory": self.hbm_bytes / self.device.bandwidth,
-            "network": sum(self.comm_bytes.values()) / link,
-        } | ({} if self.cost is None else {"kernels": self.cost.seconds})
+            "network": self.network,
+        }
+        times |= {} if self.cost is None else {"kernels": self.cost.seconds}
+        if self.timeline is not None and self.timeline.waited:
+            times["kernels and waits"] = self.timeline.kernels + self.timeline.waited
+        return times
 
     @property
     def samples_per_second(self) -> float:
@@ -107,13 +115,14 @@ def make_plan(config: TrainConfig, topology: str | None = None, *, compiled: boo
     inputs = update_shapes(run, program, batch)
     work = flops.count(program.update, *inputs) / mesh.size
     temporaries, estimated = estimate_temporaries(run, program), True
-    peak, seconds, kernels = sum(resident.values()) + temporaries, 0.0, ()
+    peak, seconds, kernels, network, played = sum(resident.values()) + temporaries, 0.0, (), 0.0, None
     sent: dict[str, float] = dict.fromkeys(KINDS, 0.0)
     stand_ins = estimates(devices, device)
     if compiled and not (stand_ins and mesh.size == 1):  # one device sends nothing
         lowered = program.update.lower(*inputs)  # pyright: ignore[reportFunctionMemberAccess]
         found = compile_program(lowered, devices[0], device, triton=False)
         sent, kernels, seconds = found.comm_bytes, found.kernels, found.seconds
+        network, played = found.network, found.timeline
         if not stand_ins:
             peak, temporaries, estimated = found.peak, found.peak - sum(resident.values()), False
     moved = sum(k.times * k.bytes for k in kernels) or _hbm_bytes(run, program, temporaries)
@@ -131,6 +140,8 @@ def make_plan(config: TrainConfig, topology: str | None = None, *, compiled: boo
         comm_bytes=sent,
         seconds_to_compile=seconds,
         kernels=kernels,
+        network=network,
+        timeline=played,
     )
 
 

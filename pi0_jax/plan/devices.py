@@ -15,6 +15,11 @@ from pi0_jax import compat
 from pi0_jax.errors import UserError
 from pi0_jax.flops import GPUS, TPUS, Device, sheet
 
+JAX_DEFAULT = 0.75
+"""Of an NVIDIA GPU's memory: what JAX takes."""
+JAX_SHARE = 0.95
+"""What it can be told to take (XLA_PYTHON_CLIENT_MEM_FRACTION); CUDA and NCCL need the rest."""
+
 
 class Chip(NamedTuple):
     """What XLA asks of an NVIDIA GPU, by its maker's architecture papers."""
@@ -102,6 +107,8 @@ def compiler_options(device: Any, *, triton: bool = True) -> dict[str, Any]:
 def _gpus(name: str, count: int) -> list[Any]:
     chip, device = CHIPS[name], GPUS[name]
     major, minor = chip.capability
+    # XLA computes again, or sends later, what needs more than a limit: on a card JAX's, else 0.8 of what is said here.
+    memory = int(device.memory * JAX_SHARE / 0.8)
     target = f"""
       gpu_device_info {{
         cuda_compute_capability {{ major: {major} minor: {minor} }}
@@ -110,7 +117,7 @@ def _gpus(name: str, count: int) -> list[Any]:
         registers_per_core_limit: 65536 registers_per_block_limit: 65536
         shared_memory_per_core: {chip.shared << 10} shared_memory_per_block_optin: {chip.shared - 1 << 10}
         shared_memory_per_block: 49152 l2_cache_size: {chip.cache << 20}
-        device_memory_size: {int(device.memory)} memory_bandwidth: {int(device.bandwidth)}
+        device_memory_size: {memory} memory_bandwidth: {int(device.bandwidth)}
         block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
         thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
       }}

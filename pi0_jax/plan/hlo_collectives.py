@@ -9,18 +9,23 @@ Ring algorithms are assumed, which send the least: of an array of B bytes, whole
 
 from __future__ import annotations
 
+import collections
 import math
 import re
 from typing import NamedTuple
 
+import numpy as np
+
+from pi0_jax.flops import Device
 from pi0_jax.plan import hlo
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 
 _COLLECTIVE = re.compile(rf"(?:ragged-)?({'|'.join(KINDS)})(-start)?")
 _GROUP_LIST = re.compile(r"replica_groups=\{\{([\d,]*)\}")
-_GROUP_IOTA = re.compile(r"replica_groups=\[\d+,(\d+)\]<=")
+_GROUP_IOTA = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]*)\](?:T\(([\d,]*)\))?")
 _GROUP_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
+_PAIRS = re.compile(r"source_target_pairs=\{\{(\d+,\d+)\}")
 
 
 class Collective(NamedTuple):
@@ -31,6 +36,15 @@ class Collective(NamedTuple):
     """Its channel; pieces of one collective, spread over fusions, have the same one."""
     sent: float
     """Bytes that each device sends each time."""
+    group: tuple[int, ...]
+    """Numbers of the devices of its first group."""
+
+    def seconds(self, device: Device) -> float:
+        """By the data sheet: within a node at the rate of its links; rings over several nodes leave each of them by as
+        many adapters as it has devices of the group."""
+        nodes = collections.Counter(number // device.node for number in self.group) if device.node else {}
+        rate = device.link if len(nodes) < 2 else min(device.link, device.network * max(nodes.values()))
+        return self.sent / rate
 
 
 def traffic(program: hlo.Program) -> dict[str, float]:
@@ -39,7 +53,22 @@ def traffic(program: hlo.Program) -> dict[str, float]:
     Raises:
         ValueError: a loop with collectives does not say how often it runs.
     """
-    most: dict[str, tuple[str, float]] = {}
+    found = collectives(program)
+    return {kind: sum((times * it.sent for it, times in found if it.kind == kind), 0.0) for kind in KINDS}
+
+
+def network_seconds(program: hlo.Program, device: Device) -> float:
+    """Seconds of all collectives of one run of a program, one after another, by the data sheet.
+
+    Raises:
+        ValueError: as of `traffic`.
+    """
+    return sum((times * it.seconds(device) for it, times in collectives(program)), 0.0)
+
+
+def collectives(program: hlo.Program) -> list[tuple[Collective, float]]:
+    """Collectives of a program that send something, and how often each runs."""
+    most: dict[str, tuple[Collective, float]] = {}
     for name, times in hlo.times(program).items():
         for instruction in program.computations[name].values():
             found = collective(instruction)
@@ -48,8 +77,8 @@ def traffic(program: hlo.Program) -> dict[str, float]:
             if math.isnan(times):
                 raise ValueError(f"the program sends data in a loop whose rounds are not known: {instruction.name}")
             key = found.channel or f"{name} {instruction.name}"
-            most[key] = max(most.get(key, (found.kind, 0.0)), (found.kind, times * found.sent), key=lambda x: x[1])
-    return {kind: sum((sent for k, sent in most.values() if k == kind), 0.0) for kind in KINDS}
+            most[key] = max(most.get(key, (found, 0.0)), (found, times), key=lambda x: x[0].sent * x[1])
+    return list(most.values())
 
 
 def collective(instruction: hlo.Instruction) -> Collective | None:
@@ -58,7 +87,8 @@ def collective(instruction: hlo.Instruction) -> Collective | None:
     if match is None:
         return None
     kind, started = match.groups()
-    count = _devices(instruction.attributes)
+    group = _group(instruction.attributes)
+    count = len(group)
     whole = hlo.nbytes(instruction.arrays)
     if started and kind != "all-reduce":  # the result holds the operands too, and words for synchronisation
         share = {"all-gather": count / (count + 1), "reduce-scatter": count / (count + 1)}.get(kind, 0.5)
@@ -67,17 +97,34 @@ def collective(instruction: hlo.Instruction) -> Collective | None:
         whole *= count
     ways = {"all-reduce": 2 * (count - 1) / count, "collective-permute": 1.0}
     channel = re.search(r"channel_id=(\d+)", instruction.attributes)
-    return Collective(kind, channel[1] if channel else "", whole * ways.get(kind, (count - 1) / count))
+    sent = whole * ways.get(kind, (count - 1) / count)
+    return Collective(kind, channel[1] if channel else "", sent, group)
 
 
-def _devices(attributes: str) -> int:
-    """Devices of a collective's group."""
-    if match := _GROUP_LIST.search(attributes):
-        return len(match[1].split(","))
+def _group(attributes: str) -> tuple[int, ...]:
+    """Devices of a collective's first group."""
+    if match := _GROUP_LIST.search(attributes) or _PAIRS.search(attributes):
+        return tuple(_numbers(match[1]))
     if match := _GROUP_IOTA.search(attributes):
-        return int(match[1])
+        shape = _numbers(match[3])
+        order = _numbers(match[4]) if match[4] else range(len(shape))
+        return tuple(np.arange(math.prod(shape)).reshape(shape).transpose(order).flat[: int(match[2])].tolist())
     if match := _GROUP_MESH.search(attributes):
-        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match[1])}
-        parts = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", match[2])
-        return math.prod(int(part) if part else sizes[name] for name, part in parts)
-    return 2  # a permutation has pairs instead of groups
+        return _of_mesh(re.findall(r"'(\w+)'=(\d+)", match[1]), re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", match[2]))
+    return 0, 1
+
+
+def _of_mesh(axes: list[tuple[str, str]], parts: list[tuple[str, str, str]]) -> tuple[int, ...]:
+    """The first group over axes of a mesh, or over parts of axes: so many numbers after so many times as many."""
+    sizes = {name: int(size) for name, size in axes}
+    strides = dict(zip(sizes, np.cumprod([1, *list(sizes.values())[:0:-1]])[::-1].tolist(), strict=True))
+    group = np.zeros(1, int)
+    for name, before, size in parts:
+        count = int(size or sizes[name])
+        stride = strides[name] * (sizes[name] // (int(before or 1) * count))
+        group = (group[:, None] + stride * np.arange(count)).ravel()
+    return tuple(group.tolist())
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(n) for n in text.split(",") if n]

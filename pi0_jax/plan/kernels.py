@@ -22,7 +22,7 @@ from pi0_jax.plan.hlo_collectives import collective
 LAUNCH_SECONDS = 2e-6
 """What a GPU takes to start a kernel: an assumption, between a CUDA graph (about 1) and plain launches (3 to 5)."""
 
-_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"}
+FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"}
 _COPIES = ("copy", "slice", "dynamic-slice", "dynamic-update-slice")
 """Operations of which TPUs run one part after another: `copy-start`, `copy-done`."""
 _SLICES = ("slice", "dynamic-slice", "gather")
@@ -93,7 +93,7 @@ def kernels(program: Program, device: Device, unknown_rounds: int | None = None)
     Raises:
         ValueError: there is such a loop, and `unknown_rounds` is None.
     """
-    return list(_Counter(program, device, unknown_rounds).walk(program.entry, 1.0))
+    return list(Counter(program, device, unknown_rounds).walk(program.entry, 1.0))
 
 
 def total(found: Sequence[Kernel], device: Device) -> Cost:
@@ -135,7 +135,7 @@ def place(lines: Sequence[str]) -> str:
     return " < ".join(short[:1] + others[:1]) or "the compiler's own"
 
 
-class _Counter:
+class Counter:
     """Walks a program."""
 
     def __init__(self, program: Program, device: Device, unknown_rounds: int | None):
@@ -146,10 +146,10 @@ class _Counter:
         """Kernels of a computation that runs so often."""
         for it in self.program.computations[name].values():
             started, done = it.op.removesuffix("-start"), it.op.removesuffix("-done")
-            if it.op in _FREE or (started != it.op and started in _COPIES):
+            if it.op in FREE or (started != it.op and started in _COPIES):
                 continue
             if it.op == "while":
-                yield from self.walk(it.called[0], count * self._rounds(it))
+                yield from self.walk(it.called[0], count * self.rounds(it))
             elif it.op == "conditional":  # the branch that takes longest
                 branches = [list(self.walk(other, count)) for other in it.called]
                 yield from max(branches, key=lambda found: sum(k.times * k.seconds for k in found))
@@ -157,15 +157,15 @@ class _Counter:
                 for other in it.called:
                     yield from self.walk(other, count)
             elif done == it.op or done in _COPIES:
-                yield self._kernel(name, it, count)
+                yield self.kernel(name, it, count)
 
-    def _rounds(self, loop: Instruction) -> float:
+    def rounds(self, loop: Instruction) -> float:
         rounds = self.program.rounds(loop)
         if math.isnan(rounds) and self.unknown_rounds is None:
             raise ValueError(f"the program has a loop whose rounds are not known: {loop.name}")
         return float(self.unknown_rounds or 0) if math.isnan(rounds) else rounds
 
-    def _kernel(self, name: str, it: Instruction, count: float) -> Kernel:
+    def kernel(self, name: str, it: Instruction, count: float) -> Kernel:
         products = list(self._products(name, it))
         flops = sum((work for work, _ in products), 0.0)
         # The data sheet is of 16 bits; half as many take half as long, and float32 is multiplied as TF32.
