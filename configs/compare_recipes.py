@@ -1,7 +1,7 @@
 """What action tokens, knowledge insulation, subtasks and image-text pairs do for following an instruction.
 
 Run:     pi0 record data/stages --env tabletop_stages --episodes 5000
-         pi0 record data/stages-few --env tabletop_stages --episodes 60
+         pi0 record data/stages-few --env tabletop_stages --episodes 200
          pi0 record data/stages-validation --env tabletop_stages --episodes 60 --split validation
          pi0 record data/stages-questions --env tabletop_stages --questions 1000 --seed 1
          pi0 compare configs/compare_recipes.py --jobs 2
@@ -15,7 +15,7 @@ from pi0_jax.config import Autoregressive, DatasetConfig, ExpertConfig, Fast, Ga
 from pi0_jax.config.replace import replace
 from pi0_jax.sampler import Euler, Greedy, Sampler
 
-UPDATES, EVERY = 1500, 150
+UPDATES, EVERY = 1600, 200
 
 train = replace(
     base,
@@ -59,7 +59,7 @@ config = CompareConfig(
     contenders={
         "flow": contender(flow),
         "joint": contender(joint),
-        "joint-open": contender(dataclasses.replace(joint, insulate=False)),
+        "joint-open": contender(dataclasses.replace(joint, insulate=False, flow_weight=10.0)),  # as π0.5
         "tokens": contender(Autoregressive(codec=codec), model=language, sampler=Greedy()),
         "joint-subtasks": contender(joint, subtasks),
         "flow-regression": contender(dataclasses.replace(flow, regression_draw=True)),

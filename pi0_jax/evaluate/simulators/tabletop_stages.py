@@ -1,4 +1,4 @@
-"""The tabletop with tasks whose instruction does not say what to do next: to take all objects but one."""
+"""The tabletop with tasks whose instruction does not say what to do next: to take two objects."""
 
 import dataclasses
 

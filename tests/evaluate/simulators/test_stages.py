@@ -51,7 +51,7 @@ def test_who_ignores_the_instruction_succeeds_in_a_third():
 
 def test_objects_are_taken_at_rest_alone_and_are_gone():
     env = StagesEnv(image_size=24)
-    env.reset(seed=3, options={"task": "leave_red_block"})
+    env.reset(seed=3, options={"task": "take_green_puck_and_blue_ball"})
     ball = env.objects["blue ball"]
     env._before, env._data.qpos[:2] = ball - [0.03, 0], ball
     env._judge()
@@ -68,7 +68,7 @@ def test_objects_are_taken_at_rest_alone_and_are_gone():
 
 def test_gymnasium_finds_no_fault_and_unknown_tasks_are_refused():
     check_env(StagesEnv(image_size=8), skip_render_check=True)
-    with pytest.raises(UserError, match=r"no task is named 'fly'; the tasks are take_red_block, .*leave_blue_ball"):
+    with pytest.raises(UserError, match=r"no task is named 'fly'; the tasks are take_red_block, .*take_green_puck_and_blue_ball"):
         StagesEnv(image_size=8).reset(options={"task": "fly"})
 
 
