@@ -24,7 +24,7 @@ AFTER_WARMUP = 2**30
 """Step at which held-out data are measured: objectives that begin otherwise than they go on have begun."""
 
 OVERLAP = "xla_gpu_enable_latency_hiding_scheduler"
-"""XLA's option under which GPUs send beside kernels, and not between them; its default since Hopper alone."""
+"""XLA's option under which GPUs send beside kernels, and not between them. Since Hopper XLA does so without it."""
 
 
 class Program(NamedTuple):
