@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.linen.spmd import with_logical_constraint
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from pi0_jax.config import ExpertConfig, ModelConfig
 from pi0_jax.model import kernels, layers, lora, mask, target
@@ -55,8 +55,8 @@ class Segment(NamedTuple):
     reads_with_gradient: bool = True
     """False: no gradient flows into the keys and values of earlier segments that this one reads (knowledge insulation,
     arXiv 2505.23705)."""
-    needed: bool = True
-    """Whether outputs are asked for."""
+    needed: bool | Int[Array, "b"] = True
+    """Whether outputs are asked for; an array: of the token at that place in each row alone."""
 
     def padded(self, length: int) -> Segment:
         """The segment with tokens at its end that nothing sees."""
@@ -89,6 +89,8 @@ class Prefix(NamedTuple):
     """False at absent cameras and padding."""
     length: Int[Array, "b"]
     """Number of valid tokens, the position at which the next ones start."""
+    write_at: Int[Array, ""] | None = None
+    """Where keys and values of the next tokens are written, in place of those that are there; None: after all."""
     state: Float[Array, "b 1 e"] | None = None
     """π0's state token, which runs along with the actions: that costs them next to nothing, and spares a pass."""
     layout: Layout | None = None
@@ -216,8 +218,8 @@ def forward(
         layout: of the segments (`layout_of`), where it is known, or is another one.
 
     Returns:
-        Outputs of each segment, None where they are not needed; and keys and values of all segments, without those of
-        the prefix, as `Prefix.keys_values`.
+        Outputs of each segment, None where they are not needed; and keys and values of all segments, as
+        `Prefix.keys_values`, without those of the prefix unless they are written into these.
     """
     placed = _place(segments, layout or layout_of(config, segments, prefix))
     stack, depth = w["layers"], config.depth
@@ -225,16 +227,18 @@ def forward(
     if isinstance(stack, list):
         inputs = list(zip(stack, inputs[1] or [None] * depth, range(depth), strict=True))
 
+    write_at = prefix and prefix.write_at
+
     def layer(tokens, inputs):
-        tokens, own = _layer(config, placed, tokens, *inputs)
+        tokens, own = _layer(config, placed, tokens, *inputs, write_at=write_at)
         return tokens, (own, tokens if record else None)
 
     def last_layer(tokens, inputs):
-        return _layer(config, placed, tokens, *inputs, needed=[segment.needed for segment in segments])
+        return _layer(config, placed, tokens, *inputs, write_at=write_at, last=True)
 
     tokens: Any = tuple(segment.tokens for segment in segments)
     layer = rematerialised(layer, remat, scanned=not isinstance(stack, list))
-    if all(segment.needed for segment in segments):
+    if all(segment.needed is True for segment in segments):
         tokens, (keys_values, streams) = _unzipped(*layers.through(layer, tokens, inputs))
     else:
         first, last = _split_last(inputs, jnp.dtype(config.dtype))
@@ -276,7 +280,11 @@ def layout_of(config: ModelConfig, segments: Sequence[Segment], prefix: Prefix |
     group, valid = np.concatenate(list(groups)), jnp.concatenate(list(valid), axis=1)
     cached, start = (None, 0) if prefix is None else (prefix.mask, prefix.length)
     rotation = layers.rotation(mask.positions(group, valid, start), config.head_dim)
-    return Layout(rotation, mask.attention_mask(mask_ar, group, valid, cached))
+    seen = mask.attention_mask(mask_ar, group, valid, cached)
+    if prefix is not None and prefix.write_at is not None:
+        before, own = jnp.split(seen, [prefix.mask.shape[1]], axis=2)
+        seen = jax.lax.dynamic_update_slice_in_dim(before, own, prefix.write_at, axis=2)
+    return Layout(rotation, seen)
 
 
 def _layer(
@@ -286,9 +294,11 @@ def _layer(
     w: Spec,
     cached: KeysValues | None,
     index: Int[Array, ""] | int,
-    needed: Sequence[bool] | None = None,
+    *,
+    write_at: Int[Array, ""] | None,
+    last: bool = False,
 ) -> tuple[tuple[Float[Array, "b _ _"] | None, ...], KeysValues]:
-    """One layer of all segments.
+    """One layer of all segments; of the last one, only what is needed.
 
     Returns:
         The new tokens, None for a segment whose are not needed; and keys and values of all segments.
@@ -297,7 +307,7 @@ def _layer(
         return layer
     seen: list[KeysValues] = [] if cached is None else [cached]
     outputs = []
-    for i, ((segment, allowed, rotation), x) in enumerate(zip(placed, tokens, strict=True)):
+    for (segment, allowed, rotation), x in zip(placed, tokens, strict=True):
         expert, lora_scale = w[segment.expert], getattr(c, segment.expert).lora_scale
         attn, norms = expert["attn"], ("attn_norm", "mlp_norm")
         if isinstance(segment.condition, Modulations):
@@ -306,18 +316,24 @@ def _layer(
         else:
             modulation = [_modulation(expert.get(norm), segment.condition, x.dtype) for norm in norms]
         normed, gate = layers.rms_norm(x, expert.get("attn_norm"), modulation[0])
-        if needed is not None and not needed[i]:
+        needed = segment.needed if last else True
+        if needed is False:
             seen.append(layers.keys_values(normed, attn, rotation, c.num_kv_heads, lora_scale))
             outputs.append(None)
             continue
         heads = (c.num_heads, c.num_kv_heads)
-        if "qkv" in attn and len(tokens) == 1 and cached is None and kernels.attend_here(x.dtype, c.attention):
+        alone = len(tokens) == 1 and cached is None and needed is True
+        if "qkv" in attn and alone and kernels.attend_here(x.dtype, c.attention):
             qkv = layers.rotated_qkv(normed, attn, rotation, heads)
             own = qkv[:, :, c.num_heads : -c.num_kv_heads], qkv[:, :, -c.num_kv_heads :]
             attended = kernels.attention(qkv, None, allowed.astype(jnp.int8), c.num_heads)
         else:
             query, own = layers.queries_keys_values(normed, attn, rotation, heads, lora_scale)
             earlier = seen if segment.reads_with_gradient else jax.lax.stop_gradient(seen)
+            if needed is not True:
+                x, query, allowed = (_at(y, needed) for y in (x, query, allowed))
+            if write_at is not None:
+                earlier, own = [], _written(earlier[0], own, write_at)
             keys, values = (_joined(y, x.dtype) for y in zip(*earlier, own, strict=True))
             attended = attend(query, keys, values, allowed, 1.0 if "qkv" in attn else None, c.attention)
             attended = checkpoint_name(attended, "attn/attended")
@@ -359,6 +375,19 @@ def _modulation(norm: Spec | None, condition: Any, dtype: jnp.dtype) -> Float[Ar
 
 def _gated(y: Float[Array, "b t d"], gate: Float[Array, "#b _ d"] | None) -> Float[Array, "b t d"]:
     return y if gate is None else y * gate
+
+
+def _at(x: Shaped[Array, "b t ..."], place: Int[Array, "b"]) -> Shaped[Array, "b 1 ..."]:
+    return jnp.take_along_axis(x, place.reshape(-1, *(1,) * (x.ndim - 1)), axis=1)
+
+
+def _written(cached: KeysValues, own: KeysValues, place: Int[Array, ""]) -> KeysValues:
+    """Cached keys and values with those of tokens in their place."""
+
+    def write(old: Float[Array, "b s k h"], x: Float[Array, "b t k h"]) -> Float[Array, "b s k h"]:
+        return jax.lax.dynamic_update_slice_in_dim(old, x.astype(old.dtype), place, axis=1)
+
+    return write(cached[0], own[0]), write(cached[1], own[1])
 
 
 def _joined(parts: Sequence[Float[Array, "b _ k h"]], dtype: jnp.dtype | None = None) -> Float[Array, "b s k h"]:

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from pi0_jax.batch import Observation
-from pi0_jax.model import gemma
+from pi0_jax.model import gemma, target
 from pi0_jax.model.declare import Spec
 from pi0_jax.model.entropy import logits
 from pi0_jax.model.gemma import Prefix, Segment
@@ -68,7 +68,7 @@ class Written(NamedTuple):
     mask: Bool[Array, "b n"]
     """False after a row's end."""
     prefix: Prefix
-    """With room for n more tokens at the end, those of the mask among its valid ones."""
+    """With room for n more tokens, and perhaps more, at the end; those of the mask are among its valid ones."""
 
 
 class Writer(PrefixNetwork):
@@ -114,12 +114,11 @@ class Writer(PrefixNetwork):
         """
         blocks = [] if given is None else [Block(given, jnp.ones(given.shape, bool))]
         segment, _ = self.segment(params, observation, blocks)
-        (outputs,), keys_values = gemma.forward(self.config, params["backbone"], [segment])
-        assert outputs is not None
         assert segment.valid is not None
-        last = jnp.max(jnp.where(segment.valid, jnp.arange(outputs.shape[1])[None], 0), axis=1)
-        hidden = jnp.take_along_axis(outputs, last[:, None, None], axis=1)[:, 0]
-        return gemma.prefix_of(segment, keys_values), hidden
+        last = jnp.max(jnp.where(segment.valid, jnp.arange(segment.valid.shape[1])[None], 0), axis=1)
+        (output,), keys_values = gemma.forward(self.config, params["backbone"], [segment._replace(needed=last)])
+        assert output is not None
+        return gemma.prefix_of(segment, keys_values), output[:, 0]
 
     def decode(
         self,
@@ -145,12 +144,13 @@ class Writer(PrefixNetwork):
                 end with the same token.
         """
         b, start = len(hidden), prefix.mask.shape[1]
+        added = target.aligned(start + room, 128) - start
         cache = jax.tree.map(
-            lambda x: jnp.pad(x, ((0, 0),) * (x.ndim - 3) + ((0, room), (0, 0), (0, 0))), prefix.keys_values
+            lambda x: jnp.pad(x, ((0, 0),) * (x.ndim - 3) + ((0, added), (0, 0), (0, 0))), prefix.keys_values
         )
 
         def seen(mask: Bool[Array, "b n"]) -> Bool[Array, "b s"]:
-            return jnp.concatenate([prefix.mask, mask], axis=1)
+            return jnp.concatenate([prefix.mask, jnp.pad(mask, ((0, 0), (0, added - room)))], axis=1)
 
         def chosen(i, hidden, state, ended, tokens, mask):
             found = logits(hidden[:, None], rules.embedding)[:, 0]
@@ -163,16 +163,11 @@ class Writer(PrefixNetwork):
         def run(i, cache, tokens, mask):
             """The token of a place goes through the backbone, and into the cache."""
             place = jnp.arange(room)[None] < i
-            before = Prefix(cache, seen(mask & place), prefix.length + i + like_openpi)
+            before = Prefix(cache, seen(mask & place), prefix.length + i + like_openpi, start + i)
             embedded = self.embed_tokens(params, rules.ids[tokens[:, i]][:, None])
             segment = Segment("language", embedded, np.zeros(1, int))
-            (output,), own = gemma.forward(self.config, params["backbone"], [segment], before)
+            (output,), cache = gemma.forward(self.config, params["backbone"], [segment], before)
             assert output is not None
-            cache = jax.tree.map(
-                lambda old, x: jax.lax.dynamic_update_slice_in_dim(old, x.astype(old.dtype), start + i, axis=-3),
-                cache,
-                own,
-            )
             return cache, output[:, 0]
 
         def step(carry):

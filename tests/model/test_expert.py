@@ -192,6 +192,18 @@ def test_unneeded_outputs_are_not_computed_and_change_nothing(tiny, needed):
             np.testing.assert_allclose(other, output, atol=1e-5, rtol=1e-5)
 
 
+def test_the_output_of_one_token_per_row_is_that_of_all(tiny):
+    def run(needed):
+        segment, _ = segments(tiny, tiny.params, tiny.x)
+        return gemma.forward(tiny.config, tiny.params["backbone"], [segment._replace(needed=needed)])
+
+    place = jnp.arange(len(tiny.x)) + 2
+    (output,), keys_values = jax.jit(lambda: run(True))()
+    (one,), same = jax.jit(lambda: run(place))()
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-5), same, keys_values)
+    np.testing.assert_allclose(one[:, 0], output[np.arange(len(place)), place], atol=1e-5, rtol=1e-5)
+
+
 def test_as_a_linen_module_it_gives_the_same_and_sows_the_residual_streams(tiny):
     module, variables = tiny.network.module(), {"params": tiny.params}
     inputs = (tiny.observation, tiny.x, tiny.time)

@@ -86,14 +86,9 @@ class BinNetwork(ActionTokenNetwork):
         def step(carry, i):
             cache, previous = carry
             decoded = jnp.broadcast_to(jnp.arange(length) < i, (b, length))
-            before = Prefix(cache, jnp.concatenate([prefix.mask, decoded], axis=1), prefix.length + i)
+            before = Prefix(cache, jnp.concatenate([prefix.mask, decoded], axis=1), prefix.length + i, start + i)
             token = self._embed(params, previous, i % self.dims)[:, None]
-            outputs, new = self.run_against(params, before, token, self._condition(b))
-            cache = jax.tree.map(
-                lambda old, x: jax.lax.dynamic_update_slice_in_dim(old, x.astype(old.dtype), start + i, axis=-3),
-                cache,
-                new,
-            )
+            outputs, cache = self.run_against(params, before, token, self._condition(b))
             logits = layers.linear(outputs[:, 0].astype(jnp.float32), params["logits_out"])
             best = jnp.argmax(logits, axis=-1)
             return (cache, best), best
