@@ -180,6 +180,7 @@ def _motion(f: Figures) -> str:
 def _moment(evidence: Evidence, moment: Moment, names: Sequence[str]) -> str:
     chunks, i = evidence.chunks, moment.number
     title = f"{chunks.names[chunks.episode[i]]}, frame {chunks.step[i]}: “{chunks.prompts[i]}”"
+    wrote = "" if moment.subtask is None else f" The policy wrote the subtask “{html.escape(moment.subtask)}”."
     seen = {camera: np.asarray(images[i]) for camera, images in chunks.observation.images.items()}
     pictures = [
         picture_tag(_enlarged(picture), f"camera {camera}")
@@ -198,7 +199,7 @@ def _moment(evidence: Evidence, moment: Moment, names: Sequence[str]) -> str:
         axis.plot(np.arange(chunks.valid.shape[1]) + 1, evidence.predicted[i, :, dim], color=BLUE, linewidth=1.2)
     return (
         f"<h3>{html.escape(title)}</h3><p>Error {evidence.errors[i]:.3f}. Steps of the chunk: demonstrated in orange, "
-        f"predicted in blue.</p>{svg_tag(figure_svg(figure), title)}"
+        f"predicted in blue.{wrote}</p>{svg_tag(figure_svg(figure), title)}"
         f'<div class="videos">{"".join(pictures + near)}</div>'
     )
 

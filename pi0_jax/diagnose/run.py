@@ -56,6 +56,8 @@ class Moment(NamedTuple):
     neighbours: list[Neighbour]
     attention: dict[str, Float[np.ndarray, "y x"]]
     """By camera, where the network attends; empty where it cannot be seen."""
+    subtask: str | None = None
+    """What the policy wrote before it acted; None: it writes none, or that cannot be seen."""
 
 
 class Evidence(NamedTuple):
@@ -135,8 +137,8 @@ def diagnose(
         figures, neighbours = _beside_training(
             policy, who, training, figures, evidence, worst, train_frames, batch_size, seed
         )
-    figures, maps = _attention(policy, figures, chunks, worst, batch_size, seed)
-    shown = [Moment(*each) for each in zip(worst.tolist(), neighbours, maps, strict=True)]
+    figures, maps, written = _attention(policy, figures, chunks, worst, batch_size, seed)
+    shown = [Moment(*each) for each in zip(worst.tolist(), neighbours, maps, written, strict=True)]
     return figures, evidence._replace(moments=shown)
 
 
@@ -267,17 +269,20 @@ def _neighbour(
 
 def _attention(
     policy: Policy, figures: Figures, chunks: Chunks, worst: np.ndarray, batch_size: int, seed: int
-) -> tuple[Figures, list[dict[str, np.ndarray]]]:
-    """Figures with the shares of attention over a batch of chunks, and where it goes at the worst moments."""
+) -> tuple[Figures, list[dict[str, np.ndarray]], list[str | None]]:
+    """Figures with the shares of attention over a batch of chunks, and where it goes at the worst moments, and the
+    subtasks written there."""
     spread = np.unique(np.linspace(0, len(chunks.episode) - 1, batch_size).astype(int))
     rows, model = np.concatenate([spread, worst]), policy.sampler.model
     noise = np.random.default_rng(seed).standard_normal((len(rows), model.action_horizon, model.action_dim))
     observation = jax.tree.map(lambda x: x[rows], chunks.observation)
-    seen = attention(policy, observation, noise.astype(np.float32))
+    seen = attention(policy, observation, noise.astype(np.float32), batch_size)
     if seen is None:
-        return figures, [{} for _ in worst]
+        return figures, [{} for _ in worst], [None for _ in worst]
     count = len(spread)
     shares = {f"camera {name}": float(x[:count].sum((1, 2)).mean()) for name, x in seen.cameras.items()}
     shares |= {"prompt": float(seen.prompt[:count].mean()), "state and actions": float(seen.own[:count].mean())}
+    shares |= {} if seen.subtask is None else {"subtask": float(seen.subtask[:count].mean())}
     maps = [{name: x[count + i] for name, x in seen.cameras.items()} for i in range(len(worst))]
-    return dataclasses.replace(figures, attention=shares), maps
+    written: list[str | None] = [None for _ in worst] if seen.written is None else [*seen.written[count:]]
+    return dataclasses.replace(figures, attention=shares), maps, written

@@ -35,6 +35,7 @@ from pi0_jax.inference.shapes import check_batch_sizes, prompt_lengths
 from pi0_jax.model.attention import report_kernel
 from pi0_jax.model.fold import Read
 from pi0_jax.model.quantize import Bits
+from pi0_jax.model.writer import Block
 from pi0_jax.sampler import Sampler
 
 _log = logging.getLogger(__name__)
@@ -267,15 +268,16 @@ class Policy:
 
     def sample(
         self, observation: Observation, keys: Key[Array, "b"], noise: Float[np.ndarray, "b ah ad"]
-    ) -> Float[np.ndarray, "b ah ad"]:
-        """Normalised, padded chunks for observations as the model takes them, with the cameras that the robot has.
+    ) -> tuple[Float[np.ndarray, "b ah ad"], Block | None]:
+        """Normalised, padded chunks for observations as the model takes them, with the cameras that the robot has, and
+        the subtask that a policy which writes subtasks wrote for each.
 
-        Noise, keys and programs are as in `infer_batch`; a policy that writes subtasks writes one for each.
+        Noise, keys and programs are as in `infer_batch`.
         """
         inputs = Inputs(observation, keys, noise, self._guidance_scale(None))
         if self.config.subtask_every:
-            return self.sampler.write(inputs, self.config.sampler)[0]
-        return self.sampler(inputs, self.config.sampler)
+            return self.sampler.write(inputs, self.config.sampler)
+        return self.sampler(inputs, self.config.sampler), None
 
     def warm_up(self, batch_sizes: Sequence[int] = (1,), *, real_time: bool = False) -> dict[int, float]:
         """Compiles what calls will need, so that none of them waits for a compiler, and runs each program.
@@ -292,7 +294,7 @@ class Policy:
         example = self.robot.example()
         unplayed = np.tile(self.robot.example_action(), (self.config.model.action_horizon, 1))
         examples = [example, {**example, "previous": unplayed}] if real_time else [example]
-        if self.config.subtask_every:  # written, or that of an earlier chunk
+        if self.config.objective.text_tokens:  # that of an earlier chunk, or of the request
             examples += [{**raw, "subtask": "x"} for raw in examples]
         lengths = prompt_lengths(self.config.model.prompt_length)
         programs = list(itertools.product(self._batch_sizes, lengths, examples))
@@ -311,7 +313,7 @@ class Policy:
                 ran = self._seconds(inputs, write=writes)
             seconds[size] = max(seconds[size], ran)
             kind = f"batch of {size}, prompt of {length} tokens" + (", real time" if "previous" in raw else "")
-            kind += ", writing a subtask" if writes else ""
+            kind += ", writing a subtask" if writes else ", with a subtask" if "subtask" in raw else ""
             done = "program %d of %d (%s): compiled in %.1f s, runs in %.3g s"
             _log.info(done, number, len(programs), kind, compiled, ran)
         self.forget_latency()

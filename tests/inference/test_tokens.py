@@ -9,7 +9,10 @@ import pytest
 
 from pi0_jax.config import Autoregressive, Fast, Joint
 from pi0_jax.data.fast import FastCodec
+from pi0_jax.diagnose.inside import attention
 from pi0_jax.inference.policy import Policy
+from pi0_jax.inference.shapes import prompt_lengths
+from pi0_jax.model.writer import Block
 from pi0_jax.sampler import Categorical, Euler, Greedy
 from pi0_jax.serving.backend import Session
 from pi0_jax.serving.robot_policy import RobotPolicy
@@ -105,7 +108,39 @@ def test_its_chunks_for_normalised_observations_are_by_subtasks_too(writer, monk
     written = np.zeros((1, 6, 8), np.float32)
     monkeypatch.setattr(writer.sampler, "write", lambda inputs, sampler: (written, None))
     observation = writer.program(1, 64)[2]
-    assert writer.sample(observation, jax.random.split(jax.random.key(0), 1), written) is written
+    assert writer.sample(observation, jax.random.split(jax.random.key(0), 1), written)[0] is written
+
+
+def test_a_diagnosis_sees_attention_to_the_subtask_that_was_written(writer, monkeypatch):
+    words = np.array(writer.tokenizer.encode("reach the block")[:3])
+    texts = iter([(words, 3), (words, 1), (words, 0)])
+
+    def write(inputs, sampler):
+        tokens, length = next(texts)
+        text = Block(np.pad(tokens, (0, 1))[None], np.arange(4)[None] < length)
+        return np.zeros((1, 6, 8), np.float32), text
+
+    monkeypatch.setattr(writer.sampler, "write", write)
+    observation = jax.tree.map(lambda x: np.repeat(x, 3, axis=0), writer.program(1, 64)[2])
+    seen = attention(writer, observation, np.zeros((3, 6, 8), np.float32), batch_size=1)
+    assert seen.written == [writer.tokenizer.decode(words[:n].tolist()) for n in (3, 1, 0)]
+    assert seen.subtask[0] > seen.subtask[1] > seen.subtask[2] == 0
+    cameras = sum(x.sum((1, 2)) for x in seen.cameras.values())
+    np.testing.assert_allclose(cameras + seen.prompt + seen.subtask + seen.own, 1, atol=1e-5)
+
+
+@pytest.mark.parametrize(("every", "found"), [(2, [True, False]), (0, [False, False])])
+def test_what_a_subtask_of_a_request_takes_is_compiled_before(writer, every, found, monkeypatch):
+    """With `subtask_every` 0, too: a request may bring one."""
+    compiled, calls = [], []
+    monkeypatch.setattr(writer, "config", dataclasses.replace(writer.config, subtask_every=every))
+    monkeypatch.setattr(writer, "_batch_sizes", ())
+    monkeypatch.setattr(writer, "_seconds", lambda inputs, write: calls.append((write, inputs.text is not None)) or 1.0)
+    monkeypatch.setattr(writer.sampler, "compiled", lambda inputs, sampler, write: compiled.append(write))
+    writer.warm_up((1,))
+    lengths = len(prompt_lengths(64))
+    assert compiled == [write for _ in range(lengths) for write in found]
+    assert calls == [(found[0], False), (False, True)] * lengths
 
 
 def test_sessions_hold_a_subtask_for_some_chunks(writer, monkeypatch):
