@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
@@ -88,9 +89,10 @@ def decode(
     values = _values(content, used, found, count)
     there = jnp.arange(count)[None] < jnp.sum(found.begins, axis=1)[:, None]
     values = jnp.where(there, jnp.clip(values + tables.min_token, tables.min_token, tables.max_token), 0)
-    dim = jnp.arange(width)
-    wanted = jnp.arange(horizon)[:, None] * dims + jnp.minimum(dim, dims - 1)[None]
-    coefficients = jnp.where((dim < dims)[None, None], values[:, wanted], 0) / tables.scale
+    # Of each frequency a slice, not an index per coefficient: see `_values`.
+    padded = jnp.pad(values, ((0, 0), (0, width)))
+    slices = [jax.lax.dynamic_slice_in_dim(padded, k * dims, width, axis=1) for k in range(horizon)]
+    coefficients = jnp.where((jnp.arange(width) < dims)[None, None], jnp.stack(slices, axis=1), 0) / tables.scale
     return jnp.einsum("BKD,KH->BHD", coefficients, jnp.asarray(_cosines(horizon)), precision="highest")
 
 
@@ -119,8 +121,9 @@ def _values(
     first = bits & jnp.array([0x7F, 0x1F, 0x0F, 0x07])[_announced(content)]
     shifted = jnp.where(found.begins, first, bits & 0x3F) << 6 * jnp.clip(found.left, 0, 3)
     taken = used & (found.owner >= 0) & (found.left >= 0)
-    rows, owner = jnp.arange(len(content))[:, None], jnp.where(taken, found.owner, count)
-    return jnp.zeros((len(content), count), jnp.int32).at[rows, owner].add(shifted, mode="drop")
+    # No scatter: TPUs hand those to another core, and their compiler cannot print a program that does (`pi0 plan`).
+    owned = taken[:, None] & (found.owner[:, None] == jnp.arange(count)[None, :, None])
+    return jnp.sum(jnp.where(owned, shifted[:, None], 0), axis=2)
 
 
 def _cosines(horizon: int) -> Float[np.ndarray, "k ah"]:

@@ -88,6 +88,7 @@ def compile_program(
     device: Device | None,
     *,
     triton: bool = True,
+    recompute: bool = True,
     unknown_rounds: int | None = None,
 ) -> Compiled:
     """Compiles a program, and says what it takes.
@@ -96,16 +97,17 @@ def compile_program(
         lowered: the program.
         target: a device that it was lowered for.
         device: the data sheet.
-        triton: as of `devices.compiler_options`.
+        triton, recompute: as of `devices.compiler_options`.
         unknown_rounds: as of `kernels.kernels`.
     """
     start = time.monotonic()
-    options = compiler_options(target, triton=triton)
+    options = compiler_options(target, triton=triton, recompute=recompute)
     try:
         compiled = lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         if options.get("xla_gpu_enable_triton_gemm"):  # some products have no tiles that fit unless they are tuned
-            return compile_program(lowered, target, device, triton=False, unknown_rounds=unknown_rounds)
+            how: Any = {"recompute": recompute, "unknown_rounds": unknown_rounds}
+            return compile_program(lowered, target, device, triton=False, **how)
         if (refused := compat.bytes_of_refused_program(error)) is None:
             raise
         return Compiled(refused, math.nan, dict.fromkeys(KINDS, math.nan), [], time.monotonic() - start)

@@ -96,13 +96,16 @@ class Plan(NamedTuple):
         return self.batch_size / max(self.times.values()) if self.times else math.nan
 
 
-def make_plan(config: TrainConfig, topology: str | None = None, *, compiled: bool = True) -> Plan:
+def make_plan(
+    config: TrainConfig, topology: str | None = None, *, compiled: bool = True, recompute: bool = True
+) -> Plan:
     """Plans the updates of a run.
 
     Args:
         config: of the run. Its weights and demonstrations are not needed.
         topology: as of `find_devices`.
         compiled: False leaves the compiler out: temporaries are estimated and traffic is unknown.
+        recompute: as of `devices.compiler_options`.
 
     Raises:
         UserError: unknown topology, libtpu is missing, or the mesh or the batch does not fit it.
@@ -120,7 +123,7 @@ def make_plan(config: TrainConfig, topology: str | None = None, *, compiled: boo
     stand_ins = estimates(devices, device)
     if compiled and not (stand_ins and mesh.size == 1):  # one device sends nothing
         lowered = program.update.lower(*inputs)  # pyright: ignore[reportFunctionMemberAccess]
-        found = compile_program(lowered, devices[0], device, triton=False)
+        found = compile_program(lowered, devices[0], device, triton=False, recompute=recompute)
         sent, kernels, seconds = found.comm_bytes, found.kernels, found.seconds
         network, played = found.network, found.timeline
         if not stand_ins:

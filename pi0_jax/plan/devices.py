@@ -92,16 +92,20 @@ def estimates(devices: list[Any], device: Device | None) -> bool:
     return devices[0].platform == "cpu" and device is not None
 
 
-def compiler_options(device: Any, *, triton: bool = True) -> dict[str, Any]:
+def compiler_options(device: Any, *, triton: bool = True, recompute: bool = True) -> dict[str, Any]:
     """XLA's settings for a device; there are some for GPUs that are not there, on which no kernel can be timed.
 
     Args:
         device: to compile for.
         triton: allow Triton's matrix products. Untuned, some of the backward pass cannot be compiled.
+        recompute: on GPUs, let XLA compute again what would not fit, besides what the model does so anyway.
     """
-    if device.platform not in ("cuda", "gpu") or not compat.is_compile_only(device):
+    if device.platform not in ("cuda", "gpu"):
         return {}
-    return {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": triton}
+    options = {} if recompute else {"xla_disable_hlo_passes": "rematerialization"}
+    if compat.is_compile_only(device):
+        options |= {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": triton}
+    return options
 
 
 def _gpus(name: str, count: int) -> list[Any]:

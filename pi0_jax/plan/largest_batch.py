@@ -62,6 +62,8 @@ def _meets(memory: float, known: dict[int, float], guess: tuple[Point, Point]) -
 def find_largest(config: TrainConfig, topology: str | None, report: Callable[[Plan, float], None]) -> Plan | None:
     """Plan of the largest batch that fits, found by the compiler, or by estimates where there is none for the devices.
 
+    On GPUs it fits without XLA computing anything again, which it would do beyond: larger batches can run, more slowly.
+
     Args:
         config: of the run; its batch size does not matter.
         topology: as of `devices.find_devices`.
@@ -81,7 +83,7 @@ def find_largest(config: TrainConfig, topology: str | None, report: Callable[[Pl
     plans: dict[int, Plan] = {}
 
     def plan(size: int, *, compiled: bool) -> Plan:
-        return make_plan(dataclasses.replace(config, batch_size=size), topology, compiled=compiled)
+        return make_plan(dataclasses.replace(config, batch_size=size), topology, compiled=compiled, recompute=False)
 
     def measure(size: int) -> float:
         plans[size] = plan(size, compiled=not estimates(devices, device))

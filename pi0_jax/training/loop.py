@@ -26,7 +26,7 @@ from pi0_jax.training.interrupt import Interrupted, StopRequest
 from pi0_jax.training.metrics import Reporter, seconds_at_peak
 from pi0_jax.training.partition import partition, table
 from pi0_jax.training.profiling import Profile
-from pi0_jax.training.program import Program, build
+from pi0_jax.training.program import Program, build, compiler_options
 from pi0_jax.training.resolve import Run, resolve, wide_enough
 from pi0_jax.training.run_dir import delete_run, open_run
 from pi0_jax.training.state import TrainState, join, split
@@ -195,7 +195,7 @@ def _train(
         raise Interrupted(step, folder, signal)
     _log.info("done: %s", folder)
     unseen = "from held-out episodes" if inputs.validation is not None else "--data FOLDER: none were held out"
-    _log.info("next: pi0 diagnose %s (%s), or pi0 report %s (in a simulator)", run_dir, unseen, run_dir)
+    _log.info("next: pi0 diagnose %s (%s), or pi0 report %s (in a simulator of the robot)", run_dir, unseen, run_dir)
     return folder
 
 
@@ -235,6 +235,8 @@ def _describe(run: Run, program: Program) -> None:
     axes = " x ".join(f"{name} {size}" for name, size in run.mesh.shape.items())
     report_kernel(model.attention, model.dtype)
     _log.info("devices: %d x %s of %d processes, mesh %s", run.mesh.size, kind, jax.process_count(), axes)
+    for name in compiler_options(run.mesh.devices.flat[0].platform, run.mesh.size):
+        _log.info("updates send beside kernels; XLA_FLAGS=--%s=false leaves that to XLA", name)
     trained = table(program.shapes.params, program.shapes.frozen)
     _log.info("model: %.3f GB of training state per device\n%s", state_bytes / 1e9, trained)
     _log.info("output: %s (checkpoints, metrics.jsonl, TensorBoard events)", run.run_dir)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,6 +22,9 @@ from pi0_jax.training.step import Augment, Metrics, make_update
 
 AFTER_WARMUP = 2**30
 """Step at which held-out data are measured: objectives that begin otherwise than they go on have begun."""
+
+OVERLAP = "xla_gpu_enable_latency_hiding_scheduler"
+"""XLA's option under which GPUs send beside kernels, and not between them. Since Hopper XLA does so without it."""
 
 
 class Program(NamedTuple):
@@ -70,13 +74,29 @@ def build(run: Run, augment: Augment) -> Program:
     return Program(
         shapes=shapes,
         start=jax.jit(start, out_shardings=placement, donate_argnums=0),
-        update=jax.jit(constrained(update), donate_argnums=1, out_shardings=(placement, None)),
+        update=jax.jit(
+            constrained(update),
+            donate_argnums=1,
+            out_shardings=(placement, None),
+            compiler_options=compiler_options(run.mesh.devices.flat[0].platform, run.mesh.size),
+        ),
         evaluate=jax.jit(constrained(evaluate)),
         straightness=None if run.objective.flow is None else jax.jit(measure_straightness),
         place=functools.partial(
             sharding.place, placement=run.batch_placement, batch_size=run.config.batch_size, rows=run.rows
         ),
     )
+
+
+def compiler_options(platform: str, devices: int) -> dict[str, Any]:
+    """XLA's options of updates: on several GPUs `OVERLAP`, unless XLA_FLAGS in the environment has it.
+
+    Args:
+        platform: of the devices, as JAX names it.
+        devices: how many there are.
+    """
+    several = devices > 1 and platform in ("gpu", "cuda")
+    return {OVERLAP: True} if several and OVERLAP not in os.environ.get("XLA_FLAGS", "") else {}
 
 
 def _unrolls(run: Run) -> bool:

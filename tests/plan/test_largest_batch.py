@@ -49,7 +49,8 @@ def test_the_largest_multiple_that_fits_is_measured_and_so_is_the_next(measure, 
 def planned(monkeypatch):
     """Plans of a cheap stand-in, 1 GB on each device and 10 MB per example of all; and the seconds of a compiler."""
 
-    def make(config: TrainConfig, topology: str, *, compiled: bool) -> Plan:
+    def make(config: TrainConfig, topology: str, *, compiled: bool, recompute: bool) -> Plan:
+        assert not recompute
         peak = 1e9 + 1e7 * config.batch_size
         mesh = {name: max(getattr(config.mesh, name), 1) for name in ("data", "fsdp", "tensor")}
         device = find_devices(topology)[2]

@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from pi0_jax import cli, flops
-from pi0_jax.config import PI0, MeshConfig, OptimConfig, PolicyConfig, TrainConfig
+from pi0_jax.config import PI0, Autoregressive, MeshConfig, OptimConfig, PolicyConfig, TrainConfig
 from pi0_jax.flops import GPUS, TPUS
 from pi0_jax.inference.sampler import Inputs, sampling_function
 from pi0_jax.model import target
@@ -21,7 +21,7 @@ from pi0_jax.plan.cost import make_plan
 from pi0_jax.plan.devices import CHIPS, has_gpu_compiler
 from pi0_jax.plan.kernels import kernels
 from pi0_jax.plan.sample import SamplePlan, make_sample_plan, observation_shapes
-from pi0_jax.sampler import Euler
+from pi0_jax.sampler import Euler, Greedy
 from tests.conftest import tiny_config
 from tests.plan.test_kernels import TEXT, TPU_TEXT
 
@@ -62,6 +62,19 @@ def test_kernels_and_bytes_of_a_few_layers_on_a_tpu():
     plan = make_sample_plan(POLICY, "v6e:1x1")
     assert 0.1e6 < plan.cost.cycles < 1.5e6
     assert plan.cost.flops == pytest.approx(work(), rel=0.01)
+
+
+def test_the_program_that_decodes_a_chunk_on_a_tpu_is_read():
+    pytest.importorskip("libtpu", reason="plans for TPUs need the extra tpu")
+    # Of a size at which the compiler would move scatters and gathers of single numbers to another core.
+    size = {"vocab_size": 4096, "action_horizon": 50, "action_dim": 32}
+    model = tiny_config("pi0_fast", cameras=("top",), depth=1, **size)
+    policy = PolicyConfig(
+        robot="none", model=model, objective=Autoregressive(), sampler=Greedy(), normalization="quantile"
+    )
+    plan = make_sample_plan(policy, "v6e:1x1", cameras=1)
+    assert plan.codes is not None
+    assert plan.cost.cycles > 0
 
 
 @needs_gpu_compiler
