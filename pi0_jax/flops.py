@@ -83,13 +83,14 @@ def count(function: Callable, *args: Any) -> int:
     end early all rounds.
 
     Args:
-        function: what `jax.make_jaxpr` takes.
+        function: what `jax.jit` takes, or gave.
         args: arrays, or their shapes (`jax.ShapeDtypeStruct`).
 
     Raises:
         ValueError: a loop whose number of iterations is not known.
     """
-    return _of(jax.make_jaxpr(function)(*args).jaxpr)
+    jitted: Any = function if hasattr(function, "trace") else jax.jit(function)
+    return _of(jitted.trace(*args).jaxpr.jaxpr)  # JAX traces a function with compiler options in no other way
 
 
 def _of(jaxpr) -> int:

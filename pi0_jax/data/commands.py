@@ -375,6 +375,8 @@ def _open(
     skip_bad = skip_bad or config.data.skip_bad_episodes
     changes = {"cache": None, "frames": "random", "skip_bad_episodes": skip_bad, "validation_share": validation_share}
     found = open_datasets(dataclasses.replace(config.data, **changes), config.policy, log_skipped=log_skipped)
+    for each in found:
+        each.source.check_files([])
     for pairs in (each.source for each in found if not each.source.has_actions):
         print(f"{pairs.root}: {pairs.num_episodes} image-text pairs, which have no actions to look at")
     return [each for each in found if each.source.has_actions]

@@ -136,6 +136,8 @@ def open_dataset(dataset: DatasetConfig, data: DataConfig, policy: PolicyConfig)
     elif data.frames == "auto":
         source = keep_frames(source, list(cameras), size, data.kept_gb)
     episodes = np.arange(source.num_episodes)
+    if data.validation_share > 0 or data.success_only:  # columns are read whole
+        source.check_files([])
     keys = source.episode_keys() if data.validation_share > 0 else [0] * source.num_episodes
     held_out = np.array([key < data.validation_share * 2**64 for key in keys])
     worded = np.ones(len(episodes), bool) if dataset.prompt is not None else _worded(source)
@@ -182,11 +184,10 @@ def open_source(dataset: DatasetConfig, data: DataConfig, robot: Robot) -> Sourc
     if root.exists() and not any(any(root.glob(name)) for name in ("meta/info.json", *RLDS_FILES)):
         raise FileNotFoundError(explain(root))
     if preset is not None or any(any(root.glob(name)) for name in RLDS_FILES):
-        if preset is None and robot.rlds is not None and not dataset.keys:
-            parts = {part.strip() for names in robot.rlds.keys.values() for part in names.split("+")}
-            if parts <= set(feature_names(root)):
-                preset = robot.rlds
-                _log.info("%s: read as the published dataset of %s", root, robot.name)
+        published = None if dataset.keys else robot.rlds
+        if preset is None and published is not None and published.features <= set(feature_names(root)):
+            preset = published
+            _log.info("%s: read as the published dataset of %s", root, robot.name)
         if dataset.without_episodes:
             raise UserError(f"{root} is an RLDS dataset, whose episodes have no numbers for `without_episodes`.")
         if dataset.prompt_from != "task":

@@ -85,7 +85,7 @@ def in_robots_order(source: Source, robot: Robot) -> Source:
         theirs = named[other] if borrowed else named[feature]
         if theirs is None or len(theirs) != len(ours) or tuple(source.features[feature]["shape"]) != (len(ours),):
             continue
-        order = _order(theirs, ours)
+        order = same_names(theirs, ours)
         if order is None and not borrowed:
             pairs = [f"{a} is read as {b}" for a, b in zip(theirs, ours, strict=True) if _plain(a) != _plain(b)]
             what = listed(pairs, SHOWN)
@@ -97,8 +97,8 @@ def in_robots_order(source: Source, robot: Robot) -> Source:
     return Reordered(source, orders) if orders else source
 
 
-def _order(theirs: Sequence[str], ours: Sequence[str]) -> list[int] | None:
-    """Where each of our names is among theirs; None if they are other names."""
+def same_names(theirs: Sequence[str], ours: Sequence[str]) -> list[int] | None:
+    """Where each of our names is among theirs, whatever LeRobot's versions put around them; None if they are others."""
     places = {_plain(name): i for i, name in enumerate(theirs)}
     if len(places) != len(theirs) or {_plain(name) for name in ours} != set(places):
         return None

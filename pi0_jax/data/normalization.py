@@ -217,7 +217,8 @@ def normalization_from_json(
 
 def read_stats_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The JSON object of a `norm_stats.json`; errors as of `data.files.read_json`."""
-    return read_json(Path(path), "normalisation statistics, such as openpi's norm_stats.json", of_dataset=False)
+    expected = "normalisation statistics, as `pi0 data stats CONFIG` writes, or openpi's norm_stats.json"
+    return read_json(Path(path), expected, of_dataset=False)
 
 
 def save_json(content: dict[str, Any], path: str | os.PathLike[str]) -> None:

@@ -195,7 +195,7 @@ def _train(
         raise Interrupted(step, folder, signal)
     _log.info("done: %s", folder)
     unseen = "from held-out episodes" if inputs.validation is not None else "--data FOLDER: none were held out"
-    _log.info("next: pi0 diagnose %s (%s), or pi0 report %s (in a simulator)", run_dir, unseen, run_dir)
+    _log.info("next: pi0 diagnose %s (%s), or pi0 report %s (in a simulator of the robot)", run_dir, unseen, run_dir)
     return folder
 
 

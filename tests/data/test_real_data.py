@@ -11,13 +11,17 @@ from pi0_jax.errors import UserError
 from tests.data.formats import write_v2
 
 
-def test_a_partial_download_is_named_once_with_counts(real_data):
+def test_a_partial_download_is_named_once_with_counts(real_data, monkeypatch):
     dataset = LeRobotDataset(real_data / "humanoid_v21")
     with pytest.raises(
         FileNotFoundError, match=r"lacks 97 of 100 data files.*98 of 100 videos.*the 2 episodes"
     ) as raised:
         dataset.check_files(["observation.images.cam_high"])
     assert str(raised.value).count("episode_000000") == 2  # an example of each kind
+    monkeypatch.setattr("pi0_jax.data.mixture.keep_frames", lambda source, *_: source)
+    data, policy = DataConfig(str(dataset.root), validation_share=0.1), PolicyConfig(robot="ur5")
+    with pytest.raises(FileNotFoundError, match=r"lacks 97 of 100 data files.*--data\.skip-bad-episodes"):
+        open_dataset(DatasetConfig(str(dataset.root)), data, policy)
 
 
 def test_what_is_there_of_a_partial_download_is_read(real_data):

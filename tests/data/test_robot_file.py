@@ -8,7 +8,7 @@ import pytest
 
 from pi0_jax.data.lerobot import LeRobotWriter
 from pi0_jax.data.poses import from_model, to_model
-from pi0_jax.data.robots import Pose, Poses, Robot, check_robot
+from pi0_jax.data.robots import Pose, Poses, Robot, check_robot, get_robot
 from pi0_jax.data.source import ACTION, STATE
 from pi0_jax.data.tools.pose_names import find_poses
 from pi0_jax.data.tools.robot import describe_robot, propose_cameras, propose_semantics
@@ -111,7 +111,9 @@ def test_rlds_is_described_too_and_nothing_is_written_into_it(real_data, tmp_pat
     pytest.importorskip("tensorflow_datasets")
     folder = real_data / "bridge_dataset"
     before = sorted(folder.rglob("*"))
-    robot = made(tmp_path, describe_robot(str(folder), "bridge"))
+    text = describe_robot(str(folder), "bridge")
+    assert "--policy.robot bridge" in text
+    robot = made(tmp_path, text)
     assert (robot.name, robot.fps, len(robot.cameras)) == ("bridge", None, 4)
     assert robot.semantics == ("absolute",) * 7
     assert sorted(folder.rglob("*")) == before
@@ -200,6 +202,19 @@ def test_actions_without_names_have_those_of_the_state(tmp_path):
     robot = made(tmp_path, text)
     assert robot.actions == robot.state == tuple(names)
     assert robot.semantics == ("relative", "relative", "gripper")
+
+
+def test_built_in_robots_of_the_same_names_are_pointed_at(tmp_path):
+    names = [name.removesuffix(".pos") for name in get_robot("so101").state]
+    features: dict = {key: {"dtype": "float32", "shape": (6,), "names": names} for key in (STATE, ACTION)}
+    features |= {camera: {"dtype": "video", "shape": (16, 16, 3)} for camera in get_robot("so101").cameras}
+    frames = {
+        name: np.zeros((40, *each["shape"]), np.dtype(each["dtype"].replace("video", "uint8")))
+        for name, each in features.items()
+    }
+    with LeRobotWriter(tmp_path / "data", 30, "arm", features) as writer:
+        writer.add_episode(frames, "go")
+    assert describe_robot(str(tmp_path / "data"), "mine").endswith("--policy.robot so100 or so101\n")
 
 
 def test_what_cannot_be_recognised_is_said(tmp_path):

@@ -84,6 +84,11 @@ class RldsNames(NamedTuple):
     only: str | None = None
     """Regular expression that the episode's `file_path` has to contain."""
 
+    @property
+    def features(self) -> set[str]:
+        """The dataset's features that `keys` name."""
+        return {feature.strip() for names in self.keys.values() for feature in names.split("+")}
+
 
 @dataclasses.dataclass(frozen=True)
 class Robot:

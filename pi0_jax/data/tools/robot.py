@@ -15,9 +15,10 @@ from pi0_jax.config import DataConfig, DatasetConfig
 from pi0_jax.data.files import find_dataset
 from pi0_jax.data.lerobot.layout import read_info
 from pi0_jax.data.mixture import open_source
-from pi0_jax.data.names import is_depth, last_word
+from pi0_jax.data.names import is_depth, last_word, recognise, same_names
 from pi0_jax.data.poses import Poses
-from pi0_jax.data.robots import Robot
+from pi0_jax.data.rlds.reader import feature_names
+from pi0_jax.data.robots import ROBOTS, Robot, get_robot
 from pi0_jax.data.source import ACTION, STATE, Source, dimension_names
 from pi0_jax.data.tools.pose_names import FoundPose, find_poses
 from pi0_jax.errors import UserError
@@ -85,7 +86,7 @@ def describe_robot(path: str, name: str, offline: bool = False, keys: Mapping[st
         *["    # The dataset does not name its actions: these are the state's names, a guess."] * alike,
         *_vector("actions", action_names),
         *_pose_lines(found),
-        f"    fps={info.get('fps')!r},",
+        f"    fps={info.get('fps')!r}," + "  # to be filled in: the dataset does not say" * ("fps" not in info),
         f"    image_size={size!r},",
         '    # One per action: "absolute", "gripper" (absolute too), "relative" to the state of the same index (joint',
         '    # targets are best learnt so), or "angle" (relative, radians that wrap). Proposed from the data:',
@@ -96,7 +97,26 @@ def describe_robot(path: str, name: str, offline: bool = False, keys: Mapping[st
         ")",
         "",
     ]
+    if fitting := " or ".join(built_in_robots(source, root)):
+        lines[-1:] = [f"# pi0_jax has a robot with these names, which says more: --policy.robot {fitting}", ""]
     return "\n".join(lines)
+
+
+def built_in_robots(source: Source, root: Path) -> list[str]:
+    """Names of the robots in `pi0_jax.data.robots` whose published RLDS dataset this may be, or which have its cameras
+    and call state and actions as it does."""
+    robots = [get_robot(name) for name in ROBOTS]
+    if not (root / "meta/info.json").is_file():
+        names = set(feature_names(root))
+        return [robot.name for robot in robots if robot.rlds is not None and robot.rlds.features <= names]
+
+    def fits(robot: Robot) -> bool:
+        cameras = set(robot.cameras) <= {*source.cameras, *recognise(source.features, robot)}
+        both = ((STATE, robot.state), (ACTION, robot.actions))
+        theirs = [(dimension_names(source.features[name]) or (), ours) for name, ours in both]
+        return cameras and all(same_names(*each) is not None for each in theirs)
+
+    return [robot.name for robot in robots if fits(robot)]
 
 
 def _numbered(what: str, width: int) -> tuple[str, ...]:

@@ -76,7 +76,10 @@ def find_simulator(robot: str) -> str:
     for name in simulator_names():
         if robot == _load(name)["ROBOT"]:
             return name
-    raise UserError(f"there is no simulator of the robot {robot!r}; name one with --env: {_choices()}.")
+    raise UserError(
+        f"there is no simulator of the robot {robot!r}; name one with --env: {_choices()}. `pi0 diagnose RUN` needs "
+        "none: it takes held-out episodes."
+    )
 
 
 def _choices() -> str:
