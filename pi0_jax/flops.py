@@ -79,7 +79,8 @@ def peak(device_kind: str) -> float | None:
 
 
 def count(function: Callable, *args: Any) -> int:
-    """FLOPs of the matrix products and convolutions of a function.
+    """FLOPs of the matrix products and convolutions of a function; of branches those of the largest, of loops that may
+    end early all rounds.
 
     Args:
         function: what `jax.jit` takes, or gave.
@@ -107,10 +108,19 @@ def _equation(equation) -> int:
         return 2 * equation.outvars[0].aval.size * math.prod(kernel) // kernel[numbers.rhs_spec[0]]
     inner = [_of(getattr(part, "jaxpr", part)) for part in _subprograms(params)]
     if name == "while" and any(inner):
-        raise ValueError("a while loop with matrix products has no number of FLOPs.")
+        return _most_rounds(params["cond_jaxpr"]) * sum(inner)
     if name == "cond":
         return max(inner)
     return params.get("length", 1) * sum(inner) if name == "scan" else sum(inner)
+
+
+def _most_rounds(condition) -> int:
+    """What the counter of a `while` loop is held below: the one whole number in its condition."""
+    compared = (x for it in condition.eqns if it.primitive.name == "lt" for x in it.invars)
+    bounds = [int(x.val) for x in compared if hasattr(x, "val") and x.aval.dtype.kind in "iu"]
+    if len(bounds) != 1:
+        raise ValueError("a while loop with matrix products whose counter has no bound has no number of FLOPs.")
+    return bounds[0]
 
 
 def _subprograms(params: dict[str, Any]) -> list[Any]:

@@ -64,6 +64,9 @@ def test_products_convolutions_loops_and_recomputation_are_counted_by_hand():
     product = 2 * 3 * 4 * 4
     assert flops.count(jnp.matmul, x, w) == product
     assert flops.count(lambda x, w: jax.lax.scan(lambda x, _: (x @ w, None), x, length=5)[0], x, w) == 5 * product
+    ends = lambda carry: (carry[0] < 3) & (carry[1][0, 0] < 9.0)  # noqa: E731
+    early = lambda x, w: jax.lax.while_loop(ends, lambda c: (c[0] + 1, c[1] @ w), (0, x))  # noqa: E731
+    assert flops.count(early, x, w) == 3 * product
     assert flops.count(lambda x, w: jax.lax.cond(x[0, 0] > 0, lambda: x @ w @ w, lambda: x @ w), x, w) == 2 * product
     loss = jax.checkpoint(lambda x, w: jnp.sum(jnp.sin(jnp.sin(x @ w) @ w)))
     # Two products forward, both again for the sines' slopes, two for each gradient.

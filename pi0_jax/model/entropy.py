@@ -37,10 +37,10 @@ def cross_entropy(
         tokens: the true ones.
         mask: True where the loss counts.
     """
-    parts = _parts(hidden, tokens, mask)
+    parts, narrow = _parts(hidden, tokens, mask), embedding.astype(hidden.dtype)
 
     def entropy(hidden, tokens, mask):
-        found = logits(hidden, embedding)
+        found = logits(hidden, narrow)
         chosen = jnp.take_along_axis(found, tokens[..., None], axis=-1)[..., 0]
         return jnp.where(mask, jax.nn.logsumexp(found, axis=-1) - chosen, 0.0)
 
@@ -59,20 +59,24 @@ def _backward(saved, slope):
     hidden, embedding, tokens, mask = saved
     narrow = embedding.astype(hidden.dtype)
 
-    def gradient(total, hidden, tokens, slope, mask):
+    parts = _parts(hidden, tokens, slope, mask)
+    learnt = jnp.any(parts[-1], axis=(1, 2))
+    order, count = jnp.argsort(~learnt), jnp.sum(learnt)
+
+    def part(carry):
+        # A loop over the parts that have a token. In a branch the sum, gigabytes, would be copied for every part.
+        i, total, by_hidden = carry
+        hidden, tokens, slope, mask = (jax.lax.dynamic_index_in_dim(x, order[i], keepdims=False) for x in parts)
         found = jax.nn.softmax(logits(hidden, narrow), axis=-1)
         found = found - jax.nn.one_hot(tokens, found.shape[-1], dtype=found.dtype)
         found = (found * jnp.where(mask, slope, 0.0)[..., None]).astype(hidden.dtype)
-        by_hidden = jnp.einsum("BCV,VD->BCD", found, narrow)
-        return total + jnp.einsum("BCV,BCD->VD", found, hidden, preferred_element_type=jnp.float32), by_hidden
-
-    def part(total, columns):
-        skipped = lambda total, hidden, *_: (total, jnp.zeros_like(hidden))  # noqa: E731
-        total, by_hidden = jax.lax.cond(jnp.any(columns[-1]), gradient, skipped, total, *columns)
-        return with_logical_constraint(total, ("vocab", "embed")), by_hidden
+        total += jnp.einsum("BCV,BCD->VD", found, hidden, preferred_element_type=jnp.float32)
+        by_hidden = by_hidden.at[order[i]].set(jnp.einsum("BCV,VD->BCD", found, narrow))
+        return i + 1, with_logical_constraint(total, ("vocab", "embed")), by_hidden
 
     total = with_logical_constraint(jnp.zeros(embedding.shape, jnp.float32), ("vocab", "embed"))
-    total, by_hidden = jax.lax.scan(part, total, _parts(hidden, tokens, slope, mask))
+    start = jnp.int32(0), total, jnp.zeros_like(parts[0])
+    _, total, by_hidden = jax.lax.while_loop(lambda carry: (carry[0] < PARTS) & (carry[0] < count), part, start)
     return _joined(by_hidden, tokens.shape[1]), total.astype(embedding.dtype), None, None
 
 

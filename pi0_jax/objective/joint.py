@@ -22,7 +22,6 @@ from pi0_jax.batch import Batch, CodecTables, Observation, scale_images
 from pi0_jax.config import Joint, ModelConfig
 from pi0_jax.errors import UserError
 from pi0_jax.flow.loss import flow_loss
-from pi0_jax.model.entropy import cross_entropy
 from pi0_jax.model.gemma import Prefix
 from pi0_jax.model.head import joint
 from pi0_jax.model.head.joint import JointNetwork
@@ -80,8 +79,8 @@ def make(config: Joint, network: JointNetwork) -> Objective:
         it, found = gaussian.noisy(_flow(config), draws), parts(config, draws.batch)
         blocks = [part.block for part in found]
         hidden, velocity = network.write_and_flow(params, it.observation, blocks, it.x, it.time, unseen=len(blocks) - 1)
-        entropies = [cross_entropy(hidden[0], params["embedding"], found[0].block.tokens, found[0].learnt)]
-        entropies += [network.token_entropy(params, x, *part) for x, part in zip(hidden[1:], found[1:], strict=True)]
+        of_text_and_codes = [block.tokens for block in blocks], [part.learnt for part in found]
+        entropies = network.entropies(params, hidden, *of_text_and_codes)
         losses = [
             reduced(entropy, part.learnt, number, config.reduction)
             for entropy, part, number in zip(entropies, found, counts, strict=False)

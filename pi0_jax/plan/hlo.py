@@ -70,15 +70,17 @@ class Program(NamedTuple):
     frames: dict[int, tuple[str, int]]
     """Line of code (file:line) of a stack frame, and the number of the frame that called it (0: none)."""
 
-    def rounds(self, loop: Instruction) -> float:
-        """Rounds of a loop, as the compiler notes them, or else the one constant that its counter from 0 is held to;
-        NaN where neither is there."""
+    def rounds(self, loop: Instruction, early: int | None = None) -> float:
+        """Rounds of a loop, as the compiler notes them, or else the one constant that its counter from 0 is held to, of
+        which it runs no more than `early` where that is given; NaN where nothing says."""
         if known := _ROUNDS.search(loop.attributes):
             return float(known[1])
         condition = _CONDITION.search(loop.attributes)
-        within = self.computations.get(condition[1], {}) if condition else {}
-        bounds = [i.operands[0] for i in within.values() if i.op == "constant" and re.match(r"[su]\d+\[\]", i.result)]
-        return float(bounds[0]) if len(bounds) == 1 else math.nan
+        within = list(self.computations.get(condition[1], {}).values()) if condition else []
+        within += [i for it in within for name in it.called for i in self.computations.get(name, {}).values()]
+        bounds = [i.operands[0] for i in within if i.op == "constant" and re.match(r"[su]\d+\[\]", i.result)]
+        found = [float(bounds[0])] if len(bounds) == 1 else []
+        return min(found + ([] if early is None else [float(early)]), default=math.nan)
 
     def stack(self, instruction: Instruction) -> list[str]:
         """Lines of code (file:line) that an instruction comes from, the innermost first."""

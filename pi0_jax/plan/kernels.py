@@ -88,7 +88,8 @@ def kernels(program: Program, device: Device, unknown_rounds: int | None = None)
     Args:
         program: compiled for the device.
         device: its data sheet.
-        unknown_rounds: of loops whose number of rounds the compiler does not know.
+        unknown_rounds: of loops that may end early, whose number of rounds the compiler does not know; None: all that
+            their counter allows.
 
     Raises:
         ValueError: there is such a loop, and `unknown_rounds` is None.
@@ -160,10 +161,10 @@ class Counter:
                 yield self.kernel(name, it, count)
 
     def rounds(self, loop: Instruction) -> float:
-        rounds = self.program.rounds(loop)
-        if math.isnan(rounds) and self.unknown_rounds is None:
+        rounds = self.program.rounds(loop, self.unknown_rounds)
+        if math.isnan(rounds):
             raise ValueError(f"the program has a loop whose rounds are not known: {loop.name}")
-        return float(self.unknown_rounds or 0) if math.isnan(rounds) else rounds
+        return rounds
 
     def kernel(self, name: str, it: Instruction, count: float) -> Kernel:
         products = list(self._products(name, it))

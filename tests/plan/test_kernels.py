@@ -107,6 +107,13 @@ def test_a_loop_without_a_known_number_of_rounds_takes_one_that_is_given():
     assert kernels(program, GPU, unknown_rounds=4)[0].times == 4
 
 
+def test_a_loop_that_may_end_early_has_as_many_rounds_as_its_counter():
+    held = "%held (n: s32[]) -> pred[] {\n  ROOT %most = s32[] constant(9)\n}\n\n%condition"
+    text = TEXT.replace("known_trip_count", "something_else").replace("%condition", held, 1)
+    program = hlo.parse(text.replace("pred[] constant(true)", "pred[] fusion(%q), kind=kLoop, calls=%held"))
+    assert [kernels(program, GPU, unknown_rounds=early)[0].times for early in (None, 4, 20)] == [9, 4, 9]
+
+
 TPU_TEXT = """
 ENTRY %main (w: bf16[3,256,128], x: bf16[3,8,256]) -> f32[3,8,128] {
   %w = bf16[3,256,128]{2,1,0:T(8,128)(2,1)} parameter(0)

@@ -61,15 +61,24 @@ class JointNetwork(Writer, ExpertNetwork):
         codes = params[CODE_TABLE][jnp.maximum(code, 0)].astype(self.dtype)
         return jnp.where(code[..., None] >= 0, codes, words)
 
-    def token_entropy(
-        self, params: Spec, hidden: Float[Array, "b c d"], block: Block, learnt: Bool[Array, "b c"]
-    ) -> Float[Array, "b c"]:
-        """Cross-entropy of action tokens given the outputs that predict them, nats; 0 where nothing is learnt."""
-        if not self.own_table:
-            return cross_entropy(hidden, params["embedding"], block.tokens, learnt)
-        logits = layers.linear(hidden.astype(jnp.float32), params[CODE_HEAD])
-        code = jnp.maximum(block.tokens - self.config.vocab_size, 0)
-        return jnp.where(learnt, optax.softmax_cross_entropy_with_integer_labels(logits, code), 0.0)
+    def entropies(
+        self,
+        params: Spec,
+        hidden: Sequence[Float[Array, "b _ d"]],
+        tokens: Sequence[Int[Array, "b _"]],
+        learnt: Sequence[Bool[Array, "b _"]],
+    ) -> list[Float[Array, "b _"]]:
+        """Cross-entropy of text, and of action tokens, given the outputs that predict them, nats; 0 where nothing is
+        learnt. What is of the vocabulary goes through its table, and makes that one's gradient, together."""
+        words = 1 if self.own_table else len(tokens)
+        hidden_words, of_words, mask = (jnp.concatenate(x[:words], axis=1) for x in (hidden, tokens, learnt))
+        ends = np.cumsum([x.shape[1] for x in tokens[:words]])
+        found = jnp.split(cross_entropy(hidden_words, params["embedding"], of_words, mask), ends[:-1], axis=1)
+        for x, codes, there in zip(hidden[words:], tokens[words:], learnt[words:], strict=True):
+            logits = layers.linear(x.astype(jnp.float32), params[CODE_HEAD])
+            code = jnp.maximum(codes - self.config.vocab_size, 0)
+            found.append(jnp.where(there, optax.softmax_cross_entropy_with_integer_labels(logits, code), 0.0))
+        return found
 
     def write_and_flow(
         self,
