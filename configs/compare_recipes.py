@@ -44,6 +44,8 @@ language = dataclasses.replace(model, variant="pi0_fast")
 codec = Fast(skip=0, max_tokens=30)
 flow = Gaussian(draws=2)
 joint = Joint(flow=flow, codec=codec, text_tokens=6)
+regression = dataclasses.replace(flow, regression_draw=True)
+answers = Joint(flow=regression, codec=None, text_tokens=6, insulate=False, flow_weight=10.0)
 subtasks = {"data.datasets": (DatasetConfig("data/stages", prompt_from="predict"),), "policy.subtask_every": 1}
 few = DatasetConfig("data/stages-few", weight=0.75)
 pairs = DatasetConfig("data/stages-questions", weight=0.25)
@@ -62,9 +64,10 @@ config = CompareConfig(
         "joint-open": contender(dataclasses.replace(joint, insulate=False, flow_weight=10.0)),  # as π0.5
         "tokens": contender(Autoregressive(codec=codec), model=language, sampler=Greedy()),
         "joint-subtasks": contender(joint, subtasks),
-        "flow-regression": contender(dataclasses.replace(flow, regression_draw=True)),
-        "few": contender(joint, {"data.datasets": (few,)}),
-        "few-pairs": contender(joint, {"data.datasets": (few, pairs)}),
+        "flow-regression": contender(regression),
+        "flow-subtasks": contender(answers, subtasks),
+        "few": contender(answers, {"data.datasets": (few,)}),
+        "few-pairs": contender(answers, {"data.datasets": (few, pairs)}),
     },
     backbone=None,
     episodes=60,
