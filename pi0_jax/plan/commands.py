@@ -128,7 +128,7 @@ def describe_sample(plan: SamplePlan) -> str:
     many = "a chunk" if plan.batch_size == 1 else f"{plan.batch_size} chunks"
     head = f"{many} on one {plan.topology.partition(':')[0]}: {len(plan.cameras)} cameras, "
     head += f"a prompt of {plan.prompt_length} tokens"
-    head += "" if plan.codes is None else f", {plan.codes} codes written one after another"
+    head += "" if plan.written is None else f", {plan.written} written one after another"
     room = f"of {_size(plan.device.memory)}: {'fits' if plan.fits else 'DOES NOT FIT'}"
     rows = [
         ("weights", _size(plan.weights), ""),

@@ -25,6 +25,8 @@ from pi0_jax.plan.kernels import Cost, total
 
 CODES = 50
 """Codes that a planned chunk of action tokens is counted with: 30 to 60 are usual for a second (arXiv 2501.09747)."""
+SUBTASK = 12
+"""Tokens that a planned subtask is counted with: a short sentence."""
 
 
 class SamplePlan(NamedTuple):
@@ -38,8 +40,8 @@ class SamplePlan(NamedTuple):
     weights: float
     """Bytes."""
     compiled: Compiled
-    codes: int | None = None
-    """Action tokens that are written one after another; None: the chunk is not made of codes."""
+    written: str | None = None
+    """What is written one token after another, such as "50 codes"; None: nothing is."""
 
     @property
     def cost(self) -> Cost:
@@ -95,19 +97,22 @@ def make_sample_plan(
     if bits is not None:
         params = jax.eval_shape(lambda p: quantize(p, bits), params)
     inputs = Inputs(observation_shapes(model, batch_size, prompt_length), jax.eval_shape(_keys(batch_size)))
-    codes = CODES if config.objective.decodes and config.objective.codec is not None else None
-    if codes is not None:
+    write = config.subtask_every > 0
+    codes = config.objective.decodes and config.objective.codec is not None
+    rounds = SUBTASK if write else CODES if codes else None
+    if rounds is not None:
         inputs = inputs._replace(codec=jax.eval_shape(example_codec))
     mesh = Mesh(devices[:1], ("x",))
     params, inputs = place((params, inputs), mesh)
     with tracing_for("tpu" if device.clock else "gpu"):
-        lowered = jax.jit(sampling_function(objective, config, model, config.sampler)).lower(params, inputs)
+        lowered = jax.jit(sampling_function(objective, config, model, config.sampler, write=write)).lower(params, inputs)
     try:
-        compiled = compile_program(lowered, devices[0], device, unknown_rounds=codes)
+        compiled = compile_program(lowered, devices[0], device, unknown_rounds=rounds)
     except ValueError as error:
         raise UserError(f"{type(config.sampler).__name__} cannot be planned: {error}.") from error
     length = inputs.observation.prompt.shape[1]
-    return SamplePlan(name, device, model.cameras, batch_size, length, placed_bytes(params), compiled, codes)
+    written = rounds and f"{rounds} {'tokens of a subtask' if write else 'codes'}"
+    return SamplePlan(name, device, model.cameras, batch_size, length, placed_bytes(params), compiled, written)
 
 
 def observation_shapes(model: ModelConfig, batch_size: int, prompt_length: int | None = None) -> Observation:

@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from pi0_jax import cli, flops
-from pi0_jax.config import PI0, Autoregressive, MeshConfig, OptimConfig, PolicyConfig, TrainConfig
+from pi0_jax.config import PI0, Autoregressive, Joint, MeshConfig, OptimConfig, PolicyConfig, TrainConfig
 from pi0_jax.flops import GPUS, TPUS
 from pi0_jax.inference.sampler import Inputs, sampling_function
 from pi0_jax.model import target
@@ -73,8 +73,19 @@ def test_the_program_that_decodes_a_chunk_on_a_tpu_is_read():
         robot="none", model=model, objective=Autoregressive(), sampler=Greedy(), normalization="quantile"
     )
     plan = make_sample_plan(policy, "v6e:1x1", cameras=1)
-    assert plan.codes is not None
+    assert plan.written == "50 codes"
     assert plan.cost.cycles > 0
+
+
+@needs_gpu_compiler
+def test_a_policy_that_writes_subtasks_is_planned_with_one():
+    joint = Joint(codec=None, text_tokens=16)
+    model = tiny_config("pi05", cameras=("top",), depth=1)
+    policy = PolicyConfig(robot="none", model=model, objective=joint, normalization="quantile")
+    alone = make_sample_plan(policy, "h100:1", cameras=1)
+    writes = make_sample_plan(dataclasses.replace(policy, subtask_every=1), "h100:1", cameras=1)
+    assert (alone.written, writes.written) == (None, "12 tokens of a subtask")
+    assert writes.cost.kernels > alone.cost.kernels + 12
 
 
 @needs_gpu_compiler
