@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from flax.linen.spmd import with_logical_constraint
 from jaxtyping import Array, Bool, Float, Int
 
+from pi0_jax.model.layers import with_enough_rows
+
 PARTS = 8
 """Parts that the columns are divided into."""
 
@@ -18,7 +20,11 @@ PARTS = 8
 def logits(hidden: Float[Array, "b c d"], embedding: Float[Array, "v d"]) -> Float[Array, "b c v"]:
     """Logits of the head that is tied to the embedding, float32."""
     embedding = embedding.astype(hidden.dtype)
-    product = jnp.einsum("BCD,VD->BCV", hidden, embedding, preferred_element_type=jnp.float32)
+
+    def of_all(hidden: Float[Array, "_b _t d"]) -> Float[Array, "_b _t v"]:
+        return jnp.einsum("BCD,VD->BCV", hidden, embedding, preferred_element_type=jnp.float32)
+
+    product = with_enough_rows(of_all, hidden)
     return with_logical_constraint(product, ("batch", None, "vocab"))
 
 

@@ -24,13 +24,16 @@ from flax.linen.spmd import with_logical_constraint
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from pi0_jax.model import kernels, lora
+from pi0_jax.model import kernels, lora, target
 from pi0_jax.model.attention import Kernel, attend
 from pi0_jax.model.kernels import EPSILON
 from pi0_jax.model.quantize import Quantized, quantized_dot
 
 Weights = dict[str, Any]
 """Arrays by name, of one part of a layer."""
+TPU_ROWS = 8
+"""Tokens that a product has at least on TPUs: with fewer it is no work for their matrix unit, and takes three times as
+long as reading the weights (docs/performance.md)."""
 
 
 def linear(x: Float[Array, "..."], w: Weights, dtype: jnp.dtype | None = None) -> Float[Array, "..."]:
@@ -71,6 +74,22 @@ def dot(name: str, x: Float[Array, "b t *d"], w: Weights, scale: float = 1.0) ->
             gives its own output axes, such as `[b t n h]`.
         scale: of the LoRA pair's product.
     """
+    return checkpoint_name(with_enough_rows(lambda x: _dot(name, x, w, scale), x), name)
+
+
+def with_enough_rows(
+    product: Callable[[Float[Array, "_b _t *d"]], Float[Array, "_b _t *f"]], x: Float[Array, "b t *d"]
+) -> Float[Array, "b t *f"]:
+    """A product of tokens, on TPUs of at least `TPU_ROWS`: zeros are added, and what comes of them is dropped."""
+    b, t = x.shape[:2]
+    if target.platform() != "tpu" or b * t >= TPU_ROWS:
+        return product(x)
+    more = jnp.zeros((1, TPU_ROWS - b * t, *x.shape[2:]), x.dtype)
+    result = product(jnp.concatenate([x.reshape(1, b * t, *x.shape[2:]), more], axis=1))[:, : b * t]
+    return result.reshape(b, t, *result.shape[2:])
+
+
+def _dot(name: str, x: Float[Array, "b t *d"], w: Weights, scale: float) -> Float[Array, "b t *f"]:
     leaf = name.split("/")[1]
     weight = w[leaf]
     if isinstance(weight, Quantized):
@@ -82,7 +101,7 @@ def dot(name: str, x: Float[Array, "b t *d"], w: Weights, scale: float = 1.0) ->
     if f"{leaf}_lora_a" in w:
         a, b = (w[f"{leaf}_lora_{side}"] for side in "ab")
         result += scale * lora.product(name, x, a, b)
-    return checkpoint_name(result, name)
+    return result
 
 
 def layer_norm(x: Float[Array, "... d"], w: Weights | None = None) -> Float[Array, "... d"]:

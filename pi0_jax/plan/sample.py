@@ -105,7 +105,9 @@ def make_sample_plan(
     mesh = Mesh(devices[:1], ("x",))
     params, inputs = place((params, inputs), mesh)
     with tracing_for("tpu" if device.clock else "gpu"):
-        lowered = jax.jit(sampling_function(objective, config, model, config.sampler, write=write)).lower(params, inputs)
+        lowered = jax.jit(sampling_function(objective, config, model, config.sampler, write=write)).lower(
+            params, inputs
+        )
     try:
         compiled = compile_program(lowered, devices[0], device, unknown_rounds=rounds)
     except ValueError as error:

@@ -68,7 +68,9 @@ def test_objects_are_taken_at_rest_alone_and_are_gone():
 
 def test_gymnasium_finds_no_fault_and_unknown_tasks_are_refused():
     check_env(StagesEnv(image_size=8), skip_render_check=True)
-    with pytest.raises(UserError, match=r"no task is named 'fly'; the tasks are take_red_block, .*take_green_puck_and_blue_ball"):
+    with pytest.raises(
+        UserError, match=r"no task is named 'fly'; the tasks are take_red_block, .*take_green_puck_and_blue_ball"
+    ):
         StagesEnv(image_size=8).reset(options={"task": "fly"})
 
 
