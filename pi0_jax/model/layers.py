@@ -32,7 +32,7 @@ from pi0_jax.model.quantize import Quantized, quantized_dot
 Weights = dict[str, Any]
 """Arrays by name, of one part of a layer."""
 TPU_ROWS = 8
-"""Tokens that a product has at least on TPUs: with fewer it is no work for their matrix unit, and takes three times as
+"""Tokens that a product has at least on TPUs: libtpu gives those of fewer to the vector unit, which takes four times as
 long as reading the weights (docs/performance.md)."""
 
 
