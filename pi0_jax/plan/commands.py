@@ -108,14 +108,19 @@ def describe(plan: Plan) -> str:
     rows.append(("peak", _size(plan.peak), room))
     rows.append(("work", f"{plan.flops / 1e12:.4g} TFLOP", "matrix products, rematerialisation included"))
     rows.append(("through memory", _size(plan.hbm_bytes), "of the compiler" if plan.kernels else "estimated"))
-    rows += [(kind, _size(sent), "sent") for kind, sent in plan.comm_bytes.items() if sent]
+    printed = not any(math.isnan(sent) for sent in plan.comm_bytes.values())  # libtpu cannot print every program
+    rows += [(kind, _size(sent), "sent") for kind, sent in plan.comm_bytes.items() if printed and sent]
+    if not printed and math.prod(plan.mesh.values()) > 1:
+        rows.append(("sent", "not known", "the compiler cannot print this program"))
     lines = [f"{plan.topology}: {math.prod(plan.mesh.values())} devices, mesh {axes}, batch {plan.batch_size}", ""]
     lines += _rows(rows)
     if plan.timeline is not None and plan.network:
         beside, sent = plan.timeline.beside, plan.timeline.sent
         lines += ["", f"{beside / sent:.0%} of what is sent goes beside matrix products, in the order of the program"]
     if plan.times:
-        times = ", ".join(f"{name} {_duration(seconds)}" for name, seconds in plan.times.items())
+        times = ", ".join(
+            f"{name} {_duration(seconds)}" for name, seconds in plan.times.items() if printed or name != "network"
+        )
         lines += ["", f"a step takes at least {_duration(max(plan.times.values()))} ({times}),"]
         lines[-1] += f" which is at most {plan.samples_per_second:.0f} samples/s"
     if plan.cost is not None:

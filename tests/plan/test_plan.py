@@ -201,6 +201,11 @@ def test_a_plan_is_printed_with_what_is_compiled_and_what_is_estimated(plan):
     assert re.search(r"temporaries .*estimated", text)
     assert re.search(r"peak .* of 84\.\d+ GB: fits", text)
     assert "a step takes at least" in text
+    assert "network" in text
+    unread = describe(known._replace(comm_bytes=dict.fromkeys(known.comm_bytes, float("nan"))))
+    assert "not known  the compiler cannot print this program" in unread
+    assert "nan" not in unread
+    assert "network" not in unread
 
 
 def test_the_command_takes_the_flags_of_training(monkeypatch, tmp_path, capsys):
