@@ -1,4 +1,4 @@
-"""A small π0 on five tasks of Meta-World's MT10, from scratch, on a CPU (docs/evaluation.md: 82 % within an hour).
+"""A small π0 on five tasks of Meta-World's MT10, from scratch, on a CPU (success and time: docs/evaluation.md).
 
 Run:     pi0 env install metaworld
          pi0 record data/mt5 --env metaworld --episodes 250 --env-options image_size=96 \
