@@ -65,11 +65,48 @@ def attend(
     # all share one, as in Gemma, that is the order they have.
     query = query if scale == 1 else query * (h**-0.5 if scale is None else scale)
     grouped = query.reshape(b, t, k, n // k, h).transpose(0, 2, 1, 3, 4).reshape(b, k, -1, h)
-    weights = attention_weights(grouped, key, mask).astype(value.dtype)
+    on_tpu = n > k and target.platform() == "tpu" and not _watching  # heads of images are too small to gain
+    attended = (_attended_on_tpu if on_tpu else _attended)(grouped, key, value, mask)
+    return attended.reshape(b, k, t, n // k, h).transpose(0, 2, 1, 3, 4).reshape(b, t, n, h)
+
+
+def _attended(
+    query: Float[Array, "b k r h"],
+    key: Float[Array, "b s k h"],
+    value: Float[Array, "b s k h"],
+    mask: Bool[Array, "b t s"] | None,
+) -> Float[Array, "b k r h"]:
+    """Values added up by `attention_weights`, whose arguments these are."""
+    weights = attention_weights(query, key, mask).astype(value.dtype)
     if _watching:
         _watching[-1].append(weights)
-    attended = jnp.einsum("BKTS,BSKH->BKTH", weights, value)
-    return attended.reshape(b, k, t, n // k, h).transpose(0, 2, 1, 3, 4).reshape(b, t, n, h)
+    return jnp.einsum("BKTS,BSKH->BKTH", weights, value)
+
+
+@jax.custom_jvp
+def _attended_on_tpu(
+    query: Float[Array, "b k r h"],
+    key: Float[Array, "b s k h"],
+    value: Float[Array, "b s k h"],
+    mask: Bool[Array, "b t s"] | None,
+) -> Float[Array, "b k r h"]:
+    """`_attended` without a pass over the logits: what is before and after the products goes with these.
+
+    Weights are divided by their sum when values have been added up, and the sum comes from a product with ones, once
+    for each of a head's dimensions. Derivatives are those of `_attended`.
+    """
+    logits = _logits(query, key, mask)
+    weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True)).astype(value.dtype)
+    attended = jnp.einsum("BKRS,BSKH->BKRH", weights, value, preferred_element_type=jnp.float32)
+    ones = jnp.ones((value.shape[1], value.shape[3]), value.dtype)
+    total = jnp.einsum("BKRS,SH->BKRH", weights, ones, preferred_element_type=jnp.float32)
+    return (attended / total).astype(value.dtype)
+
+
+@_attended_on_tpu.defjvp
+def _attended_on_tpu_jvp(primals, tangents):
+    (query, key, value, mask), changes = primals, tuple(tangents[:3])
+    return jax.jvp(lambda *inputs: _attended(*inputs, mask=mask), (query, key, value), changes)
 
 
 @jax.custom_jvp
@@ -86,16 +123,21 @@ def attention_weights(
         key: of each key head.
         mask: as in `attend`.
     """
+    logits = _logits(query, key, mask)
+    return jax.nn.softmax(logits, axis=-1).astype(query.dtype).reshape(*logits.shape[:2], -1, logits.shape[-1])
+
+
+def _logits(query, key, mask) -> Float[Array, "b k *r s"]:
+    """Products of queries and keys, masked, in float32; where there is a mask, tokens may have an axis of their own."""
     logits = jnp.einsum("BKRH,BSKH->BKRS", query, key, preferred_element_type=jnp.float32)
-    shape = logits.shape
-    if mask is not None and target.platform() == "tpu":
+    if mask is None:
+        return logits
+    if target.platform() == "tpu":
         # With an axis of heads, TPUs would not have room to fetch the next product's weights meanwhile.
-        logits = jnp.where(jnp.repeat(mask, shape[2] // mask.shape[1], axis=1)[:, None], logits, MASKED)
-    elif mask is not None:
-        # Heads have an axis of their own here, so that XLA fuses the mask as it is into the softmax.
-        by_head = logits.reshape(*shape[:2], mask.shape[1], -1, shape[-1])
-        logits = jnp.where(mask[:, None, :, None], by_head, MASKED)
-    return jax.nn.softmax(logits, axis=-1).astype(query.dtype).reshape(shape)
+        return jnp.where(jnp.repeat(mask, logits.shape[2] // mask.shape[1], axis=1)[:, None], logits, MASKED)
+    # Heads have an axis of their own here, so that XLA fuses the mask as it is into the softmax.
+    by_head = logits.reshape(*logits.shape[:2], mask.shape[1], -1, logits.shape[-1])
+    return jnp.where(mask[:, None, :, None], by_head, MASKED)
 
 
 @attention_weights.defjvp

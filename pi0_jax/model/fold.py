@@ -159,8 +159,9 @@ def rules(network: PrefixNetwork) -> dict[str, Rule]:
     for name in network.experts:
         adaptive = name == "action" and c.variant == "pi05"
         found |= _expert(network, name, adaptive, last_keys_only=unneeded and name == "language")
-    if unneeded:
-        del found["backbone/language_norm/scale"]
+    for name in network.experts:
+        if found.pop(f"backbone/{name}_norm/scale", None) and not (unneeded and name == "language"):
+            found |= _factor(f"backbone/{name}_norm")
     if "action" in network.experts and c.variant == "pi05":
         for path in ("backbone/action_norm/modulation/kernel", "backbone/action_norm/modulation/bias"):
             found[path] = _copy(path, exact=False)
@@ -185,20 +186,20 @@ def _vision(config: VisionConfig) -> dict[str, Rule]:
     if config.position == "learned":
         found[f"{encoder}/position_embedding"] = _copy(f"{encoder}/position_embedding")
     found["image_projector/kernel"] = _copy("image_projector/kernel", exact=False)
-    found["image_projector/bias"] = _copy("image_projector/bias")
+    found["image_projector/bias"] = _copy("image_projector/bias", exact=False)
     every = range(config.depth)
-    for leaf, exact in (("kernel", False), ("bias", True)):
+    for leaf in ("kernel", "bias"):
         paths = tuple(f"{root}/{name}/{leaf}" for name in ("query", "key", "value"))
-        rows = () if exact else (config.width,)
+        rows = (config.width,) if leaf == "kernel" else ()
 
         def side_by_side(p, xp, paths=paths, rows=rows):
             return xp.concatenate([p[path].reshape(*rows, -1) for path in paths], -1)
 
-        found[f"{root}/qkv/{leaf}"] = Rule(paths, side_by_side, exact, every)
+        found[f"{root}/qkv/{leaf}"] = Rule(paths, side_by_side, False, every)
         for name in ("out", "mlp_in", "mlp_out"):
             columns = config.mlp_dim if name == "mlp_in" else config.width
-            path, shape = f"{root}/{name}/{leaf}", (columns,) if exact else (-1, columns)
-            found[path] = _copy(path, shape, exact=exact, layers=every)
+            path, shape = f"{root}/{name}/{leaf}", (-1, columns) if leaf == "kernel" else (columns,)
+            found[path] = _copy(path, shape, exact=False, layers=every)
     for norm in ("attn_norm", "mlp_norm"):
         for leaf in ("scale", "bias"):
             path = f"{root}/{norm}/{leaf}"
@@ -243,10 +244,18 @@ def _expert(network: PrefixNetwork, name: str, adaptive: bool, last_keys_only: b
         matrix("attn/kv", ("attn/kv",), columns, range(config.depth - 1, config.depth))
     for norm in ("attn_norm", "mlp_norm"):
         layers = range(config.depth) if norm == "attn_norm" else every
-        for leaf in ("modulation/kernel", "modulation/bias") if adaptive else ("scale",):
-            path = f"{root}/{norm}/{leaf}"
-            found[path] = _copy(path, exact=not adaptive, layers=layers)
+        if adaptive:
+            paths = (f"{root}/{norm}/modulation/{leaf}" for leaf in ("kernel", "bias"))
+            found |= {path: _copy(path, exact=False, layers=layers) for path in paths}
+        else:
+            found |= _factor(f"{root}/{norm}", layers)
     return found
+
+
+def _factor(norm: str, layers: range | None = None) -> dict[str, Rule]:
+    """What a norm multiplies by, in place of its scale."""
+    scale = f"{norm}/scale"
+    return {f"{norm}/factor": Rule((scale,), lambda p, xp: 1 + p[scale], layers=layers)}
 
 
 def _rank(weight: str, expert: ExpertConfig) -> int:

@@ -355,7 +355,7 @@ def _by_kernels(c: ModelConfig, placed: Sequence[_Placed], tokens, w: Spec, cach
     if isinstance(condition, Modulations) and condition.layers.ndim == 3:
         norms = [kernels.Norm(condition.layers.reshape(-1, condition.layers.shape[-1]), 2 * index + i) for i in (0, 1)]
     elif condition is None:
-        norms = [kernels.Norm(expert[norm]["scale"][None], 0) for norm in ("attn_norm", "mlp_norm")]
+        norms = [kernels.Norm(expert[norm]["factor"][None], 0) for norm in ("attn_norm", "mlp_norm")]
     else:
         return None
     mask, rotation = allowed.astype(jnp.int8), (sin[:, :, 0], cos[:, :, 0])

@@ -53,7 +53,7 @@ class Norm(NamedTuple):
     """What a norm does to the channels."""
 
     table: Float[Array, "r m"]
-    """Of several norms, a row each: scale (zero-centred) `[d]`, or of adaptive ones scale, shift and gate `[3 d]`."""
+    """Of several norms, a row each: factor `[d]`, or of adaptive ones scale (zero-centred), shift and gate `[3 d]`."""
     row: int
 
     @property
@@ -266,7 +266,7 @@ def _normed_product(x_ref, norms_ref, row_ref, w_refs, rows, firsts, columns: in
         x = plgpu.load(x_ref.at[rows, part])
         wide = x.astype(jnp.float32)
         scale = plgpu.load(norms_ref.at[row, part]).astype(jnp.float32)
-        y = (wide * (1 + scale)[None]).astype(x.dtype)
+        y = (wide * (1 + scale if adaptive else scale)[None]).astype(x.dtype)
         ws = [plgpu.load(w_refs[0].at[part, pl.ds(first, columns)]).astype(x.dtype) for first in firsts]
         totals = tuple(total + _dot(y, w) for total, w in zip(totals, ws, strict=True))
         if adaptive:

@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.linen.spmd import with_logical_constraint
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
@@ -134,7 +135,9 @@ def rms_norm(
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + EPSILON)
     if modulation is None:
-        return (normed if w is None else normed * (1 + per_channel(w["scale"], x.ndim))).astype(x.dtype), None
+        if w is not None:
+            normed *= per_channel(w["factor"] if "factor" in w else 1 + w["scale"], x.ndim)
+        return normed.astype(x.dtype), None
     modulation = per_token(modulation)
     if modulation.shape[1] > 1:
         modulation = jnp.repeat(modulation, x.shape[1] // modulation.shape[1], axis=1)
@@ -165,6 +168,18 @@ def rotate(x: Float[Array, "b t n h"], by: Rotation) -> Float[Array, "b t n h"]:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
+def rotate_folded(x: Float[Array, "b t n h"], by: Rotation) -> Float[Array, "b t n h"]:
+    """`rotate` for inference. On TPUs halves change places in a product with a constant matrix, which is exact: they
+    are slow at moving parts of rows, and what is added and multiplied goes with the product."""
+    if target.platform() != "tpu":
+        return rotate(x, by)
+    half = np.eye(x.shape[-1] // 2)
+    swap = jnp.asarray(np.block([[0 * half, half], [-half, 0 * half]]), x.dtype)
+    highest: Any = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
+    sin, cos = (jnp.concatenate([y, y], axis=-1) for y in by)
+    return (x.astype(jnp.float32) * cos + jnp.einsum("BTNH,HK->BTNK", x, swap, **highest) * sin).astype(x.dtype)
+
+
 KeysValues = tuple[Float[Array, "b _ k h"], Float[Array, "b _ k h"]]
 """Rotated keys, and values, of one layer."""
 
@@ -193,8 +208,8 @@ def queries_keys_values(
         query = rotate(dot("attn/q", x, w, lora_scale), by)
         return _by_heads(query, "heads"), keys_values(x, w, by, k, lora_scale)
     qkv = dot("attn/qkv", x, w).reshape(b, t, n + 2 * k, -1)
-    rotated = rotate(qkv[:, :, : n + k], by)
-    return rotated[:, :, :n], (rotated[:, :, n:], qkv[:, :, n + k :])
+    query, key = (rotate_folded(qkv[:, :, part], by) for part in (slice(n), slice(n, n + k)))
+    return query, (key, qkv[:, :, n + k :])
 
 
 def rotated_qkv(
@@ -254,6 +269,8 @@ def encoder_block(
         y = attend(query, key, value, kernel=kernel)
     x += project(checkpoint_name(y, "vision"), "out")
     y = project(layer_norm(x, w["mlp_norm"]), "mlp_in")
+    if "qkv" in w and target.platform() == "tpu":
+        y = jax.lax.optimization_barrier(y)  # TPUs would compute this product anew for each block of the next one
     y = with_logical_constraint(y, ("batch", None, "mlp"))
     x += linear(jax.nn.gelu(y), w["mlp_out"], x.dtype)
     return with_logical_constraint(x, ("batch", None, None))

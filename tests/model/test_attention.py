@@ -11,7 +11,7 @@ from pi0_jax.config import VisionConfig
 from pi0_jax.model import siglip
 from pi0_jax.model.attention import attend, fused, watch_attention
 from pi0_jax.model.declare import Declare
-from pi0_jax.model.layers import gated, rotate, rotation
+from pi0_jax.model.layers import gated, rotate, rotate_folded, rotation
 from pi0_jax.model.target import tracing_for
 
 
@@ -25,6 +25,13 @@ def test_rotation_keeps_lengths_and_depends_on_relative_positions_only():
 
     np.testing.assert_allclose(score(3, 1), score(12, 10), rtol=1e-4)
     assert abs(score(3, 1) - score(3, 2)) > 1e-3
+
+
+def test_rotation_by_a_product_is_the_same():
+    x = jax.random.normal(jax.random.key(0), (1, 3, 2, 8))
+    by = rotation(jnp.arange(3)[None], 8)
+    with tracing_for("tpu"):
+        np.testing.assert_allclose(rotate_folded(x, by), rotate(x, by), atol=1e-6)
 
 
 def test_grouped_heads_equal_repeated_keys_and_values():
@@ -53,7 +60,8 @@ def test_softmax_is_float32_in_a_bfloat16_network():
     assert attend(q, q, q).dtype == jnp.bfloat16
 
 
-def test_derivatives_are_those_of_the_formula():
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_derivatives_are_those_of_the_formula(platform):
     q = jax.random.normal(jax.random.key(0), (2, 3, 4, 8))
     k, v = jax.random.normal(jax.random.key(1), (2, 2, 5, 2, 8))
     mask = jax.random.bernoulli(jax.random.key(2), 0.7, (2, 3, 5)).at[..., 0].set(True)
@@ -64,7 +72,8 @@ def test_derivatives_are_those_of_the_formula():
         return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v).reshape(q.shape)
 
     def ours(q, k, v):
-        return attend(q, k, v, mask)
+        with tracing_for(platform):
+            return attend(q, k, v, mask)
 
     cotangent = jax.random.normal(jax.random.key(3), q.shape)
     found, expected = (jax.vjp(f, q, k, v)[1](cotangent) for f in (ours, formula))

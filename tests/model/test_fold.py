@@ -13,6 +13,7 @@ from pi0_jax.batch import example_batch
 from pi0_jax.config import PI0, PI05, Compact, ExpertConfig, Gaussian, Shortcut, Tokens, VisionConfig
 from pi0_jax.model import attention, fold
 from pi0_jax.model.quantize import quantize, quantize_matrix
+from pi0_jax.model.target import tracing_for
 from pi0_jax.objective import SampleOptions, make_objective
 from pi0_jax.pi0 import sample_actions
 from pi0_jax.sampler import Euler, Greedy
@@ -82,6 +83,13 @@ def test_samples_are_those_of_the_plain_parameters(name):
     it = case(name)
     np.testing.assert_allclose(it.sample(it.folded()), it.plain, atol=1e-5)
     assert np.abs(it.plain).max() > 0.5
+
+
+@pytest.mark.parametrize("name", ["pi0", "pi05"])
+def test_the_forms_for_tpus_give_the_same_samples(name):
+    it = case(name)
+    with tracing_for("tpu"):
+        np.testing.assert_allclose(it.sample(it.folded(), features=True), it.plain, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["pi0", "pi05", "span", "span pi05", "compact"])

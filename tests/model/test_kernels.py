@@ -59,7 +59,7 @@ def test_products_are_those_of_the_plain_form(adaptive, bits):
     table = normal(3, 3 * 64 if adaptive else 64, seed=3)
     norm = kernels.Norm(table, 1)
     modulation = table[1] if adaptive else None
-    normed, gate = layers.rms_norm(x, None if adaptive else {"scale": table[1]}, modulation)
+    normed, gate = layers.rms_norm(x, None if adaptive else {"factor": table[1]}, modulation)
     rotation = layers.rotation(jnp.tile(jnp.arange(64), (2, 1)), 32)
     qkv = (normed @ w).reshape(2, 64, 4, 32)
     qkv = jnp.concatenate([layers.rotate(qkv[:, :, :3], rotation), qkv[:, :, 3:]], axis=2).reshape(2, 64, -1)
