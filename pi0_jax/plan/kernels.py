@@ -92,11 +92,10 @@ def kernels(program: Program, device: Device, unknown_rounds: int | None = None)
     Args:
         program: compiled for the device.
         device: its data sheet.
-        unknown_rounds: of loops that may end early, whose number of rounds the compiler does not know; None: all that
-            their counter allows.
+        unknown_rounds: of loops that may end early, at most; None: all that their counter allows.
 
     Raises:
-        ValueError: there is such a loop, and `unknown_rounds` is None.
+        ValueError: there is a loop without a counter whose end is known, and `unknown_rounds` is None.
     """
     return list(Counter(program, device, unknown_rounds).walk(program.entry, 1.0))
 

@@ -114,6 +114,45 @@ def test_a_loop_that_may_end_early_has_as_many_rounds_as_its_counter():
     assert [kernels(program, GPU, unknown_rounds=early)[0].times for early in (None, 4, 20)] == [9, 4, 9]
 
 
+COUNTED = """
+%condition (p: (s32[], f32[18,64,64])) -> pred[] {
+  %bound = s32[]{:T(128)} constant(18)
+  %p = (s32[]{:T(128)}, f32[18,64,64]{2,1,0:T(8,128)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %less = pred[]{:T(512)} compare(%i, %bound), direction=LT
+}
+"""
+"""Of a scan over 18 layers, as libtpu prints it."""
+DECODES = """
+%fused (flag: pred[1], i: s32[]) -> pred[] {
+  %i = s32[] parameter(1)
+  %bound = s32[] constant(251)
+  %less = pred[] compare(%i, %bound), direction=LT
+  %flag = pred[1]{0} parameter(0)
+  %open = pred[1]{0} not(%flag)
+  %flat = pred[] bitcast(%open)
+  ROOT %and = pred[] and(%less, %flat)
+}
+
+%condition (p: (s32[], pred[1])) -> pred[] {
+  %p = (s32[], pred[1]{0}) parameter(0)
+  %n = s32[] get-tuple-element(%p), index=0
+  %done = pred[1]{0} get-tuple-element(%p), index=1
+  ROOT %fusion = pred[] fusion(%done, %n), kind=kLoop, calls=%fused
+}
+"""
+"""Of decoding up to 251 tokens, as XLA prints it for GPUs."""
+
+
+@pytest.mark.parametrize(("condition", "rounds"), [(COUNTED, (18, 18, 18)), (DECODES, (251, 12, 251))])
+def test_a_loop_that_only_counts_is_not_cut_to_the_tokens_that_are_written(condition, rounds):
+    program = hlo.parse(
+        condition + "ENTRY %main () -> s32[] {\n  %w = s32[] while(%t), condition=%condition, body=%b\n}"
+    )
+    loop = program.computations["main"]["w"]
+    assert tuple(program.rounds(loop, early) for early in (None, 12, 300)) == rounds
+
+
 TPU_TEXT = """
 ENTRY %main (w: bf16[3,256,128], x: bf16[3,8,256]) -> f32[3,8,128] {
   %w = bf16[3,256,128]{2,1,0:T(8,128)(2,1)} parameter(0)
