@@ -87,6 +87,11 @@ def has_gpu_compiler() -> bool:
     return any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
 
 
+def usable_memory(device: Device) -> float:
+    """Bytes of a device's memory that JAX can be told to take."""
+    return device.memory * (JAX_SHARE if device in GPUS.values() else 1.0)
+
+
 def estimates(devices: list[Any], device: Device | None) -> bool:
     """Whether CPU devices stand for GPUs, so that what is known of memory and time is an estimate."""
     return devices[0].platform == "cpu" and device is not None
