@@ -69,12 +69,13 @@ def measure(row: Row) -> dict:
     from pi0_jax.plan.cost import make_plan
 
     plan = make_plan(config(row), row.topology)
-    sent = sum(plan.comm_bytes.values())
+    sent = sum(plan.compiled.comm_bytes.values())
     return {
         **row._asdict(), "batch": plan.batch_size, "mesh": plan.mesh,
         "held": plan.resident_bytes, "temporaries": plan.temporaries, "estimated": plan.estimated, "peak": plan.peak,
-        "fits": plan.fits, "flops": plan.flops, "sent": plan.comm_bytes, "sent_total": sent, "times": plan.times,
-        "samples_per_second": plan.samples_per_second, "seconds_to_compile": plan.seconds_to_compile,
+        "fits": plan.fits, "flops": plan.flops, "sent": plan.compiled.comm_bytes, "sent_total": sent,
+        "times": plan.times,
+        "samples_per_second": plan.samples_per_second, "seconds_to_compile": plan.compiled.seconds,
     }  # fmt: skip
 
 

@@ -230,7 +230,7 @@ def stats(args: Stats, config: TrainConfig) -> None:
 
 def check(args: Check, config: TrainConfig) -> None:
     """Runs `pi0 data check`; raises UserError with all that was found."""
-    datasets = _open(config, True, log_skipped=False)
+    datasets = _open(config, True, config.data.validation_share, log_skipped=False)
     groups = compute_normalizations(
         datasets, config.policy.model.action_horizon, workers=os.cpu_count() or 1, ray=args.ray
     )
@@ -251,7 +251,7 @@ def check(args: Check, config: TrainConfig) -> None:
 
 
 def _check_given(dataset: OpenDataset, given: dict[str, Any], config: TrainConfig) -> list[str]:
-    """Dimensions of all demonstrations that the statistics of a file do not fit."""
+    """Dimensions of the demonstrations to train on that the statistics of a file do not fit."""
     policy = config.policy
     try:
         stats = stats_from_json(given, dataset.stats)
@@ -375,8 +375,6 @@ def _open(
     skip_bad = skip_bad or config.data.skip_bad_episodes
     changes = {"cache": None, "frames": "random", "skip_bad_episodes": skip_bad, "validation_share": validation_share}
     found = open_datasets(dataclasses.replace(config.data, **changes), config.policy, log_skipped=log_skipped)
-    for each in found:
-        each.source.check_files([])
     for pairs in (each.source for each in found if not each.source.has_actions):
         print(f"{pairs.root}: {pairs.num_episodes} image-text pairs, which have no actions to look at")
     return [each for each in found if each.source.has_actions]

@@ -64,13 +64,17 @@ class OpenDataset(NamedTuple):
     """Frames that training may sample, in order; None: all."""
 
 
-def open_datasets(data: DataConfig, policy: PolicyConfig, *, log_skipped: bool = True) -> list[OpenDataset]:
+def open_datasets(
+    data: DataConfig, policy: PolicyConfig, *, log_skipped: bool = True, pictures: bool = False
+) -> list[OpenDataset]:
     """Opens the datasets of an experiment, and logs the episodes that were left out.
 
+    Files of states and actions have to be there, and with `pictures` those of the robot's cameras.
+
     Raises:
-        FileNotFoundError, UserError: no dataset is named, one cannot be read, or is not its robot's; some have weights
-            and others have not, or a weight is not positive; their rates differ; a share of episodes is out of range;
-            successful episodes are asked for, and no dataset says which those are, or one has none.
+        FileNotFoundError, UserError: files are missing; no dataset is named, one cannot be read, or is not its robot's;
+            some have weights and others have not, or a weight is not positive; their rates differ; a share of episodes
+            is out of range; successful episodes are asked for, and no dataset says which those are, or one has none.
     """
     if not 0 <= data.validation_share < 1:
         raise UserError(f"`data.validation_share` is {data.validation_share}; expected a share, 0 or more and below 1.")
@@ -80,7 +84,7 @@ def open_datasets(data: DataConfig, policy: PolicyConfig, *, log_skipped: bool =
         raise UserError(f"the datasets have weights {weights}; give one to all of them or to none.")
     if bad := [weight for weight in weights if weight is not None and not weight > 0]:
         raise UserError(f"datasets have weights {bad}; a weight is above 0. Leave out what should not be sampled.")
-    found = [open_dataset(dataset, data, policy) for dataset in datasets]
+    found = [open_dataset(dataset, data, policy, pictures=pictures) for dataset in datasets]
     for dataset in found if log_skipped else ():
         dataset.source.report_skipped()
     _check_rates(found, data.mixed_rates, get_robot(policy.robot))
@@ -124,7 +128,9 @@ def dataset_configs(data: DataConfig) -> tuple[DatasetConfig, ...]:
     return (DatasetConfig(data.path),)
 
 
-def open_dataset(dataset: DatasetConfig, data: DataConfig, policy: PolicyConfig) -> OpenDataset:
+def open_dataset(
+    dataset: DatasetConfig, data: DataConfig, policy: PolicyConfig, *, pictures: bool = False
+) -> OpenDataset:
     """Opens one dataset; errors as of `open_datasets`."""
     robot = get_robot(dataset.robot or policy.robot)
     if is_pairs(root := find_dataset(dataset.path, data.offline)):
@@ -135,9 +141,8 @@ def open_dataset(dataset: DatasetConfig, data: DataConfig, policy: PolicyConfig)
         source = CachedFrames(source, Path(data.cache), list(cameras), size)
     elif data.frames == "auto":
         source = keep_frames(source, list(cameras), size, data.kept_gb)
+    source.check_files(list(cameras) if pictures else [])
     episodes = np.arange(source.num_episodes)
-    if data.validation_share > 0 or data.success_only:  # columns are read whole
-        source.check_files([])
     keys = source.episode_keys() if data.validation_share > 0 else [0] * source.num_episodes
     held_out = np.array([key < data.validation_share * 2**64 for key in keys])
     worded = np.ones(len(episodes), bool) if dataset.prompt is not None else _worded(source)

@@ -32,6 +32,7 @@ from pi0_jax.errors import UserError
 from pi0_jax.inference.prepare import Prepared, prepare
 from pi0_jax.inference.sampler import ChunkSampler, Inputs, from_checkpoint, with_steps
 from pi0_jax.inference.shapes import check_batch_sizes, prompt_lengths
+from pi0_jax.inference.warm_up import Call, warm_up
 from pi0_jax.model.attention import report_kernel
 from pi0_jax.model.fold import Read
 from pi0_jax.model.quantize import Bits
@@ -280,7 +281,10 @@ class Policy:
         return self.sampler(inputs, self.config.sampler), None
 
     def warm_up(self, batch_sizes: Sequence[int] = (1,), *, real_time: bool = False) -> dict[int, float]:
-        """Compiles what calls will need, so that none of them waits for a compiler, and runs each program.
+        """Compiles what calls will need, so that none of them waits for a compiler, and runs the programs.
+
+        As many are compiled beside each other as there are cores. Where a call takes longer than a second, as on CPUs,
+        programs for shorter prompts, which are no slower, are not run.
 
         Args:
             batch_sizes: from now on, observations come in these numbers to the network: smaller batches are filled up,
@@ -293,37 +297,25 @@ class Policy:
         self._batch_sizes = check_batch_sizes(batch_sizes)
         example = self.robot.example()
         unplayed = np.tile(self.robot.example_action(), (self.config.model.action_horizon, 1))
-        examples = [example, {**example, "previous": unplayed}] if real_time else [example]
+        examples: Any = [example, {**example, "previous": unplayed}] if real_time else [example]
         if self.config.objective.text_tokens:  # that of an earlier chunk, or of the request
             examples += [{**raw, "subtask": "x"} for raw in examples]
         lengths = prompt_lengths(self.config.model.prompt_length)
-        programs = list(itertools.product(self._batch_sizes, lengths, examples))
-        _log.info("compiling %d programs, for batches of %s", len(programs), ", ".join(map(str, self._batch_sizes)))
-        seconds = dict.fromkeys(self._batch_sizes, 0.0)
-        for number, (size, length, raw) in enumerate(programs, 1):
-            writes = bool(self.config.subtask_every) and "subtask" not in raw
-            prepared = self._prepare([cast(RawObservation, raw)] * size, length, asks=writes)
-            keys, scale = jax.random.split(jax.random.key(0), size), self._guidance_scale(None)
-            inputs = Inputs(prepared.observation, keys, None, scale, prepared.previous, prepared.text)
-            start = time.perf_counter()
-            self.sampler.compiled(inputs, self.config.sampler, write=writes)
-            compiled = time.perf_counter() - start
-            ran = self._seconds(inputs, write=writes)
-            if ran < 1:  # a first call does more than the next ones, which shows where they are quick
-                ran = self._seconds(inputs, write=writes)
-            seconds[size] = max(seconds[size], ran)
-            kind = f"batch of {size}, prompt of {length} tokens" + (", real time" if "previous" in raw else "")
-            kind += ", writing a subtask" if writes else ", with a subtask" if "subtask" in raw else ""
-            done = "program %d of %d (%s): compiled in %.1f s, runs in %.3g s"
-            _log.info(done, number, len(programs), kind, compiled, ran)
+        kinds = itertools.product(self._batch_sizes, lengths, examples)
+        calls = [self._example(size, length, raw) for size, length, raw in kinds]
+        seconds = warm_up(self.sampler, self.config.sampler, calls)
         self.forget_latency()
         return seconds
 
-    def _seconds(self, inputs: Inputs, *, write: bool) -> float:
-        """The time of a call of the network."""
-        start = time.perf_counter()
-        (self.sampler.write if write else self.sampler)(inputs, self.config.sampler)
-        return time.perf_counter() - start
+    def _example(self, size: int, length: int, raw: RawObservation) -> Call:
+        """A call of the network with some equal observations."""
+        write = bool(self.config.subtask_every) and "subtask" not in raw
+        prepared = self._prepare([raw] * size, length, asks=write)
+        keys, scale = jax.random.split(jax.random.key(0), size), self._guidance_scale(None)
+        inputs = Inputs(prepared.observation, keys, None, scale, prepared.previous, prepared.text)
+        name = f"batch of {size}, prompt of {length} tokens" + (", real time" if "previous" in raw else "")
+        name += ", writing a subtask" if write else ", with a subtask" if "subtask" in raw else ""
+        return Call(name, size, length, inputs, write)
 
     @property
     def compiled(self) -> int:

@@ -112,15 +112,27 @@ class ChunkSampler:
         self, inputs: Inputs, sampler: Sampler, *, path: bool = False, write: bool = False
     ) -> jax.stages.Compiled:
         """The program of such a call, a function of parameters and inputs; compiled once."""
+        return self.compiling(inputs, sampler, path=path, write=write)()
+
+    def compiling(
+        self, inputs: Inputs, sampler: Sampler, *, path: bool = False, write: bool = False
+    ) -> Callable[[], jax.stages.Compiled]:
+        """Traces the program of such a call, for a function that compiles it, which may run in another thread."""
         inputs = inputs._replace(codec=self.codec)
         avals = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)
         leaves, tree = jax.tree.flatten(avals)
         key = ProgramKey(sampler, path, write, (tuple(leaves), tree))
-        if key not in self.programs:
-            function = jax.jit(self.function(sampler, path=path, write=write))
+        if key in self.programs:
+            return lambda: self.programs[key]
+        with target.advice():
+            lowered = jax.jit(self.function(sampler, path=path, write=write)).lower(self.params, inputs)
+
+        def finish() -> jax.stages.Compiled:
             with target.advice():
-                self.programs[key] = function.lower(self.params, inputs).compile()
-        return self.programs[key]
+                self.programs[key] = lowered.compile()
+            return self.programs[key]
+
+        return finish
 
     def function(self, sampler: Sampler, *, path: bool = False, write: bool = False) -> Callable[[Params, Inputs], Any]:
         """What is compiled: a function of parameters and inputs."""

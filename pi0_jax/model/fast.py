@@ -109,7 +109,7 @@ class _Characters(NamedTuple):
 def _characters(content: UInt8[Array, "r n"], used: Bool[Array, "r n"]) -> _Characters:
     begins = _begins(content) & used
     index = jnp.cumsum(used, axis=1) - 1  # of a byte among those that there are
-    latest = jnp.maximum.accumulate(jnp.where(begins, 8 * index + _announced(content), -8), axis=1)
+    latest = jax.lax.cummax(jnp.where(begins, 8 * index + _announced(content), -8), axis=1)
     return _Characters(begins, jnp.cumsum(begins, axis=1) - 1, latest % 8 - (index - latest // 8))
 
 

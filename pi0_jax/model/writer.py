@@ -97,7 +97,7 @@ class Writer(PrefixNetwork):
         mask_ar = np.repeat([0, 1], [length, sum(lengths)])
         groups = np.maximum(np.arange(len(blocks) + 1) - (len(blocks) - unseen), 0)
         group = np.repeat(groups, [length, *lengths])
-        last = jnp.maximum.accumulate(jnp.where(valid, jnp.arange(valid.shape[1])[None], 0), axis=1)
+        last = jax.lax.cummax(jnp.where(valid, jnp.arange(valid.shape[1])[None], 0), axis=1)
         ends = length + np.cumsum(lengths)
         before = [last[:, end - n - 1 : end - 1] for n, end in zip(lengths, ends, strict=True)]
         return Segment("language", tokens, mask_ar, group, valid), before

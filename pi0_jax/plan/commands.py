@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from pi0_jax.config import TrainConfig
 from pi0_jax.errors import UserError
-from pi0_jax.flops import GPUS
+from pi0_jax.flops import GPUS, Device
 from pi0_jax.plan.cost import Plan, make_plan
-from pi0_jax.plan.devices import JAX_DEFAULT, JAX_SHARE, has_gpu_compiler
+from pi0_jax.plan.devices import JAX_DEFAULT, JAX_SHARE, has_gpu_compiler, usable_memory
 from pi0_jax.plan.fit import find_fitting
 from pi0_jax.plan.kernels import LAUNCH_SECONDS, Cost, Kernel, largest
 from pi0_jax.plan.largest_batch import PER_DEVICE, find_largest
@@ -50,7 +50,7 @@ def plan(
         return
     first = make_plan(config, topology)
     print(describe(first), flush=True)
-    _say_what_it_takes(first)
+    _say_how_to_be_exact(first)
     if first.fits:
         return
     print("\nIt does not fit. Looking for the nearest settings that do ...", flush=True)
@@ -61,19 +61,12 @@ def plan(
         print(f"\nThis fits: {found[0]}\n\n{describe(found[1])}")
 
 
-def _say_what_it_takes(plan: Plan) -> None:
-    """Prints what has to be installed for exact figures, and what JAX has to be told where it fits by that alone."""
-    if plan.device is None or plan.topology.partition(":")[0] not in GPUS:
-        return
-    if plan.estimated and not has_gpu_compiler():
+def _say_how_to_be_exact(plan: Plan) -> None:
+    """Prints what has to be installed for exact figures."""
+    if plan.estimated and not has_gpu_compiler() and plan.topology.partition(":")[0] in GPUS:
         print(
             "\nTemporaries and bytes through memory are estimates. XLA's compiler for NVIDIA GPUs, which needs no GPU, "
             "makes them exact:\npip install -e '.[cuda12]'"
-        )
-    if plan.fits and plan.peak > JAX_DEFAULT * plan.device.memory:
-        print(
-            f"\nJAX takes {JAX_DEFAULT:.0%} of a GPU's memory, which is too little here: set "
-            f"XLA_PYTHON_CLIENT_MEM_FRACTION={JAX_SHARE} in the environment."
         )
 
 
@@ -85,7 +78,7 @@ def _largest_batch(config: TrainConfig, topology: str | None) -> None:
         if not tried:
             print(f"{plan.topology}: batches of {PER_DEVICE} examples per device and microbatch, or a multiple of it")
         tried.append(plan)
-        how = "estimated" if plan.estimated else f"compiled in {plan.seconds_to_compile:.0f} s"
+        how = "estimated" if plan.estimated else f"compiled in {plan.compiled.seconds:.0f} s"
         verdict = "fits" if plan.peak <= memory else "does not fit"
         print(f"  batch {plan.batch_size:5}  {_size(plan.peak):>12} of {_size(memory)}  {how}: {verdict}", flush=True)
 
@@ -94,29 +87,29 @@ def _largest_batch(config: TrainConfig, topology: str | None) -> None:
         print(f"\nNot even {tried[-1].batch_size} examples fit. pi0 plan without --largest-batch says what does.")
         return
     print(f"\n{describe(found)}")
-    _say_what_it_takes(found)
+    _say_how_to_be_exact(found)
     print(f"\nThe largest that fits: --batch-size {found.batch_size}")
 
 
 def describe(plan: Plan) -> str:
     """A plan as lines for people."""
     axes = " x ".join(f"{name} {size}" for name, size in plan.mesh.items())
-    source = "estimated" if plan.estimated else f"of the compiler, in {plan.seconds_to_compile:.0f} s"
+    source = "estimated" if plan.estimated else f"of the compiler, in {plan.compiled.seconds:.0f} s"
     rows = [(name, _size(size), "") for name, size in plan.resident_bytes.items()]
     rows.append(("temporaries", _size(plan.temporaries), source))
-    room = "" if plan.device is None else f"of {_size(plan.device.memory)}: {'fits' if plan.fits else 'DOES NOT FIT'}"
-    rows.append(("peak", _size(plan.peak), room))
+    rows.append(("peak", _size(plan.peak), "" if plan.device is None else _verdict(plan.peak, plan.device)))
     rows.append(("work", f"{plan.flops / 1e12:.4g} TFLOP", "matrix products, rematerialisation included"))
-    rows.append(("through memory", _size(plan.hbm_bytes), "of the compiler" if plan.kernels else "estimated"))
-    printed = not any(math.isnan(sent) for sent in plan.comm_bytes.values())  # libtpu cannot print every program
-    rows += [(kind, _size(sent), "sent") for kind, sent in plan.comm_bytes.items() if printed and sent]
+    rows.append(("through memory", _size(plan.hbm_bytes), "of the compiler" if plan.compiled.kernels else "estimated"))
+    by_kind, played = plan.compiled.comm_bytes, plan.compiled.timeline
+    printed = not math.isnan(sum(by_kind.values()))  # libtpu cannot print every program
+    rows += [(kind, _size(sent), "sent") for kind, sent in by_kind.items() if printed and sent]
     if not printed and math.prod(plan.mesh.values()) > 1:
         rows.append(("sent", "not known", "the compiler cannot print this program"))
     lines = [f"{plan.topology}: {math.prod(plan.mesh.values())} devices, mesh {axes}, batch {plan.batch_size}", ""]
     lines += _rows(rows)
-    if plan.timeline is not None and plan.network:
-        beside, sent = plan.timeline.beside, plan.timeline.sent
-        lines += ["", f"{beside / sent:.0%} of what is sent goes beside matrix products, in the order of the program"]
+    if played is not None and plan.compiled.network:
+        share = f"{played.beside / played.sent:.0%} of what is sent"
+        lines += ["", f"{share} goes beside matrix products, in the order of the program"]
     if plan.times:
         times = ", ".join(
             f"{name} {_duration(seconds)}" for name, seconds in plan.times.items() if printed or name != "network"
@@ -124,7 +117,7 @@ def describe(plan: Plan) -> str:
         lines += ["", f"a step takes at least {_duration(max(plan.times.values()))} ({times}),"]
         lines[-1] += f" which is at most {plan.samples_per_second:.0f} samples/s"
     if plan.cost is not None:
-        lines += ["", *_kernels(plan.kernels, plan.cost)]
+        lines += ["", *_kernels(plan.compiled.kernels, plan.cost)]
     return "\n".join(lines)
 
 
@@ -134,11 +127,10 @@ def describe_sample(plan: SamplePlan) -> str:
     head = f"{many} on one {plan.topology.partition(':')[0]}: {len(plan.cameras)} cameras, "
     head += f"a prompt of {plan.prompt_length} tokens"
     head += "" if plan.written is None else f", {plan.written} written one after another"
-    room = f"of {_size(plan.device.memory)}: {'fits' if plan.fits else 'DOES NOT FIT'}"
     rows = [
         ("weights", _size(plan.weights), ""),
         ("temporaries", _size(plan.compiled.temporaries), f"of the compiler, in {plan.compiled.seconds:.0f} s"),
-        ("peak", _size(plan.compiled.peak), room),
+        ("peak", _size(plan.compiled.peak), _verdict(plan.compiled.peak, plan.device)),
     ]
     lines = [head, ""]
     if not plan.compiled.kernels:
@@ -166,6 +158,13 @@ def _kernels(found: Sequence[Kernel], cost: Cost) -> list[str]:
         sizes = f"{1e3 * it.seconds:8.3f} {it.kernels:7} {it.bytes / 1e9:7.2f} {it.flops / 1e12:7.3f}"
         lines.append(f"  {sizes}  {it.kind}: {it.place}")
     return lines
+
+
+def _verdict(peak: float, device: Device) -> str:
+    """Whether so many bytes fit, and what JAX has to be told for it."""
+    told = device in GPUS.values() and peak > JAX_DEFAULT * device.memory
+    fits = f"fits with XLA_PYTHON_CLIENT_MEM_FRACTION={JAX_SHARE}" if told else "fits"
+    return f"of {_size(device.memory)}: {fits if peak <= usable_memory(device) else 'DOES NOT FIT'}"
 
 
 def _rows(rows: list[tuple[str, str, str]]) -> list[str]:

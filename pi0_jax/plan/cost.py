@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -26,11 +25,17 @@ from pi0_jax import flops
 from pi0_jax.config import ModelConfig, ObjectiveConfig, PolicyConfig, TrainConfig, TuneConfig
 from pi0_jax.config.replace import replace
 from pi0_jax.objective import make_objective
-from pi0_jax.plan.compile import build_program, compile_program, placed_bytes, resident_bytes, update_shapes
-from pi0_jax.plan.devices import Device, estimates, find_devices
+from pi0_jax.plan.compile import (
+    Compiled,
+    build_program,
+    compile_program,
+    placed_bytes,
+    resident_bytes,
+    update_shapes,
+)
+from pi0_jax.plan.devices import Device, estimates, find_devices, usable_memory
 from pi0_jax.plan.hlo_collectives import KINDS
-from pi0_jax.plan.kernels import Cost, Kernel, total
-from pi0_jax.plan.timeline import Timeline
+from pi0_jax.plan.kernels import Cost, total
 from pi0_jax.training import sharding
 from pi0_jax.training.partition import combine, flat, frozen_names, partition
 from pi0_jax.training.program import Program
@@ -47,33 +52,33 @@ class Plan(NamedTuple):
     batch_size: int
     resident_bytes: dict[str, int]
     """What stays from step to step: `parameters`, `optimizer`, `average`, and the `batch`."""
-    temporaries: float
-    """Activations, gradients and workspace."""
     estimated: bool
-    """Whether `temporaries` is an estimate; otherwise it is the compiler's."""
-    peak: float
+    """Whether memory is an estimate; otherwise it is the compiler's."""
     flops: float
     """Of matrix products."""
     hbm_bytes: float
     """Bytes through memory: of the compiled program, or an estimate."""
-    comm_bytes: dict[str, float]
-    """Bytes sent, by kind of collective."""
-    seconds_to_compile: float
-    kernels: Sequence[Kernel] = ()
-    """Of the compiled program; empty where it is not known."""
-    network: float = 0.0
-    """Seconds of all collectives."""
-    timeline: Timeline | None = None
-    """Of programs that were compiled for GPUs."""
+    compiled: Compiled
+    """The program; without a compiler its memory alone is known."""
+
+    @property
+    def peak(self) -> float:
+        return self.compiled.peak
+
+    @property
+    def temporaries(self) -> float:
+        """Activations, gradients and workspace."""
+        return self.peak - sum(self.resident_bytes.values())
 
     @property
     def cost(self) -> Cost | None:
         """Sums over the kernels."""
-        return total(self.kernels, self.device) if self.kernels and self.device is not None else None
+        kernels = self.compiled.kernels
+        return total(kernels, self.device) if kernels and self.device is not None else None
 
     @property
     def fits(self) -> bool:
-        return self.device is None or self.peak <= self.device.memory
+        return self.device is None or self.peak <= usable_memory(self.device)
 
     @property
     def times(self) -> dict[str, float]:
@@ -83,11 +88,12 @@ class Plan(NamedTuple):
         times = {
             "compute": self.flops / self.device.flops,
             "memory": self.hbm_bytes / self.device.bandwidth,
-            "network": self.network,
+            "network": self.compiled.network,
         }
         times |= {} if self.cost is None else {"kernels": self.cost.seconds}
-        if self.timeline is not None and self.timeline.waited:
-            times["kernels and waits"] = self.timeline.kernels + self.timeline.waited
+        played = self.compiled.timeline
+        if played is not None and played.waited:
+            times["kernels and waits"] = played.kernels + played.waited
         return times
 
     @property
@@ -117,34 +123,24 @@ def make_plan(
     resident, mesh = resident_bytes(program, batch), run.mesh
     inputs = update_shapes(run, program, batch)
     work = flops.count(program.update, *inputs) / mesh.size
-    temporaries, estimated = estimate_temporaries(run, program), True
-    peak, seconds, kernels, network, played = sum(resident.values()) + temporaries, 0.0, (), 0.0, None
-    sent: dict[str, float] = dict.fromkeys(KINDS, 0.0)
+    held, temporaries = sum(resident.values()), estimate_temporaries(run, program)
+    found = Compiled(held + temporaries, temporaries, dict.fromkeys(KINDS, 0.0), [], 0.0)
     stand_ins = estimates(devices, device)
     if compiled and not (stand_ins and mesh.size == 1):  # one device sends nothing
         lowered = program.update.lower(*inputs)  # pyright: ignore[reportFunctionMemberAccess]
-        found = compile_program(lowered, devices[0], device, triton=False, recompute=recompute)
-        sent, kernels, seconds = found.comm_bytes, found.kernels, found.seconds
-        network, played = found.network, found.timeline
-        if not stand_ins:
-            peak, temporaries, estimated = found.peak, found.peak - sum(resident.values()), False
-    moved = sum(k.times * k.bytes for k in kernels) or _hbm_bytes(run, program, temporaries)
+        memory = {"peak": found.peak, "temporaries": temporaries} if stand_ins else {}
+        found = compile_program(lowered, devices[0], device, triton=False, recompute=recompute)._replace(**memory)
+    moved = sum(k.times * k.bytes for k in found.kernels) or _hbm_bytes(run, program, found.peak - held)
     return Plan(
         topology=name,
         device=device,
         mesh=dict(mesh.shape),
         batch_size=config.batch_size,
         resident_bytes=resident,
-        temporaries=temporaries,
-        estimated=estimated,
-        peak=peak,
+        estimated=stand_ins or not compiled,
         flops=work,
         hbm_bytes=moved,
-        comm_bytes=sent,
-        seconds_to_compile=seconds,
-        kernels=kernels,
-        network=network,
-        timeline=played,
+        compiled=found,
     )
 
 

@@ -13,7 +13,7 @@ from pi0_jax.config import MeshConfig, OptimConfig, TrainConfig
 from pi0_jax.config.replace import replace
 from pi0_jax.plan.compile import build_program, resident_bytes
 from pi0_jax.plan.cost import Plan, estimate_temporaries, make_plan
-from pi0_jax.plan.devices import find_devices
+from pi0_jax.plan.devices import find_devices, usable_memory
 from pi0_jax.training import sharding
 
 REMATS = ("none", "matmuls", "gate_up", "full")
@@ -79,17 +79,17 @@ def find_fitting(config: TrainConfig, plan: Plan) -> tuple[str, Plan] | None:
     """Flags and plan of the first of `alternatives` that fits: chosen by the estimate, scaled to the figure of the
     compiler in the `plan` of what does not fit, and compiled. None where none of them fits."""
     assert plan.device is not None
-    devices = find_devices(plan.topology)[1]
+    devices, memory = find_devices(plan.topology)[1], usable_memory(plan.device)
     run, program, _ = build_program(config, devices)
     scale = plan.temporaries / estimate_temporaries(run, program)
 
-    def guess(other: TrainConfig, memory: float = math.inf) -> float:
-        """Bytes per device; of what is resident alone where that is more than the memory, since the rest takes time."""
+    def guess(other: TrainConfig, limit: float = math.inf) -> float:
+        """Bytes per device; of what is resident alone where that is more than the limit, since the rest takes time."""
         run, program, batch = build_program(other, devices)
         held = sum(resident_bytes(program, batch).values())
-        return held + (scale * estimate_temporaries(run, program) if held <= memory else 0.0)
+        return held + (scale * estimate_temporaries(run, program) if held <= limit else 0.0)
 
     for flags, other in alternatives(config, run.mesh, guess):
-        if guess(other, plan.device.memory) <= plan.device.memory and (checked := make_plan(other, plan.topology)).fits:
+        if guess(other, memory) <= memory and (checked := make_plan(other, plan.topology)).fits:
             return flags, checked
     return None

@@ -16,6 +16,7 @@ _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((
 _CALLS = re.compile(r"(?:calls|body|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
+_LOGIC = ("compare", "and", "or", "not")
 _ROUNDS = re.compile(r'known_trip_count"?:\{"?n"?:"?(\d+)')
 _ARRAY = re.compile(r"\b(pred|[suf]\d+|bf16|f8\w*|f4\w*|c64|c128)\[([\d,]*)\](\{[^}]*\})?")
 
@@ -71,8 +72,9 @@ class Program(NamedTuple):
     """Line of code (file:line) of a stack frame, and the number of the frame that called it (0: none)."""
 
     def rounds(self, loop: Instruction, early: int | None = None) -> float:
-        """Rounds of a loop, as the compiler notes them, or else the one constant that its counter from 0 is held to, of
-        which it runs no more than `early` where that is given; NaN where nothing says."""
+        """Rounds of a loop: as the compiler notes them, which libtpu's does not, or else the one constant that its
+        counter from 0 is compared with. One whose condition looks at more than the counter, such as at a flag that says
+        that all rows have ended, runs no more than `early` where that is given. NaN where nothing says."""
         if known := _ROUNDS.search(loop.attributes):
             return float(known[1])
         condition = _CONDITION.search(loop.attributes)
@@ -80,7 +82,8 @@ class Program(NamedTuple):
         within += [i for it in within for name in it.called for i in self.computations.get(name, {}).values()]
         bounds = [i.operands[0] for i in within if i.op == "constant" and re.match(r"[su]\d+\[\]", i.result)]
         found = [float(bounds[0])] if len(bounds) == 1 else []
-        return min(found + ([] if early is None else [float(early)]), default=math.nan)
+        counted = found and [i.op for i in within if i.op in _LOGIC] == ["compare"]
+        return min(found + ([] if early is None or counted else [float(early)]), default=math.nan)
 
     def stack(self, instruction: Instruction) -> list[str]:
         """Lines of code (file:line) that an instruction comes from, the innermost first."""

@@ -12,7 +12,7 @@ import collections
 import functools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from pi0_jax.flops import Device
@@ -26,6 +26,10 @@ FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after
 _COPIES = ("copy", "slice", "dynamic-slice", "dynamic-update-slice")
 """Operations of which TPUs run one part after another: `copy-start`, `copy-done`."""
 _SLICES = ("slice", "dynamic-slice", "gather")
+_SAME_NUMBERS = ("bitcast", "convert", "copy", "transpose")
+"""Operations whose result has the numbers of their operand, so that a slice of one is as large a part of the other."""
+_IN_PLACE = {"dynamic-update-slice": 1, "scatter": 2}
+"""Operations that change a part of their first operand, and which operand has what is new."""
 
 
 class Kernel(NamedTuple):
@@ -88,11 +92,10 @@ def kernels(program: Program, device: Device, unknown_rounds: int | None = None)
     Args:
         program: compiled for the device.
         device: its data sheet.
-        unknown_rounds: of loops that may end early, whose number of rounds the compiler does not know; None: all that
-            their counter allows.
+        unknown_rounds: of loops that may end early, at most; None: all that their counter allows.
 
     Raises:
-        ValueError: there is such a loop, and `unknown_rounds` is None.
+        ValueError: there is a loop without a counter whose end is known, and `unknown_rounds` is None.
     """
     return list(Counter(program, device, unknown_rounds).walk(program.entry, 1.0))
 
@@ -230,12 +233,12 @@ class Counter:
             return read + self._written(body, it)
         if it.op in _SLICES:
             return 2 * self._main(it.arrays)
-        if it.op == "dynamic-update-slice":
-            return 2 * nbytes(within[it.operands[1]].arrays) if it.operands[1] in within else 0.0
+        if it.op in _IN_PLACE:
+            return 2 * self._new(within, it)
         return self._main(it.arrays) + sum(self._main(within[x].arrays) for x in it.operands if x in within)
 
     def _read(self, body: str, it: Instruction) -> float:
-        """Bytes of an array that a fused computation reads, where slices alone are taken of it."""
+        """Bytes of an array that a fused computation reads, where slices alone are taken of it or a part is changed."""
         if body not in self.users:
             self.users[body] = collections.defaultdict(list)
             for user in self.program.computations[body].values():
@@ -246,14 +249,21 @@ class Counter:
             first = user.operands[0] == it.name and it.name not in user.operands[1:]
             if user.op in _SLICES and first:
                 read += nbytes(user.arrays)
-            elif user.op == "bitcast":
-                read += self._read(body, user)
+            elif user.op in _SAME_NUMBERS and nbytes(user.arrays):
+                read += self._read(body, user) * whole / nbytes(user.arrays)
             elif user.op == "fusion":
                 inner = self._parameters(user.called[0])
                 read += sum(self._read(user.called[0], inner[n]) for n, x in enumerate(user.operands) if x == it.name)
-            elif not (user.op == "dynamic-update-slice" and first):  # that one is in place
+            elif user.op == "scatter" and first:
+                read += self._new(self.program.computations[body], user)  # it adds to what is there
+            elif not (user.op in _IN_PLACE and first):
                 return whole
-        return min(read, whole)
+        return min(read, whole) if self.users[body][it.name] else whole  # the result has all of it
+
+    def _new(self, within: Mapping[str, Instruction], it: Instruction) -> float:
+        """Bytes that an operation in place changes."""
+        name = it.operands[_IN_PLACE[it.op]]
+        return nbytes(within[name].arrays) if name in within else 0.0
 
     def _parameters(self, body: str) -> dict[int, Instruction]:
         within = self.program.computations[body].values()
@@ -268,8 +278,8 @@ class Counter:
         for array, made in zip(arrays, roots if len(roots) == len(arrays) else [None] * len(arrays), strict=True):
             while made is not None and made.op == "bitcast":
                 made = inner.get(made.operands[0])
-            if made is not None and made.op == "dynamic-update-slice" and made.operands[1] in inner:
-                written += nbytes(inner[made.operands[1]].arrays)
+            if made is not None and made.op in _IN_PLACE:
+                written += self._new(inner, made)
             else:
                 written += self._main([array])
         return written

@@ -8,9 +8,8 @@ from collections.abc import Callable
 
 from pi0_jax.config import TrainConfig
 from pi0_jax.errors import UserError
-from pi0_jax.flops import GPUS
 from pi0_jax.plan.cost import Plan, make_plan
-from pi0_jax.plan.devices import JAX_SHARE, estimates, find_devices
+from pi0_jax.plan.devices import estimates, find_devices, usable_memory
 from pi0_jax.training import sharding
 
 PER_DEVICE = 8
@@ -78,7 +77,7 @@ def find_largest(config: TrainConfig, topology: str | None, report: Callable[[Pl
     name, devices, device = find_devices(topology)
     if device is None:
         raise UserError(f"how much memory {name} has is not known: name a device, --topology h100:1 or v6e:2x2.")
-    memory = device.memory * (JAX_SHARE if device in GPUS.values() else 1.0)
+    memory = usable_memory(device)
     multiple = PER_DEVICE * config.grad_accum_steps * sharding.batch_ways(sharding.make_mesh(config.mesh, devices))
     plans: dict[int, Plan] = {}
 

@@ -20,7 +20,7 @@ from pi0_jax.model.quantize import Bits, quantize
 from pi0_jax.model.target import tracing_for
 from pi0_jax.objective import make_objective
 from pi0_jax.plan.compile import Compiled, compile_program, placed_bytes
-from pi0_jax.plan.devices import Device, estimates, find_devices
+from pi0_jax.plan.devices import Device, estimates, find_devices, usable_memory
 from pi0_jax.plan.kernels import Cost, total
 
 CODES = 50
@@ -49,7 +49,7 @@ class SamplePlan(NamedTuple):
 
     @property
     def fits(self) -> bool:
-        return self.compiled.peak <= self.device.memory
+        return self.compiled.peak <= usable_memory(self.device)
 
 
 def make_sample_plan(

@@ -75,9 +75,8 @@ def load_inputs(run: Run, *, resumed: Assets | None = None, initial: Assets | No
     config, robot = run.config, run.robot
     kept = {} if resumed is None else semantics_from_json(resumed.norm_stats or {})
     policy = dataclasses.replace(run.policy, action_semantics=run.policy.action_semantics | kept)
-    datasets = open_datasets(config.data, policy)
+    datasets = open_datasets(config.data, policy, pictures=True)
     for each in datasets:
-        each.source.check_files(list(each.cameras))
         if isinstance(each.source, PairsDataset) and each.source.has_boxes:
             _check_boxes(config.augment, each.cameras[IMAGE])
     groups = _normalizations(config, datasets, resumed)

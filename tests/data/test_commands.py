@@ -80,6 +80,23 @@ def test_a_good_dataset_passes_the_check(tmp_path, run):
     assert "no problem in 1 dataset, 5 episodes, 34 frames" in printed
 
 
+def test_statistics_just_written_pass_the_check_whatever_the_held_out_episodes_are(tmp_path, run):
+    with LeRobotWriter(tmp_path / "data", 5, "tabletop", FEATURES) as writer:
+        for number, scale in ((1, 1), (2, 500)):
+            columns = episode(number)
+            writer.add_episode(columns | {"action": scale * columns["action"]}, "push")
+    near, far = LeRobotDataset(tmp_path / "data").episode_keys()
+    assert far < near, "the episode of much larger actions is the one to hold out"
+    share = ("--data.validation-share", str((near + far) / 2 / 2**64))
+    assert run("stats", tmp_path / "data", "--workers", "1", *share)[0] == 0
+    given = ("--data.norm-stats", "norm_stats.json")
+    assert run("check", tmp_path / "data", *given, *share)[0] == 0
+    code, _, err = run("check", tmp_path / "data", *given)
+    assert (code, "norm_stats.json is far off" in err) == (1, True)
+    code, _, err = run("check", tmp_path / "data", "--data.validation-share", "0.99")
+    assert (code, "data has no episode to train on: all are held out" in err) == (1, True)
+
+
 def spoil(root, name, change):
     path = root / "data/chunk-000/file-000.parquet"
     table = pq.read_table(path)

@@ -270,7 +270,8 @@ def test_after_warm_up_nothing_is_compiled_whatever_comes(checkpoint_folder, pol
         seconds = warm.warm_up([1, 3], real_time=True)
     assert set(seconds) == {1, 3}
     assert min(seconds.values()) > 0
-    assert "program 4 of 4 (batch of 3, prompt of 24 tokens, real time): compiled in" in caplog.text
+    assert "program 4 of 4 (batch of 3, prompt of 24 tokens, real time): compiled after" in caplog.text
+    assert "batch of 3, prompt of 24 tokens, real time: runs in" in caplog.text
     before = warm.compiled
     assert before == 2 * 2  # batch sizes; with and without `previous`
     keys = jax.random.split(jax.random.key(0), 5)

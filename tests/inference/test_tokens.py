@@ -132,15 +132,13 @@ def test_a_diagnosis_sees_attention_to_the_subtask_that_was_written(writer, monk
 @pytest.mark.parametrize(("every", "found"), [(2, [True, False]), (0, [False, False])])
 def test_what_a_subtask_of_a_request_takes_is_compiled_before(writer, every, found, monkeypatch):
     """With `subtask_every` 0, too: a request may bring one."""
-    compiled, calls = [], []
+    calls = []
     monkeypatch.setattr(writer, "config", dataclasses.replace(writer.config, subtask_every=every))
     monkeypatch.setattr(writer, "_batch_sizes", ())
-    monkeypatch.setattr(writer, "_seconds", lambda inputs, write: calls.append((write, inputs.text is not None)) or 1.0)
-    monkeypatch.setattr(writer.sampler, "compiled", lambda inputs, sampler, write: compiled.append(write))
+    monkeypatch.setattr("pi0_jax.inference.policy.warm_up", lambda sampler, how, found: calls.extend(found) or {})
     writer.warm_up((1,))
-    lengths = len(prompt_lengths(64))
-    assert compiled == [write for _ in range(lengths) for write in found]
-    assert calls == [(found[0], False), (False, True)] * lengths
+    kinds = [(call.write, call.inputs.text is not None) for call in calls]
+    assert kinds == [(found[0], False), (False, True)] * len(prompt_lengths(64))
 
 
 def test_sessions_hold_a_subtask_for_some_chunks(writer, monkeypatch):

@@ -114,6 +114,45 @@ def test_a_loop_that_may_end_early_has_as_many_rounds_as_its_counter():
     assert [kernels(program, GPU, unknown_rounds=early)[0].times for early in (None, 4, 20)] == [9, 4, 9]
 
 
+COUNTED = """
+%condition (p: (s32[], f32[18,64,64])) -> pred[] {
+  %bound = s32[]{:T(128)} constant(18)
+  %p = (s32[]{:T(128)}, f32[18,64,64]{2,1,0:T(8,128)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %less = pred[]{:T(512)} compare(%i, %bound), direction=LT
+}
+"""
+"""Of a scan over 18 layers, as libtpu prints it."""
+DECODES = """
+%fused (flag: pred[1], i: s32[]) -> pred[] {
+  %i = s32[] parameter(1)
+  %bound = s32[] constant(251)
+  %less = pred[] compare(%i, %bound), direction=LT
+  %flag = pred[1]{0} parameter(0)
+  %open = pred[1]{0} not(%flag)
+  %flat = pred[] bitcast(%open)
+  ROOT %and = pred[] and(%less, %flat)
+}
+
+%condition (p: (s32[], pred[1])) -> pred[] {
+  %p = (s32[], pred[1]{0}) parameter(0)
+  %n = s32[] get-tuple-element(%p), index=0
+  %done = pred[1]{0} get-tuple-element(%p), index=1
+  ROOT %fusion = pred[] fusion(%done, %n), kind=kLoop, calls=%fused
+}
+"""
+"""Of decoding up to 251 tokens, as XLA prints it for GPUs."""
+
+
+@pytest.mark.parametrize(("condition", "rounds"), [(COUNTED, (18, 18, 18)), (DECODES, (251, 12, 251))])
+def test_a_loop_that_only_counts_is_not_cut_to_the_tokens_that_are_written(condition, rounds):
+    program = hlo.parse(
+        condition + "ENTRY %main () -> s32[] {\n  %w = s32[] while(%t), condition=%condition, body=%b\n}"
+    )
+    loop = program.computations["main"]["w"]
+    assert tuple(program.rounds(loop, early) for early in (None, 12, 300)) == rounds
+
+
 TPU_TEXT = """
 ENTRY %main (w: bf16[3,256,128], x: bf16[3,8,256]) -> f32[3,8,128] {
   %w = bf16[3,256,128]{2,1,0:T(8,128)(2,1)} parameter(0)
@@ -134,3 +173,44 @@ def test_a_tpus_kernels_have_cycles_and_what_is_on_the_chip_is_not_in_main_memor
     cost = total([copy, product], TPU)
     assert cost.cycles == 2000
     assert cost.total_seconds == cost.memory_seconds == (copy.bytes + product.bytes) / TPU.bandwidth
+
+
+FUSED = """HloModule jit_f, is_scheduled=true
+
+%cast_layer (w: f32[10,16,32]) -> bf16[16,32] {
+  %w = f32[10,16,32]{2,1,0} parameter(0)
+  %narrow = bf16[10,16,32]{2,1,0} convert(%w)
+  %one = bf16[1,16,32]{2,1,0} slice(%narrow), slice={[3:4], [0:16], [0:32]}
+  ROOT %m = bf16[16,32]{1,0} bitcast(%one)
+}
+
+%cast (w: f32[16,32]) -> bf16[16,32] {
+  %w.1 = f32[16,32]{1,0} parameter(0)
+  ROOT %narrow.1 = bf16[16,32]{1,0} convert(%w.1)
+}
+
+%add_rows (table: f32[1000,8], rows: s32[4,1], new: f32[4,8]) -> f32[1000,8] {
+  %table = f32[1000,8]{1,0} parameter(0)
+  %rows = s32[4,1]{1,0} parameter(1)
+  %new = f32[4,8]{1,0} parameter(2)
+  ROOT %sum = f32[1000,8]{1,0} scatter(%table, %rows, %new), to_apply=%add
+}
+
+ENTRY %main (w: f32[10,16,32], m: f32[16,32], table: f32[1000,8], rows: s32[4,1], new: f32[4,8]) -> f32[1000,8] {
+  %w.2 = f32[10,16,32]{2,1,0} parameter(0)
+  %m.2 = f32[16,32]{1,0} parameter(1)
+  %table.2 = f32[1000,8]{1,0} parameter(2)
+  %rows.2 = s32[4,1]{1,0} parameter(3)
+  %new.2 = f32[4,8]{1,0} parameter(4)
+  %fusion.1 = bf16[16,32]{1,0} fusion(%w.2), kind=kLoop, calls=%cast_layer
+  %fusion.2 = bf16[16,32]{1,0} fusion(%m.2), kind=kLoop, calls=%cast
+  ROOT %fusion.3 = f32[1000,8]{1,0} fusion(%table.2, %rows.2, %new.2), kind=kInput, calls=%add_rows
+}
+"""
+
+
+def test_bytes_of_slices_of_what_is_cast_and_of_scatters():
+    cast_layer, cast, scatter = kernels(hlo.parse(FUSED), GPU)
+    assert cast_layer.bytes == (4 + 2) * 16 * 32  # of one layer, though the cast is written before the slice
+    assert cast.bytes == (4 + 2) * 16 * 32
+    assert scatter.bytes == 3 * 4 * 4 * 8 + 4 * 4  # four rows are read, added to and written, at four places

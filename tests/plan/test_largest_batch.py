@@ -11,6 +11,7 @@ from pi0_jax import cli
 from pi0_jax.config import MeshConfig, TrainConfig
 from pi0_jax.errors import UserError
 from pi0_jax.plan import devices
+from pi0_jax.plan.compile import Compiled
 from pi0_jax.plan.cost import Plan
 from pi0_jax.plan.devices import JAX_SHARE, Device, find_devices
 from pi0_jax.plan.largest_batch import PER_DEVICE, find_largest, search
@@ -54,7 +55,9 @@ def planned(monkeypatch):
         peak = 1e9 + 1e7 * config.batch_size
         mesh = {name: max(getattr(config.mesh, name), 1) for name in ("data", "fsdp", "tensor")}
         device = find_devices(topology)[2]
-        return Plan(topology, device, mesh, config.batch_size, {}, 0.0, not compiled, peak, 1e12, 1e9, {}, 7.0)
+        return Plan(
+            topology, device, mesh, config.batch_size, {}, not compiled, 1e12, 1e9, Compiled(peak, 0.0, {}, [], 7.0)
+        )
 
     monkeypatch.setattr("pi0_jax.plan.largest_batch.make_plan", make)
     monkeypatch.setattr("pi0_jax.plan.largest_batch.estimates", lambda devices, device: False)
@@ -84,7 +87,7 @@ def test_the_command_prints_each_try_and_the_flag(planned, tmp_path, capsys):
     text = capsys.readouterr().out
     assert re.search(r"batch +128 .*compiled in 7 s: fits\n +batch +192 .*compiled in 7 s: does not fit", text)
     assert "--batch-size 128" in text
-    assert "set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95" in text
+    assert "GB: fits with XLA_PYTHON_CLIENT_MEM_FRACTION=0.95" in text
     planned(1e9)
     assert cli.main(command) == 0
     assert "Not even 64 examples fit" in capsys.readouterr().out

@@ -18,7 +18,7 @@ from pi0_jax.plan import devices, hlo
 from pi0_jax.plan.commands import describe
 from pi0_jax.plan.compile import build_program, update_shapes
 from pi0_jax.plan.cost import Plan, kept_for_backward, make_plan
-from pi0_jax.plan.devices import Device, find_devices
+from pi0_jax.plan.devices import JAX_SHARE, Device, find_devices
 from pi0_jax.plan.fit import REMATS, alternatives, find_fitting
 from pi0_jax.plan.hlo_collectives import traffic
 from pi0_jax.training import sharding
@@ -38,6 +38,12 @@ CONFIG = TrainConfig(
 @pytest.fixture(scope="module")
 def plan() -> Plan:
     return make_plan(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def known() -> Plan:
+    """On GPUs whose data sheet is known, without a compiler."""
+    return make_plan(CONFIG, "h100:8", compiled=False)
 
 
 def test_what_a_plan_says_is_held_is_what_the_arrays_hold(plan):
@@ -116,7 +122,7 @@ def test_a_collective_in_a_loop_in_a_loop_counts_every_round():
 
 def test_what_an_update_sends_under_fsdp_is_its_weights_and_gradients(plan):
     size = plan.resident_bytes["parameters"] * 8
-    assert 2 * size < sum(plan.comm_bytes.values()) < 8 * size
+    assert 2 * size < sum(plan.compiled.comm_bytes.values()) < 8 * size
 
 
 TPU_TEXT = """
@@ -179,7 +185,7 @@ def test_the_nearest_settings_that_fit_are_found(monkeypatch):
     monkeypatch.setattr("pi0_jax.plan.fit.make_plan", functools.partial(make_plan, compiled=False))
     config = dataclasses.replace(replace(CONFIG, {"policy.model.remat": "none"}), mesh=MeshConfig(data=-1))
     for enough in (replace(CONFIG, {"policy.model.remat": "full"}), None):
-        memory = 0.0 if enough is None else 1.01 * make_plan(enough, "h100:8", compiled=False).peak
+        memory = 0.0 if enough is None else 1.01 / JAX_SHARE * make_plan(enough, "h100:8", compiled=False).peak
         monkeypatch.setitem(devices.GPUS, "h100", Device(memory, 1e12, 1e12, 1e11))
         first = make_plan(config, "h100:8", compiled=False)
         assert not first.fits
@@ -192,20 +198,31 @@ def test_the_nearest_settings_that_fit_are_found(monkeypatch):
             assert found[0] == "--mesh.data 1 --mesh.fsdp -1 --policy.model.remat full"
 
 
-def test_a_plan_is_printed_with_what_is_compiled_and_what_is_estimated(plan):
+def test_a_plan_is_printed_with_what_is_compiled_and_what_is_estimated(plan, known):
     text = describe(plan)
     assert "8 devices, mesh data 1 x fsdp 8" in text
     assert "of the compiler" in text
-    known = make_plan(CONFIG, "h100:8", compiled=False)
     text = describe(known)
     assert re.search(r"temporaries .*estimated", text)
     assert re.search(r"peak .* of 84\.\d+ GB: fits", text)
     assert "a step takes at least" in text
     assert "network" in text
-    unread = describe(known._replace(comm_bytes=dict.fromkeys(known.comm_bytes, float("nan"))))
+    unknown = dict.fromkeys(known.compiled.comm_bytes, float("nan"))
+    unread = describe(known._replace(compiled=known.compiled._replace(comm_bytes=unknown)))
     assert "not known  the compiler cannot print this program" in unread
     assert "nan" not in unread
     assert "network" not in unread
+
+
+@pytest.mark.parametrize(
+    ("share", "verdict"),
+    [(0.74, "fits"), (0.76, "fits with XLA_PYTHON_CLIENT_MEM_FRACTION=0.95"), (0.96, "DOES NOT FIT")],
+)
+def test_what_fits_is_what_jax_takes_or_can_be_told_to_take(share, verdict, known):
+    assert known.device is not None
+    plan = known._replace(compiled=known.compiled._replace(peak=share * known.device.memory))
+    assert re.search(r"peak .* GB: (.*)", describe(plan))[1] == verdict
+    assert plan.fits == verdict.startswith("fits")
 
 
 def test_the_command_takes_the_flags_of_training(monkeypatch, tmp_path, capsys):
@@ -241,6 +258,6 @@ def test_a_tpu_that_is_not_there_is_compiled_for():
     assert found.temporaries > 0
     assert found.cost is not None
     assert found.cost.cycles > 0
-    assert sum(found.comm_bytes.values()) > 2 * found.resident_bytes["parameters"]
+    assert sum(found.compiled.comm_bytes.values()) > 2 * found.resident_bytes["parameters"]
     for topology, chips in {"v4:2x2x1": 4, "v5p:2x2x2": 8, "v6e:1x1": 1}.items():
         assert len(find_devices(topology)[1]) == chips

@@ -102,7 +102,7 @@ def test_an_update_on_gpus_that_are_not_there_is_compiled():
     plan = make_plan(config, "h100:2")
     assert not plan.estimated
     assert plan.mesh["fsdp"] == 2
-    assert sum(plan.comm_bytes.values()) > plan.resident_bytes["parameters"]
+    assert sum(plan.compiled.comm_bytes.values()) > plan.resident_bytes["parameters"]
     assert plan.cost is not None
     assert plan.cost.kernels > 100
     text = describe(plan)

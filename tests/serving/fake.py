@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import queue
 import signal
 import socket
 import subprocess
@@ -81,9 +82,16 @@ class FakePolicy:
 def serving(policy: Any, token: str | None = None, tls: Any = None, **settings: Any) -> Iterator[PolicyServer]:
     """A server in a thread of its own. Its loop is `server.loop`; `call` runs a coroutine there."""
     server = PolicyServer(policy, Settings(**{"port": 0, "drain": 2.0} | settings), token=token, tls=tls)
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    loops: queue.Queue[asyncio.AbstractEventLoop] = queue.Queue()
+
+    def run():
+        with asyncio.Runner() as runner:  # at its end nothing is left over that would need the loop after it is closed
+            loops.put(runner.get_loop())
+            runner.get_loop().run_forever()
+
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
+    loop = loops.get()
 
     def call(coroutine, timeout: float = 30.0):
         return asyncio.run_coroutine_threadsafe(coroutine, loop).result(timeout)
@@ -97,7 +105,7 @@ def serving(policy: Any, token: str | None = None, tls: Any = None, **settings: 
             call(server.stop())
         loop.call_soon_threadsafe(loop.stop)
         thread.join(10)
-        loop.close()
+        assert loop.is_closed()
 
 
 @contextlib.contextmanager

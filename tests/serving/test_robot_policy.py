@@ -198,7 +198,7 @@ def test_the_command_logs_json_and_ends_with_0_on_sigterm(checkpoint_folder, tmp
         assert process.wait(30) == 0
     lines = (tmp_path / "log").read_text().splitlines()
     messages = [json.loads(line)["message"] for line in lines if line.startswith("{")]
-    assert any(text.startswith("program 1 of 1 (batch of 1, prompt of 24 tokens): compiled in") for text in messages)
+    assert any(text.startswith("program 1 of 1 (batch of 1, prompt of 24 tokens): compiled after") for text in messages)
     assert messages[-1] == "stopped"
 
 

@@ -43,7 +43,7 @@ def check_dataset(
     """Problems of a dataset, and what is worth a look.
 
     The dataset is opened without the episodes that cannot be read, which are among the problems. `stats` are those of
-    the demonstrations. `outside` is the largest share of values beyond `BEYOND` times the range of the quantiles;
+    the episodes to train on. `outside` is the largest share of values beyond `BEYOND` times the range of the quantiles;
     `decode` decodes every frame, in one process per core, or on a Ray cluster with `ray`.
 
     Raises:
@@ -61,7 +61,8 @@ def check_dataset(
             for note in _check_ranges(stats_of(summarise(values, np.arange(len(values), dtype=np.uint64))), names)
         ]
         as_they_are = robot.adapt is None and not getattr(robot.poses, key)
-        found += _check_outside(values, stats[key], names, key, outside) if as_they_are else []
+        if as_they_are:
+            found += _check_outside(values[source.frames_of(dataset.training)], stats[key], names, key, outside)
     found += _check_semantics(dataset)
     against, grippers = check_grippers(dataset)
     found, notes = found + against, notes + grippers

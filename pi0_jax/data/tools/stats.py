@@ -70,7 +70,7 @@ def compute_normalizations(
 
     Raises:
         UserError: as of `summarise_source`; datasets of one group have different dimensions, or actions of different
-            meaning; Ray is not installed.
+            meaning; all episodes of a group are held out; Ray is not installed.
     """
     datasets = [dataset for dataset in datasets if dataset.source.has_actions]
     first: dict[str, OpenDataset] = {}
@@ -103,6 +103,8 @@ def compute_normalizations(
         stopped.pop_all()
     if kept is not None:
         kept.unlink(missing_ok=True)
+    if empty := [str(dataset.source.root) for name, dataset in first.items() if name not in totals]:
+        raise UserError(f"{listed(empty)} has no episode to train on: all are held out (data.validation_share).")
     return {
         name: Normalization(_bounded(finish(total), first[name]), first[name].semantics)
         for name, total in totals.items()
