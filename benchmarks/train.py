@@ -108,7 +108,8 @@ def alone(size: str, dtype: str) -> list[Case]:
         for remat in ("full", "gate_up", "matmuls", "none")
     ]
     more = [Case(size, dtype=dtype, batch=8, remat="gate_up", draws=draws) for draws in (4, 8)]
-    return [*cases, *more, *(Case(size, dtype=dtype, batch=batch, recipe="lora") for batch in (4, 8, 16, 32))]
+    lora = [Case(size, variant, dtype, n, recipe="lora") for variant in ("pi0", "pi05") for n in (4, 8, 16, 32)]
+    return [*cases, *more, *lora]
 
 
 def main() -> None:
@@ -121,7 +122,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 at full size")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--only", help="cases with this in their name")
+    parser.add_argument("--only", help="the case of this name, or those with this in theirs")
     parser.add_argument("--json", type=Path, help="file of rows; rows that it has are not measured again")
     parser.add_argument("--table", action="store_true", help="print what the file has")
     parser.add_argument("--serve", choices=("ours", "openpi"), help="what this program calls itself with")
@@ -136,7 +137,8 @@ def main() -> None:
         dtype = options.dtype or ("bfloat16" if options.size == "full" else "float32")
         cases = alone(options.size, dtype) if options.alone else side_by_side(options.size, dtype, options.batch)
         cases = [case for case in cases if not any(row["case"] == dataclasses.asdict(case) for row in rows)]
-        cases = [case for case in cases if not options.only or options.only in case.name]
+        named = [case for case in cases if case.name == options.only]
+        cases = named or [case for case in cases if not options.only or options.only in case.name]
         with contextlib.ExitStack() as stack:
             for case in cases:
                 print(case.name, flush=True)

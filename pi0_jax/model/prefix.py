@@ -86,13 +86,15 @@ class PrefixNetwork:
             )
         tokens, masks = [], []
         if c.cameras:
-            images = jnp.concatenate([observation.images[name] for name in c.cameras])
-            encoder = params["image_encoder"]
-            encoded = siglip.encode(c.vision, encoder, images, self.dtype, c.attention, remat, record)
+            # All of an example are neighbours: one camera after another, a divided batch would travel between devices.
+            images = jnp.stack([observation.images[name] for name in c.cameras], axis=1)
+            b, cameras = images.shape[:2]
+            flat, encoder = images.reshape(b * cameras, *images.shape[2:]), params["image_encoder"]
+            encoded = siglip.encode(c.vision, encoder, flat, self.dtype, c.attention, remat, record)
             projected = layers.linear(encoded, params["image_projector"], self.dtype)
-            for name, image in zip(c.cameras, jnp.split(projected, len(c.cameras)), strict=True):
-                tokens.append(image)
-                masks.append(jnp.broadcast_to(observation.image_masks[name][:, None], image.shape[:2]))
+            tokens.append(projected.reshape(b, -1, projected.shape[-1]))
+            there = jnp.stack([observation.image_masks[name] for name in c.cameras], axis=1)
+            masks.append(jnp.repeat(there, projected.shape[1], axis=1))
         tokens.append(self.embed_tokens(params, observation.prompt))
         masks.append(observation.prompt_mask)
         embedded = with_logical_constraint(jnp.concatenate(tokens, axis=1), ("batch", None, None))

@@ -118,6 +118,7 @@ def _gpus(name: str, count: int) -> list[Any]:
     major, minor = chip.capability
     # XLA computes again, or sends later, what needs more than a limit: on a card JAX's, else 0.8 of what is said here.
     memory = int(device.memory * JAX_SHARE / 0.8)
+    # Without a driver's version XLA leaves loops and calls of libraries out of CUDA graphs.
     target = f"""
       gpu_device_info {{
         cuda_compute_capability {{ major: {major} minor: {minor} }}
@@ -126,7 +127,7 @@ def _gpus(name: str, count: int) -> list[Any]:
         registers_per_core_limit: 65536 registers_per_block_limit: 65536
         shared_memory_per_core: {chip.shared << 10} shared_memory_per_block_optin: {chip.shared - 1 << 10}
         shared_memory_per_block: 49152 l2_cache_size: {chip.cache << 20}
-        device_memory_size: {memory} memory_bandwidth: {int(device.bandwidth)}
+        driver_version: "12.9.0" device_memory_size: {memory} memory_bandwidth: {int(device.bandwidth)}
         block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
         thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
       }}

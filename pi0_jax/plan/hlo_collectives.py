@@ -24,7 +24,9 @@ KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective
 _COLLECTIVE = re.compile(rf"(?:ragged-)?({'|'.join(KINDS)})(-start)?")
 _GROUP_LIST = re.compile(r"replica_groups=\{\{([\d,]*)\}")
 _GROUP_IOTA = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]*)\](?:T\(([\d,]*)\))?")
-_GROUP_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
+_GROUP_MESH = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]*)\](?:T\(([\d,]*)\))?\))? \{([^}]*)\}"
+)
 _PAIRS = re.compile(r"source_target_pairs=\{\{(\d+,\d+)\}")
 
 
@@ -106,16 +108,26 @@ def _group(attributes: str) -> tuple[int, ...]:
     if match := _GROUP_LIST.search(attributes) or _PAIRS.search(attributes):
         return tuple(_numbers(match[1]))
     if match := _GROUP_IOTA.search(attributes):
-        shape = _numbers(match[3])
-        order = _numbers(match[4]) if match[4] else range(len(shape))
-        return tuple(np.arange(math.prod(shape)).reshape(shape).transpose(order).flat[: int(match[2])].tolist())
+        return _order(match[3], match[4])[: int(match[2])]
     if match := _GROUP_MESH.search(attributes):
-        return _of_mesh(re.findall(r"'(\w+)'=(\d+)", match[1]), re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", match[2]))
+        parts = re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", match[4])
+        places = _of_mesh(re.findall(r"'(\w+)'=(\d+)", match[1]), parts)
+        order = _order(match[2], match[3]) if match[2] else None
+        return places if order is None else tuple(order[place] for place in places)
+    if re.search(r"replica_groups=(?!\{\})", attributes):
+        raise ValueError(f"the devices of a collective are written in a way that is not known: {attributes[:200]}")
     return 0, 1
 
 
+def _order(shape: str, transposed: str | None) -> tuple[int, ...]:
+    """Numbers of devices, counted in an array of that shape and read in another order of its axes."""
+    sizes = _numbers(shape)
+    order = _numbers(transposed) if transposed else range(len(sizes))
+    return tuple(np.arange(math.prod(sizes)).reshape(sizes).transpose(order).ravel().tolist())
+
+
 def _of_mesh(axes: list[tuple[str, str]], parts: list[tuple[str, str, str]]) -> tuple[int, ...]:
-    """The first group over axes of a mesh, or over parts of axes: so many numbers after so many times as many."""
+    """Places in a mesh of the first group over axes, or over parts of axes: so many after so many times as many."""
     sizes = {name: int(size) for name, size in axes}
     strides = dict(zip(sizes, np.cumprod([1, *list(sizes.values())[:0:-1]])[::-1].tolist(), strict=True))
     group = np.zeros(1, int)

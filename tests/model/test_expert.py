@@ -13,6 +13,8 @@ from pi0_jax.model import gemma
 from pi0_jax.model.gemma import Segment
 from pi0_jax.model.head import make_head
 from pi0_jax.model.head.expert import embed_time
+from pi0_jax.plan import hlo
+from pi0_jax.plan.hlo_collectives import traffic
 from tests.conftest import tiny_config
 from tests.model.common import random_observation, random_params
 
@@ -134,6 +136,29 @@ def test_state_reaches_pi0_and_not_pi05():
         tiny = tiny_of(variant)
         changed = tiny(tiny.observation._replace(state=tiny.observation.state + 1.0))
         assert bool(np.abs(changed - tiny()).max() > 1e-4) == reaches
+
+
+def test_image_tokens_follow_one_another_by_camera():
+    tiny = tiny_of("pi0")
+    embed = jax.jit(lambda observation: tiny.network.embed_prefix(tiny.params, observation))
+    images, there = tiny.observation.images, tiny.observation.image_masks
+    changed = {"images": images | {"tool": images["tool"].at[1].add(0.5)}}
+    changed["image_masks"] = there | {"tool": jnp.array([True, False])}
+    (tokens, valid), (others, left) = embed(tiny.observation), embed(tiny.observation._replace(**changed))
+    differ = np.zeros(valid.shape, bool)
+    differ[1, 4:8] = True  # four patches each, "top" and then "tool"
+    np.testing.assert_array_equal(np.any(tokens != others, axis=-1), differ)
+    np.testing.assert_array_equal(valid & ~left, differ)
+
+
+def test_images_of_a_divided_batch_stay_on_their_devices():
+    tiny = tiny_of("pi0")
+    mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2], axis_types=(jax.sharding.AxisType.Auto,))
+    observation = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, jax.P("x"))), tiny.observation
+    )
+    text = jax.jit(lambda o: tiny.network.embed_prefix(tiny.params, o)).lower(observation).compile().as_text()
+    assert sum(traffic(hlo.parse(text)).values()) == 0
 
 
 def segments(tiny, params, x, **changes):

@@ -54,6 +54,8 @@ def test_one_that_is_not_started_apart_is_waited_for_and_keeps_those_after_it():
         ("replica_groups=mesh['a'=4,'b'=2] {'a'}", (0, 2, 4, 6)),
         ("replica_groups=mesh['a'=4,'b'=2] {'a','b'}", (0, 1, 2, 3, 4, 5, 6, 7)),
         ("replica_groups=mesh['a'=8] {'a':(2)2}", (0, 2)),
+        ("replica_groups=mesh['a'=4,'b'=1,'c'=2], device_ids=([2,4]T(1,0)) {'a'}", (0, 1, 2, 3)),
+        ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}", (0, 4)),
         ("source_target_pairs={{0,5},{5,0}}", (0, 5)),
     ],
 )
@@ -63,6 +65,13 @@ def test_the_devices_of_a_group(groups, group):
     found = collective(it)
     assert found is not None
     assert found.group == group
+
+
+def test_devices_in_an_unknown_notation_are_an_error():
+    text = "ENTRY %main (x: f32[8]) -> f32[8] {\n  %a = f32[8]{0} all-reduce(%x), replica_groups=other[2]\n}"
+    (it,) = hlo.parse(text).computations["main"].values()
+    with pytest.raises(ValueError, match=r"not known: .*other"):
+        collective(it)
 
 
 @pytest.mark.parametrize(
