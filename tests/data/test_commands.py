@@ -71,7 +71,8 @@ def test_stats_never_open_a_video_and_equal_those_of_training(dataset, run, monk
     assert semantics_from_json(content) == {"tabletop": ("absolute",) * 3}
 
 
-def test_a_good_dataset_passes_the_check(tmp_path, run):
+def test_a_good_dataset_passes_the_check(tmp_path, run, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 1)  # another process takes seconds to start
     with LeRobotWriter(tmp_path / "data", 5, "tabletop", FEATURES) as writer:
         for number in range(5):
             writer.add_episode(episode(number) | {"valid": np.ones((len(episode(number)["action"]), 1))}, "push")

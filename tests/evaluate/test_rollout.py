@@ -18,6 +18,8 @@ from tests.policies import TINY, save_tiny_checkpoint
 
 pytest.importorskip("mujoco", reason="the simulator is not installed: pip install -e '.[sim]'")
 
+TABLETOP = "pi0_jax.evaluate.simulators.tabletop"
+
 
 @pytest.fixture(scope="module")
 def simulator():
@@ -96,6 +98,7 @@ def test_an_unknown_environment_and_another_robots_policy_are_refused(policy, si
 
 def test_the_report_is_one_file_with_everything_in_it(policy, checkpoint_folder, simulator, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "STEPS", (policy.config.sampler.num_steps, 1))
+    monkeypatch.setattr(f"{TABLETOP}.gantry.MAX_STEPS", 8)  # the policy has learnt nothing, and acts to the end
     (checkpoint_folder / "metrics.jsonl").write_text(
         "".join(f'{{"step": {i}, "loss": {1 / i}, "grad_norm": 1.0}}\n' for i in range(1, 5))
         + '{"step": 4, "validation_loss": 0.5}\n'
@@ -119,7 +122,8 @@ def test_the_report_is_one_file_with_everything_in_it(policy, checkpoint_folder,
     assert (tmp_path / "report.json").is_file()
 
 
-def test_the_report_of_a_policy_that_decodes_tokens_has_no_solver_steps(simulator, tmp_path):
+def test_the_report_of_a_policy_that_decodes_tokens_has_no_solver_steps(simulator, tmp_path, monkeypatch):
+    monkeypatch.setattr(f"{TABLETOP}.gantry.MAX_STEPS", 8)
     decoder = dataclasses.replace(TINY, objective=Tokens(bins=6), sampler=Greedy(), normalization="quantile")
     folder = save_tiny_checkpoint(tmp_path / "tokens", policy=decoder)
     simulator = dataclasses.replace(simulator, picture=lambda env: env.unwrapped.draw_view(size=32))

@@ -181,21 +181,19 @@ def test_ways_to_need_less_memory_come_in_order_of_what_they_change():
     assert all("--grad-accum-steps" not in flags for flags, _ in ways[6:])
 
 
-def test_the_nearest_settings_that_fit_are_found(monkeypatch):
+def test_the_nearest_settings_that_fit_are_found(monkeypatch, known):
     monkeypatch.setattr("pi0_jax.plan.fit.make_plan", functools.partial(make_plan, compiled=False))
     config = dataclasses.replace(replace(CONFIG, {"policy.model.remat": "none"}), mesh=MeshConfig(data=-1))
-    for enough in (replace(CONFIG, {"policy.model.remat": "full"}), None):
-        memory = 0.0 if enough is None else 1.01 / JAX_SHARE * make_plan(enough, "h100:8", compiled=False).peak
-        monkeypatch.setitem(devices.GPUS, "h100", Device(memory, 1e12, 1e12, 1e11))
-        first = make_plan(config, "h100:8", compiled=False)
-        assert not first.fits
-        found = find_fitting(config, first)
-        if enough is None:
-            assert found is None
-        else:
-            assert found is not None
-            assert found[1].fits
-            assert found[0] == "--mesh.data 1 --mesh.fsdp -1 --policy.model.remat full"
+    monkeypatch.setitem(devices.GPUS, "h100", Device(1.01 / JAX_SHARE * known.peak, 1e12, 1e12, 1e11))
+    first = make_plan(config, "h100:8", compiled=False)
+    assert not first.fits
+    found = find_fitting(config, first)
+    assert found is not None
+    assert found[1].fits
+    assert found[0] == "--mesh.data 1 --mesh.fsdp -1 --policy.model.remat full"
+    # Of what is left beside the flags above, nothing is enough.
+    least = dataclasses.replace(CONFIG, batch_size=8, optim=OptimConfig(ema_decay=None, name="adamw_8bit"))
+    assert find_fitting(least, known._replace(device=known.device._replace(memory=0.0))) is None
 
 
 def test_a_plan_is_printed_with_what_is_compiled_and_what_is_estimated(plan, known):
