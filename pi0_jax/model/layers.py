@@ -32,6 +32,8 @@ from pi0_jax.model.quantize import Quantized, quantized_dot
 
 Weights = dict[str, Any]
 """Arrays by name, of one part of a layer."""
+TPU_MANY_ROWS = 512
+"""Tokens from which on folded feed-forwards run in parts on TPUs."""
 TPU_ROWS = 8
 """Tokens that a product has at least on TPUs: libtpu gives those of fewer to the vector unit, which takes four times as
 long as reading the weights (docs/performance.md)."""
@@ -228,9 +230,25 @@ def gated_mlp(x: Float[Array, "b t d"], w: Weights) -> Float[Array, "b t d"]:
         # A product each: in one, GPUs would copy the pair of matrices, and its gradient, into another layout.
         halves = ({name: leaf[i] for name, leaf in w.items() if name.startswith("gate_up")} for i in range(2))
         gate, up = (with_logical_constraint(dot("mlp/gate_up", x, half), ("batch", None, "mlp")) for half in halves)
+    elif target.platform() == "tpu" and isinstance(weight, jax.Array) and x.shape[0] * x.shape[1] >= TPU_MANY_ROWS:
+        return _gated_mlp_in_parts(x, weight, w["down"])
     else:  # folded; two slices, as a reshape would make TPUs copy the matrix into another layout
         gate, up = jnp.split(dot("mlp/gate_up", x, w), 2, axis=-1)
     return dot("mlp/down", gated(gate, up), w)
+
+
+def _gated_mlp_in_parts(
+    x: Float[Array, "b t d"], gate_up: Float[Array, "d ff"], down: Float[Array, "f d"], parts: int = 2
+) -> Float[Array, "b t d"]:
+    """`gated_mlp` of folded weights, a part of the hidden channels after another: halves of those of many tokens find
+    room in a TPU's VMEM."""
+    f, total = down.shape[0], jnp.zeros((), jnp.float32)
+    for i in range(parts):
+        part = slice(i * f // parts, (i + 1) * f // parts)
+        gate, up = (x @ half[:, part].astype(x.dtype) for half in (gate_up[:, :f], gate_up[:, f:]))
+        product = jnp.matmul(gated(gate, up), down[part].astype(x.dtype), preferred_element_type=jnp.float32)
+        total = product if i == 0 else total + product
+    return total.astype(x.dtype)
 
 
 @jax.custom_jvp

@@ -11,7 +11,7 @@ import pytest
 from pi0_jax import flops
 from pi0_jax.batch import example_batch
 from pi0_jax.config import PI0, PI05, Compact, ExpertConfig, Gaussian, Shortcut, Tokens, VisionConfig
-from pi0_jax.model import attention, fold
+from pi0_jax.model import attention, fold, layers
 from pi0_jax.model.quantize import quantize, quantize_matrix
 from pi0_jax.model.target import tracing_for
 from pi0_jax.objective import SampleOptions, make_objective
@@ -86,7 +86,8 @@ def test_samples_are_those_of_the_plain_parameters(name):
 
 
 @pytest.mark.parametrize("name", ["pi0", "pi05"])
-def test_the_forms_for_tpus_give_the_same_samples(name):
+def test_the_forms_for_tpus_give_the_same_samples(name, monkeypatch):
+    monkeypatch.setattr(layers, "TPU_MANY_ROWS", 16)
     it = case(name)
     with tracing_for("tpu"):
         np.testing.assert_allclose(it.sample(it.folded(), features=True), it.plain, atol=1e-5)
