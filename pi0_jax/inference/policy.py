@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -301,8 +300,9 @@ class Policy:
         if self.config.objective.text_tokens:  # that of an earlier chunk, or of the request
             examples += [{**raw, "subtask": "x"} for raw in examples]
         lengths = prompt_lengths(self.config.model.prompt_length)
-        kinds = itertools.product(self._batch_sizes, lengths, examples)
-        calls = [self._example(size, length, raw) for size, length, raw in kinds]
+        calls = [
+            self._example(size, length, raw) for size in self._batch_sizes for length in lengths for raw in examples
+        ]
         seconds = warm_up(self.sampler, self.config.sampler, calls)
         self.forget_latency()
         return seconds
