@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -200,10 +201,12 @@ def test_two_processes_of_four_devices_stop_at_one_step_and_their_checkpoint_giv
     assert command is not None
     assert "--hosts.index 0 " in command[1]
     assert command[1].endswith("--resume")
-    # On eight devices of one process, divided otherwise; the test of a killed process goes on with one device.
-    flags = ("--resume", "--sharding", str(ROOT / "configs" / "sharding" / "fsdp.py"))
-    assert "devices: 8 x cpu of 1" in done(start(config, run_dir, *flags, devices=8))
-    assert_same_losses(run_dir, reference, STEPS)
+    for devices in (1, 8):
+        copy = tmp_path / str(devices)
+        shutil.copytree(run_dir, copy)
+        flags = ("--resume", "--sharding", str(ROOT / "configs" / "sharding" / "fsdp.py"))
+        assert f"devices: {devices} x cpu of 1" in done(start(config, copy, *flags, devices=devices))
+        assert_same_losses(copy, reference, STEPS)
 
 
 def test_four_processes_of_two_devices_give_the_losses_of_one_device(config, reference, tmp_path):
