@@ -116,7 +116,7 @@ def measure(row: Row, args: Args, folder: Path) -> dict[str, Any]:
     command = [sys.executable, str(Path(__file__).with_name(script)), *options, "--json", str(found)]
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if done.returncode or not found.exists():
-        return {"error": (done.stderr.strip().splitlines() or ["no figures"])[-1][:300]}
+        return failure(done)
     kept = json.loads(found.read_text())
     if row.program == "chunk":
         return {"seconds": kept["rows"][0]["ours"]["p50_ms"] / 1000, "p95": kept["rows"][0]["ours"]["p95_ms"] / 1000}
@@ -125,13 +125,18 @@ def measure(row: Row, args: Args, folder: Path) -> dict[str, Any]:
     return kept[0]["ours"] | {"seconds": statistics.median(kept[0]["ours"]["seconds"])}
 
 
+def failure(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    """Last words of a process."""
+    return {"error": (done.stderr.strip().splitlines() or ["no figures"])[-1][:300]}
+
+
 def in_a_process(row: Row, device: str) -> dict[str, Any]:
     """A prediction without the accelerator, whose memory is left to what is measured."""
     command = [sys.executable, __file__, "--worker", json.dumps(dataclasses.asdict(row)), "--device", device]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
-        return {"error": (done.stderr.strip().splitlines() or ["no figures"])[-1][:300]}
+        return failure(done)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -139,10 +144,10 @@ def this_device() -> str:
     """What `pi0 plan` calls this machine's device, asked in a process that then leaves it alone."""
     code = "import jax; print(jax.devices()[0].device_kind)"
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
-    from pi0_jax.flops import KINDS
+    from pi0_jax.flops import device_name
 
     kind = done.stdout.strip()
-    name = next((name for part, name in KINDS.items() if part in kind), None)
+    name = device_name(kind)
     if name is None:
         raise SystemExit(
             f"this machine's device is {kind!r}, whose data sheet pi0_jax/flops.py does not have; --device"

@@ -67,9 +67,15 @@ KINDS = {
 """What `jax.Device.device_kind` contains, to the device's name above; the first that fits."""
 
 
+def device_name(device_kind: str) -> str | None:
+    """Name of a device (`jax.Device.device_kind`) in `TPUS` or `GPUS`; None for one that is in neither."""
+    return next((name for part, name in KINDS.items() if part in device_kind), None)
+
+
 def sheet(device_kind: str) -> Device | None:
     """Data sheet of a device (`jax.Device.device_kind`); None for one that is not in the table."""
-    return next(((TPUS | GPUS)[name] for kind, name in KINDS.items() if kind in device_kind), None)
+    name = device_name(device_kind)
+    return None if name is None else (TPUS | GPUS)[name]
 
 
 def peak(device_kind: str) -> float | None:
