@@ -26,13 +26,15 @@ def tiny_params(config: PolicyConfig):
     return random_params(make_objective(config.objective, config.model).network, np.random.default_rng(0))
 
 
-def save_tiny_checkpoint(run: Path, **changes) -> Path:
-    """Writes a run with one checkpoint, of step 3; `changes` replace parts of its assets."""
+def save_tiny_checkpoint(run: Path, params=None, **changes) -> Path:
+    """Writes a run with one checkpoint, of step 3. Its weights are random
+    by default; `changes` replace parts of its assets.
+    """
     policy = changes.get("policy", TINY)
     tokenizer = Tokenizer.train(["reach the red block", "push the blue ball onto the yellow circle"], 512)
     train = TrainConfig(policy=policy, data=DataConfig(validation_path=None))
     assets = Assets(policy, stats_to_json(STATS), tokenizer.model, train)._replace(**changes)
     with CheckpointWriter(run, keep=1) as writer:
-        writer.save(3, tiny_params(policy), assets)
+        writer.save(3, tiny_params(policy) if params is None else params, assets)
         writer.wait()
     return run

@@ -62,9 +62,10 @@ def restore_train_state(path: str | Path, like: Any) -> Any:
     return _restore(folder, _stored_tree(folder), like)
 
 
-def param_names(path: str | Path) -> frozenset[str]:
-    """Paths of the weights of a checkpoint, at a path that `resolve` takes."""
-    return frozenset(_by_name(_stored_tree(resolve(path) / "params").get("params", {})))
+def stored_params(path: str | Path) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of the weights of a checkpoint, at a path that `resolve` takes, by their paths in the tree."""
+    stored = _by_name(_stored_tree(resolve(path) / "params").get("params", {}))
+    return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in stored.items()}
 
 
 def check_params(path: str | Path, like: Any) -> None:

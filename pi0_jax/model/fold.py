@@ -10,13 +10,15 @@
 The result keeps the paths of the parameters, and the same functions run it (`layers.py`). Each rule makes one array
 from a few, in float32, and rounds it once. Scales of norms stay: inside a matrix of bfloat16 they would round
 weights that are exact there, and actions would be up to 1.6 times as far off. Arrays are made one after another, the
-largest first, so that loading needs little more memory than the folded parameters themselves.
+largest first, and what the next one is made of is read meanwhile: so loading needs little more memory than the folded
+parameters themselves.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -33,7 +35,7 @@ from pi0_jax.model.prefix import PrefixNetwork
 Arrays = dict[str, Any]
 """Arrays by path."""
 Read = Callable[[dict[str, jax.ShapeDtypeStruct]], Arrays]
-"""Reads parameters by path, given their shapes and the dtypes to read them in."""
+"""Reads parameters by path, given their shapes and dtypes; those that are stored in fewer bits come as they are."""
 
 _JIT_ABOVE = 1 << 25
 """Bytes. Smaller arrays are made by numpy, which compiles nothing."""
@@ -64,16 +66,23 @@ def fold(network: PrefixNetwork, read: Read) -> Spec:
     def source_bytes(target: str) -> int:
         return sum(4 * math.prod(shapes[path].shape) for path in found[target].sources)
 
-    folded: Arrays = {}
-    for target in sorted(found, key=source_bytes, reverse=True):
-        rule = found[target]
-        dtype = jnp.dtype("float32" if rule.exact else network.config.dtype)
+    def sources_of(target: str) -> Arrays:
+        wanted = {path: jax.ShapeDtypeStruct(shapes[path].shape, dtypes[target]) for path in found[target].sources}
         # What the reader holds itself goes when the arrays are on the device.
-        wanted = {path: jax.ShapeDtypeStruct(shapes[path].shape, dtype) for path in rule.sources}
-        sources = jax.block_until_ready(read(wanted))
-        made = _made(rule, sources, dtype, large=source_bytes(target) > _JIT_ABOVE)
-        folded |= {_layer_path(target, i): x for i, x in jax.block_until_ready(made)}
-        del sources, made
+        return jax.block_until_ready(read(wanted))
+
+    folded: Arrays = {}
+    targets = sorted(found, key=source_bytes, reverse=True)
+    dtypes = {target: jnp.dtype("float32" if rule.exact else network.config.dtype) for target, rule in found.items()}
+    with ThreadPoolExecutor(1) as reader:
+        upcoming = reader.submit(sources_of, targets[0])
+        for target, following in zip(targets, (*targets[1:], None), strict=True):
+            sources = upcoming.result()
+            if following is not None:
+                upcoming = reader.submit(sources_of, following)
+            made = _made(found[target], sources, dtypes[target], large=source_bytes(target) > _JIT_ABOVE)
+            folded |= {_layer_path(target, i): x for i, x in jax.block_until_ready(made)}
+            del sources, made
     return lists_of_layers(folded)
 
 

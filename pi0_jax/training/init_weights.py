@@ -35,7 +35,7 @@ def first_weights(run: Run, shapes: TrainState) -> Any:
         )
     # Each process verifies its own slice of the files.
     checkpoint.verify(checkpoint.resolve(source), (jax.process_index(), jax.process_count()), only=("params",))
-    stored = checkpoint.param_names(source)
+    stored = checkpoint.stored_params(source)
     taken = {
         name: leaf
         for name, leaf in names.items()

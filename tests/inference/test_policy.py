@@ -4,6 +4,7 @@ import logging
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -18,7 +19,7 @@ from pi0_jax.inference.shapes import prompt_lengths
 from pi0_jax.sampler import Euler, Greedy
 from pi0_jax.sampler.ddim import DDIM
 from pi0_jax.sampler.runge_kutta import Heun
-from tests.policies import STATS, TINY, save_tiny_checkpoint
+from tests.policies import STATS, TINY, save_tiny_checkpoint, tiny_params
 
 
 @pytest.fixture(scope="module")
@@ -292,6 +293,19 @@ def test_after_warm_up_nothing_is_compiled_whatever_comes(checkpoint_folder, pol
 def test_folded_parameters_change_no_action(checkpoint_folder, policy, observation):
     plain = Policy.load(checkpoint_folder, folded=False).infer(observation)
     np.testing.assert_allclose(policy.infer(observation), plain, atol=1e-5)
+
+
+@pytest.mark.parametrize("folded", [True, False])
+@pytest.mark.parametrize("large", [1 << 12, 1 << 25])
+def test_weights_stored_in_bfloat16_are_widened_when_loaded(tmp_path, monkeypatch, folded, large):
+    monkeypatch.setattr("pi0_jax.inference.sampler._READ_AT_ONCE_BELOW", large)
+    monkeypatch.setattr("pi0_jax.model.fold._JIT_ABOVE", large)
+    stored = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), tiny_params(TINY))
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), stored)
+    runs = [save_tiny_checkpoint(tmp_path / name, tree) for name, tree in (("stored", stored), ("wide", wide))]
+    found, expected = (Policy.load(run, folded=folded).sampler.params for run in runs)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert {x.dtype for x in jax.tree.leaves(found)} == {jnp.dtype("float32")}
 
 
 def test_prompts_are_padded_to_the_shortest_length_that_holds_them(tmp_path, observation):

@@ -185,6 +185,19 @@ def test_a_chunk_at_full_size_costs_no_more_than_it_has_to(model, bound):
     assert flops.count(sample, fold.folded_shapes(objective.network), batch.actions) / 1e12 <= bound
 
 
+def test_what_fails_while_reading_is_raised():
+    network = make_objective(Gaussian(), tiny_config("pi0", depth=1)).network
+    read = fold.from_tree(random_params(network, np.random.default_rng(0)))
+
+    def damaged(wanted):
+        if "embedding" in wanted:
+            raise OSError("the embedding cannot be read")
+        return read(wanted)
+
+    with pytest.raises(OSError, match="the embedding cannot be read"):
+        fold.fold(network, damaged)
+
+
 def test_a_model_of_one_layer_folds():
     network = make_objective(Gaussian(), tiny_config("pi0", depth=1)).network
     params = random_params(network, np.random.default_rng(0))
