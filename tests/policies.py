@@ -27,8 +27,12 @@ def tiny_params(config: PolicyConfig):
 
 
 def save_tiny_checkpoint(run: Path, params=None, **changes) -> Path:
-    """Writes a run with one checkpoint, of step 3. Its weights are random
-    by default; `changes` replace parts of its assets.
+    """Writes a run with one checkpoint, of step 3.
+
+    Args:
+        run: a new folder.
+        params: the weights; None: random ones.
+        changes: replace parts of its assets.
     """
     policy = changes.get("policy", TINY)
     tokenizer = Tokenizer.train(["reach the red block", "push the blue ball onto the yellow circle"], 512)

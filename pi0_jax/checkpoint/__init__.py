@@ -43,11 +43,11 @@ from pi0_jax.checkpoint.locate import (
 )
 
 if TYPE_CHECKING:
-    from pi0_jax.checkpoint.reader import check_params, restore_params, restore_train_state, stored_params
+    from pi0_jax.checkpoint.reader import restore_params, restore_train_state, stored_params
     from pi0_jax.checkpoint.space import tree_bytes
     from pi0_jax.checkpoint.writer import CheckpointWriter
 
-_LAZY = {name: "reader" for name in ("check_params", "restore_params", "restore_train_state", "stored_params")}
+_LAZY = {name: "reader" for name in ("restore_params", "restore_train_state", "stored_params")}
 _LAZY |= {"tree_bytes": "space", "CheckpointWriter": "writer"}
 
 

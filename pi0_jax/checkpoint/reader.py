@@ -62,16 +62,22 @@ def restore_train_state(path: str | Path, like: Any) -> Any:
     return _restore(folder, _stored_tree(folder), like)
 
 
-def stored_params(path: str | Path) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of the weights of a checkpoint, at a path that `resolve` takes, by their paths in the tree."""
-    stored = _by_name(_stored_tree(resolve(path) / "params").get("params", {}))
-    return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in stored.items()}
+def stored_params(path: str | Path, like: Any = None) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of the weights of a checkpoint by their paths in the tree; the weights are not read.
 
+    Args:
+        path: anything that `resolve` takes.
+        like: tree of arrays or `jax.ShapeDtypeStruct`s that the weights have to match.
 
-def check_params(path: str | Path, like: Any) -> None:
-    """Raises what `restore_params` would raise for weights unlike `like`, without reading them."""
+    Raises:
+        FileNotFoundError, CheckpointError: as `restore_params` would.
+    """
     folder = resolve(path) / "params"
-    _require_alike(folder, _stored_tree(folder), {"params": like}, partial=False)
+    stored = _stored_tree(folder)
+    if like is not None:
+        _require_alike(folder, stored, {"params": like}, partial=False)
+    shapes = _by_name(stored.get("params", {}))
+    return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in shapes.items()}
 
 
 def _orbax() -> Any:  # declared for the paths of etils alone, but takes those of pathlib

@@ -211,8 +211,7 @@ def from_checkpoint(path: str | Path, config: PolicyConfig) -> Read:
         CheckpointError: the weights are not those of such a model.
     """
     shapes = shapes_of(make_objective(config.objective, config.model).network)
-    checkpoint.check_params(path, unflatten_dict(shapes, sep="/"))
-    stored = checkpoint.stored_params(path)
+    stored = checkpoint.stored_params(path, unflatten_dict(shapes, sep="/"))
 
     def restored(wanted: dict[str, Any]) -> dict[str, Any]:
         wanted = {path: min(x, stored[path], key=lambda y: y.dtype.itemsize) for path, x in wanted.items()}
